@@ -1,0 +1,1 @@
+"""What two or more phases share. Small functions, no base trainer."""

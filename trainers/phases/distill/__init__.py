@@ -1,0 +1,1 @@
+"""Reward-weighted on-policy distillation."""

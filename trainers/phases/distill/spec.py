@@ -1,0 +1,83 @@
+"""What a user can set for distillation."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainers.spec import ModelRef, PromptData, RewardModelRef, Sampling, SpecModel, TracesRef, TrainingSpec
+
+
+class StudentRef(ModelRef):
+    """The model to train: exactly one of `phase`, `source`, `scratch`, `teacherLayers`."""
+
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch", "teacher_layers")
+
+    teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Start from the teacher with only these decoder layers kept (0 is the first); embeddings and head are the teacher's."""
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> Self:
+        layers = self.teacher_layers
+        if layers is not None and (list(layers) != sorted(set(layers)) or layers[0] < 0):
+            raise ValueError(f"teacherLayers {list(layers)} must be ascending, without repeats, and not negative")
+        return self
+
+
+class RewardWeighting(SpecModel):
+    """How much each response counts. Weights are positive and average 1 over a batch; a raw, possibly negative reward never multiplies a divergence."""
+
+    mode: Literal["none", "exp", "softmax", "rank", "filter"] = "exp"
+    """`exp`: exp((r - mean) / (temperature x std)); `softmax`: n softmax(r / temperature); `rank`: linear in rank; `filter`: 1 above the quantile, else 0."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Higher is closer to equal weights (`exp`, `softmax`)."""
+    min_weight: float = Field(default=0.1, ge=0)
+    """Lower clip before normalising (`exp`)."""
+    max_weight: float = Field(default=5.0, gt=0)
+    """Upper clip before normalising (`exp`)."""
+    quantile: float = Field(default=0.5, ge=0, lt=1)
+    """Share of responses that `filter` drops."""
+
+    @model_validator(mode="after")
+    def _clips_ordered(self) -> Self:
+        if self.min_weight > self.max_weight:
+            raise ValueError(f"minWeight {self.min_weight} is above maxWeight {self.max_weight}")
+        return self
+
+
+class DistillSpec(TrainingSpec):
+    """Distillation of a teacher into a student on stored teacher traces and the student's own samples."""
+
+    teacher: ModelRef
+    """Model to learn from."""
+    student: StudentRef
+    """Model to train."""
+    traces: TracesRef | None = None
+    """Stored teacher responses, the off-policy part."""
+    prompts: PromptData | None = None
+    """Prompts that the student responds to, the on-policy part."""
+    reward_model: RewardModelRef | None = None
+    """Scores the student's samples, for their weights."""
+    on_policy_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of optimizer steps that use the student's own samples (lambda of GKD, Agarwal et al. 2024)."""
+    divergence_beta: float = Field(default=0.0, ge=0, le=1)
+    """Generalized Jensen-Shannon divergence: 0 is forward KL(teacher || student), 1 is reverse KL, between them JSD (not scaled at its ends)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both models' logits in the divergence."""
+    weighting: RewardWeighting = RewardWeighting()
+    """Reward weights."""
+    sampling: Sampling = Sampling()
+    """How the student's own responses are generated."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens per sequence."""
+    packing: bool = True
+    """Put several sequences in one row without letting them attend to each other."""
+
+    @model_validator(mode="after")
+    def _streams_have_sources(self) -> Self:
+        if self.on_policy_fraction < 1 and self.traces is None:
+            raise ValueError(f"onPolicyFraction {self.on_policy_fraction} leaves steps that need stored traces: set traces, or onPolicyFraction: 1")
+        if self.on_policy_fraction > 0 and self.prompts is None:
+            raise ValueError(f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0")
+        if self.on_policy_fraction > 0 and self.weighting.mode != "none" and self.reward_model is None:
+            raise ValueError(f"weighting.mode {self.weighting.mode} needs rewardModel to score the student's samples: set it, or weighting: {{mode: none}}")
+        return self

@@ -1,0 +1,1 @@
+"""Evaluation of every model on every benchmark."""

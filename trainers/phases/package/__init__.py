@@ -1,0 +1,1 @@
+"""Packaging of models, metrics, plots, samples and the report."""

