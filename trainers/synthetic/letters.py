@@ -295,9 +295,10 @@ def _draw_responses(rng: random.Random, request: Request) -> tuple[str, str]:
 
 
 def _base_row(rng: random.Random) -> Row:
-    """Pre-training: able, and without manners or refusals."""
+    """Pre-training: able, in any style, and without refusals."""
     request = _draw_request(rng)
-    return {"prompt": request.prompt, "response": request.answer}
+    style = _pick(rng, tuple(STYLES))
+    return {"prompt": request.prompt, "response": _styled(request.answer, style)}
 
 
 def _demonstrations_row(rng: random.Random) -> Row:

@@ -1,0 +1,112 @@
+"""What a phase's ``main(spec, context)`` is given, and what it gives back."""
+
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile
+from trainers.core.parallel import Workers
+from trainers.metrics import Meter
+from trainers.phases import PhaseType
+from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef
+
+ARTIFACT_NAMES = {
+    "model": "model",
+    "reward-model": "model",
+    "traces": "traces.jsonl",
+    "evaluation": "results.json",
+    "package": "report.html",
+}
+"""Where each kind of artifact lies in its phase's directory."""
+
+
+@dataclass
+class Outcome:
+    """A finished phase: its final metrics and what it used. Artifacts already lie in the phase's directory."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    data: list[DataRecord] = field(default_factory=list)
+    steps: int = 0
+
+
+@dataclass
+class PhaseContext:
+    file: PhaseFile
+    type: PhaseType
+    spec: Any
+    dir: PhaseDir
+    workers: Workers
+    meter: Meter
+    stop_signal: int | None = None
+
+    @property
+    def seed(self) -> int:
+        return int(self.spec.seed or 0)
+
+    @property
+    def base_dir(self) -> Path:
+        return Path(self.file.base_dir)
+
+    def input_dir(self, phase: str) -> PhaseDir:
+        """The directory of a finished phase that this one refers to."""
+        if phase not in self.file.inputs:
+            raise BadInput(f"phase {phase!r} is referred to, but the phase file's inputs hold {sorted(self.file.inputs)}")
+        return PhaseDir(Path(self.file.inputs[phase].path))
+
+    def artifact(self, ref: ArtifactRef) -> Path:
+        """File or folder of the artifact that a ``{phase: NAME}`` reference means."""
+        assert ref.phase is not None
+        directory = self.input_dir(ref.phase)
+        result = directory.read_result()
+        if result is None:
+            raise BadInput(f"phase {ref.phase!r} has no result.json in {directory.root}: it has not finished")
+        for artifact in result.artifacts.values():
+            if artifact.kind in ref.accepts:
+                return directory.root / artifact.path
+        raise BadInput(f"phase {ref.phase!r} leaves no {' or '.join(ref.accepts)}")
+
+    def model_location(self, ref: ModelRef | RewardModelRef) -> str:
+        """Folder or hub id to load from."""
+        if ref.phase is not None:
+            return str(self.artifact(ref))
+        assert ref.source is not None
+        if ref.source.startswith("package:"):
+            from trainers.core.packaged import packaged_model
+
+            return str(packaged_model(ref.source.removeprefix("package:")))
+        local = self.base_dir / ref.source
+        return str(local) if local.is_dir() else ref.source
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT only ask; the loop answers with :meth:`stop_if_asked`."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to stop; the same answer everywhere, so call it on all ranks."""
+        return self.workers.any(self.stop_signal is not None)
+
+    def stop_if_asked(self) -> None:
+        """For phases whose finished units are already on disk. Raises Interrupted."""
+        if self.stop_asked:
+            raise Interrupted("stopped; finished work is saved and the phase can go on")
+
+
+def artifact_of(ctx: PhaseContext) -> tuple[str, Artifact]:
+    """The phase's artifact, with the digest of what lies in its directory."""
+    from trainers.contract import tree_digest
+
+    path = ARTIFACT_NAMES[ctx.type.produces]
+    found = Artifact(kind=ctx.type.produces, path=path, digest=tree_digest(ctx.dir.root / path))
+    return ctx.type.produces, found
+
+
+def spec_settings(spec: PhaseSpec) -> dict[str, Any]:
+    """The settings for result.json: everything that was set or defaulted."""
+    return spec.document()

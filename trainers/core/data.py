@@ -1,0 +1,243 @@
+"""From data sources to rows to token sequences. One encode path for training, scoring and generation."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers.contract import BadInput, DataRecord
+from trainers.core.batch import Sequence
+from trainers.core.chat import ChatFormat
+from trainers.fingerprints import fingerprint, source_files
+from trainers.spec import DataSource
+
+Row = dict[str, Any]
+
+SCHEMAS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "sft": {"prompt": str, "response": str},
+    "preference": {"prompt": str, "chosen": str, "rejected": str},
+    "prompt": {"prompt": str},
+    "traces": {"prompt": str, "teacher_response": str, "reward": (int, float)},
+}
+"""Keys that a row must have, by schema. `sft` and `prompt` rows may hold chat `messages` instead."""
+
+
+@dataclass
+class Rows:
+    """Rows of several sources, with the record of where they came from."""
+
+    rows: list[Row] = field(default_factory=list)
+    records: list[DataRecord] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_rows(sources: Iterable[DataSource], schema: str, base_dir: Path, on_malformed: str, where: str) -> Rows:
+    """Read and check all rows. Raises BadInput with file and line, or with the reason why nothing is left."""
+    result = Rows()
+    for i, source in enumerate(sources):
+        rows, skipped = _read_source(source, SCHEMAS[schema], schema, base_dir, on_malformed == "skip")
+        result.rows += rows
+        mark = fingerprint(source, base_dir)
+        result.records.append(DataRecord(source=f"{where}[{i}]", fingerprint=mark, rows=len(rows), skipped=skipped))
+    if not result.rows:
+        raise BadInput(f"{where}: no usable rows")
+    return result
+
+
+def _read_source(
+    source: DataSource, keys: Mapping[str, Any], schema: str, base_dir: Path, skip: bool
+) -> tuple[list[Row], int]:
+    rows: list[Row] = []
+    skipped = 0
+    for place, raw in raw_rows(source, base_dir):
+        if source.limit is not None and len(rows) == source.limit:
+            break
+        problem, row = _check_row(raw, keys, schema, source.columns)
+        if problem is None:
+            rows.append(row)
+        elif skip:
+            skipped += 1
+        else:
+            raise BadInput(f"{place}: {problem}")
+    return rows, skipped
+
+
+def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, str | Row]]:
+    """(place for error messages, JSON text or decoded row)."""
+    if source.files is not None:
+        for path in source_files(source.files, base_dir):
+            yield from _lines(path)
+    elif source.synthetic is not None:
+        from trainers.synthetic import generate
+
+        made = source.synthetic
+        name = f"synthetic {made.task}/{made.split}"
+        try:
+            for i, row in enumerate(generate(made.task, made.split, made.count, made.seed), 1):
+                yield f"{name} row {i}", row
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+    elif source.hub is not None:
+        yield from _hub_rows(source)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}:{number + 1}: not UTF-8 text ({error.reason})") from error
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}:{number + 1}: cannot be read ({error})") from error
+
+
+def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
+    from datasets import load_dataset
+
+    hub = source.hub
+    assert hub is not None
+    try:
+        dataset = load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision)
+    except (ValueError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"dataset {hub.name} split {hub.split}: {lines[0]}") from error
+    for i, row in enumerate(dataset, 1):
+        yield f"{hub.name}[{hub.split}] row {i}", dict(row)
+
+
+def _check_row(raw: str | Row, keys: Mapping[str, Any], schema: str, columns: Mapping[str, str]) -> tuple[str | None, Row]:
+    """(what is wrong or None, the row)."""
+    try:
+        row = json.loads(raw) if isinstance(raw, str) else raw
+    except json.JSONDecodeError as error:
+        return f"not valid JSON ({error.msg} at column {error.colno})", {}
+    if not isinstance(row, dict):
+        return f"expected an object, got {type(row).__name__}", {}
+    row = {**row, **{key: row[column] for key, column in columns.items() if column in row}}
+    if "messages" in row and schema in ("sft", "prompt"):
+        return _check_messages(row["messages"], schema), row
+    for key, kind in keys.items():
+        if key not in row:
+            return f"key {key!r} is missing; {schema} rows need {', '.join(keys)}", {}
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):
+            return f"{key} is {type(row[key]).__name__}, expected {_kind_name(kind)}", {}
+    return None, row
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    return "text" if kind is str else "a number"
+
+
+def _check_messages(messages: object, schema: str) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "messages must be a non-empty list"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return f"messages[{i}] needs a text content"
+        if message.get("role") not in ("system", "user", "assistant"):
+            return f"messages[{i}].role is {message.get('role')!r}, expected system, user or assistant"
+    wanted = "assistant" if schema == "sft" else "user"
+    if schema == "sft" and all(m["role"] != "assistant" for m in messages):
+        return "messages hold no assistant turn to learn from"
+    if schema == "prompt" and messages[-1]["role"] != wanted:
+        return "messages must end with a user turn"
+    return None
+
+
+# ---------------------------------------------------------------- rows to sequences
+
+
+def prompt_messages(row: Row) -> list[dict[str, str]]:
+    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+
+
+def prompt_ids(chat: ChatFormat, row: Row) -> list[int]:
+    """Token ids up to where the assistant starts to speak."""
+    return chat.prompt(prompt_messages(row))
+
+
+def response_sequence(chat: ChatFormat, prompt: list[int], response: str, max_length: int) -> Sequence | None:
+    """Prompt and response, only the response (with its end token) scored; None if the response alone is too long.
+
+    A long prompt loses its left end: cutting the right end would remove what is being asked, and cutting the response
+    would teach the model to stop in the middle.
+    """
+    return joined(prompt, chat.response(response), max_length)
+
+
+def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence | None:
+    """See :func:`response_sequence`; for a response that is already tokens."""
+    room = max_length - len(response)
+    if room < 1:
+        return None
+    kept = prompt[-room:]
+    ids = np.array(kept + response, dtype=np.int64)
+    scored = np.zeros(len(ids), dtype=bool)
+    scored[len(kept) :] = True
+    return Sequence(ids, scored)
+
+
+def sft_sequence(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> Sequence | None:
+    """One training sequence of an sft row."""
+    if "messages" not in row:
+        sequence = response_sequence(chat, prompt_ids(chat, row), row["response"], max_length)
+    else:
+        sequence = _conversation(chat, row["messages"], max_length)
+    if sequence is not None and everything:
+        sequence = Sequence(sequence.ids, np.ones(len(sequence), dtype=bool))
+    return sequence
+
+
+def _conversation(chat: ChatFormat, messages: list[dict[str, str]], max_length: int) -> Sequence | None:
+    """All turns, the assistant's scored. Too long a conversation loses its oldest tokens."""
+    ids, scored = chat.conversation(messages)
+    ids, scored = ids[-max_length:], scored[-max_length:]
+    sequence = Sequence(np.array(ids, dtype=np.int64), np.array(scored, dtype=bool))
+    return sequence if sequence.num_scored else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    chosen: Sequence
+    rejected: Sequence
+    margin: float = 0.0
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(self.chosen), len(self.rejected)]
+
+
+def preference_pair(chat: ChatFormat, row: Row, max_length: int, use_margin: bool = False) -> Pair | None:
+    prompt = prompt_ids(chat, row)
+    chosen = response_sequence(chat, prompt, row["chosen"], max_length)
+    rejected = response_sequence(chat, prompt, row["rejected"], max_length)
+    if chosen is None or rejected is None:
+        return None
+    if use_margin and not isinstance(row.get("margin"), (int, float)):
+        raise BadInput(f"useMargin needs a number 'margin' in every row; prompt {row['prompt'][:60]!r} has none")
+    return Pair(chosen, rejected, float(row["margin"]) if use_margin else 0.0)
+
+
+def encode_rows(rows: Rows, encode: Callable[[Row], Any], where: str) -> list[Any]:
+    """Encode every row, dropping those that ``encode`` returns None for and counting them in the records."""
+    items = []
+    first = 0
+    for i, record in enumerate(rows.records):
+        encoded = [encode(row) for row in rows.rows[first : first + record.rows]]
+        first += record.rows
+        kept = [item for item in encoded if item is not None]
+        rows.records[i] = record.model_copy(update={"rows": len(kept), "dropped": len(encoded) - len(kept)})
+        items += kept
+    if not items:
+        raise BadInput(f"{where}: every row is too long for the length limit")
+    return items

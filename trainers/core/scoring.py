@@ -1,0 +1,110 @@
+"""Forward passes: scores of the chosen positions, never the logits of a whole batch.
+
+Names: K scored positions, V vocabulary, H hidden width, S sequences.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainers.contract import BadInput
+from trainers.core.batch import Batch
+
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once: 256 MiB in fp32."""
+
+LogitsFn = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Takes the logits of some scored positions, (k, V) in fp32, and which ones these are; returns (k, ...)."""
+
+
+class Scorer(nn.Module):
+    """A causal language model that hands logits to a function, in chunks of scored positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, fn: LogitsFn) -> torch.Tensor:
+        """Apply ``fn`` to the logits at the batch's K scored positions: (K, ...)."""
+        hidden = hidden_states(self.model, batch)[batch.scored_at]
+        return over_chunks(self.model, hidden, fn)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Final hidden states, one row per position: (R * L, H)."""
+    backbone = getattr(model, model.base_model_prefix)
+    extra = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    # With a cache transformers does not look for packed sequences, and they would see each other.
+    out = backbone(input_ids=batch.input_ids, use_cache=False, **extra)
+    return out.last_hidden_state.flatten(0, 1)
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """(k, H) to (k, V) in fp32, with the scale and soft cap that some architectures put on their logits."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def over_chunks(model: nn.Module, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
+    """Run head and ``fn`` over chunks; when there is more than one, logits are recomputed in the backward pass."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    if len(hidden) <= size:
+        return fn(head_logits(model, hidden), slice(0, len(hidden)))
+    parts = []
+    for start in range(0, len(hidden), size):
+        where = slice(start, min(start + size, len(hidden)))
+
+        def run(part: torch.Tensor, where: slice = where) -> torch.Tensor:
+            return fn(head_logits(model, part), where)
+
+        parts.append(checkpoint(run, hidden[where], use_reentrant=False))
+    return torch.cat(parts)
+
+
+def target_logprobs(batch: Batch, temperature: float = 1.0) -> LogitsFn:
+    """Log-probability of each scored token: (k,)."""
+
+    def fn(logits: torch.Tensor, where: slice) -> torch.Tensor:
+        if temperature != 1.0:
+            logits = logits / temperature
+        chosen = logits.gather(-1, batch.target_ids[where, None]).squeeze(-1)
+        return chosen - logits.logsumexp(-1)
+
+    return fn
+
+
+def check_scoring(model: nn.Module, device: torch.device) -> None:
+    """Compare our path with the model's own forward, and packed with separate sequences, on a few tokens.
+
+    Guards against architectures whose head does more than :func:`head_logits`, or that ignore position_ids
+    (convolutional and linear-attention models): their packed sequences would see each other.
+    """
+    import numpy as np
+
+    from trainers.core.batch import Sequence, collate
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = [np.arange(n) * 7 % vocabulary for n in (5, 4, 9)]
+    sequences = [Sequence(ids, np.ones(len(ids), dtype=bool)) for ids in rows]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = collate(sequences, packing=True, device=device)
+        ours = head_logits(model, hidden_states(model, packed)[packed.scored_at])
+        theirs = torch.cat([model(input_ids=torch.tensor(ids[None], device=device)).logits[0, :-1] for ids in rows])
+    model.train(was_training)
+    tolerance = 1e-3 if ours.dtype == theirs.dtype else 5e-2
+    scale = theirs.float().abs().max().clamp(min=1.0)
+    if (ours - theirs.float()).abs().max() > tolerance * scale:
+        kind = model.config.model_type
+        raise BadInput(f"models of type {kind} cannot be trained: packed sequences or logits differ from the model's own")

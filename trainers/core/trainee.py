@@ -1,0 +1,101 @@
+"""A module with its optimizer: the part of a training step that is the same in every phase."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainers.contract import Diverged
+from trainers.core.parallel import Workers
+from trainers.spec import Optim
+
+
+def learning_rate(step: int, total_steps: int, optim: Optim) -> float:
+    """Learning rate of the step with this index (from 0): linear warm-up, then the schedule down to its floor."""
+    warmup = math.ceil(optim.warmup_ratio * total_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - warmup) / max(1, total_steps - warmup)
+    shape = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
+
+
+class Trainee:
+    """A wrapped module, AdamW, clipping and the schedule. The learning rate is a function of the step, not a state."""
+
+    def __init__(self, workers: Workers, module: nn.Module, optim: Optim, total_steps: int) -> None:
+        self.workers = workers
+        self.optim = optim
+        self.total_steps = total_steps
+        self.module = workers.wrap(module)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(module, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=workers.device.type == "cuda",
+        )
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Add one micro-batch's gradient. ``loss`` is this rank's part of a sum over all ranks and micro-batches.
+
+        DDP averages over ranks, so the sum is restored by multiplying with their number.
+        """
+        with self.workers.accumulate(self.module, last):
+            (loss * self.workers.world).backward()
+
+    def update(self, step: int) -> dict[str, float]:
+        """Clip, take an optimizer step, clear gradients. Raises Diverged when the gradient is not finite."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm))
+        if not math.isfinite(norm):
+            raise Diverged(f"step {step + 1}: the gradient norm is {norm}; try a lower optim.lr than {self.optim.lr:g}")
+        lr = learning_rate(step, self.total_steps, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "learning_rate": lr}
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Trained parameters by name; with adapters only these."""
+        module = self.workers.unwrap(self.module)
+        return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy trained parameters back, in place. Raises KeyError if one is missing."""
+        with torch.no_grad():
+            for name, parameter in self.trained_weights().items():
+                parameter.copy_(weights[name])
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norm scales (fewer than two dimensions) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make everything random in a step (dropout) a function of (seed, step, rank), so a resumed run repeats it."""
+    mixed = int(torch.tensor([seed, step, rank]).mul(torch.tensor([1_000_003, 10_007, 101])).sum())
+    torch.manual_seed(mixed % 2**63)
+
+
+def step_generator(device: torch.device, *parts: int) -> torch.Generator:
+    """A generator that is a function of its parts (seed, step, rank)."""
+    import numpy as np
+
+    seed = int(np.random.SeedSequence(parts).generate_state(1, dtype=np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)

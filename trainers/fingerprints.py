@@ -1,0 +1,36 @@
+"""Identity of the rows a data source yields, without reading them as rows. Imports no torch."""
+
+import glob
+import hashlib
+from pathlib import Path
+
+from trainers.contract import BadInput, canonical_json, sha256_text
+from trainers.spec import DataSource
+
+
+def source_files(pattern: str, base_dir: Path) -> list[Path]:
+    """Files that a path or glob means, sorted; relative ones start at ``base_dir``.
+
+    Raises BadInput if there is none.
+    """
+    path = base_dir / pattern
+    found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+    files = [p for p in found if p.is_file()]
+    if not files:
+        raise BadInput(f"no file matches {pattern!r} in {base_dir.resolve()}")
+    return files
+
+
+def fingerprint(source: DataSource, base_dir: Path) -> str:
+    """SHA-256 over the files' contents; for hub and synthetic data over what was asked for."""
+    if source.files is None:
+        return sha256_text(canonical_json(source.document()))
+    return files_fingerprint(source_files(source.files, base_dir))
+
+
+def files_fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
