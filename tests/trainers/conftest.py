@@ -1,0 +1,119 @@
+"""Tiny models and an in-process way to run a phase. torch is imported only by what needs it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# Results must not depend on how a sum is split over threads, and the tests share their cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+RunPhase = Callable[..., tuple[int, Any]]
+LETTERS = {"synthetic": {"task": "letters", "split": "preferences", "count": 64}}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of width 32 with a word tokenizer and chat template for the `letters` task."""
+    from trainers.core.scratch import scratch_model
+    from trainers.spec import ScratchModel
+
+    spec = ScratchModel.model_validate(
+        {"hiddenSize": 32, "numLayers": 2, "numHeads": 4, "tokenizer": {"kind": "word", "trainOn": [LETTERS]}}
+    )
+    model, tokenizer = scratch_model(spec, 0, Path("."))
+    directory = tmp_path_factory.mktemp("tiny-model")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def run_phase() -> RunPhase:
+    """``run_phase(type, spec, inputs, output, **file) -> (exit code, Result or None)``, in this process.
+
+    ``inputs`` maps the phases that the spec refers to to their directories. Finished phases are looked for two levels
+    above ``output``, so give every run a folder of its own: ``tmp_path / "run" / "phase"``.
+    """
+    from trainers import launch
+    from trainers.contract import PhaseDir
+
+    def run(
+        kind: str, spec: dict[str, Any], inputs: dict[str, Path] | None, output: Path, **file: Any
+    ) -> tuple[int, Any]:
+        path = output.with_name(f"{output.name}.phase.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"output": str(output), "inputs": _inputs(inputs or {}), "spec": spec, **file}
+        path.write_text(yaml.safe_dump(document))
+        with _own_process():
+            code = launch.run_phase(kind, path, [])
+        return code, PhaseDir(output).read_result()
+
+    return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """``with stop_after(k):`` a phase run inside gets SIGTERM when it has finished step k."""
+    from trainers.core.checkpoint import Checkpoints
+
+    after_step = Checkpoints.after_step
+
+    @contextmanager
+    def stopping(k: int) -> Iterator[None]:
+        def stopped(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
+            if step == k:
+                os.kill(os.getpid(), signal.SIGTERM)
+            after_step(self, step, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "after_step", stopped)
+            yield
+
+    return stopping
+
+
+def _inputs(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
+    from trainers.contract import PhaseDir
+
+    found = {}
+    for name, directory in directories.items():
+        result = PhaseDir(directory).read_result()
+        assert result is not None, f"{directory} holds no finished phase"
+        found[name] = {"path": str(directory), "digest": result.artifact_digest}
+    return found
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """Put back what a phase leaves behind in its process: signal handlers and accelerate's state."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = os.environ.get("ALIGNMENT_METRICS_PORT")
+    os.environ["ALIGNMENT_METRICS_PORT"] = "0"
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        if before is None:
+            del os.environ["ALIGNMENT_METRICS_PORT"]
+        else:
+            os.environ["ALIGNMENT_METRICS_PORT"] = before
