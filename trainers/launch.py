@@ -131,7 +131,8 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, diges
     if workers.is_main:
         text = json.dumps(result.document(), indent=1)
         contract.write_atomic(directory.result, text)
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)
+        if hasattr(spec, "checkpoint") and spec.checkpoint.keep_last == 0:
+            shutil.rmtree(directory.checkpoints, ignore_errors=True)
     workers.barrier()
     meter.close()
     return _success(result)

@@ -290,8 +290,8 @@ class Checkpoint(SpecModel):
     """Save at the end of each pass over the data."""
     every_seconds: float | None = Field(default=60.0, gt=0)
     """Save when this much time has passed since the last save."""
-    keep_last: int = Field(default=2, ge=1)
-    """Checkpoints to keep, beside the best one."""
+    keep_last: int = Field(default=2, ge=0)
+    """Checkpoints to keep, beside the best one; with 0 the last one goes too once the phase is done."""
 
 
 class Evaluation(SpecModel):

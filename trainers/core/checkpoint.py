@@ -94,7 +94,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the newest; leftovers of killed writers go too."""
         root = self.ctx.dir.checkpoints
-        for _, path in steps_in(root)[: -self.spec.keep_last]:
+        for _, path in steps_in(root)[: -max(1, self.spec.keep_last)]:
             shutil.rmtree(path)
         for leftover in root.glob(".step-*"):
             shutil.rmtree(leftover)
