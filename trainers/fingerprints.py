@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import inspect
 from pathlib import Path
 
 from trainers.contract import BadInput, canonical_json, sha256_text
@@ -22,10 +23,20 @@ def source_files(pattern: str, base_dir: Path) -> list[Path]:
 
 
 def fingerprint(source: DataSource, base_dir: Path) -> str:
-    """SHA-256 over the files' contents; for hub and synthetic data over what was asked for."""
-    if source.files is None:
-        return sha256_text(canonical_json(source.document()))
-    return files_fingerprint(source_files(source.files, base_dir))
+    """SHA-256 over the files' contents; for hub data over what was asked for; for synthetic data also over the code."""
+    if source.files is not None:
+        return files_fingerprint(source_files(source.files, base_dir))
+    code = _generator_code(source.synthetic.task) if source.synthetic else ""
+    return sha256_text(canonical_json([source.document(), code]))
+
+
+def _generator_code(task: str) -> str:
+    """Digest of a generator's source, so that mending a generator is seen as a change of its data."""
+    from trainers.synthetic import TASKS
+
+    if task not in TASKS:
+        raise BadInput(f"unknown synthetic task {task!r}; known tasks: {', '.join(TASKS)}")
+    return files_fingerprint([Path(inspect.getfile(TASKS[task]))])  # type: ignore[arg-type]
 
 
 def files_fingerprint(files: list[Path]) -> str:
