@@ -6,12 +6,22 @@ Prompt and response are always tokenised apart, so the prompt's tokens in traini
 starts from. Special tokens come from the template alone (a second BOS is the most common silent bug of this field).
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from trainers.contract import BadInput
 
 Messages = list[dict[str, str]]
+Frame = tuple[str, str]
+"""Text that a template puts before and after a message."""
+
+SPECIAL_TEXT = re.compile(r"^$|^\s|\s$|[<\[{/]")
+"""Texts that a template may treat in its own way: blanks it strips, and marks such as </think> that it cuts at."""
+
+FRAME_PROBES = ("x7q", "two words", 'It\'s 5 > 4, "so" & so:\n\n  - yes')
 
 
 @dataclass(frozen=True)
@@ -27,17 +37,17 @@ class ChatFormat:
 
     def prompt(self, messages: Messages) -> list[int]:
         """Ids up to where the assistant starts to speak."""
-        return self._encode(self._render(messages, generation=True), first=True)
+        frame = self._prompt_frame if [m["role"] for m in messages] == ["user"] else None
+        text = _framed(frame, messages[0]["content"]) if messages else None
+        return self._encode(self._render(messages, generation=True) if text is None else text, first=True)
 
     def response(self, text: str) -> list[int]:
         """Ids of a response, up to and including the token that ends it.
 
         The text is taken from behind the rendered prompt, so whatever the template puts around it is kept.
         """
-        probe = [{"role": "user", "content": "x"}]
-        before = self._render(probe, generation=True)
-        after = self._render([*probe, {"role": "assistant", "content": text}], generation=False)
-        return self._ended(self._encode(_suffix(before, after)))
+        framed = _framed(self._response_frame, text)
+        return self._ended(self._encode(self._rendered_response(text) if framed is None else framed))
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation and whether each is to be learned: the assistant's turns with their end tokens."""
@@ -69,6 +79,19 @@ class ChatFormat:
                 return ids[: i + 1]
         return [*ids, self.end_id]
 
+    @cached_property
+    def _prompt_frame(self) -> Frame | None:
+        return _frame(lambda text: self._render([{"role": "user", "content": text}], generation=True))
+
+    @cached_property
+    def _response_frame(self) -> Frame | None:
+        return _frame(self._rendered_response)
+
+    def _rendered_response(self, text: str) -> str:
+        probe = [{"role": "user", "content": "x"}]
+        before = self._render(probe, generation=True)
+        return _suffix(before, self._render([*probe, {"role": "assistant", "content": text}], generation=False))
+
     def _render(self, messages: Messages, generation: bool) -> str:
         if self.tokenizer.chat_template is None:
             return _plain(messages, generation)
@@ -76,10 +99,24 @@ class ChatFormat:
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         """Ids of a piece of text; in the plain format the first piece gets the tokenizer's BOS, if it uses one."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if first and self.tokenizer.chat_template is None and _adds_bos(self.tokenizer):
-            ids.insert(0, self.tokenizer.bos_token_id)
+        ids = self._tokenize(text)
+        if first and self._plain_bos is not None:
+            ids.insert(0, self._plain_bos)
         return ids
+
+    @cached_property
+    def _plain_bos(self) -> int | None:
+        plain = self.tokenizer.chat_template is None
+        return int(self.tokenizer.bos_token_id) if plain and _adds_bos(self.tokenizer) else None
+
+    @cached_property
+    def _tokenize(self) -> Callable[[str], list[int]]:
+        """The tokenizer without transformers' wrapping, which costs three times what a short text's tokens cost."""
+        self.tokenizer("", truncation=False, padding=False)  # clears what a tokenizer.json may ask for
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return lambda text: list(backend.encode(text, add_special_tokens=False).ids)
 
 
 def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
@@ -94,6 +131,21 @@ def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
 
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+
+
+def _frame(render: Callable[[str], str]) -> Frame | None:
+    """What ``render`` puts around a text, or None if it does not insert texts as they are."""
+    left, found, right = render(FRAME_PROBES[0]).partition(FRAME_PROBES[0])
+    verbatim = all(render(probe) == left + probe + right for probe in FRAME_PROBES)
+    return (left, right) if found and verbatim else None
+
+
+def _framed(frame: Frame | None, text: str) -> str | None:
+    """The rendered text without rendering, or None where only rendering is sure to be right.
+
+    Rendering a template takes longer than encoding a short text, and a preference pair needs five of them.
+    """
+    return None if frame is None or SPECIAL_TEXT.search(text) else frame[0] + text + frame[1]
 
 
 def _plain(messages: Messages, generation: bool) -> str:
