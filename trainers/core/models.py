@@ -37,13 +37,21 @@ def load_causal_lm(ctx: PhaseContext, ref: ModelRef, lora: Lora | None = None, f
 
     Trained weights are fp32 (bf16 arithmetic comes from autocast); frozen ones are held in the arithmetic's own type.
     """
-    if ref.scratch is not None:
-        from trainers.core.scratch import scratch_model
+    return _prepare(ctx, *_causal_lm(ctx, ref, frozen), lora, frozen)
 
-        model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
-    else:
-        model, tokenizer = _pretrained(AutoModelForCausalLM, ctx, ref, frozen)
-    return _prepare(ctx, model, tokenizer, lora, frozen)
+
+def load_some_layers(ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...]) -> LoadedModel:
+    """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
+    model, tokenizer = _causal_lm(ctx, ref, frozen=False)
+    return _prepare(ctx, keep_layers(model, layers), tokenizer, None, frozen=False)
+
+
+def _causal_lm(ctx: PhaseContext, ref: ModelRef, frozen: bool) -> tuple[Any, Any]:
+    if ref.scratch is None:
+        return _pretrained(AutoModelForCausalLM, ctx, ref, frozen)
+    from trainers.core.scratch import scratch_model
+
+    return scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
 
 
 def load_reward_model(ctx: PhaseContext, ref: RewardModelRef, frozen: bool = True) -> LoadedModel:
@@ -93,6 +101,8 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
         config.layer_types = [config.layer_types[i] for i in layers]
     small = type(model)(config).to(next(model.parameters()).dtype)
     small.load_state_dict(_kept_weights(model, layers))
+    # It may name more end tokens than the tokenizer does.
+    small.generation_config = copy.deepcopy(model.generation_config)
     return small
 
 
@@ -108,6 +118,11 @@ def _kept_weights(model: Any, layers: tuple[int, ...]) -> dict[str, torch.Tensor
             name = f"{marker}{layers.index(int(index))}.{rest}"
         weights[name] = tensor
     return weights
+
+
+def context_length(model: Any) -> int:
+    """Positions that the model was made for; a very large number when its kind has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
