@@ -1,9 +1,13 @@
 """The rollout engine: batched sampling with a key-value cache, shared by ppo, rollout, distill and evaluate.
 
-Own code, because generation must be a function of an explicit generator (transformers' ``generate`` draws from the
-global one), and because latency needs the time of every token.
+Own code, because a response must be a function of explicit random numbers (transformers' ``generate`` draws from the
+global generator, so a resumed run would go another way), and because latency needs the time of every token.
 
-Names: B responses side by side, T tokens so far, V vocabulary.
+Token t of response i is chosen by one uniform number u[i, t] through the inverse of the cumulative distribution. So a
+response does not depend on which other responses are in its batch, or on how many processes share the work (but for
+rounding in the logits).
+
+Names: N responses in all, B side by side, T tokens so far, V vocabulary.
 """
 
 import time
@@ -32,25 +36,37 @@ def generate(
     prompts: List[list[int]],
     sampling: Sampling,
     stop_ids: frozenset[int],
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     pad_id: int = 0,
     keep_times: bool = False,
+    uniforms: torch.Tensor | None = None,
 ) -> list[Response]:
-    """Respond to prompts (token ids). Answers come in the order of the prompts.
+    """Respond to prompts (token ids, none empty). Answers come in the order of the prompts.
 
-    Prompts of like length go together, so little is padded. The same generator state gives the same responses.
+    What is random comes from ``uniforms``, (N, max_new_tokens) in [0, 1), or is drawn from ``generator`` on whatever
+    device that lives; greedy sampling (temperature 0) needs neither. Prompts of like length go together, so little is
+    padded. The model is put in eval mode meanwhile, in which gradient checkpointing does not switch the cache off.
     """
+    if uniforms is None:
+        uniforms = _draw(generator, len(prompts), sampling)
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[Response | None] = [None] * len(prompts)
+    responses: dict[int, Response] = {}
     for start in range(0, len(order), sampling.batch_size):
         chosen = order[start : start + sampling.batch_size]
-        batch = _Batch(model, [prompts[i] for i in chosen], sampling, stop_ids, generator, pad_id, keep_times)
-        for index, response in zip(chosen, batch.run(), strict=True):
-            responses[index] = response
+        batch = _Batch(model, [prompts[i] for i in chosen], sampling, stop_ids, uniforms[chosen], pad_id, keep_times)
+        responses |= zip(chosen, batch.run(), strict=True)
     model.train(was_training)
-    return [r for r in responses if r is not None]
+    return [responses[i] for i in range(len(prompts))]
+
+
+def _draw(generator: torch.Generator | None, count: int, sampling: Sampling) -> torch.Tensor:
+    if sampling.temperature == 0:
+        return torch.zeros(count, sampling.max_new_tokens)
+    assert generator is not None, "sampling needs a generator or its uniforms"
+    shape = (count, sampling.max_new_tokens)
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 class _Batch:
@@ -62,36 +78,37 @@ class _Batch:
         prompts: List[list[int]],
         sampling: Sampling,
         stop_ids: frozenset[int],
-        generator: torch.Generator,
+        uniforms: torch.Tensor,
         pad_id: int,
         keep_times: bool,
     ) -> None:
-        self.model, self.sampling, self.generator = model, sampling, generator
+        self.model, self.sampling, self.stop_ids = model, sampling, stop_ids
         self.keep_times = keep_times
-        self.device = next(model.parameters()).device
-        self.stop = torch.tensor(sorted(stop_ids), device=self.device)
-        self.pad_id = pad_id
+        device = next(model.parameters()).device
+        self.uniforms = uniforms.to(device)
         self.responses = [Response([], False) for _ in prompts]
         self.rows = list(range(len(prompts)))
         """Which response each row of the tensors belongs to."""
         width = max(map(len, prompts))
         padded = [[pad_id] * (width - len(p)) + list(p) for p in prompts]
-        self.input_ids = torch.tensor(padded, device=self.device)
-        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        self.done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        self.input_ids = torch.tensor(padded, device=device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self.positions = (real.cumsum(-1) - 1).clamp(min=0)
+        # Without padding no mask is needed, and building one is a good part of a small model's time per token.
+        self.mask = real if min(map(len, prompts)) < width else None
         self.cache: Any = None
 
     def run(self) -> list[Response]:
         began = time.perf_counter()
-        for _ in range(self.sampling.max_new_tokens):
-            tokens = sample(self._next_logits(), self.sampling, self.generator)
-            now = time.perf_counter() - began
-            self._store(tokens.tolist(), self.done.tolist(), now)
-            self.done |= torch.isin(tokens, self.stop)
-            if self._all_done():
+        for t in range(self.sampling.max_new_tokens):
+            tokens = sample(self._next_logits(), self.sampling, self.uniforms[:, t])
+            self._store(tokens.tolist(), time.perf_counter() - began)
+            going = [i for i, row in enumerate(self.rows) if not self.responses[row].ended]
+            if not going:
                 break
             self._extend(tokens)
+            if 2 * len(going) <= len(self.rows):
+                self._keep(going)
         return self.responses
 
     def _next_logits(self) -> torch.Tensor:
@@ -106,50 +123,56 @@ class _Batch:
         self.cache = out.past_key_values
         return out.logits[:, -1].float()
 
-    def _store(self, tokens: list[int], done: list[bool], now: float) -> None:
-        stop = set(self.stop.tolist())
-        for row, token, over in zip(self.rows, tokens, done, strict=True):
-            if not over:
-                response = self.responses[row]
-                response.ids.append(token)
-                response.ended = token in stop
-                if self.keep_times:
-                    response.times.append(now)
-
-    def _all_done(self) -> bool:
-        count = int(self.done.sum())
-        if count == len(self.rows):
-            return True
-        if count * 2 >= len(self.rows):
-            self._pending_keep = (~self.done).nonzero().squeeze(-1)
-        else:
-            self._pending_keep = None
-        return False
+    def _store(self, tokens: list[int], now: float) -> None:
+        """Add a token to every response that still goes on."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            response = self.responses[row]
+            if response.ended:
+                continue
+            response.ids.append(token)
+            response.ended = token in self.stop_ids
+            if self.keep_times:
+                response.times.append(now)
 
     def _extend(self, tokens: torch.Tensor) -> None:
-        """Make the sampled tokens the next input, and drop finished rows if many have finished."""
+        """Make the sampled tokens the next input."""
         self.input_ids = tokens[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
         self.positions = self.positions[:, -1:] + 1
-        keep = self._pending_keep
-        if keep is not None:
-            self.cache.batch_select_indices(keep)
-            self.input_ids, self.mask = self.input_ids[keep], self.mask[keep]
-            self.positions, self.done = self.positions[keep], self.done[keep]
-            self.rows = [self.rows[i] for i in keep.tolist()]
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
+
+    def _keep(self, going: list[int]) -> None:
+        """Drop the other rows."""
+        kept = torch.tensor(going, device=self.input_ids.device)
+        self.cache.batch_select_indices(kept)
+        self.input_ids, self.positions = self.input_ids[kept], self.positions[kept]
+        self.uniforms = self.uniforms[kept]
+        if self.mask is not None:
+            self.mask = self.mask[kept]
+        self.rows = [self.rows[i] for i in going]
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw a token per row: (B, V) to (B,). Temperature 0 is greedy; then top-k, then nucleus (top-p)."""
+def sample(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """Choose a token per row: logits (B, V) and uniforms (B,) in [0, 1) to ids (B,). Temperature 0 is greedy."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    probabilities = warped(logits, sampling).softmax(-1)
+    # Doubles: in single precision the tail of a large vocabulary is lost in the running sum.
+    cumulative = probabilities.double().cumsum(-1)
+    wanted = uniforms[:, None].double() * cumulative[:, -1:]
+    # The first token whose running sum exceeds what is wanted, so one of probability 0 is never chosen.
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits after temperature, then top-k, then nucleus (top-p), as transformers orders them: (B, V)."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         floor = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return logits
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from pydantic import Field
 
-from trainers.spec import Checkpoint, ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
+from trainers.spec import ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
 
 
 class RolloutSpec(PhaseSpec):
-    """Responses of a model to `{"prompt"}` rows, scored by a reward model, as `{"prompt", "teacher_response", "reward"}` rows."""
+    """Responses of a model to `{"prompt"}` rows, scored by a reward model, as `{"prompt", "teacher_response", "reward"}` rows.
+
+    Every finished batch of responses is saved, so there is nothing to set about checkpoints.
+    """
 
     policy: ModelRef
     """Model that responds."""
@@ -18,5 +21,3 @@ class RolloutSpec(PhaseSpec):
     """Generation settings."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
-    checkpoint: Checkpoint = Checkpoint()
-    """Saving of unfinished work: a step is one batch of responses."""

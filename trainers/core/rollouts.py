@@ -1,0 +1,129 @@
+"""Prompts, the responses that a model gives to them, and their rewards: what ppo, rollout and distill have in common."""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from trainers.contract import BadInput, Diverged
+from trainers.core.chat import ChatFormat, Messages
+from trainers.core.context import PhaseContext
+from trainers.core.data import Row, Rows, encode_rows, prompt_ids, prompt_messages, read_rows
+from trainers.core.generate import generate
+from trainers.core.models import LoadedModel, context_length
+from trainers.core.parallel import Workers
+from trainers.core.rewards import response_rewards
+from trainers.spec import PromptData, Sampling
+
+
+@dataclass(frozen=True)
+class Prompt:
+    row: Row
+    ids: list[int]
+    """Tokens up to where the assistant starts to speak."""
+
+    @property
+    def messages(self) -> Messages:
+        return prompt_messages(self.row)
+
+    @property
+    def text(self) -> str:
+        """What the user asked last."""
+        return str(self.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to a prompt."""
+
+    prompt: Prompt
+    ids: list[int]
+    """Generated tokens, the end token included."""
+    text: str
+    ended: bool
+    """Whether it stopped by itself rather than at the length limit."""
+    reward: float = 0.0
+
+
+def read_prompts(ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str) -> tuple[Rows, list[Prompt]]:
+    """All prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
+    rows = read_rows(data.prompts, "prompt", ctx.base_dir, data.on_malformed, f"{where}.prompts")
+    return rows, encode_rows(rows, partial(_prompt, chat, data.max_prompt_length), f"{where}.prompts")
+
+
+def _prompt(chat: ChatFormat, longest: int, row: Row) -> Prompt | None:
+    ids = prompt_ids(chat, row)
+    return Prompt(row, ids) if len(ids) <= longest else None
+
+
+def check_room(loaded: LoadedModel, prompts: List[Prompt], sampling: Sampling) -> None:
+    """Raise BadInput if the longest prompt and response do not fit the model's positions."""
+    longest = max(len(p.ids) for p in prompts)
+    limit = context_length(loaded.model)
+    if longest + sampling.max_new_tokens > limit:
+        raise BadInput(
+            f"a prompt of {longest} tokens and sampling.maxNewTokens {sampling.max_new_tokens} do not fit the model's "
+            f"{limit} positions: lower maxNewTokens or maxPromptLength"
+        )
+
+
+def respond(
+    workers: Workers,
+    loaded: LoadedModel,
+    prompts: List[Prompt],
+    sampling: Sampling,
+    keys: List[tuple[int, ...]],
+    reward_model: LoadedModel | None = None,
+    micro_batch_tokens: int = 8192,
+) -> list[Sample]:
+    """One response per prompt, in order and the same on all ranks, which share the work.
+
+    ``keys[i]`` (seed, step, index, …) is all that response i's randomness comes from, so it is the same for any number
+    of processes. Rewards are 0 without a reward model. Raises Diverged when a reward is not finite.
+    """
+    mine = range(len(prompts))[workers.rank :: workers.world]
+    with workers.autocast():
+        responses = generate(
+            loaded.model,
+            [prompts[i].ids for i in mine],
+            sampling,
+            loaded.chat.stop_ids,
+            pad_id=loaded.tokenizer.pad_token_id,
+            uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
+        )
+    samples = [
+        Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
+    ]
+    if reward_model is not None:
+        samples = _rewarded(workers, reward_model, samples, micro_batch_tokens)
+    return _in_order(workers, mine, samples)
+
+
+def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:
+    """(N, count) numbers in [0, 1), each row a function of its key."""
+    rows = [np.random.default_rng(key).random(count) for key in keys]
+    return torch.from_numpy(np.array(rows).reshape(len(keys), count))
+
+
+def _rewarded(workers: Workers, model: LoadedModel, samples: list[Sample], micro_batch_tokens: int) -> list[Sample]:
+    rewards = response_rewards(
+        workers,
+        model,
+        [s.prompt.messages for s in samples],
+        [s.text for s in samples],
+        [s.ended for s in samples],
+        context_length(model.model),
+        micro_batch_tokens,
+    )
+    if not np.isfinite(rewards).all():
+        raise Diverged("the reward model's scores are not finite")
+    return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
+
+
+def _in_order(workers: Workers, mine: List[int], samples: list[Sample]) -> list[Sample]:
+    """All ranks' samples by index, everywhere."""
+    pairs: list[object] = list(zip(mine, samples, strict=True))
+    gathered: dict[int, Sample] = dict(workers.gather_objects(pairs))  # type: ignore[arg-type]
+    return [gathered[i] for i in range(len(gathered))]

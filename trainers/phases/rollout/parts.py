@@ -1,0 +1,29 @@
+"""Finished rows on disk, batch by batch, so that a phase that was killed goes on behind the last whole batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainers.contract import write_atomic
+
+
+class Parts:
+    """``part-N.jsonl`` files, N being the index of the first row; each is written whole or not at all."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows so far, in order."""
+        lines = [line for path in self._paths() for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in lines]
+
+    def write(self, first: int, rows: list[dict[str, Any]]) -> None:
+        write_atomic(self.root / f"part-{first:09d}.jsonl", jsonl(rows))
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.root.glob("part-*.jsonl"))
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

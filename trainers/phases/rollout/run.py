@@ -1,0 +1,95 @@
+"""Teacher rollouts: a model's responses to prompts, with their rewards, as ``traces.jsonl``.
+
+A step is one batch of responses on every process. Response i is a function of the seed and i alone, so neither a
+restart nor another number of processes changes it.
+"""
+
+import statistics
+from typing import Any
+
+from trainers.contract import write_atomic
+from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.core.models import LoadedModel, load_causal_lm, load_reward_model, same_tokens
+from trainers.core.rollouts import Prompt, Sample, check_room, read_prompts, respond
+from trainers.phases.rollout.parts import Parts, jsonl
+from trainers.phases.rollout.spec import RolloutSpec
+from trainers.phases.rollout.tokens import check_tokens
+
+Row = dict[str, Any]
+
+
+def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
+    # ---- set up
+    loaded = load_causal_lm(ctx, spec.policy, frozen=True)
+    reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
+    data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
+    check_room(loaded, prompts, spec.sampling)
+    checked = _token_check(loaded, reward_model, prompts) if spec.sampling.max_new_tokens == 1 else {}
+    wanted = [prompt for prompt in prompts for _ in range(spec.samples_per_prompt)]
+    parts = Parts(ctx.dir.checkpoints)
+    rows = parts.read()
+    size = spec.sampling.batch_size * ctx.workers.world
+    total_steps = -(-len(wanted) // size)
+    ctx.workers.barrier()
+    ctx.meter.begin(len(rows) // size, total_steps, spec.document())
+
+    # ---- loop
+    while (first := len(rows)) < len(wanted):
+        batch = range(first, min(first + size, len(wanted)))
+        with ctx.meter.part("rollout"):
+            keys = [(ctx.seed, i) for i in batch]
+            chosen = [wanted[i] for i in batch]
+            samples = respond(
+                ctx.workers, loaded, chosen, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
+            )
+        done = [_row(sample) for sample in samples]
+        rows += done
+        if ctx.workers.is_main:
+            with ctx.meter.part("checkpoint"):
+                parts.write(first, done)
+        ctx.meter.count(sum(row["tokens"] for row in done), len(done))
+        summary = _summary(done)
+        ctx.meter.log(
+            -(-len(rows) // size),
+            reward=summary["rewardMean"],
+            response_length=summary["tokensMean"],
+            ended_share=summary["endedShare"],
+        )
+        if len(rows) < len(wanted):
+            ctx.stop_if_asked()
+
+    # ---- finish
+    if ctx.workers.is_main:
+        traces = [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
+        write_atomic(ctx.dir.root / ARTIFACT_NAMES["traces"], jsonl(traces))
+    return Outcome(_summary(rows) | checked, data.records, total_steps)
+
+
+def _row(sample: Sample) -> Row:
+    chat = {"messages": sample.prompt.messages} if "messages" in sample.prompt.row else {}
+    answer = {"prompt": sample.prompt.text, "teacher_response": sample.text, "reward": sample.reward}
+    return {**answer, **chat, "ended": sample.ended, "tokens": len(sample.ids)}
+
+
+def _summary(rows: list[Row]) -> dict[str, float]:
+    rewards = [row["reward"] for row in rows]
+    return {
+        "responses": len(rows),
+        "rewardMean": statistics.fmean(rewards),
+        "rewardStd": statistics.pstdev(rewards),
+        "tokensMean": statistics.fmean(row["tokens"] for row in rows),
+        "endedShare": statistics.fmean(row["ended"] for row in rows),
+    }
+
+
+def _token_check(loaded: LoadedModel, reward_model: LoadedModel | None, prompts: list[Prompt]) -> dict[str, float]:
+    """What ``--max-new-tokens 1`` is for. Raises BadInput when prompts do not become sane tokens."""
+    metrics = check_tokens(loaded.chat, prompts, "policy")
+    if reward_model is not None:
+        difference = same_tokens(reward_model.tokenizer, loaded.tokenizer)
+        metrics["rewardModelSameTokens"] = float(difference is None)
+        if difference is not None:
+            print(f"the reward model reads responses as text, its tokens are others: {difference}")
+            check_tokens(reward_model.chat, prompts, "rewardModel")
+    print(f"tokens of {len(prompts)} prompts checked: {metrics}")
+    return metrics
