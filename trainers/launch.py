@@ -84,8 +84,10 @@ def _finished(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: str
         elsewhere = contract.find_finished(directory.root.resolve().parent.parent, digest)
         if elsewhere is None or not _is_current(PhaseDir(elsewhere), file, spec, digest):
             return None
-        contract.adopt(elsewhere, directory.root)
-        found = directory
+        found = PhaseDir(elsewhere)
+        if _rank() == 0:  # the other ranks find the same result and end as well
+            contract.adopt(elsewhere, directory.root)
+            found = directory
     result = found.read_result()
     assert result is not None
     print(f"{file.phase}: nothing to do, {directory.root} holds this result already")
@@ -101,7 +103,7 @@ def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: s
     return all(fingerprint(source, Path(file.base_dir)) == marks[path] for path, source in sources.items())
 
 
-def _open_directory(directory: PhaseDir, digest: str, fresh: bool) -> None:
+def _open_directory(directory: PhaseDir, digest: str) -> None:
     """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
     if directory.identity.exists() and directory.identity.read_text().strip() != digest or directory.result.exists():
         contract.set_aside(directory.root)
@@ -116,7 +118,7 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, diges
 
     workers = Workers(spec.parallel)
     if workers.is_main:
-        _open_directory(directory, digest, fresh=False)
+        _open_directory(directory, digest)
     workers.barrier()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
@@ -136,6 +138,11 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, diges
     workers.barrier()
     meter.close()
     return _success(result)
+
+
+def _rank() -> int:
+    """This process's rank, known before torch is imported."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _metrics_port(local_rank: int) -> int:
@@ -237,8 +244,7 @@ def _terminate(termination: Termination) -> None:
     if path is None:
         return
     target = Path(path)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank and target.exists() and target.stat().st_size:
+    if _rank() and target.exists() and target.stat().st_size:
         return
     # A plain write: in a pod this path is a mounted file, which cannot be replaced.
     target.write_text(contract.termination_json(termination))

@@ -202,7 +202,12 @@ class Meter:
         write_atomic(self.directory.progress, json.dumps(self._progress.document()))
 
     def _serve(self, port: int) -> int:
-        server, _ = start_http_server(port, registry=self.registry)
+        """Serve /metrics. A port of its own choice (0) is for this machine only; a taken one is not worth failing for."""
+        try:
+            server, _ = start_http_server(port, "0.0.0.0" if port else "127.0.0.1", registry=self.registry)  # noqa: S104
+        except OSError as error:
+            print(f"metrics: port {port} cannot be used ({error.strerror}), taking another", file=sys.stderr)
+            server, _ = start_http_server(0, "127.0.0.1", registry=self.registry)
         return int(server.server_port)
 
     def _label_values(self) -> tuple[str, ...]:
