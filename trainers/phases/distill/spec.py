@@ -1,10 +1,21 @@
 """What a user can set for distillation."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import ModelRef, PromptData, RewardModelRef, Sampling, SpecModel, TracesRef, TrainingSpec
+from trainers.spec import (
+    DataSource,
+    Evaluation,
+    ModelRef,
+    PromptData,
+    RewardModelRef,
+    Sampling,
+    SpecModel,
+    TracesRef,
+    TrainingSpec,
+)
 
 
 class StudentRef(ModelRef):
@@ -75,9 +86,33 @@ class DistillSpec(TrainingSpec):
     @model_validator(mode="after")
     def _streams_have_sources(self) -> Self:
         if self.on_policy_fraction < 1 and self.traces is None:
-            raise ValueError(f"onPolicyFraction {self.on_policy_fraction} leaves steps that need stored traces: set traces, or onPolicyFraction: 1")
+            raise ValueError(
+                f"onPolicyFraction {self.on_policy_fraction} leaves steps that need stored traces: set traces, or onPolicyFraction: 1"
+            )
         if self.on_policy_fraction > 0 and self.prompts is None:
-            raise ValueError(f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0")
+            raise ValueError(
+                f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0"
+            )
         if self.on_policy_fraction > 0 and self.weighting.mode != "none" and self.reward_model is None:
-            raise ValueError(f"weighting.mode {self.weighting.mode} needs rewardModel to score the student's samples: set it, or weighting: {{mode: none}}")
+            raise ValueError(
+                f"weighting.mode {self.weighting.mode} needs rewardModel to score the student's samples: set it, or weighting: {{mode: none}}"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> Self:
+        if self.evaluation != Evaluation():
+            raise ValueError(
+                "evaluation has no effect here, distillation has no held-out rows: leave it out and use an evaluate phase"
+            )
+        if self.sampling.max_new_tokens >= self.max_length and self.on_policy_fraction > 0:
+            raise ValueError(
+                f"sampling.maxNewTokens {self.sampling.max_new_tokens} leaves no room for a prompt in maxLength {self.max_length}"
+            )
+        return self
+
+    def data_sources(self) -> Iterator[tuple[str, DataSource]]:
+        """The traces too when they are files, so that they are checked, and a change of their content is noticed."""
+        yield from super().data_sources()
+        if self.traces is not None and self.traces.files is not None:
+            yield "traces[0]", DataSource(files=self.traces.files)

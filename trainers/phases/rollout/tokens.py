@@ -59,4 +59,6 @@ def _no_round_trip(tokenizer: Any, ids: list[int]) -> str | None:
     if again == ids:
         return None
     at = next((i for i, (a, b) in enumerate(zip(ids, again, strict=False)) if a != b), min(len(ids), len(again)))
-    return f"tokens change from position {at} when decoded and encoded again ({ids[at : at + 4]} to {again[at : at + 4]})"
+    return (
+        f"tokens change from position {at} when decoded and encoded again ({ids[at : at + 4]} to {again[at : at + 4]})"
+    )

@@ -1,0 +1,65 @@
+"""Divergences between a teacher's and a student's next-token distributions, over the whole vocabulary.
+
+Names: p teacher, q student, k positions, V shared vocabulary.
+"""
+
+from typing import Any
+
+import torch
+
+
+def generalized_jsd(
+    student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float = 1.0
+) -> torch.Tensor:
+    """Generalized Jensen-Shannon divergence of each position in nats: logits (k, V) and (k, V) to (k,).
+
+    ``beta`` 0 is KL(p || q), 1 is KL(q || p), between them beta KL(p || m) + (1 - beta) KL(q || m) with
+    m = beta p + (1 - beta) q (Agarwal et al. 2024). It goes to 0 near its ends and jumps there: beta 0.01 is about a
+    hundredth of beta 0. Temperature divides both logits. Only the student gets a gradient.
+    """
+    return _GeneralizedJsd.apply(student, teacher, beta, temperature)
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(p || q) of each position, without a gradient: (k, V) and (k, V) to (k,)."""
+    with torch.no_grad():
+        return generalized_jsd(student, teacher, 0.0, temperature)
+
+
+class _GeneralizedJsd(torch.autograd.Function):
+    """The gradient is written down instead of recorded: recording keeps about five (k, V) tensors, this one.
+
+    With g = dD/dq, softmax turns it into q (g - sum q g); up to a constant, g is -p/q for KL(p || q), log(q/p) for
+    KL(q || p), and (1 - beta) log(q/m) for the rest.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float
+    ) -> torch.Tensor:
+        log_q = (student / temperature).log_softmax(-1)
+        log_p = (teacher / temperature).log_softmax(-1)
+        value, slope = _value_and_slope(log_p, log_q, beta)
+        ctx.save_for_backward(slope / temperature)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1) * slope, None, None, None
+
+
+def _value_and_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence (k,) and its gradient with respect to the student's scaled logits (k, V)."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        return (p * (log_p - log_q)).sum(-1), q - p
+    if beta == 1:
+        ratio = log_q - log_p
+        value = (q * ratio).sum(-1)
+        return value, q * (ratio - value.unsqueeze(-1))
+    log_m = (beta * p + (1 - beta) * q).log()
+    ratio = log_q - log_m
+    kl_q = (q * ratio).sum(-1)
+    kl_p = (p * (log_p - log_m)).sum(-1)
+    return beta * kl_p + (1 - beta) * kl_q, (1 - beta) * q * (ratio - kl_q.unsqueeze(-1))

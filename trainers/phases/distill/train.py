@@ -1,0 +1,192 @@
+"""Distillation on stored teacher traces and on the student's own samples (GKD, Agarwal et al. 2024), reward-weighted.
+
+The loss of a step is sum_i w_i sum_t D_it / sum_i w_i n_i, where D_it is the divergence of response i's token t, n_i its
+number of tokens and w_i its weight. Both sums go over all micro-batches and processes, and n_i counts the tokens of
+what is trained on: counting the loader's instead is wrong on-policy, where responses are made during the step.
+"""
+
+import math
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from trainers.contract import BadInput
+from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
+from trainers.core.chat import ChatFormat
+from trainers.core.checkpoint import Checkpoints
+from trainers.core.context import Outcome, PhaseContext
+from trainers.core.data import Row, Rows, encode_rows, joined, prompt_ids, read_rows
+from trainers.core.models import (
+    LoadedModel,
+    load_causal_lm,
+    load_reward_model,
+    load_some_layers,
+    same_tokens,
+    save_model,
+)
+from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
+from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
+from trainers.core.trainee import Trainee, seed_step
+from trainers.phases.distill.loss import forward_kl, generalized_jsd
+from trainers.phases.distill.spec import DistillSpec
+from trainers.phases.distill.streams import Streams
+from trainers.phases.distill.weights import correlation, reward_weights
+from trainers.spec import DataSource
+
+
+@dataclass(frozen=True)
+class Example:
+    """A response to learn on, after its prompt."""
+
+    sequence: Sequence
+    reward: float
+
+
+def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
+    # ---- set up
+    teacher, student = _models(spec, ctx)
+    reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
+    trace_rows, traces = _traces(spec, ctx, student)
+    prompt_rows, prompts = _prompts(spec, ctx, student)
+    streams = Streams(spec.on_policy_fraction)
+    order = BatchOrder(len(traces or prompts), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, order.total_steps, ctx.seed) if traces else order
+    trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, order.total_steps)
+    checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    first = checkpoints.restore()
+    ctx.meter.begin(first, order.total_steps, spec.document())
+
+    # ---- loop
+    for step in range(first, order.total_steps):
+        on_policy, index = streams.on_policy(step), streams.index(step)
+        if on_policy:
+            with ctx.meter.part("rollout"):
+                chosen_prompts = [prompts[i] for i in prompt_order.indices(index)]
+                batch = _own_samples(spec, ctx, student, reward_model, chosen_prompts, step)
+        else:
+            batch = [traces[i] for i in order.indices(index)]
+        with ctx.meter.part("data"):
+            weights = reward_weights(torch.tensor([e.reward for e in batch]), spec.weighting)
+            lengths = torch.tensor([e.sequence.num_scored for e in batch])
+            weighted_tokens = float((weights.values * lengths).sum())
+            micro_batches = plan_micro_batches(
+                [[len(e.sequence)] for e in batch], spec.parallel.micro_batch_tokens, spec.packing, ctx.workers.world
+            )[ctx.workers.rank]
+        seed_step(ctx.seed, step, ctx.workers.rank)
+        sums = torch.zeros(2, device=ctx.workers.device)
+        for i, chosen in enumerate(micro_batches):
+            with ctx.meter.part("forward_backward"):
+                sequences = [batch[j].sequence for j in chosen]
+                micro = collate(sequences, spec.packing, ctx.workers.device)
+                terms = trainee.module(micro, divergence(ctx, teacher, micro, spec.divergence_beta, spec.temperature))
+                shares = (weights.values[chosen] / weighted_tokens).to(terms)
+                loss = (shares[micro.segment] * terms[:, 0]).sum()
+                trainee.backward(loss, last=i == len(micro_batches) - 1)
+                sums += torch.stack([loss.detach(), terms[:, 1].detach().sum() / int(lengths.sum())])
+                ctx.meter.count(sum(map(len, sequences)), len(sequences))
+        with ctx.meter.part("optimizer"):
+            update = trainee.update(step)
+        loss_value, kl = ctx.workers.sum(sums).tolist()
+        reward = sum(e.reward for e in batch) / len(batch)
+        ctx.meter.log(
+            step + 1,
+            loss=loss_value,
+            kl=kl,
+            reward=reward,
+            on_policy=float(on_policy),
+            response_length=float(lengths.double().mean()),
+            ess=weights.effective_size,
+            weights_clipped=weights.clipped,
+            weight_length_correlation=correlation(weights.values, lengths),
+            **update,
+        )
+        stream = "onPolicy" if on_policy else "offPolicy"
+        checkpoints.state |= {f"{stream}KlLast": kl, f"{stream}RewardLast": reward}
+        checkpoints.after_step(step + 1, order.total_steps, (step + 1) % order.steps_per_epoch == 0)
+
+    # ---- finish
+    if ctx.workers.is_main:
+        ctx.meter.stage("saving")
+        save_model(student, ctx.dir.model)
+    sizes = {"parameters": student.num_parameters, "teacherParameters": teacher.num_parameters}
+    return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, order.total_steps)
+
+
+def divergence(ctx: PhaseContext, teacher: LoadedModel, batch: Batch, beta: float, temperature: float) -> LogitsFn:
+    """For the student's logits (k, V): the divergence to train on and KL(teacher || student), (k, 2).
+
+    The teacher's last hidden states are computed at once, its logits only for the student's chunk. Where the two heads
+    have different numbers of padding rows, both are cut to the shared ones, which renormalises them.
+    """
+    with torch.no_grad(), ctx.workers.autocast():
+        hidden = hidden_states(teacher.model, batch)[batch.scored_at]
+
+    def fn(logits: torch.Tensor, where: slice) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = head_logits(teacher.model, hidden[where])
+        shared = min(logits.shape[-1], wanted.shape[-1])
+        logits, wanted = logits[:, :shared], wanted[:, :shared]
+        loss = generalized_jsd(logits, wanted, beta, temperature)
+        kl = loss.detach() if beta == 0 else forward_kl(logits, wanted, temperature)
+        return torch.stack([loss, kl], dim=-1)
+
+    return fn
+
+
+def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedModel]:
+    """Teacher and student. Raises BadInput when the same token id means different things to them."""
+    teacher = load_causal_lm(ctx, spec.teacher, frozen=True)
+    if spec.student.teacher_layers is not None:
+        student = load_some_layers(ctx, spec.teacher, spec.student.teacher_layers)
+    else:
+        student = load_causal_lm(ctx, spec.student)
+    problem = same_tokens(teacher.tokenizer, student.tokenizer)
+    if problem:
+        raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")
+    check_scoring(teacher.model, ctx.workers.device)
+    check_scoring(student.model, ctx.workers.device)
+    return teacher, student
+
+
+def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Example]]:
+    if spec.traces is None or spec.on_policy_fraction == 1:
+        return Rows(), []
+    files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
+    rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, "stop", "traces")
+    return rows, encode_rows(rows, partial(_trace, student.chat, spec.max_length), "traces")
+
+
+def _trace(chat: ChatFormat, max_length: int, row: Row) -> Example | None:
+    if not math.isfinite(row["reward"]):
+        raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
+    response = chat.response(row["teacher_response"])
+    if not row.get("ended", True):
+        response = response[:-1]  # cut off by the length limit: the teacher did not end here
+    sequence = joined(prompt_ids(chat, row), response, max_length) if response else None
+    return None if sequence is None else Example(sequence, float(row["reward"]))
+
+
+def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Prompt]]:
+    if spec.prompts is None or spec.on_policy_fraction == 0:
+        return Rows(), []
+    rows, prompts = read_prompts(ctx, spec.prompts, student.chat, "prompts")
+    check_room(student, prompts, spec.sampling)
+    return rows, prompts
+
+
+def _own_samples(
+    spec: DistillSpec,
+    ctx: PhaseContext,
+    student: LoadedModel,
+    reward_model: LoadedModel | None,
+    prompts: List[Prompt],
+    step: int,
+) -> list[Example]:
+    """The student's responses as they are now, the same on all ranks."""
+    keys = [(ctx.seed, step, i) for i in range(len(prompts))]
+    tokens = spec.parallel.micro_batch_tokens
+    samples = respond(ctx.workers, student, prompts, spec.sampling, keys, reward_model, tokens)
+    found = [(joined(s.prompt.ids, s.ids, spec.max_length), s.reward) for s in samples]
+    return [Example(sequence, reward) for sequence, reward in found if sequence is not None]
