@@ -50,7 +50,7 @@ class ChatFormat:
         return self._ended(self._encode(self._rendered_response(text) if framed is None else framed))
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation and whether each is to be learned: the assistant's turns with their end tokens."""
+        """Ids of a whole conversation and whether each is learned: the assistant's turns with their end tokens."""
         ids: list[int] = []
         scored: list[bool] = []
         done = ""
@@ -120,12 +120,17 @@ class ChatFormat:
 
 
 def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
-    """The format of a tokenizer; end tokens come from the model's generation settings too, if a model is given."""
+    """The format of a tokenizer; end tokens come from the model's generation settings too, if a model is given.
+
+    A classifier has no such settings; its config may name several end tokens.
+    """
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no end-of-sequence token, so no response could end")
     stop = {int(tokenizer.eos_token_id)}
-    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stop |= set(more) if isinstance(more, list) else {more} - {None}
+    settings = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    more = getattr(settings, "eos_token_id", None)
+    if more is not None:
+        stop |= set(more if isinstance(more, list) else [more])
     return ChatFormat(tokenizer, frozenset(stop))
 
 

@@ -32,7 +32,9 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def load_causal_lm(ctx: PhaseContext, ref: ModelRef, lora: Lora | None = None, frozen: bool = False) -> LoadedModel:
+def load_causal_lm(
+    ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None = None, frozen: bool = False
+) -> LoadedModel:
     """A causal language model with its tokenizer, on the device.
 
     Trained weights are fp32 (bf16 arithmetic comes from autocast); frozen ones are held in the arithmetic's own type.
@@ -46,7 +48,9 @@ def load_some_layers(ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...]) 
     return _prepare(ctx, keep_layers(model, layers), tokenizer, None, frozen=False)
 
 
-def _causal_lm(ctx: PhaseContext, ref: ModelRef, frozen: bool) -> tuple[Any, Any]:
+def _causal_lm(ctx: PhaseContext, ref: ModelRef | None, frozen: bool) -> tuple[Any, Any]:
+    if ref is None:
+        raise BadInput("model: name one (in a run, the run's own model takes its place)")
     if ref.scratch is None:
         return _pretrained(AutoModelForCausalLM, ctx, ref, frozen)
     from trainers.core.scratch import scratch_model
@@ -62,27 +66,52 @@ def load_reward_model(ctx: PhaseContext, ref: RewardModelRef, frozen: bool = Tru
     return _prepare(ctx, model, tokenizer, None, frozen)
 
 
-def new_reward_model(ctx: PhaseContext, ref: ModelRef, lora: Lora | None) -> LoadedModel:
-    """A causal model's backbone with a fresh scalar head (normal, std 1/sqrt(H+1), as in InstructGPT's successors)."""
-    base = load_causal_lm(ctx, ref)
-    config = copy.deepcopy(base.model.config)
+def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None) -> tuple[LoadedModel, Any]:
+    """A causal model's backbone with a fresh scalar head (normal, std 1/sqrt(H+1), as in InstructGPT's successors).
+
+    Also returns the causal model, which shares the backbone and is not part of what is saved.
+    """
+    base, tokenizer = _causal_lm(ctx, ref, frozen=False)
+    stop_ids = chat_format(tokenizer, base).stop_ids
+    _own_pad_token(base, tokenizer, stop_ids)
+    config = copy.deepcopy(base.config)
     config.num_labels = 1
-    # transformers' own classifier refuses batches without a pad id; ours reads scores by position and needs none.
-    config.pad_token_id = base.tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_config(config)
-    prefix = base.model.base_model_prefix
-    getattr(model, prefix).load_state_dict(getattr(base.model, prefix).state_dict())
+    config.pad_token_id = tokenizer.pad_token_id
+    if len(stop_ids) > 1:  # a classifier has no generation settings to keep them in
+        config.eos_token_id = sorted(stop_ids)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    setattr(model, model.base_model_prefix, getattr(base, base.base_model_prefix))
+    head = score_head(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(ctx.seed)
-    head = score_head(model)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
-    return _prepare(ctx, model, base.tokenizer, lora, frozen=False)
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+    base.to(ctx.workers.device).requires_grad_(lora is None)
+    return _prepare(ctx, model, tokenizer, lora, frozen=False), base
 
 
-def score_head(model: Any) -> nn.Linear:
+def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None:
+    """Give the tokenizer a pad token that ends no response.
+
+    transformers' own classifiers read the score at the last token that is not the pad id. If that is the end token,
+    they read the one before it and disagree with us (huggingface/transformers#35352).
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stop_ids:
+        return
+    free = [token for token in (tokenizer.bos_token, tokenizer.unk_token) if token is not None]
+    free = [token for token in free if tokenizer.convert_tokens_to_ids(token) not in stop_ids]
+    tokenizer.add_special_tokens({"pad_token": free[0] if free else "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def score_head(model: Any) -> Any:
+    """The linear layer that makes a score of a hidden state, or peft's trained copy of it."""
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
+        if isinstance(getattr(head, "original_module", head), nn.Linear):
             return head
     raise BadInput(f"models of type {model.config.model_type} have no linear score head")
 
@@ -91,7 +120,9 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     """A copy of a Llama-like model with only these decoder layers."""
     decoder = getattr(model, model.base_model_prefix)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise BadInput(f"teacherLayers needs a model with a plain list of decoder layers; {model.config.model_type} has none")
+        raise BadInput(
+            f"teacherLayers needs a model with a plain list of decoder layers; {model.config.model_type} has none"
+        )
     count = len(decoder.layers)
     if layers[-1] >= count:
         raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {count - 1}")

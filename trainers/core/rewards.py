@@ -5,10 +5,12 @@ place when pad and end token are the same, and makes the score depend on the bat
 """
 
 from collections.abc import Sequence as List
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
+from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
 from trainers.core.chat import ChatFormat, Messages
 from trainers.core.data import joined
@@ -17,12 +19,12 @@ from trainers.core.parallel import Workers
 from trainers.core.scoring import hidden_states
 
 
-def reward_scores(model: nn.Module, batch: Batch) -> torch.Tensor:
+def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
     """Scores of the batch's sequences by a one-label sequence classifier: (S,) in fp32, differentiable."""
     return head_scores(model, hidden_states(model, batch), batch)
 
 
-def head_scores(model: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+def head_scores(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Scores from final hidden states (R * L, H): (S,) in fp32."""
     return score_head(model)(hidden[batch.last_at]).squeeze(-1).float()
 
@@ -81,3 +83,23 @@ def reward_sequence(chat: ChatFormat, prompt: Messages, response: str, ended: bo
     sequence = joined(chat.prompt(prompt), ids[: max_length - 1], max_length)
     assert sequence is not None  # one token of the prompt always has room
     return sequence
+
+
+@torch.no_grad()
+def check_reward_scoring(model: Any, device: torch.device) -> None:
+    """Compare packed scores with those of the model's own forward on single sequences; raises BadInput if they differ.
+
+    See :func:`trainers.core.scoring.check_scoring` for what this guards against.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = np.setdiff1d(np.arange(vocabulary), [model.config.pad_token_id])
+    rows = [ids[np.arange(n) * 7 % len(ids)] for n in (5, 4, 9)]
+    sequences = [Sequence(row, np.zeros(len(row), dtype=bool)) for row in rows]
+    was_training = model.training
+    model.eval()
+    ours = reward_scores(model, collate(sequences, packing=True, device=device))
+    theirs = torch.cat([model(input_ids=torch.tensor(row[None], device=device)).logits[0].float() for row in rows])
+    model.train(was_training)
+    if (ours - theirs).abs().max() > 1e-3 * theirs.abs().max().clamp(min=1.0):
+        kind = model.config.model_type
+        raise BadInput(f"reward models of type {kind} cannot be used: packed scores differ from the model's own")

@@ -1,0 +1,178 @@
+"""Reward modelling (Bradley and Terry 1952; Ouyang et al. 2022).
+
+The loss of an optimizer step is the mean over all its pairs, plus `lmWeight` times the mean over all scored tokens of
+its chosen responses. Both are divided by counts of the whole step, so micro-batches and processes do not change it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
+from trainers.core.checkpoint import Checkpoints
+from trainers.core.context import Outcome, PhaseContext
+from trainers.core.data import Pair, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.models import LoadedModel, new_reward_model, save_model
+from trainers.core.rewards import check_reward_scoring, head_scores, score_sequences
+from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
+from trainers.core.trainee import Trainee, seed_step
+from trainers.phases.reward import loss
+from trainers.phases.reward.spec import RewardSpec
+
+
+class RewardModule(nn.Module):
+    """What is trained: the classifier and, with a language-model loss, the language head on the same backbone."""
+
+    def __init__(self, classifier: nn.Module, language: nn.Module | None) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.language = language
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (S,) and the log-probabilities of the scored tokens (K,), which are all zero without language head."""
+        hidden = hidden_states(self.classifier, batch)
+        scores = head_scores(self.classifier, hidden, batch)
+        if self.language is None:
+            return scores, scores.new_zeros(len(batch.scored_at))
+        return scores, over_chunks(self.language, hidden[batch.scored_at], target_logprobs(batch))
+
+
+def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
+    # ---- set up
+    loaded, language = new_reward_model(ctx, spec.model, spec.lora)
+    check_reward_scoring(loaded.model, ctx.workers.device)
+    rows, train = _pairs(spec, ctx, loaded, "train")
+    held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
+    order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    module = RewardModule(loaded.model, language if spec.lm_weight else None)
+    trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps)
+    checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    first = checkpoints.restore()
+    ctx.meter.begin(first, order.total_steps, spec.document())
+
+    # ---- loop
+    for step in range(first, order.total_steps):
+        with ctx.meter.part("data"):
+            batch = [train[i] for i in order.indices(step)]
+            micro_batches = plan_micro_batches(
+                [pair.lengths for pair in batch], spec.parallel.micro_batch_tokens, spec.data.packing, ctx.workers.world
+            )[ctx.workers.rank]
+            num_tokens = sum(pair.chosen.num_scored for pair in batch)
+        seed_step(ctx.seed, step, ctx.workers.rank)
+        sums = torch.zeros(3, device=ctx.workers.device)
+        for i, chosen in enumerate(micro_batches):
+            with ctx.meter.part("forward_backward"):
+                pairs = [batch[j] for j in chosen]
+                micro = collate(_sequences(pairs), spec.data.packing, ctx.workers.device)
+                scores, logprobs = trainee.module(micro)
+                step_loss, measures = _loss(spec, pairs, scores, logprobs, len(batch), num_tokens)
+                trainee.backward(step_loss, last=i == len(micro_batches) - 1)
+                sums += measures
+                ctx.meter.count(sum(sum(pair.lengths) for pair in pairs), len(pairs))
+        with ctx.meter.part("optimizer"):
+            update = trainee.update(step)
+        measured = dict(zip(("loss", "accuracy", "reward"), ctx.workers.sum(sums).tolist(), strict=True))
+        ctx.meter.log(step + 1, **measured, **update)
+        if held_out and _is_due(spec, step + 1, order.total_steps):
+            _evaluate(spec, ctx, loaded, held_out, checkpoints, step + 1)
+        checkpoints.after_step(step + 1, order.total_steps, (step + 1) % order.steps_per_epoch == 0)
+
+    # ---- finish
+    metrics: dict[str, float] = {}
+    if held_out:
+        metrics = _evaluate(spec, ctx, loaded, held_out, checkpoints, order.total_steps)
+    if held_out and spec.evaluation.keep_best:
+        checkpoints.load_best("model")
+        metrics = _held_out_metrics(spec, ctx, loaded, held_out)
+    metrics["parameters"] = loaded.num_parameters
+    if ctx.workers.is_main:
+        ctx.meter.stage("saving")
+        save_model(loaded, ctx.dir.model)
+    return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
+
+
+def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
+    where = f"data.{part}"
+    rows = read_rows(getattr(spec.data, part), "preference", ctx.base_dir, spec.data.on_malformed, where)
+    max_length, use_margin = spec.data.max_length, spec.use_margin
+    return rows, encode_rows(rows, lambda row: preference_pair(loaded.chat, row, max_length, use_margin), where)
+
+
+def _sequences(pairs: list[Pair]) -> list[Sequence]:
+    """Chosen, rejected, chosen, …; tokens are scored for the language-model loss, in the chosen ones only."""
+    found = []
+    for pair in pairs:
+        found += [pair.chosen, replace(pair.rejected, scored=np.zeros_like(pair.rejected.scored))]
+    return found
+
+
+def _loss(
+    spec: RewardSpec, pairs: list[Pair], scores: torch.Tensor, logprobs: torch.Tensor, num_pairs: int, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A micro-batch's part of the step's loss, and of (loss, accuracy, margin): (), (3,).
+
+    Without pairs the sums are empty, but still reach every weight: all processes must take part in the backward pass.
+    """
+    chosen, rejected = scores[: 2 * len(pairs)].view(-1, 2).unbind(1)
+    margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
+    pair_loss = loss.bradley_terry(chosen, rejected, margin)
+    if spec.centering:
+        pair_loss = pair_loss + spec.centering * loss.centering(chosen, rejected)
+    total = pair_loss.sum() / num_pairs
+    if spec.lm_weight:
+        total = total - spec.lm_weight * logprobs.sum() / num_tokens
+    difference = (chosen - rejected).detach()
+    right = (difference > 0).sum()
+    return total, torch.stack([total.detach(), right / num_pairs, difference.sum() / num_pairs])
+
+
+def _is_due(spec: RewardSpec, step: int, total_steps: int) -> bool:
+    every = spec.evaluation.every_steps
+    return every is not None and step % every == 0 and step < total_steps
+
+
+def _evaluate(
+    spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, held_out: list[Pair], checkpoints: Checkpoints, step: int
+) -> dict[str, float]:
+    """Metrics on held-out pairs; keeps the weights if they are the best so far."""
+    with ctx.meter.part("evaluation"):
+        metrics = _held_out_metrics(spec, ctx, loaded, held_out)
+    ctx.meter.record(step, eval_loss=metrics["evalLoss"], eval_accuracy=metrics["evalAccuracy"])
+    if spec.evaluation.keep_best:
+        checkpoints.keep_best("model", metrics["evalLoss"], higher_is_better=False)
+    return metrics
+
+
+def _held_out_metrics(
+    spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, held_out: list[Pair]
+) -> dict[str, float]:
+    """Final metrics, the same on all processes. `evalLoss` is the preference loss alone, without centring."""
+    chosen, rejected = _pair_scores(spec, ctx, loaded, held_out).unbind(1)
+    lengths = torch.tensor([[pair.chosen.num_scored, pair.rejected.num_scored] for pair in held_out])
+    margin = torch.tensor([pair.margin for pair in held_out])
+    scores = torch.cat([chosen, rejected])
+    found = {
+        "evalAccuracy": loss.accuracy(chosen, rejected),
+        "evalLoss": loss.bradley_terry(chosen, rejected, margin).mean(),
+        "evalCalibrationError": loss.calibration_error(chosen, rejected),
+        "evalMargin": (chosen - rejected).mean(),
+        "lengthBaselineAccuracy": loss.length_baseline(*lengths.unbind(1)),
+        "rewardMean": scores.mean(),
+        "rewardStd": scores.std(correction=0),
+        "lengthCorrelation": loss.correlation(scores, lengths.T.flatten()),
+    }
+    return {name: value.item() for name, value in found.items()}
+
+
+def _pair_scores(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, pairs: list[Pair]) -> torch.Tensor:
+    """Scores of chosen and rejected, each process doing its share: (P, 2) on the CPU."""
+    workers = ctx.workers
+    mine = range(workers.rank, len(pairs), workers.world)
+    sequences = [sequence for i in mine for sequence in (pairs[i].chosen, pairs[i].rejected)]
+    scores = torch.zeros(len(pairs), 2)
+    scores[list(mine)] = score_sequences(
+        workers, loaded, sequences, spec.parallel.micro_batch_tokens, spec.data.packing
+    ).view(-1, 2)
+    return workers.sum(scores).cpu()
