@@ -14,7 +14,9 @@ def main() -> int:
     parser.add_argument("type", choices=[entry.name for entry in REGISTRY])
     parser.add_argument("--spec", type=Path, required=True, help="phase file, YAML or JSON (trainers/contract.py)")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting of the spec")
-    parser.add_argument("--max-new-tokens", type=int, help="for rollout; 1 only checks that prompts tokenise as they should")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="for rollout; 1 only checks that prompts tokenise as they should"
+    )
     args = parser.parse_args()
     changes = [_change(text) for text in args.set]
     if args.max_new_tokens is not None:

@@ -382,7 +382,9 @@ def adopt(finished: Path, phase_root: Path) -> None:
     """
     temporary = phase_root.with_name(f".{phase_root.name}.{os.getpid()}.adopt")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(finished, temporary, copy_function=_link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts"))
+    shutil.copytree(
+        finished, temporary, copy_function=_link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts")
+    )
     set_aside(phase_root)
     shutil.rmtree(phase_root, ignore_errors=True)
     os.replace(temporary, phase_root)

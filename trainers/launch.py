@@ -34,7 +34,7 @@ def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]])
         digest = contract.phase_digest(kind.name, spec, file.image, inputs)
         directory = PhaseDir(Path(file.output))
         termination = _finished(directory, file, spec, digest) or _run(kind, file, spec, directory, digest)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - every way to fail ends in an exit status and a message
         return _fail(error, digest)
     _terminate(termination)
     return 0
@@ -105,7 +105,8 @@ def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: s
 
 def _open_directory(directory: PhaseDir, digest: str) -> None:
     """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
-    if directory.identity.exists() and directory.identity.read_text().strip() != digest or directory.result.exists():
+    unfinished = directory.identity.exists() and directory.identity.read_text().strip() != digest
+    if unfinished or directory.result.exists():
         contract.set_aside(directory.root)
     directory.root.mkdir(parents=True, exist_ok=True)
     contract.write_atomic(directory.identity, digest)
@@ -216,7 +217,11 @@ def classify(error: BaseException) -> FailureClass:
     if isinstance(error, PhaseError):
         return error.failure
     text = str(error).lower()
-    if isinstance(error, MemoryError) or "outofmemory" in type(error).__name__.lower() or "can't allocate memory" in text:
+    if (
+        isinstance(error, MemoryError)
+        or "outofmemory" in type(error).__name__.lower()
+        or "can't allocate memory" in text
+    ):
         return FailureClass.OUT_OF_MEMORY
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return FailureClass.INFRASTRUCTURE

@@ -41,7 +41,11 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "loss", "gauge", "Training loss of the last step."),
     MetricDef(PREFIX + "learning_rate", "gauge", "Learning rate of the last step."),
     MetricDef(PREFIX + "grad_norm", "gauge", "Gradient norm of the last step, before clipping."),
-    MetricDef(PREFIX + "reward", "gauge", "Mean reward of the last step (ppo, rollout, distill) or reward margin (reward, dpo)."),
+    MetricDef(
+        PREFIX + "reward",
+        "gauge",
+        "Mean reward of the last step (ppo, rollout, distill) or reward margin (reward, dpo).",
+    ),
     MetricDef(PREFIX + "kl", "gauge", "KL divergence to the reference or teacher in the last step, nats per token."),
     MetricDef(PREFIX + "tokens_per_second", "gauge", "Tokens per second of this rank over the last steps."),
     MetricDef(PREFIX + "part_seconds_total", "counter", "Seconds spent, by part of the step.", ("part",)),

@@ -143,7 +143,10 @@ def kill_after(seconds: float, target, *args) -> None:
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()
     deadline = time.monotonic() + 20
-    while not any(p for p in Path(args[0]).parent.rglob("*") if not p.name.startswith(".")) and time.monotonic() < deadline:
+    while (
+        not any(p for p in Path(args[0]).parent.rglob("*") if not p.name.startswith("."))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
@@ -152,7 +155,9 @@ def kill_after(seconds: float, target, *args) -> None:
 
 class TestGates:
     def test_every_missed_metric_is_named_with_value_and_threshold(self):
-        spec = dpo(gates=[{"metric": "acc", "atLeast": 0.8}, {"metric": "kl", "atMost": 1}, {"metric": "ok", "atLeast": 0}])
+        spec = dpo(
+            gates=[{"metric": "acc", "atLeast": 0.8}, {"metric": "kl", "atMost": 1}, {"metric": "ok", "atLeast": 0}]
+        )
         with pytest.raises(contract.GateFailed, match=r"acc is 0.5, must be at least 0.8; kl is 2, must be at most 1"):
             check_gates(spec, {"acc": 0.5, "kl": 2.0, "ok": 1.0})
 
@@ -170,7 +175,10 @@ class TestGates:
     [
         (contract.BadInput("x"), FailureClass.BAD_INPUT),
         (MemoryError(), FailureClass.OUT_OF_MEMORY),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), FailureClass.OUT_OF_MEMORY),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+            FailureClass.OUT_OF_MEMORY,
+        ),
         (OSError("No space left on device"), FailureClass.INFRASTRUCTURE),
         (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), FailureClass.INFRASTRUCTURE),
         (ZeroDivisionError("x"), FailureClass.INTERNAL),

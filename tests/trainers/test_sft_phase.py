@@ -207,7 +207,9 @@ def phase_file(path: Path, output: Path, spec: dict) -> Path:
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0", **env}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 @pytest.mark.slow
@@ -222,7 +224,15 @@ def test_kill_9_in_the_middle_continues_to_the_same_weights(tiny_model_dir, tmp_
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for name in ("tokens_total", "loss", "learning_rate", "grad_norm", "eta_seconds", "memory_bytes", "part_seconds_total"):
+    for name in (
+        "tokens_total",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "eta_seconds",
+        "memory_bytes",
+        "part_seconds_total",
+    ):
         assert f"alignment_trainer_{name}{{" in text
     assert PhaseDir(output).read_result() is None
     assert start(["-m", "trainers", "sft", "--spec", str(file)]).wait(120) == 0

@@ -82,7 +82,9 @@ def pack_rows(lengths: List[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def plan_micro_batches(lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1
+) -> list[list[list[int]]]:
     """Split one optimizer step over ranks and forward passes.
 
     ``lengths[i]`` are the lengths of item i's sequences (a pair has two), which stay together. Returns, for each rank,

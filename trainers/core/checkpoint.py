@@ -44,7 +44,9 @@ class Checkpoints:
         for name, trainee in self.trainees.items():
             trainee.load_weights(load_file(path / f"{name}.safetensors", device=str(trainee.workers.device)))
             device = trainee.workers.device
-            trainee.load_optimizer_state(torch.load(path / f"{name}.optimizer.pt", map_location=device, weights_only=True))
+            trainee.load_optimizer_state(
+                torch.load(path / f"{name}.optimizer.pt", map_location=device, weights_only=True)
+            )
         saved = json.loads((path / "state.json").read_text())
         self.state = saved["state"]
         self.ctx.meter.seconds_before = saved["seconds"]

@@ -52,7 +52,9 @@ class PhaseContext:
     def input_dir(self, phase: str) -> PhaseDir:
         """The directory of a finished phase that this one refers to."""
         if phase not in self.file.inputs:
-            raise BadInput(f"phase {phase!r} is referred to, but the phase file's inputs hold {sorted(self.file.inputs)}")
+            raise BadInput(
+                f"phase {phase!r} is referred to, but the phase file's inputs hold {sorted(self.file.inputs)}"
+            )
         return PhaseDir(Path(self.file.inputs[phase].path))
 
     def artifact(self, ref: ArtifactRef) -> Path:

@@ -115,7 +115,9 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
         yield f"{hub.name}[{hub.split}] row {i}", dict(row)
 
 
-def _check_row(raw: str | Row, keys: Mapping[str, Any], schema: str, columns: Mapping[str, str]) -> tuple[str | None, Row]:
+def _check_row(
+    raw: str | Row, keys: Mapping[str, Any], schema: str, columns: Mapping[str, str]
+) -> tuple[str | None, Row]:
     """(what is wrong or None, the row)."""
     try:
         row = json.loads(raw) if isinstance(raw, str) else raw

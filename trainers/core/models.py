@@ -146,8 +146,9 @@ def _kept_weights(model: Any, layers: tuple[int, ...]) -> dict[str, torch.Tensor
             index, rest = name[len(marker) :].split(".", 1)
             if int(index) not in layers:
                 continue
-            name = f"{marker}{layers.index(int(index))}.{rest}"
-        weights[name] = tensor
+            weights[f"{marker}{layers.index(int(index))}.{rest}"] = tensor
+        else:
+            weights[name] = tensor
     return weights
 
 

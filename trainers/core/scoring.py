@@ -4,6 +4,7 @@ Names: K scored positions, V vocabulary, H hidden width, S sequences.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ LogitsFn = Callable[[torch.Tensor, slice], torch.Tensor]
 class Scorer(nn.Module):
     """A causal language model that hands logits to a function, in chunks of scored positions."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -32,7 +33,7 @@ class Scorer(nn.Module):
         return over_chunks(self.model, hidden, fn)
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states, one row per position: (R * L, H)."""
     backbone = getattr(model, model.base_model_prefix)
     extra = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
@@ -41,7 +42,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     return out.last_hidden_state.flatten(0, 1)
 
 
-def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(k, H) to (k, V) in fp32, with the scale and soft cap that some architectures put on their logits."""
     logits = model.get_output_embeddings()(hidden).float()
     config = model.config.get_text_config()
@@ -54,7 +55,7 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def over_chunks(model: nn.Module, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
+def over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
     """Run head and ``fn`` over chunks; when there is more than one, logits are recomputed in the backward pass."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -83,7 +84,7 @@ def target_logprobs(batch: Batch, temperature: float = 1.0) -> LogitsFn:
     return fn
 
 
-def check_scoring(model: nn.Module, device: torch.device) -> None:
+def check_scoring(model: Any, device: torch.device) -> None:
     """Compare our path with the model's own forward, and packed with separate sequences, on a few tokens.
 
     Guards against architectures whose head does more than :func:`head_logits`, or that ignore position_ids
@@ -107,4 +108,6 @@ def check_scoring(model: nn.Module, device: torch.device) -> None:
     scale = theirs.float().abs().max().clamp(min=1.0)
     if (ours - theirs.float()).abs().max() > tolerance * scale:
         kind = model.config.model_type
-        raise BadInput(f"models of type {kind} cannot be trained: packed sequences or logits differ from the model's own")
+        raise BadInput(
+            f"models of type {kind} cannot be trained: packed sequences or logits differ from the model's own"
+        )

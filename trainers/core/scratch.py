@@ -47,7 +47,11 @@ def scratch_tokenizer(spec: ScratchTokenizer, base_dir: Path) -> Any:
         raise BadInput("scratch.tokenizer.trainOn: no text")
     core = _words(texts, spec.vocab_size) if spec.kind == "word" else _bytes(texts, spec.vocab_size)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -57,8 +57,12 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard_gradients()
         return {"grad_norm": norm, "learning_rate": lr}
+
+    def discard_gradients(self) -> None:
+        """Take the step's gradients back instead of updating."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name; with adapters only these."""
