@@ -1,0 +1,229 @@
+"""What a user writes: the AlignmentRun's metadata and spec."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, model_validator
+
+from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
+from controller.api.status import RunStatus
+from trainers.phases import REGISTRY, PhaseType, phase_type
+from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set, require_one
+
+MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)
+"""The members a phase entry can have: one for each phase type."""
+
+
+def _quantity(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Quantity = Annotated[
+    str,
+    BeforeValidator(_quantity),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}),
+]
+"""A Kubernetes quantity: `8`, `500m`, `64Gi`."""
+
+
+class ObjectMeta(SpecModel):
+    """The part of Kubernetes' metadata that is used here; fields set by the server pass through."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=DNS_LABEL, max_length=RUN_NAME_LENGTH)
+    """Name of the run: lower-case letters, digits and `-`."""
+    namespace: str | None = None
+    """Namespace; ignored in local runs."""
+    labels: dict[str, str] = {}
+    """Labels, handed on to every object made for the run."""
+    annotations: dict[str, str] = {}
+    """Annotations."""
+    generation: int | None = None
+    """Set by the server: counts changes of the spec."""
+
+
+class Workspace(SpecModel):
+    """Where artifacts are kept: exactly one of `claimName`, `uri`. Local runs use a folder instead (`--workspace`)."""
+
+    claim_name: str | None = None
+    """A PersistentVolumeClaim that every pod of the run mounts."""
+    uri: str | None = None
+    """An object store prefix, for example `s3://bucket/prefix`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        require_one(self, "claim_name", "uri")
+        return self
+
+
+class EnvVar(SpecModel):
+    name: str = Field(min_length=1, max_length=256)
+    """Name of the variable."""
+    value: str = ""
+    """Its value."""
+
+
+class Resources(SpecModel):
+    requests: dict[str, Quantity] = {}
+    """What the scheduler sets aside, for example `{cpu: 8, memory: 64Gi}`."""
+    limits: dict[str, Quantity] = {}
+    """What a pod may use at most, for example `{nvidia.com/gpu: 8}`."""
+
+
+class Toleration(SpecModel):
+    key: str | None = None
+    """Taint key; all keys unless set."""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    """How the value is compared."""
+    value: str | None = None
+    """Taint value."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Taint effect; all effects unless set."""
+    toleration_seconds: int | None = None
+    """For NoExecute: how long the pod may stay."""
+
+
+class Template(SpecModel):
+    """How a phase's processes run. A field set in a phase's own template wins; `env` is merged by name."""
+
+    image: str | None = None
+    """Container image of the trainers; the operator's default unless set. Part of a phase's identity."""
+    nodes: int | None = Field(default=None, ge=1, le=4096)
+    """Pods (machines) per phase; 1 unless set. Local runs have one."""
+    procs_per_node: int | None = Field(default=None, ge=1, le=64)
+    """Processes per pod, one per GPU; 1 unless set."""
+    resources: Resources | None = None
+    """Requests and limits of each pod."""
+    env: tuple[EnvVar, ...] = Field(default=(), max_length=128)
+    """Environment variables."""
+    secret_refs: tuple[str, ...] = Field(default=(), max_length=16)
+    """Secrets whose keys become environment variables (a hub token, object store credentials)."""
+    node_selector: dict[str, str] = {}
+    """Labels a node must have."""
+    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=32)
+    """Taints that are tolerated."""
+    service_account_name: str | None = None
+    """Service account of the pods."""
+    priority_class_name: str | None = None
+    """Priority class of the pods."""
+
+
+class RetryBudget(SpecModel):
+    """Further attempts after a failure, by its class. Bad input, missed gates, divergence and bugs are never retried."""
+
+    out_of_memory: int = Field(default=1, ge=0, le=10)
+    """The device or the machine ran out of memory."""
+    infrastructure: int = Field(default=5, ge=0, le=10)
+    """Network, storage, a lost node or another process failed."""
+    interrupted: int = Field(default=10, ge=0, le=10)
+    """Something outside asked the phase to stop (preemption, eviction)."""
+
+
+class Backoff(SpecModel):
+    """Wait before a further attempt; doubles with each failure, with up to a quarter of jitter."""
+
+    initial_seconds: float = Field(default=10.0, ge=0)
+    """Before the second attempt."""
+    max_seconds: float = Field(default=600.0, ge=0)
+    """Longest wait."""
+
+
+class FailurePolicy(SpecModel):
+    """What happens when a phase fails. Phases that do not need its artifact go on."""
+
+    retries: RetryBudget = RetryBudget()
+    """Further attempts per phase."""
+    backoff: Backoff = Backoff()
+    """Wait between attempts."""
+    phase_deadline_seconds: float | None = Field(default=None, gt=0)
+    """A phase that takes longer, all attempts together, is stopped and has failed."""
+    run_deadline_seconds: float | None = Field(default=None, gt=0)
+    """A run that takes longer is stopped and has failed."""
+    stalled_after_seconds: float = Field(default=900.0, gt=0)
+    """A running phase that reports no progress for so long makes the run Stalled; nothing is stopped."""
+
+
+class PhaseEntry(SpecModel):
+    """One phase of a run: a name, and exactly one member that says the type."""
+
+    NOT_MEMBERS: ClassVar[tuple[str, ...]] = ("name", "suspend", "template")
+
+    name: str = Field(pattern=DNS_LABEL, max_length=PHASE_NAME_LENGTH)
+    """Name that other phases refer to: lower-case letters, digits and `-`."""
+    suspend: bool = False
+    """Do not start this phase; stop it if it runs. Unfinished work is kept."""
+    template: Template | None = None
+    """Where this phase departs from the run's template."""
+
+    @model_validator(mode="after")
+    def _one_member(self) -> Self:
+        found = members_set(self, MEMBERS)
+        if len(found) != 1:
+            got = " and ".join(found) or "none of them"
+            raise ValueError(f"a phase has exactly one of {', '.join(MEMBERS)}; got {got}")
+        return self
+
+    @property
+    def type(self) -> PhaseType:
+        return phase_type(members_set(self, MEMBERS)[0])
+
+    @property
+    def spec(self) -> PhaseSpec:
+        return cast(PhaseSpec, getattr(self, self.type.name))
+
+
+def _summary(entry: PhaseType) -> str:
+    return (entry.spec.__doc__ or entry.name).strip().splitlines()[0]
+
+
+_members: dict[str, Any] = {
+    entry.name: (entry.spec | None, Field(default=None, description=_summary(entry))) for entry in REGISTRY
+}
+Phase = create_model("Phase", __base__=PhaseEntry, __module__=__name__, **_members)
+Phase.__doc__ = PhaseEntry.__doc__
+
+
+class RunSpec(SpecModel):
+    """What is wanted: phases, and what they have in common."""
+
+    model: ModelRef | None = None
+    """Model for the phases that name none of their own."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed for the phases that name none of their own."""
+    workspace: Workspace | None = None
+    """Where artifacts are kept on a cluster."""
+    template: Template = Template()
+    """How processes run, for all phases."""
+    queue_name: str | None = None
+    """Kueue queue that the run's jobs wait in."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """Retries and deadlines."""
+    suspend: bool = False
+    """Stop everything that runs and start nothing. Finished phases stay finished, unfinished work is kept."""
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
+    """Delete the run's jobs this long after its end; artifacts stay."""
+    phases: tuple[Phase, ...] = Field(min_length=1, max_length=MAX_PHASES)
+    """The phases; references between them say what waits for what, independent ones run side by side."""
+
+
+class AlignmentRun(SpecModel):
+    """A whole alignment pipeline: applied to a cluster or run on one machine."""
+
+    api_version: Literal[API_VERSION]  # type: ignore[valid-type]
+    """Version of this format."""
+    kind: Literal[KIND]  # type: ignore[valid-type]
+    """Always AlignmentRun."""
+    metadata: ObjectMeta
+    """Name and labels."""
+    spec: RunSpec
+    """What is wanted."""
+    status: RunStatus | None = None
+    """What is; written by the controller."""
+
+    @property
+    def phases(self) -> tuple[PhaseEntry, ...]:
+        return cast(tuple[PhaseEntry, ...], self.spec.phases)
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name

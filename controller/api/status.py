@@ -1,0 +1,168 @@
+"""What the controller says about a run."""
+
+import enum
+from datetime import datetime
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from trainers.contract import FailureClass
+from trainers.spec import SpecModel
+
+
+class StatusModel(SpecModel):
+    """Base of what the controller writes. Fields of a newer version are dropped, so an older one can read them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class PhaseState(enum.StrEnum):
+    WAITING = "Waiting"
+    """An input has not finished."""
+    READY = "Ready"
+    """Could start, but as many phases as allowed are running."""
+    RUNNING = "Running"
+    BACKING_OFF = "BackingOff"
+    """Waits before its next attempt."""
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    BLOCKED = "Blocked"
+    """An input failed, or is not part of what was asked for."""
+    NOT_SELECTED = "NotSelected"
+    """Not part of what was asked for."""
+
+
+class AttemptState(enum.StrEnum):
+    ASKED = "Asked"
+    """Asked for, not seen yet."""
+    RUNNING = "Running"
+    STOPPING = "Stopping"
+    """We asked it to end."""
+    STOPPED = "Stopped"
+    """Ended because we asked; does not count as a failure."""
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+    @property
+    def ended(self) -> bool:
+        return self in (AttemptState.STOPPED, AttemptState.SUCCEEDED, AttemptState.FAILED)
+
+
+class Attempt(StatusModel):
+    """One start of a phase."""
+
+    number: int
+    """Counts from 1; part of the job's name."""
+    digest: str
+    """Identity of what it was started for."""
+    state: AttemptState
+    """How far it is."""
+    failure: FailureClass | None = None
+    """Class of its failure."""
+    message: str = Field(default="", max_length=1024)
+    """What it said at its end."""
+    started_at: datetime | None = None
+    """First seen running."""
+    finished_at: datetime | None = None
+    """Seen ended."""
+
+
+class PhaseProgress(StatusModel):
+    """How far a running phase is."""
+
+    step: int = 0
+    """Finished steps."""
+    total_steps: int = 0
+    """Steps in all."""
+    loss: float | None = None
+    """Loss of the last step."""
+    tokens_per_second: float | None = None
+    """Over the last steps."""
+    eta_seconds: float | None = None
+    """Estimated time to the phase's end."""
+    stage: str = ""
+    """What goes on outside the steps: loading, evaluating, saving."""
+    updated_at: datetime | None = None
+    """When the phase last reported."""
+
+
+class PhaseStatus(StatusModel):
+    name: str
+    """Name of the phase."""
+    type: str
+    """Its type."""
+    state: PhaseState = PhaseState.WAITING
+    """How far it is."""
+    message: str = ""
+    """Why it is in this state."""
+    digest: str | None = None
+    """Identity of what is asked for; known once the inputs have finished."""
+    artifact_digest: str | None = None
+    """Identity of what it left."""
+    failure: FailureClass | None = None
+    """Class of the failure that ended it."""
+    attempts: tuple[Attempt, ...] = ()
+    """Attempts that still matter."""
+    started_at: datetime | None = None
+    """First seen running with this digest."""
+    finished_at: datetime | None = None
+    """Ended."""
+    retry_at: datetime | None = None
+    """When the next attempt may start."""
+    progress: PhaseProgress | None = None
+    """Last report of the running attempt."""
+    metrics: dict[str, float] = {}
+    """Final metrics."""
+
+
+class Condition(StatusModel):
+    """As metav1.Condition."""
+
+    type: str
+    """Accepted, Progressing, Suspended, Stalled, Succeeded or Failed."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: str
+    """A word that programs can rely on."""
+    message: str = ""
+    """A sentence for people."""
+    observed_generation: int | None = None
+    """Generation of the run that this was said about."""
+    last_transition_time: datetime
+    """When the status last changed."""
+
+
+class RunStatus(StatusModel):
+    observed_generation: int | None = None
+    """Generation of the run that this was said about."""
+    phase: str = ""
+    """Running phases by name, or how the run ended."""
+    progress: str = ""
+    """Finished phases of all: `3/8`."""
+    step: str = ""
+    """Of the running phase: `120/400`."""
+    loss: str = ""
+    """Of the running phase."""
+    tokens_per_second: str = ""
+    """Of the running phase."""
+    eta: str = ""
+    """Of the running phase."""
+    started_at: datetime | None = None
+    """When work began."""
+    finished_at: datetime | None = None
+    """When the run ended."""
+    phases: tuple[PhaseStatus, ...] = ()
+    """One for each phase, in the run's order."""
+    conditions: tuple[Condition, ...] = ()
+    """Accepted, Progressing, Suspended, Stalled, Succeeded, Failed."""
+
+    def condition(self, kind: str) -> Condition | None:
+        return next((c for c in self.conditions if c.type == kind), None)
+
+    def is_true(self, kind: str) -> bool:
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    def phase_status(self, name: str) -> PhaseStatus | None:
+        return next((p for p in self.phases if p.name == name), None)

@@ -1,0 +1,1 @@
+"""Backends carry out what the planner asks for."""

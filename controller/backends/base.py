@@ -1,0 +1,28 @@
+"""What the planner needs from whatever runs the jobs."""
+
+from pathlib import Path
+from typing import Protocol
+
+from controller.api.run import AlignmentRun
+from controller.plan.job import PhaseJob
+from controller.plan.observed import Observed
+
+
+class Backend(Protocol):
+    """Three methods. None of them may trust that an earlier call of another has worked."""
+
+    async def observe(self, run: AlignmentRun) -> Observed:
+        """Everything there is of this run: jobs, results, progress."""
+
+    async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
+        """See that the job exists. The same job twice is one job."""
+
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
+        """Have the attempt end, with time to save its work. An absent one is a success."""
+
+
+class HasLogs(Protocol):
+    """A backend that can show what a phase has printed."""
+
+    def log_file(self, run: str, phase: str, attempt: int | None = None) -> Path | None:
+        """The log of an attempt, the newest unless told; None if there is none."""

@@ -1,0 +1,1 @@
+"""Phases as processes on this machine."""

@@ -1,0 +1,202 @@
+"""Starting, finding again and ending the processes of one attempt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from controller.api.status import StatusModel
+from trainers.contract import FAILURES, FailureClass, Termination, write_atomic
+
+LEASH = Path(__file__).with_name("leash.py")
+
+MARKER = "ALIGNMENT_JOB"
+"""Environment variable by which every process of a phase, however deep, is known: its phase's directory."""
+
+
+class JobRecord(StatusModel):
+    """`job.json` in a phase's directory: the newest attempt."""
+
+    attempt: int
+    digest: str
+    pid: int
+    created: float
+    """The process's start time: a pid alone may be someone else's by now."""
+    threads: int
+    """Per process. Kept for a phase that goes on, because their number changes the order of floating-point sums."""
+    gpus: tuple[str, ...] = ()
+    started_at: datetime
+
+
+def job_file(root: Path) -> Path:
+    return root / "job.json"
+
+
+def log_file(root: Path, attempt: int) -> Path:
+    return root / "attempts" / f"{attempt}.log"
+
+
+def termination_file(root: Path, attempt: int) -> Path:
+    return root / "attempts" / f"{attempt}.termination.json"
+
+
+def attempt_numbers(root: Path) -> list[int]:
+    return sorted(int(p.stem) for p in (root / "attempts").glob("*.log") if p.stem.isdigit())
+
+
+def read_record(root: Path) -> JobRecord | None:
+    try:
+        return JobRecord.model_validate_json(job_file(root).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def write_record(root: Path, record: JobRecord) -> None:
+    write_atomic(job_file(root), json.dumps(record.document(), indent=1))
+
+
+def start(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start in a session of its own, so that a Ctrl-C at the terminal reaches us and not the phase."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    leash = [sys.executable, "-I", "-S", str(LEASH), str(os.getpid())]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*leash, *command],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def record_of(
+    process: subprocess.Popen[bytes], attempt: int, digest: str, threads: int, gpus: tuple[str, ...]
+) -> JobRecord:
+    try:
+        created = psutil.Process(process.pid).create_time()
+    except psutil.NoSuchProcess:
+        created = time.time()
+    return JobRecord(
+        attempt=attempt,
+        digest=digest,
+        pid=process.pid,
+        created=created,
+        threads=threads,
+        gpus=gpus,
+        started_at=datetime.now(UTC),
+    )
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def is_alive(record: JobRecord) -> bool:
+    try:
+        process = psutil.Process(record.pid)
+        return abs(process.create_time() - record.created) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def processes_under(directory: Path) -> list[psutil.Process]:
+    """Every live process of the phases in a directory: the started ones and all they started in turn.
+
+    Known by an environment variable, because torchrun puts its workers in sessions of their own.
+    """
+    wanted = str(directory.resolve())
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(MARKER, "")
+            if (mark == wanted or mark.startswith(wanted + os.sep)) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
+            continue
+    return found
+
+
+# ---------------------------------------------------------------- ending
+
+
+def ask_to_stop(processes: Iterable[psutil.Process]) -> None:
+    _signal(processes, signal.SIGTERM)
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    _signal(processes, signal.SIGKILL)
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def end_all(directory: Path, grace: float) -> int:
+    """End every process under a directory: ask, wait, insist. Returns how many there were. Returns only when none is left."""
+    processes = processes_under(directory)
+    total = len(processes)
+    ask_to_stop(processes)
+    psutil.wait_procs(processes, timeout=grace)
+    while left := processes_under(directory):
+        kill(left)
+        psutil.wait_procs(left, timeout=5)
+    return total
+
+
+# ---------------------------------------------------------------- what an end means
+
+
+def classify(status: int, root: Path, attempt: int) -> tuple[FailureClass | None, str]:
+    """(failure, message) of an attempt that ended: by its own word if it left one, else by its exit status."""
+    said = _termination(termination_file(root, attempt))
+    if said is not None and said.failure is not None:
+        return said.failure, said.message
+    if status == 0:
+        return None, ""
+    return _by_status(status, root, attempt)
+
+
+def _termination(path: Path) -> Termination | None:
+    try:
+        return Termination.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _by_status(status: int, root: Path, attempt: int) -> tuple[FailureClass, str]:
+    if status < 0:
+        return _by_signal(signal.Signals(-status))
+    last = (tail(log_file(root, attempt), 1) or ["nothing was printed"])[0]
+    failure = next((f for f, known in FAILURES.items() if known.code == status), FailureClass.INTERNAL)
+    return failure, f"exit status {status}: {last.strip()[:500]}"
+
+
+def _by_signal(number: signal.Signals) -> tuple[FailureClass, str]:
+    if number == signal.SIGKILL:
+        return FailureClass.INFRASTRUCTURE, "killed by SIGKILL, which is how a machine out of memory ends a process"
+    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return FailureClass.INTERRUPTED, f"ended by {number.name} before it could save"
+    return FailureClass.INTERNAL, f"crashed with {number.name}"
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last non-empty lines of a log, reading only its end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 64 * 1024, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if line.strip()][-count:]

@@ -1,0 +1,164 @@
+"""`alignctl run`: from files and flags to a finished run, and what is said at its end."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from controller import workspace
+from controller.api.problems import InvalidRun, Problem
+from controller.api.run import AlignmentRun
+from controller.api.status import PhaseState, PhaseStatus, RunStatus
+from controller.backends.local import process
+from controller.backends.local.backend import LocalBackend
+from controller.backends.local.machine import Machine, this_machine
+from controller.commands.display import LiveTable, PlainLines
+from controller.commands.table import comparison_table, plain_table, read_comparison
+from controller.compose import Document, compose, read_document
+from controller.plan.explain import explain, select, unmet_inputs
+from controller.plan.resolve import merge_templates, resolve
+from controller.preflight import load_run
+from controller.runner import Outcome, Runner
+
+LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    file: Path
+    fragments: tuple[Path, ...] = ()
+    settings: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
+    workspace: Path = workspace.DEFAULT
+    jobs: int | None = None
+
+    @property
+    def base_dir(self) -> Path:
+        """Relative paths in a run start at the run's file."""
+        return self.file.resolve().parent
+
+    def document(self) -> Document:
+        return compose(read_document(self.file), [read_document(path) for path in self.fragments], self.settings)
+
+    def load(self) -> AlignmentRun:
+        return load_run(self.document(), self.base_dir, local=True)
+
+    def selection(self, run: AlignmentRun) -> frozenset[str] | None:
+        try:
+            return select(run, self.only, self.start)
+        except ValueError as error:
+            raise InvalidRun([Problem("--only" if self.only else "--from", str(error))]) from error
+
+
+def local_backend(request: Request, run: AlignmentRun) -> LocalBackend:
+    machine = this_machine(os.environ)
+    procs = max(merge_templates(run.spec.template, entry.template).procs_per_node or 1 for entry in run.phases)
+    _check_gpus(machine, procs)
+    jobs = request.jobs or machine.default_jobs(procs)
+    return LocalBackend(request.workspace, request.base_dir, machine, jobs, os.environ)
+
+
+def _check_gpus(machine: Machine, procs: int) -> None:
+    if machine.gpus and procs > len(machine.gpus):
+        count = len(machine.gpus)
+        raise InvalidRun(
+            [Problem("spec.template.procsPerNode", f"{procs}: each process needs a GPU, and this machine has {count}")]
+        )
+
+
+def run_command(request: Request) -> int:
+    run = request.load()
+    only = request.selection(run)
+    backend = local_backend(request, run)
+    with workspace.locked(request.workspace):
+        _settle(request.workspace, run.name, backend.grace)
+        asyncio.run(_check_inputs(run, backend, only))
+        workspace.write_run(request.workspace, run, request.document())
+        return _drive(run, backend, request, only)
+
+
+def _settle(root: Path, run: str, grace: float) -> None:
+    """Phases of a runner that was killed are saving their work; two of a kind must not write at once."""
+    directory = root / run
+    if process.processes_under(directory):
+        print("waiting for phases of an earlier, killed run to save their work and end", file=sys.stderr)
+        process.end_all(directory, grace)
+
+
+async def _check_inputs(run: AlignmentRun, backend: LocalBackend, only: Collection[str] | None) -> None:
+    if only is None:
+        return
+    plans = explain(run, await backend.survey(run), only)
+    if missing := unmet_inputs(run, plans, only):
+        raise InvalidRun([Problem("", text) for text in missing])
+
+
+def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Collection[str] | None) -> int:
+    console = Console()
+    display = LiveTable(console) if console.is_terminal else PlainLines(lambda text: print(text, flush=True))
+    runner = Runner(run, backend, request.workspace, display, only)
+    with display:
+        outcome = asyncio.run(runner.drive())
+    status = runner.run.status or RunStatus()
+    if outcome == Outcome.INTERRUPTED:
+        typer.echo(f"stopped. The same command continues where it was: alignctl run {_again(request)}")
+    elif outcome == Outcome.SUSPENDED:
+        typer.echo("suspended: " + ", ".join(p.name for p in status.phases if p.state == PhaseState.SUSPENDED))
+    report_failures(status, run.name, backend)
+    if outcome == Outcome.SUCCEEDED:
+        report_results(run, request.workspace, console)
+    return outcome.exit_status
+
+
+def _again(request: Request) -> str:
+    return " ".join(
+        [str(request.file), *(f"-f {path}" for path in request.fragments), *(f"--set {s}" for s in request.settings)]
+    )
+
+
+def report_failures(status: RunStatus, run: str, backend: LocalBackend) -> None:
+    """For each failed phase the class, what it said, and where to read on."""
+    for phase in status.phases:
+        if phase.state == PhaseState.FAILED:
+            typer.echo("")
+            typer.secho(f"phase {phase.name} failed: {_reason(phase)}", fg="red", bold=True)
+            _show_log(backend.log_file(run, phase.name))
+
+
+def _reason(phase: PhaseStatus) -> str:
+    return f"{phase.failure}: {phase.message}" if phase.failure else phase.message
+
+
+def _show_log(log: Path | None) -> None:
+    if log is None:
+        return
+    typer.echo(f"log: {log}")
+    for line in process.tail(log, LOG_LINES):
+        typer.echo(f"  {line}")
+
+
+def report_results(run: AlignmentRun, root: Path, console: Console) -> None:
+    """The table of every evaluation and the place of every report."""
+    for phase in resolve(run):
+        directory = root / run.name / phase.name
+        comparison = read_comparison(directory / "results.json") if phase.type.produces == "evaluation" else None
+        if comparison is not None:
+            typer.echo("")
+            if console.is_terminal:
+                console.print(comparison_table(comparison))
+            else:
+                typer.echo("\n".join(plain_table(comparison)))
+    reports = [
+        root / run.name / phase.name / "report.html" for phase in resolve(run) if phase.type.produces == "package"
+    ]
+    for report in reports:
+        if report.exists():
+            typer.echo(f"\nreport: {report}")

@@ -1,0 +1,101 @@
+"""The attempts at a phase: what is remembered joined with what is seen, and whether one more may follow."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from controller.api.run import Backoff, FailurePolicy, RetryBudget
+from controller.api.status import Attempt, AttemptState
+from controller.plan.observed import JobState, ObservedJob
+from trainers.contract import FAILURES, FailureClass
+
+MESSAGE_LIMIT = 1024
+
+
+def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) -> tuple[Attempt, ...]:
+    """Attempts by number. An end once seen stands, so stale, repeated and lost observations do no harm."""
+    records = {attempt.number: attempt for attempt in before}
+    seen = {job.attempt: job for job in jobs if not job.past}
+    for number, job in seen.items():
+        records[number] = _advance(records.get(number), job, now)
+    for number, record in records.items():
+        if record.state == AttemptState.STOPPING and number not in seen:
+            records[number] = record.model_copy(update={"state": AttemptState.STOPPED, "finished_at": now})
+    return tuple(records[number] for number in sorted(records))
+
+
+def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt:
+    if record is not None and record.state.ended:
+        return record
+    stopping = record is not None and record.state == AttemptState.STOPPING
+    started = (record.started_at if record else None) or job.started_at or now
+    base = Attempt(number=job.attempt, digest=job.digest, state=AttemptState.RUNNING, started_at=started)
+    if job.state == JobState.LIVE:
+        return base.model_copy(update={"state": AttemptState.STOPPING}) if stopping else base
+    ended = base.model_copy(update={"finished_at": job.finished_at or now, "message": job.message[:MESSAGE_LIMIT]})
+    if job.state == JobState.SUCCEEDED:
+        return ended.model_copy(update={"state": AttemptState.SUCCEEDED})
+    if stopping:
+        return ended.model_copy(update={"state": AttemptState.STOPPED})
+    return ended.model_copy(update={"state": AttemptState.FAILED, "failure": job.failure or FailureClass.INTERNAL})
+
+
+def without_result(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work."""
+    lost = {
+        "state": AttemptState.FAILED,
+        "failure": FailureClass.INFRASTRUCTURE,
+        "message": "ended without leaving a result for these settings",
+    }
+    return tuple(a.model_copy(update=lost) if a.state == AttemptState.SUCCEEDED else a for a in attempts)
+
+
+def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
+    """Only what still matters: what has not ended, failures that count, and the last one for its number."""
+    return tuple(
+        a
+        for i, a in enumerate(attempts)
+        if not a.state.ended
+        or i == len(attempts) - 1
+        or (a.state == AttemptState.FAILED and digest in (a.digest, None))
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from the failures so far."""
+
+    final: bool = False
+    retry_at: datetime | None = None
+
+
+def judge(failures: Sequence[Attempt], policy: FailurePolicy, key: str) -> Verdict:
+    """Whether the last failure was one too many, and otherwise when to try again."""
+    if not failures:
+        return Verdict()
+    last = failures[-1]
+    of_class = sum(a.failure == last.failure for a in failures)
+    if of_class > budget(policy.retries, last.failure or FailureClass.INTERNAL):
+        return Verdict(final=True)
+    ended = last.finished_at or last.started_at
+    wait = backoff_seconds(policy.backoff, len(failures), key)
+    return Verdict(retry_at=ended + timedelta(seconds=wait) if ended else None)
+
+
+def budget(retries: RetryBudget, failure: FailureClass) -> int:
+    if not FAILURES[failure].retryable:
+        return 0
+    budgets = {
+        FailureClass.OUT_OF_MEMORY: retries.out_of_memory,
+        FailureClass.INFRASTRUCTURE: retries.infrastructure,
+        FailureClass.INTERRUPTED: retries.interrupted,
+    }
+    return budgets[failure]
+
+
+def backoff_seconds(backoff: Backoff, failures: int, key: str) -> float:
+    """Doubling, with up to a quarter more taken from a hash: many runs do not retry at once, and one decides alike each time."""
+    wait = min(backoff.initial_seconds * 2.0 ** min(failures - 1, 32), backoff.max_seconds)
+    draw = int.from_bytes(hashlib.sha256(f"{key}/{failures}".encode()).digest()[:4]) / 2**32
+    return wait * (1 + draw / 4)

@@ -1,0 +1,74 @@
+"""What only the run as a whole can tell: references, kinds of artifacts, loops, tokenizers."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from controller.api.problems import Problem, nearest
+from controller.api.run import AlignmentRun, PhaseEntry
+from controller.plan.graph import cycle, edges
+from controller.plan.lineage import tokenizer_problems
+from trainers.phases import PhaseType
+from trainers.spec import ArtifactRef
+
+
+def check_run(run: AlignmentRun) -> list[Problem]:
+    """Every problem of the run as a whole."""
+    types = {entry.name: entry.type for entry in run.phases}
+    problems = [*_model_problems(run), *check_entries(run.phases, types)]
+    if not problems:
+        problems += tokenizer_problems(run)
+    return problems
+
+
+def check_entries(entries: Sequence[PhaseEntry], types: Mapping[str, PhaseType | None]) -> list[Problem]:
+    """Problems between phases. ``types`` also has phases that could not be read; their type may be unknown."""
+    problems = [*_duplicates(entries)]
+    for entry in entries:
+        for path, ref in entry.spec.references():
+            problems += _reference_problems(entry, f"spec.phases[{entry.name}].{entry.type.name}.{path}", ref, types)
+    unique = list({entry.name: entry for entry in entries}.values())
+    if not problems and (loop := cycle(edges(unique))):
+        problems.append(Problem("spec.phases", f"these phases wait for each other: {' -> '.join(loop)}"))
+    return problems
+
+
+def _model_problems(run: AlignmentRun) -> Iterator[Problem]:
+    model = run.spec.model
+    if model is not None and model.phase is not None:
+        yield Problem(
+            "spec.model.phase",
+            f'"{model.phase}": the run\'s own model is a source or scratch; name phases in the phases',
+        )
+    for entry in run.phases:
+        if model is None and "model" in type(entry.spec).model_fields and getattr(entry.spec, "model") is None:  # noqa: B009
+            path = f"spec.phases[{entry.name}].{entry.type.name}.model"
+            yield Problem(path, "is not set, and spec.model, which would stand in for it, is not set either")
+
+
+def _duplicates(entries: Sequence[PhaseEntry]) -> Iterator[Problem]:
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
+            yield Problem(
+                f"spec.phases[{name}].name", f'"{name}" is the name of {count} phases; names are unique in a run'
+            )
+
+
+def _reference_problems(
+    entry: PhaseEntry, path: str, ref: ArtifactRef, types: Mapping[str, PhaseType | None]
+) -> Iterator[Problem]:
+    name = ref.phase
+    if name is None:
+        return
+    if name == entry.name:
+        yield Problem(f"{path}.phase", f'"{name}" is this phase itself')
+    elif name not in types:
+        others = [other for other in types if other != entry.name]
+        listed = f"phases are: {', '.join(others)}" if others else "it has no other"
+        yield Problem(f"{path}.phase", f'"{name}" is not a phase of this run; {listed}{nearest(name, others)}')
+    elif (kind := types[name]) is not None and ref.accepts and kind.produces not in ref.accepts:
+        wanted = " or ".join(ref.accepts)
+        fitting = [n for n, t in types.items() if t and t.produces in ref.accepts and n != entry.name]
+        offer = f"; phases that leave one: {', '.join(fitting)}" if fitting else ""
+        yield Problem(
+            f"{path}.phase", f'"{name}" is of type {kind.name} and leaves a {kind.produces}, not a {wanted}{offer}'
+        )

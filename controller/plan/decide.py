@@ -1,0 +1,180 @@
+"""One reconcile step: from the run and what is seen to a status and actions.
+
+Pure and total: the same arguments give the same answer, and every combination has one. Nothing is concluded from an
+action having been asked for, only from what is observed; so an action that got lost is asked for again.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.plan.check import check_run
+from controller.plan.conditions import Claim, update
+from controller.plan.job import PhaseJob, build_job
+from controller.plan.observed import Observed
+from controller.plan.phase import Situation, Step, artifact_digests, step_phase
+from controller.plan.resolve import ResolvedPhase, resolve
+from controller.plan.verdict import run_claims, summary
+
+
+@dataclass(frozen=True)
+class Apply:
+    """See that this job exists. Applying the same job twice is one job."""
+
+    job: PhaseJob
+
+
+@dataclass(frozen=True)
+class Delete:
+    """See that this attempt ends and its job is gone. An absent one is a success."""
+
+    phase: str
+    attempt: int
+
+
+Action = Apply | Delete
+
+
+@dataclass(frozen=True)
+class Decision:
+    status: RunStatus
+    actions: tuple[Action, ...] = ()
+    requeue_after: timedelta | None = None
+    """When time alone changes the answer; None if only an observation can."""
+
+
+def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collection[str] | None = None) -> Decision:
+    """What to do next. ``only`` restricts the run to some phases; others count if they have finished."""
+    before = run.status or RunStatus()
+    generation = run.metadata.generation
+    if is_terminal(before) and before.observed_generation == generation:
+        return Decision(before)
+    if problems := check_run(run):
+        return _reject(before, "; ".join(map(str, problems)), generation, now)
+    phases = resolve(run)
+    started = before.started_at or now
+    halted = _run_is_late(run, started, now)
+    steps = _steps(run, phases, before, observed, now, only, halted)
+    steps, jobs = _start(run, phases, steps, observed.capacity)
+    stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
+    status = _status(run, before, steps, started, halted, now)
+    actions = (*stops, *map(Apply, jobs))
+    return Decision(status, actions, None if is_terminal(status) else _requeue(run, status, now))
+
+
+def is_terminal(status: RunStatus) -> bool:
+    return status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED)
+
+
+def _reject(before: RunStatus, message: str, generation: int | None, now: datetime) -> Decision:
+    """An invalid run does nothing until it is edited."""
+    claims = {
+        meta.ACCEPTED: Claim(False, meta.INVALID_SPEC, message),
+        meta.PROGRESSING: Claim(False, meta.INVALID_SPEC),
+        meta.SUCCEEDED: Claim(False, meta.INVALID_SPEC),
+        meta.FAILED: Claim(True, meta.INVALID_SPEC, message),
+    }
+    conditions = update(before.conditions, claims, generation, now)
+    changes = {"observed_generation": generation, "conditions": conditions, "phase": "Invalid"}
+    return Decision(before.model_copy(update=changes))
+
+
+def _run_is_late(run: AlignmentRun, started: datetime, now: datetime) -> bool:
+    limit = run.spec.failure_policy.run_deadline_seconds
+    return limit is not None and now >= started + timedelta(seconds=limit)
+
+
+def _steps(
+    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], before: RunStatus, observed: Observed, now: datetime,
+    only: Collection[str] | None, halted: bool,
+) -> dict[str, Step]:  # fmt: skip
+    steps: dict[str, Step] = {}
+    for phase in phases:
+        at = Situation(
+            run=run.name,
+            observed=observed,
+            policy=run.spec.failure_policy,
+            now=now,
+            inputs={name: steps[name].status for name in phase.inputs},
+            selected=only is None or phase.name in only,
+            halted=halted,
+        )
+        steps[phase.name] = step_phase(phase, before.phase_status(phase.name), at)
+    return steps
+
+
+def _start(
+    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], steps: Mapping[str, Step], capacity: int | None
+) -> tuple[dict[str, Step], list[PhaseJob]]:
+    """Start what is ready while there is room, and ask again for what was asked for and is not there."""
+    live = sum(step.live for step in steps.values())
+    ready = [name for name, step in steps.items() if step.status.state == PhaseState.READY]
+    room = len(ready) if capacity is None else max(capacity - live, 0)
+    alone = live + len(ready) == 1
+    updated, jobs = dict(steps), []
+    for phase in phases:
+        step = steps[phase.name]
+        attempt = step.missing
+        if phase.name in ready[:room]:
+            attempt = step.next_attempt
+            updated[phase.name] = _asked(step, attempt)
+        if attempt is not None:
+            jobs.append(_job(run, phase, steps, attempt, alone))
+    return updated, jobs
+
+
+def _asked(step: Step, attempt: int) -> Step:
+    record = Attempt(number=attempt, digest=step.status.digest or "", state=AttemptState.ASKED)
+    attempts = (*step.status.attempts, record)
+    changes = {"state": PhaseState.RUNNING, "message": "starting", "attempts": attempts}
+    return replace(step, status=step.status.model_copy(update=changes), live=True)
+
+
+def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], attempt: int, alone: bool) -> PhaseJob:
+    inputs = artifact_digests(phase, {name: steps[name].status for name in phase.inputs})
+    digest = steps[phase.name].status.digest
+    assert inputs is not None, "only a phase whose inputs have finished is started"
+    assert digest is not None
+    return build_job(
+        run.name, phase, attempt, digest, inputs, run.spec.queue_name,
+        run.spec.failure_policy.phase_deadline_seconds, run.metadata.labels, alone,
+    )  # fmt: skip
+
+
+def _status(
+    run: AlignmentRun, before: RunStatus, steps: Mapping[str, Step], started: datetime, halted: bool, now: datetime
+) -> RunStatus:
+    phases = tuple(steps[entry.name].status for entry in run.phases)
+    live = any(step.live for step in steps.values())
+    generation = run.metadata.generation
+    claims = run_claims(run, phases, live, halted, now)
+    status = RunStatus(
+        observed_generation=generation,
+        started_at=started,
+        phases=phases,
+        conditions=update(before.conditions, claims, generation, now),
+    )
+    ended = now if is_terminal(status) else None
+    return status.model_copy(update={**summary(status), "finished_at": ended})
+
+
+def _requeue(run: AlignmentRun, status: RunStatus, now: datetime) -> timedelta | None:
+    """Until the next moment at which a wait, a deadline or a stall comes due."""
+    policy = run.spec.failure_policy
+    due = [phase.retry_at for phase in status.phases]
+    due += [_after(p.started_at, policy.phase_deadline_seconds) for p in _running(status)]
+    due += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in _running(status) if p.progress]
+    due.append(_after(status.started_at, policy.run_deadline_seconds))
+    ahead = [moment - now for moment in due if moment is not None and moment > now]
+    return min(ahead, default=None)
+
+
+def _running(status: RunStatus) -> list[PhaseStatus]:
+    return [phase for phase in status.phases if phase.state == PhaseState.RUNNING]
+
+
+def _after(start: datetime | None, seconds: float | None) -> datetime | None:
+    return start + timedelta(seconds=seconds) if start is not None and seconds is not None else None

@@ -1,0 +1,101 @@
+"""What to run for one attempt at a phase: says what, not how."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.api import meta
+from controller.api.run import Template
+from controller.plan.resolve import ResolvedPhase
+from trainers.contract import Input, PhaseFile
+
+NAME_LIMIT = 55
+"""Characters of a job's name. 63 is the limit; pods append `-worker-NNN`, and the label holds the rest."""
+
+
+@dataclass(frozen=True)
+class PhaseJob:
+    run: str
+    phase: str
+    type: str
+    attempt: int
+    digest: str
+    """Identity of what is asked for."""
+    image: str
+    nodes: int
+    procs_per_node: int
+    spec: Mapping[str, Any]
+    """The phase's settings, resolved."""
+    inputs: Mapping[str, str]
+    """Artifact digests of the finished phases it builds on."""
+    template: Template = field(default_factory=Template)
+    """Environment, resources and placement."""
+    queue_name: str | None = None
+    deadline_seconds: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = True
+    """Nothing else runs or could run beside it now. A hint for sharing one machine; not part of what is asked for."""
+
+    @property
+    def name(self) -> str:
+        return job_name(self.run, self.phase, self.attempt)
+
+    def phase_file(self, workspace: str, base_dir: str) -> PhaseFile:
+        """The file the phase program reads, given where it will see the workspace and the user's files."""
+        root = f"{workspace}/{self.run}"
+        return PhaseFile(
+            run=self.run,
+            phase=self.phase,
+            output=f"{root}/{self.phase}",
+            base_dir=base_dir,
+            image=self.image,
+            inputs={name: Input(path=f"{root}/{name}", digest=digest) for name, digest in self.inputs.items()},
+            spec=dict(self.spec),
+        )
+
+
+def build_job(
+    run: str, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str], queue_name: str | None,
+    deadline_seconds: float | None, labels: Mapping[str, str], alone: bool,
+) -> PhaseJob:  # fmt: skip
+    return PhaseJob(
+        run=run,
+        phase=phase.name,
+        type=phase.type.name,
+        attempt=attempt,
+        digest=digest,
+        image=phase.image,
+        nodes=phase.nodes,
+        procs_per_node=phase.procs_per_node,
+        # Nulls stay: a default that the user turned off must not come back when the phase reads its file.
+        spec=phase.spec.model_dump(by_alias=True, mode="json"),
+        inputs=dict(inputs),
+        template=phase.template,
+        queue_name=queue_name,
+        deadline_seconds=deadline_seconds,
+        labels={**labels, **job_labels(run, phase.name, phase.type.name, attempt)},
+        alone=alone,
+    )
+
+
+def job_name(run: str, phase: str, attempt: int) -> str:
+    """`<run>-<phase>-<attempt>`, shortened with a hash where it would be too long. The same attempt has the same name."""
+    name = f"{run}-{phase}-{attempt}"
+    if len(name) <= NAME_LIMIT:
+        return name
+    mark = hashlib.sha256(f"{run}/{phase}".encode()).hexdigest()[:8]
+    tail = f"-{mark}-{attempt}"
+    return f"{run}-{phase}"[: NAME_LIMIT - len(tail)].rstrip("-") + tail
+
+
+def job_labels(run: str, phase: str, type_name: str, attempt: int) -> dict[str, str]:
+    return {
+        meta.LABEL_NAME: "alignment-trainer",
+        meta.LABEL_PART_OF: run,
+        meta.LABEL_COMPONENT: type_name,
+        meta.LABEL_MANAGED_BY: meta.PRODUCT,
+        meta.LABEL_RUN: run,
+        meta.LABEL_PHASE: phase,
+        meta.LABEL_ATTEMPT: str(attempt),
+    }

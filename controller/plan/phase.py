@@ -1,0 +1,205 @@
+"""One phase's share of a decision."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from controller.api.run import FailurePolicy
+from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus
+from controller.plan import attempts as history
+from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+from controller.plan.resolve import ResolvedPhase
+from trainers.contract import phase_digest
+
+HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a phase's step depends on beside the phase itself."""
+
+    run: str
+    observed: Observed
+    policy: FailurePolicy
+    now: datetime
+    inputs: Mapping[str, PhaseStatus]
+    """Of this step, for the phases it builds on."""
+    selected: bool
+    halted: bool
+    """The run's deadline has passed: nothing starts, what runs is stopped."""
+
+
+@dataclass(frozen=True)
+class Step:
+    status: PhaseStatus
+    next_attempt: int
+    """Number of the attempt that a start would have."""
+    missing: int | None = None
+    """An attempt that was asked for and is not there: to be asked for again."""
+    stop: tuple[int, ...] = ()
+    """Attempts to end."""
+    live: bool = False
+
+
+def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) -> Step:
+    """Where the phase stands. READY in the answer means that it could start now."""
+    before = before or PhaseStatus(name=phase.name, type=phase.type.name)
+    jobs = [job for job in at.observed.jobs if job.phase == phase.name]
+    digest = wanted_digest(phase, at.inputs)
+    records = history.join(before.attempts, jobs, at.now)
+    result = _known_result(digest, before, at.observed.results.get(phase.name))
+    if result is not None:
+        return _finished(phase, before, records, jobs, digest, result, at.now)
+    return _unfinished(phase, before, history.without_result(records), jobs, digest, at)
+
+
+def wanted_digest(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> str | None:
+    """The phase's identity; known once all its inputs have finished."""
+    artifacts = artifact_digests(phase, inputs)
+    return phase_digest(phase.type.name, phase.spec, phase.image, artifacts) if artifacts is not None else None
+
+
+def artifact_digests(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> dict[str, str] | None:
+    found = {name: inputs[name].artifact_digest for name in phase.inputs if inputs[name].state == PhaseState.SUCCEEDED}
+    digests = {name: digest for name, digest in found.items() if digest is not None}
+    return digests if len(digests) == len(phase.inputs) else None
+
+
+def _known_result(digest: str | None, before: PhaseStatus, seen: ObservedResult | None) -> ObservedResult | None:
+    """A result for exactly this digest, seen now or remembered."""
+    if digest is None:
+        return None
+    if seen is not None and seen.digest == digest and seen.stale is None:
+        return seen
+    if before.state == PhaseState.SUCCEEDED and before.digest == digest and before.artifact_digest:
+        return ObservedResult(digest, before.artifact_digest, before.metrics)
+    return None
+
+
+def _finished(
+    phase: ResolvedPhase, before: PhaseStatus, records: tuple[Attempt, ...], jobs: list[ObservedJob],
+    digest: str | None, result: ObservedResult, now: datetime,
+) -> Step:  # fmt: skip
+    again = before.state == PhaseState.SUCCEEDED and before.digest == digest
+    records, stop = _stopping(records, jobs, keep=digest)
+    last = records[-1] if records else None
+    status = PhaseStatus(
+        name=phase.name,
+        type=phase.type.name,
+        state=PhaseState.SUCCEEDED,
+        digest=digest,
+        artifact_digest=result.artifact_digest,
+        metrics=dict(result.metrics),
+        attempts=history.prune(records, digest),
+        started_at=before.started_at if before.digest == digest else (last.started_at if last else None),
+        finished_at=before.finished_at if again else (last.finished_at if last else None) or now,
+    )
+    live = any(job.state == JobState.LIVE for job in jobs)
+    return Step(status, _next_number(records, jobs), stop=stop, live=live)
+
+
+def _unfinished(
+    phase: ResolvedPhase, before: PhaseStatus, records: tuple[Attempt, ...], jobs: list[ObservedJob],
+    digest: str | None, at: Situation,
+) -> Step:  # fmt: skip
+    mine = [a for a in records if a.digest == digest]
+    started = before.started_at if before.digest == digest and before.started_at else _first_start(mine)
+    failures = [a for a in mine if a.state == AttemptState.FAILED]
+    verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
+    late = _late(started, at)
+    state, said = _state(phase, digest, failures, verdict, late, at)
+    records, stop = _stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
+    going = [a for a in records if not a.state.ended]
+    live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
+    if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
+        state, said = PhaseState.RUNNING, "stopping an attempt for other settings" if stop else ""
+    status = PhaseStatus(
+        name=phase.name,
+        type=phase.type.name,
+        state=state,
+        message=said,
+        digest=digest,
+        failure=failures[-1].failure if failures and state == PhaseState.FAILED and not late else None,
+        attempts=history.prune(records, digest),
+        started_at=started,
+        finished_at=_end_of(before, failures, at.now) if state == PhaseState.FAILED else None,
+        retry_at=verdict.retry_at if state == PhaseState.BACKING_OFF else None,
+        progress=at.observed.progress.get(phase.name) if state == PhaseState.RUNNING else None,
+    )
+    return Step(status, _next_number(records, jobs), _missing(going, jobs, digest), stop, live)
+
+
+def _state(  # noqa: PLR0911 -- a ladder of reasons, the first that holds counts
+    phase: ResolvedPhase,
+    digest: str | None,
+    failures: list[Attempt],
+    verdict: history.Verdict,
+    late: bool,
+    at: Situation,
+) -> tuple[PhaseState, str]:
+    if not at.selected:
+        return PhaseState.NOT_SELECTED, "not part of what was asked for"
+    if digest is None:
+        return _waiting(phase, at.inputs)
+    if late:
+        return PhaseState.FAILED, f"took longer than phaseDeadlineSeconds {at.policy.phase_deadline_seconds:g}"
+    if verdict.final:
+        return PhaseState.FAILED, failures[-1].message
+    if phase.suspend:
+        return PhaseState.SUSPENDED, "suspended"
+    if at.halted:
+        return PhaseState.WAITING, "the run's deadline has passed"
+    if verdict.retry_at is not None and at.now < verdict.retry_at:
+        return PhaseState.BACKING_OFF, f"{failures[-1].failure}: {failures[-1].message}"
+    return PhaseState.READY, ""
+
+
+def _waiting(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> tuple[PhaseState, str]:
+    bad = [name for name in phase.inputs if inputs[name].state in HOPELESS]
+    if bad:
+        return PhaseState.BLOCKED, f"needs {', '.join(bad)}"
+    missing = [name for name in phase.inputs if inputs[name].state != PhaseState.SUCCEEDED]
+    return PhaseState.WAITING, f"waits for {', '.join(missing)}"
+
+
+def _stopping(
+    records: tuple[Attempt, ...], jobs: list[ObservedJob], keep: str | None
+) -> tuple[tuple[Attempt, ...], tuple[int, ...]]:
+    """Attempts for anything but ``keep`` are to end. A stopped one that shows up again was started late: end it again."""
+    unwanted = {
+        a.number for a in records if not a.state.ended and (a.digest != keep or a.state == AttemptState.STOPPING)
+    }
+    stopped = {a.number for a in records if a.state == AttemptState.STOPPED}
+    unwanted |= {job.attempt for job in jobs if job.state == JobState.LIVE and job.attempt in stopped}
+    change: dict[str, Any] = {"state": AttemptState.STOPPING}
+    marked = tuple(a.model_copy(update=change) if a.number in unwanted and not a.state.ended else a for a in records)
+    return marked, tuple(sorted(unwanted))
+
+
+def _missing(going: list[Attempt], jobs: list[ObservedJob], digest: str | None) -> int | None:
+    """An attempt we count on that nobody sees. Never while another one is live: two would write to one directory."""
+    if any(job.state == JobState.LIVE for job in jobs):
+        return None
+    seen = {job.attempt for job in jobs}
+    wanted = [
+        a.number for a in going if a.state != AttemptState.STOPPING and a.digest == digest and a.number not in seen
+    ]
+    return wanted[-1] if wanted else None
+
+
+def _next_number(records: tuple[Attempt, ...], jobs: list[ObservedJob]) -> int:
+    return max([0, *(a.number for a in records), *(job.attempt for job in jobs)]) + 1
+
+
+def _first_start(mine: list[Attempt]) -> datetime | None:
+    return min((a.started_at for a in mine if a.started_at), default=None)
+
+
+def _late(started: datetime | None, at: Situation) -> bool:
+    limit = at.policy.phase_deadline_seconds
+    return limit is not None and started is not None and at.now >= started + timedelta(seconds=limit)
+
+
+def _end_of(before: PhaseStatus, failures: list[Attempt], now: datetime) -> datetime:
+    return before.finished_at or (failures[-1].finished_at if failures else None) or now

@@ -1,0 +1,73 @@
+"""From a run to phases with nothing left open: the run's model and seed filled in, templates merged, inputs named."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from controller.api.run import AlignmentRun, PhaseEntry, Template
+from controller.plan import graph
+from trainers.phases import PhaseType
+from trainers.spec import NamedModel, PhaseSpec
+
+
+@dataclass(frozen=True)
+class ResolvedPhase:
+    name: str
+    type: PhaseType
+    spec: PhaseSpec
+    inputs: tuple[str, ...]
+    template: Template
+    suspend: bool
+
+    @property
+    def image(self) -> str:
+        return self.template.image or ""
+
+    @property
+    def nodes(self) -> int:
+        return self.template.nodes or 1
+
+    @property
+    def procs_per_node(self) -> int:
+        return self.template.procs_per_node or 1
+
+
+def resolve(run: AlignmentRun) -> tuple[ResolvedPhase, ...]:
+    """The run's phases, inputs before what builds on them. The run has been checked."""
+    inputs = graph.edges(run.phases)
+    entries = {entry.name: entry for entry in run.phases}
+    return tuple(
+        ResolvedPhase(
+            name=name,
+            type=entries[name].type,
+            spec=_fill(entries[name], run),
+            inputs=inputs[name],
+            template=merge_templates(run.spec.template, entries[name].template),
+            suspend=entries[name].suspend or run.spec.suspend,
+        )
+        for name in graph.topological(inputs)
+    )
+
+
+def _fill(entry: PhaseEntry, run: AlignmentRun) -> PhaseSpec:
+    update: dict[str, object] = {}
+    if entry.spec.seed is None:
+        update["seed"] = run.spec.seed
+    if "model" in type(entry.spec).model_fields and entry.spec.model is None:  # type: ignore[attr-defined]
+        update["model"] = run.spec.model
+    if graph.wants_all_models(entry):
+        update["models"] = _all_models(entry, run.phases)
+    return entry.spec.model_copy(update=update)
+
+
+def _all_models(entry: PhaseEntry, entries: Sequence[PhaseEntry]) -> tuple[NamedModel, ...]:
+    explicit = graph.explicit(entries)
+    return tuple(NamedModel(phase=name) for name in graph.models_for(entry, entries, explicit))
+
+
+def merge_templates(run: Template, phase: Template | None) -> Template:
+    """The run's template with the fields that the phase sets; `env` by name."""
+    if phase is None:
+        return run
+    env = {item.name: item for item in (*run.env, *phase.env)}
+    update = {name: getattr(phase, name) for name in phase.model_fields_set}
+    return run.model_copy(update=update | {"env": tuple(env.values())})

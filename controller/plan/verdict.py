@@ -1,0 +1,124 @@
+"""What the phases' states mean for the run: its conditions and the words for the printer columns."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.plan.conditions import Claim
+
+MOVING = (PhaseState.READY, PhaseState.RUNNING, PhaseState.BACKING_OFF)
+
+
+def run_claims(
+    run: AlignmentRun, phases: Sequence[PhaseStatus], live: bool, halted: bool, now: datetime
+) -> dict[str, Claim]:
+    failed = _failure(run, phases, live, halted)
+    wanted = [p for p in phases if p.state != PhaseState.NOT_SELECTED]
+    succeeded = all(p.state == PhaseState.SUCCEEDED for p in wanted)
+    suspended = None if failed or succeeded else _suspension(run, phases)
+    return {
+        meta.ACCEPTED: Claim(True, meta.VALID),
+        meta.PROGRESSING: _progressing(phases, bool(failed or succeeded), suspended),
+        meta.SUSPENDED: suspended or Claim(False, meta.NOT_SUSPENDED),
+        meta.STALLED: _stalled(run, phases, now),
+        meta.SUCCEEDED: Claim(succeeded, meta.ALL_PHASES_SUCCEEDED if succeeded else meta.NOT_FINISHED),
+        meta.FAILED: failed or Claim(False, meta.NOT_FINISHED),
+    }
+
+
+def _failure(run: AlignmentRun, phases: Sequence[PhaseStatus], live: bool, halted: bool) -> Claim | None:
+    """Failed once nothing runs and nothing can start; until then independent phases finish their work."""
+    if live or all(p.state in (PhaseState.SUCCEEDED, PhaseState.NOT_SELECTED) for p in phases):
+        return None
+    if halted:
+        limit = run.spec.failure_policy.run_deadline_seconds
+        return Claim(True, meta.DEADLINE_EXCEEDED, f"the run took longer than runDeadlineSeconds {limit:g}")
+    bad = [p for p in phases if p.state in (PhaseState.FAILED, PhaseState.BLOCKED)]
+    if not bad or any(p.state in (*MOVING, PhaseState.SUSPENDED) for p in phases):
+        return None
+    told = [p for p in bad if p.state == PhaseState.FAILED] or bad
+    late = all(p.state == PhaseState.FAILED and p.failure is None for p in told)
+    return Claim(True, meta.DEADLINE_EXCEEDED if late else meta.PHASE_FAILED, "; ".join(map(_told, told)))
+
+
+def _told(phase: PhaseStatus) -> str:
+    return (
+        f"phase {phase.name}: {phase.failure}: {phase.message}"
+        if phase.failure
+        else f"phase {phase.name}: {phase.message}"
+    )
+
+
+def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | None:
+    names = [p.name for p in phases if p.state == PhaseState.SUSPENDED]
+    if run.spec.suspend:
+        return Claim(True, meta.RUN_SUSPENDED)
+    if names and not any(p.state in MOVING for p in phases):
+        return Claim(True, meta.PHASES_SUSPENDED, f"suspended: {', '.join(names)}")
+    return None
+
+
+def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | None) -> Claim:
+    if ended:
+        return Claim(False, meta.FINISHED)
+    if suspended is not None:
+        return Claim(False, suspended.reason, suspended.message)
+    running = [p for p in phases if p.state == PhaseState.RUNNING]
+    seen = [p.name for p in running if any(a.state != AttemptState.ASKED and not a.state.ended for a in p.attempts)]
+    if seen:
+        return Claim(True, meta.PHASES_RUNNING, f"running: {', '.join(seen)}")
+    if running:
+        return Claim(True, meta.STARTING, f"starting: {', '.join(p.name for p in running)}")
+    waiting = [p.name for p in phases if p.state == PhaseState.BACKING_OFF]
+    if waiting:
+        return Claim(True, meta.BACKING_OFF, f"will try again: {', '.join(waiting)}")
+    return Claim(True, meta.WAITING_FOR_CAPACITY)
+
+
+def _stalled(run: AlignmentRun, phases: Sequence[PhaseStatus], now: datetime) -> Claim:
+    limit = timedelta(seconds=run.spec.failure_policy.stalled_after_seconds)
+    running = [p for p in phases if p.state == PhaseState.RUNNING and p.progress and p.progress.updated_at]
+    stuck = [p.name for p in running if p.progress and p.progress.updated_at and now >= p.progress.updated_at + limit]
+    if stuck:
+        return Claim(True, meta.NO_PROGRESS, f"no progress for {limit.total_seconds():g} s: {', '.join(stuck)}")
+    return Claim(False, meta.MAKING_PROGRESS)
+
+
+# ---------------------------------------------------------------- printer columns
+
+
+def summary(status: RunStatus) -> dict[str, str]:
+    """The columns of `kubectl get arun`. The figures are those of the first running phase that reports any."""
+    done = sum(p.state == PhaseState.SUCCEEDED for p in status.phases)
+    running = [p for p in status.phases if p.state == PhaseState.RUNNING]
+    report = next((p.progress for p in running if p.progress), None)
+    columns = {"phase": _phase_column(status, running), "progress": f"{done}/{len(status.phases)}"}
+    if report is not None:
+        columns |= {
+            "step": f"{report.step}/{report.total_steps}" if report.total_steps else "",
+            "loss": f"{report.loss:.4g}" if report.loss is not None else "",
+            "tokens_per_second": f"{report.tokens_per_second:.0f}" if report.tokens_per_second is not None else "",
+            "eta": duration(report.eta_seconds) if report.eta_seconds is not None else "",
+        }
+    return columns
+
+
+def _phase_column(status: RunStatus, running: Sequence[PhaseStatus]) -> str:
+    for kind in (meta.SUCCEEDED, meta.FAILED, meta.SUSPENDED):
+        if status.is_true(kind):
+            return kind
+    return ",".join(p.name for p in running) or "Waiting"
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m20s`, `5h07m`, `2d03h`."""
+    total = max(int(seconds + 0.5), 0)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"

@@ -1,0 +1,181 @@
+"""Everything that can be known to be wrong with a run before anything starts; the part that looks at files included."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from controller.api.problems import InvalidRun, Problem, from_validation, nearest
+from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
+from controller.compose import Document
+from controller.plan.check import check_entries, check_run
+from controller.plan.lineage import model_pairs, root
+from trainers.contract import BadInput
+from trainers.fingerprints import source_files
+from trainers.phases import PhaseType, phase_type
+from trainers.spec import DataSource, ModelRef, RewardModelRef, SpecModel, SyntheticData, TracesRef, find_models
+from trainers.synthetic import TASKS
+
+
+def load_run(document: Document, base_dir: Path | None = None, local: bool = False) -> AlignmentRun:
+    """The run in a document. Raises InvalidRun with every problem; files are looked for if ``base_dir`` is given."""
+    try:
+        run = AlignmentRun.model_validate(document)
+    except ValidationError as error:
+        problems = from_validation(error, AlignmentRun, document)
+        raise InvalidRun([*problems, *_problems_of_the_readable(document)]) from error
+    problems = check_run(run)
+    if local:
+        problems += _local_problems(run)
+    if base_dir is not None:
+        problems += file_problems(run, base_dir)
+    if problems:
+        raise InvalidRun(problems)
+    return run
+
+
+def _problems_of_the_readable(document: Document) -> list[Problem]:
+    """References between the phases that can be read, so that one typing error does not hide another."""
+    spec = document.get("spec")
+    items = spec.get("phases") if isinstance(spec, dict) else None
+    if not isinstance(items, list):
+        return []
+    entries, types = [], {}
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            types[item["name"]] = _type_of(item)
+            entries += _entry(item)
+    return check_entries(entries, types)
+
+
+def _type_of(item: dict[str, Any]) -> PhaseType | None:
+    found = [member for member in MEMBERS if item.get(member) is not None]
+    return phase_type(found[0]) if len(found) == 1 else None
+
+
+def _entry(item: dict[str, Any]) -> list[PhaseEntry]:
+    try:
+        return [Phase.model_validate(item)]
+    except ValidationError:
+        return []
+
+
+def _local_problems(run: AlignmentRun) -> Iterator[Problem]:
+    templates = [("spec.template", run.spec.template)]
+    templates += [(f"spec.phases[{entry.name}].template", entry.template) for entry in run.phases if entry.template]
+    for path, template in templates:
+        if template.nodes is not None and template.nodes > 1:
+            yield Problem(
+                f"{path}.nodes", f"{template.nodes}: a local run has one machine; set 1, or apply the run to a cluster"
+            )
+
+
+# ---------------------------------------------------------------- files
+
+
+def file_problems(run: AlignmentRun, base_dir: Path) -> list[Problem]:
+    """Data and models that are not there. Hub names are left to the phase that loads them."""
+    problems: list[Problem] = []
+    places: list[tuple[str, SpecModel]] = [(f"spec.phases[{e.name}].{e.type.name}", e.spec) for e in run.phases]
+    if run.spec.model is not None:
+        places.append(("spec.model", run.spec.model))
+    for place, spec in places:
+        problems += _file_problems(place, spec, base_dir)
+    return problems + list(_tokenizer_problems(run, base_dir))
+
+
+def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Problem]:
+    for path, source in _find(spec, DataSource):
+        yield from _data_problems(_join(place, path), source, base_dir)
+    for path, traces in _find(spec, TracesRef):
+        if traces.files is not None:
+            yield from _missing_files(f"{_join(place, path)}.files", traces.files, base_dir)
+    models: list[tuple[str, ModelRef | RewardModelRef]] = [*_find(spec, ModelRef), *_find(spec, RewardModelRef)]
+    for path, model in models:
+        yield from _model_problems(f"{_join(place, path)}.source", model.source, base_dir)
+
+
+T = TypeVar("T", bound=SpecModel)
+
+
+def _find(spec: SpecModel, kind: type[T]) -> Iterator[tuple[str, T]]:
+    if isinstance(spec, kind):
+        yield "", spec
+    yield from find_models(spec, kind)
+
+
+def _join(place: str, path: str) -> str:
+    return f"{place}.{path}" if path else place
+
+
+def _data_problems(path: str, source: DataSource, base_dir: Path) -> Iterator[Problem]:
+    if source.files is not None:
+        yield from _missing_files(f"{path}.files", source.files, base_dir)
+    if source.synthetic is not None:
+        yield from _synthetic_problems(f"{path}.synthetic", source.synthetic)
+
+
+def _missing_files(path: str, pattern: str, base_dir: Path) -> Iterator[Problem]:
+    try:
+        source_files(pattern, base_dir)
+    except BadInput:
+        if any(char in pattern for char in "*?["):
+            yield Problem(path, f'"{pattern}" matches no file (relative paths start at {base_dir.resolve()})')
+        else:
+            yield Problem(
+                path, f'"{pattern}" is not there: {(base_dir / pattern).absolute()} does not exist or is not a file'
+            )
+
+
+def _synthetic_problems(path: str, wanted: SyntheticData) -> Iterator[Problem]:
+    if wanted.task not in TASKS:
+        yield Problem(
+            f"{path}.task",
+            f'"{wanted.task}" is not a synthetic task; tasks are: {", ".join(TASKS)}{nearest(wanted.task, TASKS)}',
+        )
+        return
+    splits = TASKS[wanted.task].SPLITS
+    if wanted.split not in splits:
+        near = nearest(wanted.split, splits)
+        yield Problem(
+            f"{path}.split", f'"{wanted.split}" is not a split of {wanted.task}; splits are: {", ".join(splits)}{near}'
+        )
+
+
+def _model_problems(path: str, source: str | None, base_dir: Path) -> Iterator[Problem]:
+    """A folder must hold a model. `org/name` is a hub id unless there is such a folder."""
+    if source is None or source.startswith("package:") or "://" in source:
+        return
+    folder = base_dir / source
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            yield Problem(
+                path,
+                f'"{source}" is a folder without config.json; a model saved by Hugging Face transformers is expected',
+            )
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        yield Problem(path, f'"{source}" is not there: {folder.absolute()} does not exist')
+
+
+def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:
+    """Pairs of models in local folders whose vocabularies differ."""
+    entries = {entry.name: entry for entry in run.phases}
+    for entry in run.phases:
+        for path, first, second in model_pairs(entry):
+            sources = [root(ref, entry, entries, run.spec.model) for ref in (first, second)]
+            folders = [base_dir / s.source for s in sources if s is not None and s.source is not None]
+            vocabularies = [_vocabulary(folder) for folder in folders if (folder / "tokenizer.json").is_file()]
+            if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+                yield Problem(
+                    path, f"its tokenizer ({folders[1]}) has another vocabulary than the other model's ({folders[0]})"
+                )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    words = document.get("model", {}).get("vocab", {})
+    if isinstance(words, list):  # Unigram: [piece, score] in the order of their ids.
+        words = {str(piece[0]): i for i, piece in enumerate(words)}
+    return {**words, **{token["content"]: token["id"] for token in document.get("added_tokens", [])}}

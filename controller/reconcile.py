@@ -1,0 +1,27 @@
+"""One turn of the loop, the same for every backend: observe, decide, write the status once, act."""
+
+from collections.abc import Awaitable, Callable, Collection
+from datetime import datetime
+
+from controller.api.run import AlignmentRun
+from controller.api.status import RunStatus
+from controller.backends.base import Backend
+from controller.plan.decide import Apply, Decision, decide
+
+Save = Callable[[RunStatus], Awaitable[None]]
+
+
+async def reconcile(
+    run: AlignmentRun, backend: Backend, now: datetime, save: Save, only: Collection[str] | None = None
+) -> Decision:
+    """The status is saved before anything is done: a crash in between asks again, and never forgets a failure."""
+    observed = await backend.observe(run)
+    decision = decide(run, observed, now, only)
+    if decision.status != run.status:
+        await save(decision.status)
+    for action in decision.actions:
+        if isinstance(action, Apply):
+            await backend.apply(run, action.job)
+        else:
+            await backend.delete(run, action.phase, action.attempt)
+    return decision
