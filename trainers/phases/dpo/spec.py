@@ -34,5 +34,7 @@ class DpoSpec(TrainingSpec):
     @model_validator(mode="after")
     def _smoothing_applies(self) -> Self:
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise ValueError(f"labelSmoothing {self.label_smoothing} has no effect with loss {self.loss}: use sigmoid or robust")
+            raise ValueError(
+                f"labelSmoothing {self.label_smoothing} has no effect with loss {self.loss}: use sigmoid or robust"
+            )
         return self
