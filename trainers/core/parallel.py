@@ -27,7 +27,8 @@ class Workers:
         group = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if "RANK" in os.environ else []
         precision = "bf16" if self.bf16 else "no"
         self.accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=group)
-        self.device: torch.device = self.accelerator.device
+        # Without a GPU, accelerate numbers the CPU by rank ("cpu:1"), which safetensors refuses to load to.
+        self.device: torch.device = self.accelerator.device if cuda else torch.device("cpu")
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.world: int = self.accelerator.num_processes
