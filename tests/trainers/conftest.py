@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 # Results must not depend on how a sum is split over threads, and the tests share their cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Deadlines measure how busy the machine is; the same examples every time keep a red test red.
+settings.register_profile("trainers", deadline=None, derandomize=True)
+settings.load_profile("trainers")
 
 RunPhase = Callable[..., tuple[int, Any]]
 LETTERS = {"synthetic": {"task": "letters", "split": "preferences", "count": 64}}
