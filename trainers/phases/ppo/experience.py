@@ -1,0 +1,110 @@
+"""What a round of rollouts is worth: log-probabilities, values, rewards and advantages of every response token."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
+from trainers.core.data import joined
+from trainers.core.models import score_head
+from trainers.core.parallel import Workers
+from trainers.core.rollouts import Sample
+from trainers.core.scoring import hidden_states
+from trainers.phases.ppo.advantages import gae, token_rewards, whiten
+from trainers.phases.ppo.loss import kl_estimate
+from trainers.phases.ppo.spec import PpoSpec
+
+TokenScores = Callable[[Batch], torch.Tensor]
+"""One number for each scored token: (K,)."""
+
+
+class Critic(nn.Module):
+    """A reward model read at every position: the value of a token is predicted before the token is seen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Values at the batch's K scored positions: (K,) in fp32."""
+        hidden = hidden_states(self.model, batch)[batch.scored_at]
+        return score_head(self.model)(hidden).squeeze(-1).float()
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A round, the same on all ranks. Tensors are (N, T) on the CPU in fp32, 0 where masked."""
+
+    samples: list[Sample]
+    sequences: list[Sequence]
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    kl: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def flat(self, name: str, chosen: List[int], device: torch.device) -> torch.Tensor:
+        """One of the tensors for some responses, token by token as a collated batch has them: (K,)."""
+        return getattr(self, name)[chosen][self.mask[chosen]].to(device)
+
+
+def assess(
+    spec: PpoSpec,
+    workers: Workers,
+    samples: list[Sample],
+    kl_coef: float,
+    policy: TokenScores,
+    reference: TokenScores,
+    critic: TokenScores,
+) -> Experience:
+    """Score every response token with the three models and work out advantages and returns."""
+    sequences = [_sequence(sample) for sample in samples]
+    logprobs, reference_logprobs, values = score_tokens(
+        workers, sequences, [policy, reference, critic], spec.parallel.micro_batch_tokens
+    )
+    mask = _mask(sequences)
+    kl = kl_estimate(logprobs, reference_logprobs, spec.kl.estimator) * mask
+    penalty = torch.tensor([0.0 if s.ended else spec.missing_eos_penalty for s in samples])
+    scores = torch.tensor([s.reward for s in samples]) - penalty
+    rewards = token_rewards(kl, mask, scores, kl_coef)
+    if spec.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages = gae(rewards, values, mask, spec.gamma, spec.gae_lambda)
+    returns = (advantages + values) * mask  # before whitening: the critic predicts rewards, not their spread
+    return Experience(samples, sequences, mask, logprobs, kl, values, whiten(advantages, mask), returns)
+
+
+@torch.no_grad()
+def score_tokens(
+    workers: Workers, sequences: list[Sequence], scorers: List[TokenScores], micro_batch_tokens: int
+) -> list[torch.Tensor]:
+    """Each scorer's numbers for all response tokens, (N, T) each and the same on all ranks, which share the work."""
+    plan = plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, True, workers.world)
+    found: list[object] = []
+    for chosen in plan[workers.rank]:
+        batch = collate([sequences[i] for i in chosen], True, workers.device)
+        scores = torch.stack([scorer(batch) for scorer in scorers]).cpu()
+        found += zip(chosen, scores.split([sequences[i].num_scored for i in chosen], dim=1), strict=True)
+    scored: dict[int, torch.Tensor] = dict(workers.gather_objects(found))  # type: ignore[arg-type]
+    shape = (len(scorers), len(sequences), max(s.num_scored for s in sequences))
+    tokens = torch.zeros(shape)
+    for i, scores in scored.items():
+        tokens[:, i, : scores.shape[1]] = scores
+    return list(tokens)
+
+
+def _sequence(sample: Sample) -> Sequence:
+    prompt = sample.prompt.ids
+    sequence = joined(prompt, sample.ids, len(prompt) + len(sample.ids))
+    assert sequence is not None
+    return sequence
+
+
+def _mask(sequences: list[Sequence]) -> torch.Tensor:
+    """(N, T), true at real tokens."""
+    lengths = torch.tensor([s.num_scored for s in sequences])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
