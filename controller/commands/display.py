@@ -138,8 +138,8 @@ class PlainLines:
 def transition(phase: PhaseStatus) -> str:
     text = state_word(phase).lower()
     if phase.state == PhaseState.RUNNING:
-        number = phase.attempts[-1].number if phase.attempts else 1
-        return "started" if number == 1 else f"started, attempt {number}"
+        # Counted within this invocation; the numbers in names also count earlier ones.
+        return "started" if len(phase.attempts) <= 1 else f"started again, attempt {len(phase.attempts)}"
     if phase.state == PhaseState.SUCCEEDED and phase.attempts:
         spent = elapsed(phase, datetime.now(UTC))
         return f"{text} in {duration(spent)}" if spent is not None else text

@@ -88,7 +88,7 @@ def headline(name: str, status: RunStatus, active: bool) -> str:
 
 def _at_rest(status: RunStatus) -> RunStatus:
     """A killed runner leaves a status in which phases still run; nothing does."""
-    stopped = {"state": PhaseState.WAITING, "message": "interrupted", "started_at": None}
+    stopped = {"state": PhaseState.WAITING, "message": "interrupted", "started_at": None, "progress": None}
     phases = tuple(p.model_copy(update=stopped) if p.state == PhaseState.RUNNING else p for p in status.phases)
     return status.model_copy(update={"phases": phases})
 

@@ -1,0 +1,105 @@
+"""The CustomResourceDefinition."""
+
+from typing import Any
+
+import yaml
+
+from controller.api import meta
+from controller.api.run import RunSpec
+from controller.api.status import RunStatus
+from controller.gen import NOTICE
+from controller.gen.rules import one_member_rule, reference_paths, reference_rules, self_reference_rules, tighten
+from controller.gen.structural import Schema, structural_schema
+
+COLUMNS = (
+    ("Phase", ".status.phase", "Running phases, or how the run ended"),
+    ("Progress", ".status.progress", "Finished phases of all"),
+    ("Step", ".status.step", "Step of the running phase"),
+    ("Loss", ".status.loss", "Loss of the running phase"),
+    ("Tokens/s", ".status.tokensPerSecond", "Throughput of the running phase"),
+    ("ETA", ".status.eta", "Estimated time to the end of the running phase"),
+)
+
+
+def crd() -> dict[str, Any]:
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{meta.PLURAL}.{meta.GROUP}"},
+        "spec": {
+            "group": meta.GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": meta.KIND,
+                "listKind": f"{meta.KIND}List",
+                "plural": meta.PLURAL,
+                "singular": meta.SINGULAR,
+                "shortNames": list(meta.SHORT_NAMES),
+                "categories": ["all"],
+            },
+            "versions": [_version()],
+        },
+    }
+
+
+def _version() -> dict[str, Any]:
+    columns = [{"name": n, "type": "string", "jsonPath": p, "description": d} for n, p, d in COLUMNS]
+    columns.append({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"})
+    return {
+        "name": meta.VERSION,
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": columns,
+        "schema": {"openAPIV3Schema": _resource_schema()},
+    }
+
+
+def _resource_schema() -> Schema:
+    name_rule = {
+        "rule": f"size(self.metadata.name) <= {meta.RUN_NAME_LENGTH}",
+        "message": f"metadata.name has at most {meta.RUN_NAME_LENGTH} characters: job names are built from it",
+    }
+    return {
+        "type": "object",
+        "description": "A whole alignment pipeline: applied to a cluster or run on one machine.",
+        "required": ["spec"],
+        "x-kubernetes-validations": [name_rule],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec_schema(),
+            "status": _status_schema(),
+        },
+    }
+
+
+def spec_schema() -> Schema:
+    """The spec, with what CEL and list types can check on top of the models."""
+    schema = structural_schema(RunSpec, "spec")
+    phases = schema["properties"]["phases"]
+    phases |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+    for steps in reference_paths():
+        tighten(phases["items"], steps, meta.MAX_PHASES, meta.PHASE_NAME_LENGTH)
+    phases["x-kubernetes-validations"] = reference_rules()
+    phases["items"]["x-kubernetes-validations"] = [one_member_rule(), *self_reference_rules()]
+    return schema
+
+
+def _status_schema() -> Schema:
+    schema = structural_schema(RunStatus, "status")
+    for name, key in (("conditions", "type"), ("phases", "name")):
+        schema["properties"][name] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+    return schema
+
+
+def crd_yaml() -> str:
+    return f"# {NOTICE}\n" + yaml.dump(crd(), Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: other tools read the file too."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -1,0 +1,43 @@
+"""Which files are generated, writing them, and telling of drift."""
+
+from pathlib import Path
+
+import typer
+
+from controller.gen import COMMAND
+from controller.gen.crd import crd_yaml
+from controller.gen.docs import metrics_page, run_page
+from controller.gen.schema import fragment_schema, run_schema, schema_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def generated() -> dict[str, str]:
+    """Path in the repository to content."""
+    return {
+        "manifests/crd.yaml": crd_yaml(),
+        "configs/schema/alignmentrun.json": schema_json(run_schema()),
+        "configs/schema/fragment.json": schema_json(fragment_schema()),
+        "docs/reference/alignmentrun.md": run_page(),
+        "docs/reference/metrics.md": metrics_page(),
+    }
+
+
+def drift(root: Path) -> list[str]:
+    """Files whose content is not what the models say."""
+    return [
+        path for path, text in generated().items() if not (root / path).exists() or (root / path).read_text() != text
+    ]
+
+
+def gen_command(check: bool) -> int:
+    stale = drift(ROOT)
+    if check:
+        for path in stale:
+            typer.echo(f"{path} is out of date: run `{COMMAND}`", err=True)
+        return 1 if stale else 0
+    for path in stale:
+        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / path).write_text(generated()[path])
+        typer.echo(f"wrote {path}")
+    return 0

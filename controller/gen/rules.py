@@ -1,0 +1,98 @@
+"""CEL rules: what the API server itself can know to be wrong with a run."""
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from controller.api.run import MEMBERS
+from trainers.phases import REGISTRY
+from trainers.spec import ArtifactRef, SpecModel
+
+Rule = dict[str, str]
+Schema = dict[str, Any]
+
+
+def one_member_rule() -> Rule:
+    members = ", ".join(f"has(self.{name})" for name in MEMBERS)
+    return {
+        "rule": f"[{members}].filter(x, x).size() == 1",
+        "message": f"a phase has exactly one of {', '.join(MEMBERS)}",
+    }
+
+
+def self_reference_rules() -> list[Rule]:
+    """On an entry: no reference names the entry itself."""
+    return [
+        {
+            "rule": _expression(steps, "self", lambda ref: f"{ref} != self.name"),
+            "message": f"{'.'.join(steps)}.phase: a phase cannot refer to itself",
+        }
+        for steps in reference_paths()
+    ]
+
+
+def reference_rules() -> list[Rule]:
+    """On the list of entries: every reference names one of them."""
+    rules = []
+    for steps in reference_paths():
+        test = _expression(steps, "p", lambda ref: f"self.exists(q, q.name == {ref})")
+        message = f"{'.'.join(steps)}.phase: not a phase of this run"
+        rules.append({"rule": f"self.all(p, {test})", "message": message})
+    return rules
+
+
+def reference_paths() -> Iterator[tuple[str, ...]]:
+    """`(dpo, policy)`, `(evaluate, models[])`: every place in a phase entry that can hold `{phase: NAME}`."""
+    for entry in REGISTRY:
+        yield from _paths(entry.spec, (entry.name,))
+
+
+def _paths(model: type[BaseModel], steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        inner, many = _model_of(field.annotation)
+        if inner is None:
+            continue
+        here = (*steps, (field.alias or name) + ("[]" if many else ""))
+        if issubclass(inner, ArtifactRef):
+            yield here
+        elif issubclass(inner, SpecModel):
+            yield from _paths(inner, here)
+
+
+def _model_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """(model, whether there is a list of them) for `X`, `X | None` and `tuple[X, ...]`."""
+    if isinstance(annotation, type) and typing.get_origin(annotation) is None:
+        return (annotation if issubclass(annotation, BaseModel) else None), False
+    many = typing.get_origin(annotation) in (tuple, list)
+    for argument in typing.get_args(annotation):
+        found, inner_many = _model_of(argument)
+        if found is not None:
+            return found, many or inner_many
+    return None, False
+
+
+def _expression(steps: tuple[str, ...], root: str, test: typing.Callable[[str], str], depth: int = 0) -> str:
+    """True unless the reference is there and fails the test. Absent objects on the way are fine."""
+    if not steps:
+        return f"!has({root}.phase) || {test(f'{root}.phase')}"
+    step, rest = steps[0].removesuffix("[]"), steps[1:]
+    place = f"{root}.{step}"
+    if steps[0].endswith("[]"):
+        item = f"i{depth}"
+        inner = f"{place}.all({item}, {_expression(rest, item, test, depth + 1)})"
+    else:
+        inner = _expression(rest, place, test, depth)
+    return f"!has({place}) || ({inner})"
+
+
+def tighten(schema: Schema, steps: tuple[str, ...], max_items: int, max_length: int) -> None:
+    """Bound the lists and names that a rule walks over: the API server weighs rules by the longest possible input."""
+    here = schema
+    for step in steps:
+        here = here["properties"][step.removesuffix("[]")]
+        if step.endswith("[]"):
+            here["maxItems"] = min(here.get("maxItems", max_items), max_items)
+            here = here["items"]
+    here["properties"]["phase"]["maxLength"] = max_length

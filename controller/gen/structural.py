@@ -1,0 +1,120 @@
+"""From pydantic's JSON schema to the structural schema that Kubernetes wants.
+
+An allow-list: a keyword that is not known here is an error with the field's path, because a schema that the API server
+silently reads otherwise than pydantic is worse than none.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+Schema = dict[str, Any]
+
+COPIED = frozenset(
+    {"type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "format"}
+)
+DROPPED = frozenset(
+    {"title", "default", "additionalProperties", "required", "properties", "items", "$ref", "anyOf", "const"}
+)
+BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
+FORMATS = frozenset({"date-time"})
+
+
+class NotStructural(TypeError):
+    """A model that cannot be a Kubernetes schema."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
+def structural_schema(model: type[BaseModel], path: str) -> Schema:
+    """The model inlined, camelCase, without anything that the API server refuses."""
+    document = model.model_json_schema(by_alias=True)
+    return _Converter(document.pop("$defs", {})).convert(document, path)
+
+
+class _Converter:
+    def __init__(self, definitions: Mapping[str, Schema]) -> None:
+        self._definitions = definitions
+        self._open: list[str] = []
+        """Definitions being inlined, to notice recursion."""
+
+    def convert(self, node: Schema, path: str) -> Schema:
+        if "$ref" in node:
+            return self._reference(node, path)
+        if "anyOf" in node:
+            return self._either(node, path)
+        self._check_keywords(node, path)
+        result = {key: node[key] for key in node if key in COPIED}
+        result |= _bounds(node) | _constant(node) | _default(node)
+        kind = result.get("type")
+        if kind == "object":
+            result |= self._object(node, path)
+        elif kind == "array":
+            result |= self._array(node, path)
+        elif kind is None and "enum" not in result:
+            raise NotStructural(path, "no type; give the field one, or make it a mapping that is kept as it is")
+        return result
+
+    def _check_keywords(self, node: Schema, path: str) -> None:
+        unknown = set(node) - COPIED - DROPPED - BOUNDS
+        if unknown:
+            raise NotStructural(path, f"no rule for the keywords {', '.join(sorted(unknown))}")
+        if node.get("format") not in (None, *FORMATS):
+            raise NotStructural(path, f"no rule for the format {node['format']}")
+
+    def _reference(self, node: Schema, path: str) -> Schema:
+        name = node["$ref"].removeprefix("#/$defs/")
+        if name in self._open:
+            raise NotStructural(path, f"{name} contains itself; Kubernetes has no recursive schemas")
+        self._open.append(name)
+        inlined = self.convert(self._definitions[name], path)
+        self._open.pop()
+        beside = {key: value for key, value in node.items() if key in ("description",)}
+        return inlined | beside | _default(node)
+
+    def _either(self, node: Schema, path: str) -> Schema:
+        options = [option for option in node["anyOf"] if option.get("type") != "null"]
+        nullable = {"nullable": True} if len(options) < len(node["anyOf"]) else {}
+        beside = {key: node[key] for key in ("description",) if key in node} | _default(node)
+        if node.get("x-kubernetes-int-or-string"):
+            return {"anyOf": options, "x-kubernetes-int-or-string": True} | beside | nullable
+        if len(options) != 1:
+            raise NotStructural(
+                path, f"a union of {len(options)} types is not structural; use one optional field per type"
+            )
+        return self.convert(options[0], path) | beside | nullable
+
+    def _object(self, node: Schema, path: str) -> Schema:
+        if "properties" in node:
+            properties = {name: self.convert(field, f"{path}.{name}") for name, field in node["properties"].items()}
+            required = {"required": sorted(node["required"])} if node.get("required") else {}
+            return {"properties": properties} | required
+        values = node.get("additionalProperties")
+        if isinstance(values, dict) and values:
+            return {"additionalProperties": self.convert(values, f"{path}.*")}
+        return {"x-kubernetes-preserve-unknown-fields": True}
+
+    def _array(self, node: Schema, path: str) -> Schema:
+        if not isinstance(node.get("items"), dict):
+            raise NotStructural(path, "items of different types; use a list of one type")
+        return {"items": self.convert(node["items"], f"{path}[]")}
+
+
+def _bounds(node: Schema) -> Schema:
+    """Exclusive bounds are a number in JSON Schema and a flag beside the bound in OpenAPI v3."""
+    result: Schema = {key: node[key] for key in ("minimum", "maximum") if key in node}
+    for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if exclusive in node:
+            result |= {bound: node[exclusive], exclusive: True}
+    return result
+
+
+def _constant(node: Schema) -> Schema:
+    return {"enum": [node["const"]]} if "const" in node else {}
+
+
+def _default(node: Schema) -> Schema:
+    """`default: null` would mean what absence means."""
+    return {"default": node["default"]} if node.get("default") is not None else {}
