@@ -134,7 +134,8 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, diges
     if workers.is_main:
         text = json.dumps(result.document(), indent=1)
         contract.write_atomic(directory.result, text)
-        if hasattr(spec, "checkpoint") and spec.checkpoint.keep_last == 0:
+        checkpoint = getattr(spec, "checkpoint", None)
+        if checkpoint is None or checkpoint.keep_last == 0:  # a phase without the setting has nothing worth keeping
             shutil.rmtree(directory.checkpoints, ignore_errors=True)
     workers.barrier()
     meter.close()
