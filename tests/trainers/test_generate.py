@@ -1,0 +1,189 @@
+"""The rollout engine against transformers' own generation and its logits processors."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from trainers.core.generate import generate, sample, warped
+from trainers.spec import Sampling
+
+GREEDY = Sampling(temperature=0, max_new_tokens=20, batch_size=4)
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16], [9, 9], [20, 21, 22, 23], [30]]
+PAD = 0
+
+
+def llama(vocab=40, layers=2, **config) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, initializer_range=0.4, **shape, **config)
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+def theirs(model, prompt, sampling, stop):
+    """transformers' greedy answer to one prompt alone."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=PAD,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def common_tokens(model, count):
+    """End tokens that greedy answers really contain, so that rows end at different times."""
+    answers = [theirs(model, prompt, GREEDY, frozenset()) for prompt in PROMPTS]
+    return frozenset(answer[3 + 2 * i] for i, answer in enumerate(answers[:count]))
+
+
+@pytest.mark.parametrize("stops", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_greedy_is_transformers_own(model, stops, batch_size):
+    stop = common_tokens(model, stops)
+    sampling = GREEDY.model_copy(update={"batch_size": batch_size})
+    responses = generate(model, PROMPTS, sampling, stop, pad_id=PAD)
+    assert [r.ids for r in responses] == [theirs(model, p, sampling, stop) for p in PROMPTS]
+    assert [r.ended for r in responses] == [r.ids[-1] in stop for r in responses]
+    if stops:
+        assert len({len(r.ids) for r in responses}) > 1, "the rows end at different times"
+
+
+def test_a_sliding_window_and_grouped_heads_work():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    stop = common_tokens(model, 2)
+    assert [r.ids for r in generate(model, PROMPTS, GREEDY, stop)] == [theirs(model, p, GREEDY, stop) for p in PROMPTS]
+
+
+def test_learned_positions_work():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4))
+    model.eval()
+    stop = common_tokens(model, 2)
+    assert [r.ids for r in generate(model, PROMPTS, GREEDY, stop)] == [theirs(model, p, GREEDY, stop) for p in PROMPTS]
+
+
+def test_sampling_is_a_function_of_the_generator(model):
+    sampling = Sampling(max_new_tokens=12, batch_size=3)
+
+    def run(seed):
+        return [r.ids for r in generate(model, PROMPTS, sampling, frozenset({5}), torch.Generator().manual_seed(seed))]
+
+    torch.manual_seed(1)
+    first = run(0)
+    torch.manual_seed(2)
+    assert run(0) == first, "the global generator plays no part"
+    assert run(1) != first
+
+
+def test_a_response_does_not_depend_on_its_batch(model):
+    sampling = Sampling(max_new_tokens=12, temperature=0.8, top_p=0.9)
+    uniforms = torch.rand(len(PROMPTS), 12, dtype=torch.float64)
+    together = generate(model, PROMPTS, sampling, frozenset({5}), uniforms=uniforms)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], sampling, frozenset({5}), uniforms=uniforms[[i]])[0].ids == together[i].ids
+
+
+def test_samples_follow_the_models_distribution(model):
+    """Two-token responses to one prompt, their frequencies against the model's probabilities."""
+    count = 4000
+    sampling = Sampling(max_new_tokens=2, batch_size=count)
+    responses = generate(model, [[7, 8, 9]] * count, sampling, frozenset(), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = model(torch.tensor([[7, 8, 9]])).logits[0, -1].softmax(-1)
+        best = int(first.argmax())
+        second = model(torch.tensor([[7, 8, 9, best]])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(torch.tensor([r.ids[0] for r in responses]), minlength=40) / count
+    after = torch.tensor([r.ids[1] for r in responses if r.ids[0] == best])
+    assert (seen - first).abs().max() < 4 * 0.5 / count**0.5
+    assert (torch.bincount(after, minlength=40) / len(after) - second).abs().max() < 4 * 0.5 / len(after) ** 0.5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_no_token_of_probability_zero_is_chosen(uniform):
+    logits = torch.full((1, 6), float("-inf"))
+    logits[0, 2:4] = 1.0
+    token = sample(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))
+    assert token.item() == (2 if uniform < 0.5 else 3)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (8, 0.5), (0, 0.01), (1, 1.0), (100, 1.0)])
+def test_truncation_is_transformers_own(top_k, top_p):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(50, 30)
+    wanted = logits / 0.7
+    if top_k:
+        wanted = TopKLogitsWarper(top_k)(None, wanted)
+    if top_p < 1:
+        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    assert torch.equal(warped(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p)), wanted)
+
+
+def test_gradient_checkpointing_leaves_the_cache_on(model):
+    checkpointed = llama()
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.train()
+    lengths = []
+    checkpointed.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    responses = generate(checkpointed, PROMPTS, GREEDY, frozenset())
+    assert [r.ids for r in responses] == [r.ids for r in generate(model, PROMPTS, GREEDY, frozenset())]
+    assert checkpointed.training, "the mode is put back"
+    assert lengths.count(1) == len(lengths) - 2, "after the prompts every step reads one token"
+
+
+def test_rows_that_end_leave_the_batch(model):
+    """Half of the rows end at once; later forward passes carry only the others."""
+    stop = frozenset(theirs(model, p, GREEDY, frozenset())[0] for p in PROMPTS[:3])
+    rows = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    responses = generate(model, PROMPTS, GREEDY.model_copy(update={"batch_size": 6}), stop)
+    handle.remove()
+    assert [r.ids for r in responses] == [theirs(model, p, GREEDY, stop) for p in PROMPTS]
+    assert rows[0] == 6 and rows[1] <= 3
+
+
+def test_bfloat16_and_autocast(model):
+    half = llama().to(torch.bfloat16)
+    responses = generate(half, PROMPTS, Sampling(max_new_tokens=5), frozenset(), torch.Generator().manual_seed(0))
+    assert all(len(r.ids) == 5 for r in responses)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = generate(model, PROMPTS, Sampling(max_new_tokens=5), frozenset(), torch.Generator().manual_seed(0))
+    assert all(len(r.ids) == 5 for r in again)
+
+
+def test_times_are_kept_for_every_token(model):
+    stop = common_tokens(model, 2)
+    for response in generate(model, PROMPTS, GREEDY, stop, keep_times=True):
+        assert len(response.times) == len(response.ids)
+        assert response.times == sorted(response.times) and response.times[0] > 0
+
+
+def test_no_prompts_no_responses(model):
+    assert generate(model, [], GREEDY, frozenset()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generators_of_either_device_work_on_a_gpu(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).cuda()
+    sampling = Sampling(max_new_tokens=5)
+    for device in ("cpu", "cuda"):
+        responses = generate(model, [[3, 4], [5]], sampling, frozenset(), torch.Generator(device).manual_seed(0))
+        assert all(len(r.ids) == 5 for r in responses)
