@@ -64,7 +64,7 @@ def assess(
     """Score every response token with the three models and work out advantages and returns."""
     sequences = [_sequence(sample) for sample in samples]
     logprobs, reference_logprobs, values = score_tokens(
-        workers, sequences, [policy, reference, critic], spec.parallel.micro_batch_tokens
+        workers, sequences, [policy, reference, critic], spec.parallel.micro_batch_tokens, spec.packing
     )
     mask = _mask(sequences)
     kl = kl_estimate(logprobs, reference_logprobs, spec.kl.estimator) * mask
@@ -80,13 +80,17 @@ def assess(
 
 @torch.no_grad()
 def score_tokens(
-    workers: Workers, sequences: list[Sequence], scorers: List[TokenScores], micro_batch_tokens: int
+    workers: Workers,
+    sequences: list[Sequence],
+    scorers: List[TokenScores],
+    micro_batch_tokens: int,
+    packing: bool,
 ) -> list[torch.Tensor]:
     """Each scorer's numbers for all response tokens, (N, T) each and the same on all ranks, which share the work."""
-    plan = plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, True, workers.world)
+    plan = plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, packing, workers.world)
     found: list[object] = []
     for chosen in plan[workers.rank]:
-        batch = collate([sequences[i] for i in chosen], True, workers.device)
+        batch = collate([sequences[i] for i in chosen], packing, workers.device)
         scores = torch.stack([scorer(batch) for scorer in scorers]).cpu()
         found += zip(chosen, scores.split([sequences[i].num_scored for i in chosen], dim=1), strict=True)
     scored: dict[int, torch.Tensor] = dict(workers.gather_objects(found))  # type: ignore[arg-type]

@@ -57,6 +57,8 @@ class PpoSpec(PhaseSpec):
     """Scale rewards to unit variance without shifting them."""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the score of a response that does not end."""
+    packing: bool = True
+    """Put several sequences in one row without letting them attend to each other, instead of padding."""
     max_kl_per_update: float | None = Field(default=None, gt=0)
     """End a round's optimisation early once the policy has moved this far (approximate KL per token)."""
     checkpoint: Checkpoint = Checkpoint()

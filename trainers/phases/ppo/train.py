@@ -121,14 +121,14 @@ def _gradients(
     """Gradients of a mini-batch's mean losses over its tokens, all ranks together. Returns the means."""
     sequences = [experience.sequences[i] for i in mini]
     micro_batches = plan_micro_batches(
-        [[len(s)] for s in sequences], spec.parallel.micro_batch_tokens, True, ctx.workers.world
+        [[len(s)] for s in sequences], spec.parallel.micro_batch_tokens, spec.packing, ctx.workers.world
     )[ctx.workers.rank]
     num_tokens = sum(s.num_scored for s in sequences)
     sums = torch.zeros(4, device=ctx.workers.device)
     for i, places in enumerate(micro_batches):
         with ctx.meter.part("forward_backward"):
             chosen = [mini[j] for j in places]
-            batch = collate([experience.sequences[j] for j in chosen], True, ctx.workers.device)
+            batch = collate([experience.sequences[j] for j in chosen], spec.packing, ctx.workers.device)
             old, advantages, old_values, returns = (
                 experience.flat(name, chosen, ctx.workers.device)
                 for name in ("logprobs", "advantages", "values", "returns")
