@@ -4,6 +4,7 @@ This module and every ``phases/*/spec.py`` import no torch, so the controller ca
 YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -212,6 +213,17 @@ class NamedModel(ModelRef):
     @property
     def label(self) -> str:
         return self.name or self.phase or str(self.source or "scratch").rstrip("/").rsplit("/", 1)[-1]
+
+
+def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
+    """The models' names in tables and folders. Raises ValueError for two that are equal, or one that is no file name."""
+    labels = [model.label for model in models]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"models: the name {label!r} is used more than once; set name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+            raise ValueError(f"models: {label!r} cannot be used as a name; set name")
+    return labels
 
 
 # ---------------------------------------------------------------- training
