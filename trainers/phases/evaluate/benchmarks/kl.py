@@ -1,0 +1,28 @@
+"""How far a model has moved: KL(model || reference) on the model's own responses, exact over the vocabulary."""
+
+from typing import TYPE_CHECKING
+
+from trainers.phases.evaluate.benchmark import Benchmark, SampledSpec
+from trainers.phases.evaluate.metric import Metric, quotient
+
+if TYPE_CHECKING:
+    from trainers.phases.evaluate.bench import Bench
+
+
+class KlSpec(SampledSpec):
+    """KL to the evaluation's `reference`, in nats, at temperature 1. Needs a model with the reference's tokens.
+
+    On responses sampled at temperature 1 it estimates the KL between the two models' distributions over responses.
+    """
+
+
+def run(spec: KlSpec, bench: "Bench") -> list[Metric]:
+    divergences = bench.divergences(spec.data, spec.sampling)
+    sums, tokens = [d.kl for d in divergences], [d.tokens for d in divergences]
+    return [
+        Metric("perSequence", "KL / response", (sums,)),
+        Metric("perToken", "KL / token", (sums, tokens), statistic=quotient),
+    ]
+
+
+BENCHMARK = Benchmark("kl", KlSpec, run, needs_reference=True)

@@ -1,0 +1,35 @@
+"""How long responses are, and whether the reward model likes them long."""
+
+from typing import TYPE_CHECKING, Any
+
+from trainers.phases.evaluate.benchmark import Benchmark, SampledSpec
+from trainers.phases.evaluate.metric import Metric, share
+
+if TYPE_CHECKING:
+    from trainers.phases.evaluate.bench import Bench
+
+
+class LengthSpec(SampledSpec):
+    """Tokens per response, share of responses that end by themselves, and length bias if there is a `rewardModel`."""
+
+
+def run(spec: LengthSpec, bench: "Bench") -> list[Metric]:
+    replies = [reply for _, reply in bench.answered(spec.data, spec.sampling)]
+    lengths = [float(reply.length) for reply in replies]
+    metrics = [
+        Metric("tokens", "tokens / response", (lengths,)),
+        share("ended", "ended by itself", [reply.ended for reply in replies], better=True),
+    ]
+    if bench.has_reward_model:
+        rewards = bench.rewards(spec.data, spec.sampling)
+        metrics.append(Metric("rewardCorrelation", "length-reward corr.", (lengths, rewards), statistic=correlation))
+    return metrics
+
+
+def correlation(x: Any, y: Any) -> Any:
+    """Pearson's; not a number where one of the two does not vary."""
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    return (x * y).mean(-1) / ((x * x).mean(-1) * (y * y).mean(-1)) ** 0.5
+
+
+BENCHMARK = Benchmark("length", LengthSpec, run)

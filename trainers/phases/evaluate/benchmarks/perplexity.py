@@ -1,0 +1,31 @@
+"""How well a model predicts given responses: exp of the mean negative log-likelihood per token."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from trainers.phases.evaluate.benchmark import Benchmark, BenchmarkSpec
+from trainers.phases.evaluate.metric import Metric, quotient
+
+if TYPE_CHECKING:
+    from trainers.phases.evaluate.bench import Bench
+
+
+class PerplexitySpec(BenchmarkSpec):
+    """Perplexity on the responses (assistant turns) of `{"prompt", "response"}` rows or chat `messages`.
+
+    It is per token, so only models with the same tokenizer can be compared by it.
+    """
+
+
+def perplexity(losses: Any, tokens: Any) -> Any:
+    """exp(sum nll / N): a mean over tokens, not over responses."""
+    return math.e ** quotient(losses, tokens)
+
+
+def run(spec: PerplexitySpec, bench: "Bench") -> list[Metric]:
+    losses = bench.losses(spec.data)
+    columns = ([loss.nll for loss in losses], [loss.tokens for loss in losses])
+    return [Metric("perplexity", "perplexity", columns, higher_is_better=False, statistic=perplexity)]
+
+
+BENCHMARK = Benchmark("perplexity", PerplexitySpec, run)

@@ -1,0 +1,67 @@
+"""Finished measurements on disk, by what they depend on, so that nothing is measured twice.
+
+A cell's name is the digest of its key: what is measured, the models' digests, the rows, the settings, the seed. So an
+evaluation that was killed goes on, and an edited one measures only what is new. Cells are found in the phase's own
+directory and in those of other evaluations in the workspace, also where an edit has moved them to the history.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainers.contract import HISTORY, canonical_json, sha256_text, write_atomic
+
+FOLDER = "cells"
+VERSION = 1
+"""Part of every key: raise it when a measurement starts to mean something else."""
+
+Key = Mapping[str, Any]
+
+
+class Cells:
+    def __init__(self, phase_root: Path) -> None:
+        self.own = phase_root / FOLDER
+        self.folders = [self.own, *_others(phase_root)]
+        self._known: dict[str, Any] = {}
+
+    def get(self, key: Key) -> Any:
+        """The value, or None. A damaged cell counts as not there."""
+        name = _name(key)
+        if name not in self._known:
+            for folder in self.folders:
+                value = _read(folder / name, key)
+                if value is not None:
+                    self.put(key, value, write=folder != self.own)
+                    break
+        return self._known.get(name)
+
+    def put(self, key: Key, value: Any, write: bool = True) -> None:
+        """Remember a value; it must be JSON and not null."""
+        name = _name(key)
+        self._known[name] = value
+        if write:
+            write_atomic(self.own / name, json.dumps({"key": _versioned(key), "value": value}))
+
+
+def _versioned(key: Key) -> dict[str, Any]:
+    return {**key, "version": VERSION}
+
+
+def _name(key: Key) -> str:
+    return f"{key['kind']}-{sha256_text(canonical_json(_versioned(key)))[:32]}.json"
+
+
+def _read(path: Path, key: Key) -> Any:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return document["value"] if document.get("key") == json.loads(canonical_json(_versioned(key))) else None
+
+
+def _others(phase_root: Path) -> Iterator[Path]:
+    """Cells of other evaluations in the workspace, which lies two levels above a phase."""
+    workspace = phase_root.resolve().parent.parent
+    for pattern in (f"*/*/{FOLDER}", f"*/{HISTORY}/*/{FOLDER}"):
+        yield from sorted(path for path in workspace.glob(pattern) if path != phase_root.resolve() / FOLDER)

@@ -1,0 +1,160 @@
+"""Evaluation: every model on every benchmark, one model in memory at a time.
+
+Two passes. The first measures: models one after the other, each on all benchmarks, so that what is generated lies in
+cells. The second compares: it reads the cells and computes values, intervals, win rates and differences. So a baseline
+may come anywhere in the list, and an interrupted evaluation goes on at the first missing cell.
+"""
+
+import json
+from typing import Any
+
+from trainers.contract import BadInput, write_atomic
+from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.phases.evaluate.bench import Bench, Laboratory
+from trainers.phases.evaluate.benchmark import NotComparable, SampledSpec
+from trainers.phases.evaluate.latency import device, measure_latency
+from trainers.phases.evaluate.results import Results, summary
+from trainers.phases.evaluate.spec import LATENCY, EvaluateSpec
+from trainers.spec import NamedModel, shown_labels
+
+
+def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
+    # ---- set up
+    models = spec.models or _all_models(ctx)
+    labels = _labels(models, spec.baseline)
+    by_label = dict(zip(labels, models, strict=True))
+    reference = spec.reference or by_label.get(spec.baseline or "")
+    laboratory = Laboratory(ctx, spec, reference)
+    benches = {label: Bench(laboratory, model) for label, model in by_label.items()}
+    total_steps = len(models) * (len(spec.benchmarks) + spec.latency.enabled)
+    ctx.meter.begin(0, total_steps, spec.document())
+
+    # ---- measure
+    step = 0
+    latency: dict[str, Any] = {}
+    for label, bench in benches.items():
+        for entry in spec.benchmarks:
+            ctx.meter.stage(f"{label}: {entry.name}")
+            _attempt(entry, bench)
+            ctx.meter.log(step := step + 1)
+        if spec.latency.enabled:
+            ctx.meter.stage(f"{label}: {LATENCY}")
+            latency[label] = _latency(spec, bench)
+            ctx.meter.log(step := step + 1)
+        bench.release()
+
+    # ---- compare
+    ctx.meter.stage("comparing")
+    results = _compare(spec, benches, ctx.seed)
+    document = results.document()
+    if ctx.workers.is_main:
+        root = ctx.dir.root
+        for label, bench in benches.items():
+            write_atomic(root / "responses" / f"{label}.jsonl", _responses(spec, bench))
+        write_atomic(root / "latency.json", json.dumps(latency, indent=1))
+        write_atomic(root / "summary.md", summary(document, latency))
+        write_atomic(root / ARTIFACT_NAMES["evaluation"], json.dumps(document, indent=1))
+    return Outcome(results.flat() | _flat_latency(latency), list(laboratory.records.values()), total_steps)
+
+
+def _all_models(ctx: PhaseContext) -> tuple[NamedModel, ...]:
+    """Every input that is a language model."""
+    names = []
+    for name in ctx.file.inputs:
+        result = ctx.input_dir(name).read_result()
+        if result is not None and "model" in result.artifacts:
+            names.append(name)
+    return tuple(NamedModel(phase=name) for name in names)
+
+
+def _labels(models: tuple[NamedModel, ...], baseline: str | None) -> list[str]:
+    if not models:
+        raise BadInput("models: there is none to evaluate")
+    try:
+        labels = shown_labels(models)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if baseline is not None and baseline not in labels:
+        raise BadInput(f"baseline {baseline!r} is none of the models ({', '.join(labels)})")
+    return labels
+
+
+def _attempt(entry: Any, bench: Bench) -> Any:
+    """The metrics of a model on a benchmark, or the reason why there are none."""
+    try:
+        return entry.benchmark.run(entry.settings, bench)
+    except NotComparable as reason:
+        return str(reason)
+
+
+def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
+    laboratory, workers = bench.laboratory, bench.laboratory.ctx.workers
+    key = {"kind": LATENCY, "model": bench.digest, "settings": spec.latency.document(), **device(workers)}
+
+    def measure() -> dict[str, Any]:
+        # One process at a time: on a shared machine two would slow each other down.
+        found: list[object] = [measure_latency(bench.loaded, spec.latency, workers)] if workers.is_main else []
+        return workers.gather_objects(found)[0]  # type: ignore[return-value]
+
+    found: dict[str, Any] = laboratory.cell(key, measure)
+    return found
+
+
+def _compare(spec: EvaluateSpec, benches: dict[str, Bench], seed: int) -> Results:
+    results = Results.empty(seed, list(benches), spec.baseline)
+    baseline = benches.get(spec.baseline or "")
+    for label, bench in benches.items():
+        bench.baseline = None if bench is baseline else baseline
+        for entry in spec.benchmarks:
+            found = _attempt(entry, bench)
+            if isinstance(found, str):
+                results.note(label, entry.name, found)
+            else:
+                results.add(label, entry.name, found, entry.headline)
+    return results
+
+
+def _responses(spec: EvaluateSpec, bench: Bench) -> str:
+    """The model's responses as JSONL; benchmarks with equal rows and sampling share them."""
+    shared: dict[str, list[str]] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for entry in spec.benchmarks:
+        if isinstance(entry.settings, SampledSpec):
+            rows = _asked(spec, bench, entry.settings)
+            name = json.dumps(rows, sort_keys=True)
+            kept[name] = rows
+            shared.setdefault(name, []).append(entry.name)
+    lines = [{**row, "benchmarks": shared[name]} for name, rows in kept.items() for row in rows]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> list[dict[str, Any]]:
+    answered = bench.answered(settings.data, settings.sampling)
+    rewards = bench.rewards(settings.data, settings.sampling) if bench.has_reward_model else [None] * len(answered)
+    temperature = (settings.sampling or spec.sampling).temperature
+    return [
+        {
+            "prompt": row["prompt"] if "prompt" in row else row["messages"][-1]["content"],
+            "response": reply.text,
+            "reward": reward,
+            "ended": reply.ended,
+            "tokens": reply.length,
+            "temperature": temperature,
+            **{key: row[key] for key in ("answer", "shouldRefuse") if key in row},
+        }
+        for (row, reply), reward in zip(answered, rewards, strict=True)
+    ]
+
+
+def _flat_latency(latency: dict[str, Any]) -> dict[str, float]:
+    """`<model>/latency/...`: times of the smallest load, and the throughput of the batch size that gives most."""
+    flat: dict[str, float] = {}
+    for label, found in latency.items():
+        first = min(found["points"], key=lambda p: (p["batchSize"], p["promptLength"]))
+        name = f"{label}/{LATENCY}"
+        for key in ("timeToFirstToken", "timePerOutputToken"):
+            flat |= {f"{name}/{key}P{q}": first[key][f"p{q}"] for q in (50, 95, 99)}
+        flat[f"{name}/tokensPerSecond"] = max(p["tokensPerSecond"] for p in found["points"])
+        flat[f"{name}/peakMemoryBytes"] = max(p["peakMemoryBytes"] for p in found["points"])
+        flat[f"{name}/parameters"] = found["parameters"]
+    return flat
