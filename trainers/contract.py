@@ -383,7 +383,7 @@ def adopt(finished: Path, phase_root: Path) -> None:
     temporary = phase_root.with_name(f".{phase_root.name}.{os.getpid()}.adopt")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(
-        finished, temporary, copy_function=_link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts")
+        finished, temporary, copy_function=link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts")
     )
     set_aside(phase_root)
     shutil.rmtree(phase_root, ignore_errors=True)
@@ -391,7 +391,7 @@ def adopt(finished: Path, phase_root: Path) -> None:
     fsync_directory(phase_root.parent)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
