@@ -75,7 +75,9 @@ def test_learned_positions_work():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)
+    )
     model.eval()
     stop = common_tokens(model, 2)
     assert [r.ids for r in generate(model, PROMPTS, GREEDY, stop)] == [theirs(model, p, GREEDY, stop) for p in PROMPTS]

@@ -51,9 +51,9 @@ def _softmax(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.T
 
 def _rank(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tensor, float]:
     """Place from below, 1 to N; equal rewards share the mean of their places."""
-    below = (rewards[:, None] > rewards).sum(-1)
-    equal = (rewards[:, None] == rewards).sum(-1)
-    return below + (equal + 1) / 2.0, 0.0
+    below = (rewards[:, None] > rewards).double().sum(-1)
+    equal = (rewards[:, None] == rewards).double().sum(-1)
+    return below + (equal + 1) / 2, 0.0
 
 
 def _filter(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tensor, float]:
