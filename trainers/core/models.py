@@ -79,8 +79,11 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
     config.pad_token_id = tokenizer.pad_token_id
     if len(stop_ids) > 1:  # a classifier has no generation settings to keep them in
         config.eos_token_id = sorted(stop_ids)
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise BadInput(f"models of type {config.model_type} have no sequence-classification form") from error
     setattr(model, model.base_model_prefix, getattr(base, base.base_model_prefix))
     head = score_head(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(ctx.seed)
