@@ -39,6 +39,8 @@ class RewardWeighting(SpecModel):
 
     mode: Literal["none", "exp", "softmax", "rank", "filter"] = "exp"
     """`exp`: exp((r - mean) / (temperature x std)); `softmax`: n softmax(r / temperature); `rank`: linear in rank; `filter`: 1 above the quantile, else 0."""
+    own_samples: Literal["equal", "reward", "mistakes"] = "equal"
+    """Weights of the student's own samples, which the teacher corrects: all `equal`; by `reward` as traces are, which mutes the samples that need correction most; or `mistakes`, the lower the reward the higher the weight."""
     temperature: float = Field(default=1.0, gt=0)
     """Higher is closer to equal weights (`exp`, `softmax`)."""
     min_weight: float = Field(default=0.1, ge=0)
@@ -93,9 +95,10 @@ class DistillSpec(TrainingSpec):
             raise ValueError(
                 f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0"
             )
-        if self.on_policy_fraction > 0 and self.weighting.mode != "none" and self.reward_model is None:
+        weighed = self.weighting.mode != "none" and self.weighting.own_samples != "equal"
+        if self.on_policy_fraction > 0 and weighed and self.reward_model is None:
             raise ValueError(
-                f"weighting.mode {self.weighting.mode} needs rewardModel to score the student's samples: set it, or weighting: {{mode: none}}"
+                f"weighting.ownSamples {self.weighting.own_samples} needs rewardModel to score the student's samples: set it, or ownSamples: equal"
             )
         return self
 

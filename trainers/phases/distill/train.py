@@ -32,7 +32,7 @@ from trainers.core.trainee import Trainee, seed_step
 from trainers.phases.distill.loss import forward_kl, generalized_jsd
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
-from trainers.phases.distill.weights import correlation, reward_weights
+from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
 from trainers.spec import DataSource
 
 
@@ -68,7 +68,8 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         else:
             batch = [traces[i] for i in order.indices(index)]
         with ctx.meter.part("data"):
-            weights = reward_weights(torch.tensor([e.reward for e in batch]), spec.weighting)
+            weigh = own_sample_weights if on_policy else reward_weights
+            weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
             lengths = torch.tensor([e.sequence.num_scored for e in batch])
             weighted_tokens = float((weights.values * lengths).sum())
             micro_batches = plan_micro_batches(

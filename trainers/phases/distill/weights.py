@@ -31,6 +31,17 @@ def reward_weights(rewards: torch.Tensor, weighting: RewardWeighting) -> Weights
     return Weights(raw / raw.mean(), clipped)
 
 
+def own_sample_weights(rewards: torch.Tensor, weighting: RewardWeighting) -> Weights:
+    """Weights of N samples that the student made itself.
+
+    A trace is something to imitate, so a good one counts more. An own sample is something to correct: weighing it by
+    its reward mutes the student's mistakes (in the quickstart's task the student then never learned to refuse).
+    """
+    if weighting.own_samples == "equal":
+        return Weights(torch.ones(len(rewards), dtype=torch.float64), 0.0)
+    return reward_weights(-rewards if weighting.own_samples == "mistakes" else rewards, weighting)
+
+
 def _none(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tensor, float]:
     return torch.ones_like(rewards), 0.0
 

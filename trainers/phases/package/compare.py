@@ -13,7 +13,7 @@ class Change:
     before: float
     after: float
     verdict: str
-    """better, worse, or unclear: the 95 % intervals overlap."""
+    """better, worse, or unclear: the 95 % interval of the paired difference includes 0."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Step:
         return "; ".join(parts).capitalize() + "." if parts else "Nothing to compare."
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Three significant digits, without exponents for ordinary sizes."""
-    if value != value:
-        return "n/a"
+    if value is None:
+        return "–"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -63,15 +63,21 @@ def _changes(results: dict[str, Any], parent: str, child: str) -> list[Change]:
     changes = []
     for metric in results["metrics"]:
         before, after = (results["values"][name].get(metric["key"]) for name in (parent, child))
-        if metric.get("headline") and metric.get("higherIsBetter") is not None and before and after:
-            verdict = _verdict(before, after, metric["higherIsBetter"])
-            changes.append(Change(metric["label"], before["value"], after["value"], verdict))
+        if metric["headline"] and metric["higherIsBetter"] is not None and before and after:
+            paired = results["differences"][metric["key"]].get(child, {}).get(parent, {})
+            verdict = _verdict(paired, metric["higherIsBetter"])
+            changes.append(Change(metric_label(metric), before["value"], after["value"], verdict))
     return changes
 
 
-def _verdict(before: dict[str, float], after: dict[str, float], higher_is_better: bool) -> str:
-    if after.get("low", after["value"]) > before.get("high", before["value"]):
-        return "better" if higher_is_better else "worse"
-    if after.get("high", after["value"]) < before.get("low", before["value"]):
-        return "worse" if higher_is_better else "better"
-    return "unclear"
+def metric_label(metric: dict[str, Any]) -> str:
+    """A metric's label with its benchmark, since two benchmarks may measure the same thing."""
+    return f"{metric['key'].split('/')[0]}: {metric['label']}"
+
+
+def _verdict(paired: dict[str, float | None], higher_is_better: bool) -> str:
+    """By the 95 % interval of the paired difference, child minus parent."""
+    low, high = paired.get("low"), paired.get("high")
+    if low is None or high is None or low <= 0 <= high:
+        return "unclear"
+    return "better" if (low > 0) is higher_is_better else "worse"

@@ -3,7 +3,7 @@
 import base64
 from typing import Any
 
-from trainers.phases.package.compare import steps_of
+from trainers.phases.package.compare import metric_label, steps_of
 from trainers.phases.package.export import environment, flat_settings
 from trainers.phases.package.gather import Gathered
 from trainers.phases.package.plots import Plot
@@ -36,13 +36,14 @@ def report_html(
 def headline(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Headline metrics, each with the models that are best in it."""
     chosen = [metric for metric in results["metrics"] if metric.get("headline")]
-    return [{**metric, "best": _best(results, metric)} for metric in chosen]
+    return [{**metric, "label": metric_label(metric), "best": _best(results, metric)} for metric in chosen]
 
 
 def _best(results: dict[str, Any], metric: dict[str, Any]) -> list[str]:
     if metric.get("higherIsBetter") is None:
         return []
-    values = {m: v[metric["key"]]["value"] for m, v in results["values"].items() if v.get(metric["key"])}
+    found = {model: values.get(metric["key"], {}).get("value") for model, values in results["values"].items()}
+    values = {model: value for model, value in found.items() if value is not None}
     if not values:
         return []
     best = (max if metric["higherIsBetter"] else min)(values.values())
