@@ -28,7 +28,9 @@ class Step:
         """Only differences beyond the intervals are called better or worse."""
         parts = []
         for verdict in ("better", "worse"):
-            named = [f"{c.label} ({number(c.before)} → {number(c.after)})" for c in self.changes if c.verdict == verdict]
+            named = [
+                f"{c.label} ({number(c.before)} → {number(c.after)})" for c in self.changes if c.verdict == verdict
+            ]
             if named:
                 parts.append(f"{verdict}: {', '.join(named)}")
         unclear = [c.label for c in self.changes if c.verdict == "unclear"]

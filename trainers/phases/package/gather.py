@@ -1,15 +1,25 @@
-"""Everything that a run's phases left, read once."""
+"""Everything that the run's phases left, read once."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainers.contract import BadInput, PhaseDir, Result
+from trainers.core.context import PhaseContext
+from trainers.phases.package.spec import PackageSpec
+from trainers.spec import NamedModel, shown_labels
 
-PARENT_FIELDS = ("model", "policy", "student")
-"""Spec fields that say which model a phase's model started from."""
+STARTS = ("policy", "student", "model")
+"""Roles of the model that a phase starts from."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    role: str
+    """Path of the reference in the phase's settings: `policy`, `rewardModel`, `models[0]`."""
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -17,83 +27,151 @@ class Phase:
     name: str
     root: Path
     result: Result
-    steps: list[dict[str, Any]]
-    """Lines of metrics.jsonl."""
+    lines: list[dict[str, Any]]
+    """metrics.jsonl."""
+    edges: tuple[Edge, ...]
 
     @property
-    def parent(self) -> str | None:
-        """Name of the phase whose model this one started from; None for a model from elsewhere."""
-        for name in PARENT_FIELDS:
-            reference = self.result.settings.get(name)
-            if isinstance(reference, dict):
-                if reference.get("teacherLayers"):
-                    reference = self.result.settings["teacher"]
-                found = reference.get("phase")
-                return str(found) if found else None
-        return None
+    def type(self) -> str:
+        return self.result.type
+
+    def built_on(self, *roles: str) -> str | None:
+        """The phase that is referred to in the first of these roles that names one."""
+        found = {edge.role: edge.phase for edge in self.edges}
+        return next((found[role] for role in roles if role in found), None)
 
     def artifact(self, kind: str) -> Path | None:
-        for artifact in self.result.artifacts.values():
-            if artifact.kind == kind:
-                return self.root / artifact.path
-        return None
+        return next((self.root / a.path for a in self.result.artifacts.values() if a.kind == kind), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    label: str
+    phase: Phase
+    path: Path
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    results: dict[str, Any]
-    latency: dict[str, Any]
-    responses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Rows by model label."""
+    phase: Phase
+    results: Mapping[str, Any]
+    latency: Mapping[str, Any]
+    responses: Mapping[str, list[dict[str, Any]]]
+    phases: Mapping[str, str]
+    """Label in this evaluation to the phase that left the model."""
+
+    def label(self, phase: str) -> str | None:
+        """What this evaluation calls the model of a phase."""
+        return next((label for label, name in self.phases.items() if name == phase), None)
 
 
 @dataclass(frozen=True)
-class Gathered:
-    run: str
-    phases: list[Phase]
-    evaluation: Evaluation | None
+class Run:
+    name: str
+    seed: int
+    phases: Mapping[str, Phase]
+    """In the run's order, inputs first."""
+    models: list[Model]
+    reward_models: list[Model]
+    evaluations: list[Evaluation] = field(default_factory=list)
 
-    def phase(self, name: str) -> Phase | None:
-        return next((phase for phase in self.phases if phase.name == name), None)
+    def start_of(self, phase: Phase) -> Phase | None:
+        """The phase whose model this one starts from."""
+        return self.phases.get(phase.built_on(*STARTS) or "")
+
+    def ancestors(self, phase: Phase) -> list[Phase]:
+        """The chain of starts, nearest first."""
+        chain: list[Phase] = []
+        while (before := self.start_of(phase)) is not None and before not in chain:
+            chain.append(before)
+            phase = before
+        return chain
+
+    def size(self, phase: Phase) -> float | None:
+        """Parameters of the model that a phase left."""
+        return phase.result.metrics.get("parameters")
 
 
-def gather(run: str, inputs: Mapping[str, Path]) -> Gathered:
-    """Read all inputs, ordered so that each phase comes after those it builds on. Raises BadInput if one has no result."""
-    phases = _in_order([_phase(name, root) for name, root in inputs.items()])
-    evaluations = [phase for phase in phases if phase.result.type == "evaluate"]
-    return Gathered(run, phases, _evaluation(evaluations[-1].root) if evaluations else None)
+def gather(ctx: PhaseContext, spec: PackageSpec) -> Run:
+    phases = {name: _phase(name, ctx.input_dir(name)) for name in ctx.file.inputs}
+    phases = {phase.name: phase for phase in _inputs_first(phases)}
+    return Run(
+        ctx.file.run,
+        ctx.seed,
+        phases,
+        _models(spec, phases),
+        [Model(p.name, p, path) for p in phases.values() if (path := p.artifact("reward-model"))],
+        [_evaluation(phase) for phase in phases.values() if phase.artifact("evaluation")],
+    )
 
 
-def _phase(name: str, root: Path) -> Phase:
-    directory = PhaseDir(root)
+def _phase(name: str, directory: PhaseDir) -> Phase:
     result = directory.read_result()
     if result is None:
-        raise BadInput(f"phase {name!r} has no result.json in {root}: it has not finished")
-    return Phase(name, root, result, _jsonl(directory.metrics))
+        raise BadInput(f"phase {name!r} has no result.json in {directory.root}: it has not finished")
+    edges = tuple(Edge(*found) for found in references(result.settings))
+    return Phase(name, directory.root, result, read_jsonl(directory.metrics), edges)
 
 
-def _in_order(phases: list[Phase]) -> list[Phase]:
-    """Topological order; among equals, by when they started."""
-    waiting = sorted(phases, key=lambda phase: (phase.result.started_at, phase.name))
+def references(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every `{phase: NAME}` in a phase's settings, with its path."""
+    if isinstance(settings, list):
+        for i, item in enumerate(settings):
+            yield from references(item, f"{path}[{i}]")
+    elif isinstance(settings, dict):
+        if isinstance(settings.get("phase"), str):
+            yield path, settings["phase"]
+        for key, value in settings.items():
+            yield from references(value, f"{path}.{key}" if path else key)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that may not exist; a torn last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _inputs_first(phases: Mapping[str, Phase]) -> list[Phase]:
+    """Topological and otherwise stable."""
     ordered: list[Phase] = []
+    waiting = list(phases.values())
     while waiting:
         done = {phase.name for phase in ordered}
-        names = {phase.name for phase in waiting}
-        ready = next(phase for phase in waiting if not (set(phase.result.inputs) & names) - done)
+        ready = next((p for p in waiting if all(e.phase in done or e.phase not in phases for e in p.edges)), waiting[0])
         ordered.append(ready)
         waiting.remove(ready)
     return ordered
 
 
-def _evaluation(root: Path) -> Evaluation:
-    results = json.loads((root / "results.json").read_text())
-    path = root / "latency.json"
-    latency = json.loads(path.read_text()) if path.exists() else {}
-    responses = {label: _jsonl(root / "responses" / f"{label}.jsonl") for label in results["models"]}
-    return Evaluation(results, latency, {label: rows for label, rows in responses.items() if rows})
+def _models(spec: PackageSpec, phases: Mapping[str, Phase]) -> list[Model]:
+    refs = spec.models or tuple(NamedModel(phase=p.name) for p in phases.values() if p.artifact("model"))
+    found = []
+    for label, ref in zip(shown_labels(refs), refs, strict=True):
+        path = phases[ref.phase].artifact("model") if ref.phase in phases else None
+        if ref.phase is not None and path is None:
+            raise BadInput(f"models: phase {ref.phase!r} leaves no model")
+        if ref.phase is not None and path is not None:
+            found.append(Model(label, phases[ref.phase], path))
+    return found
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def _evaluation(phase: Phase) -> Evaluation:
+    results = json.loads((phase.root / "results.json").read_text())
+    latency = phase.root / "latency.json"
+    named = [NamedModel.model_validate(item) for item in phase.result.settings.get("models", [])]
+    # Without a list it compared everything it was given, under the phases' names.
+    phases = {ref.label: ref.phase for ref in named if ref.phase} if named else {n: n for n in results["models"]}
+    return Evaluation(
+        phase,
+        results,
+        json.loads(latency.read_text()) if latency.exists() else {},
+        {label: read_jsonl(phase.root / "responses" / f"{label}.jsonl") for label in results["models"]},
+        phases,
+    )

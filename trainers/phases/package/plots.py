@@ -63,7 +63,9 @@ def _panels(curve: Curve, series: Sequence[tuple[str, list[int], list[float]]]) 
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     # Ids in the SVG are made from the salt: equal input gives equal files.
-    with mpl.rc_context({"svg.hashsalt": curve.key, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
+    with mpl.rc_context(
+        {"svg.hashsalt": curve.key, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    ):
         figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, (name, steps, values) in zip(axes, series, strict=False):

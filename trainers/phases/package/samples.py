@@ -1,46 +1,43 @@
-"""The same prompts, answered by every model."""
+"""Responses of all models to the same prompts, side by side: the first rows of each kind, not picked by hand."""
 
-import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.phases.package.gather import Evaluation
 
+Row = Mapping[str, Any]
 
-def side_by_side(evaluation: Evaluation | None, count: int) -> list[dict[str, Any]]:
-    """``{"prompt", "kind", "responses": {model: text}}`` for prompts that all models answered.
 
-    Rows that carry a ``kind`` or ``shouldRefuse`` are drawn from every kind in turn, so refusals are shown too.
-    """
-    if evaluation is None or not evaluation.responses or count == 0:
+def side_by_side(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
+    """One entry per prompt: `{"prompt", "shouldRefuse", "answer", "temperature", "responses": {model: ...}}`."""
+    kept = {model: _first_set(rows) for model, rows in evaluation.responses.items()}
+    kept = {model: rows for model, rows in kept.items() if rows}
+    if not kept:
         return []
-    answers = {label: {row["prompt"]: row for row in rows} for label, rows in evaluation.responses.items()}
-    common = [p for p in next(iter(answers.values())) if all(p in rows for rows in answers.values())]
-    first = next(iter(answers.values()))
-    groups: dict[str, list[str]] = {}
-    for prompt in common:
-        groups.setdefault(_kind(first[prompt]), []).append(prompt)
-    return [
-        {
-            "prompt": prompt,
-            "kind": _kind(first[prompt]),
-            "responses": {label: rows[prompt]["response"] for label, rows in answers.items()},
-        }
-        for prompt in _in_turn(list(groups.values()), count)
-    ]
+    first = next(iter(kept.values()))
+    # Models that answered other prompts (another evaluation's leftovers) cannot be put beside these.
+    same = {m: rows for m, rows in kept.items() if [r["prompt"] for r in rows] == [r["prompt"] for r in first]}
+    return [_entry(i, same) for i in chosen(first, count)]
 
 
-def _kind(row: dict[str, Any]) -> str:
-    if row.get("kind"):
-        return str(row["kind"])
-    return {True: "should be refused", False: "should be answered"}.get(row.get("shouldRefuse"), "")  # type: ignore[arg-type]
+def _first_set(rows: Sequence[Row]) -> list[Row]:
+    """Responses of the first group of benchmarks that share rows and sampling."""
+    return [row for row in rows if row["benchmarks"] == rows[0]["benchmarks"]]
 
 
-def _in_turn(groups: list[list[str]], count: int) -> list[str]:
-    chosen: list[str] = []
-    for place in range(max(map(len, groups), default=0)):
-        chosen += [group[place] for group in groups if place < len(group)]
-    return chosen[:count]
+def chosen(rows: Sequence[Row], count: int) -> list[int]:
+    """Indices of the first rows: up to a third that should be refused, the rest others, in the data's order."""
+    refuse = [i for i, row in enumerate(rows) if row.get("shouldRefuse") is True]
+    others = [i for i, row in enumerate(rows) if row.get("shouldRefuse") is not True]
+    first = refuse[: max(count // 3, count - len(others))]
+    return sorted(first + others[: count - len(first)])
 
 
-def as_jsonl(samples: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+def _entry(index: int, responses: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    row = next(iter(responses.values()))[index]
+    facts = {key: row[key] for key in ("prompt", "shouldRefuse", "answer", "temperature") if key in row}
+    shown = {
+        model: {key: rows[index].get(key) for key in ("response", "reward", "ended")}
+        for model, rows in responses.items()
+    }
+    return {**facts, "responses": shown}
