@@ -1,0 +1,266 @@
+"""Distillation as a user runs it: the loss by hand, resuming, splitting a step, processes, wrong pairs of models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainers.contract import PhaseDir
+
+PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny model with louder weights, so that it is far from its own layers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 8
+    directory = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def traces_file(tmp_path_factory) -> Path:
+    from trainers.synthetic import generate
+
+    rows = list(generate("letters", "demonstrations", 24, 0))
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": r["prompt"], "teacher_response": r["response"], "reward": float(i % 5), "ended": i % 3 > 0}
+            )
+            + "\n"
+            for i, r in enumerate(rows)
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def spec_for(teacher_dir, tiny_reward_dir, traces_file):
+    def make(**changes):
+        return {
+            "teacher": {"source": str(teacher_dir)},
+            "student": {"teacherLayers": [1]},
+            "rewardModel": {"source": str(tiny_reward_dir)},
+            "traces": {"files": str(traces_file)},
+            "prompts": PROMPTS,
+            "sampling": {"maxNewTokens": 6, "batchSize": 8},
+            "divergenceBeta": 0.5,
+            "maxLength": 48,
+            "batchSize": 8,
+            "duration": {"maxSteps": 6},
+            "optim": {"lr": 1e-3},
+        } | changes
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(run_phase, spec_for, tmp_path_factory):
+    output = tmp_path_factory.mktemp("distill") / "run" / "distill"
+    code, result = run_phase("distill", spec_for(), None, output)
+    assert code == 0
+    return output, result
+
+
+def lines(output: Path):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def assert_same(ours, theirs, tolerance=0.0):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(ours[name], theirs[name], atol=tolerance, rtol=0)
+
+
+def test_metrics(reference):
+    output, result = reference
+    assert [line["on_policy"] for line in lines(output)] == [0, 1, 0, 1, 0, 1]
+    assert result.metrics["parameters"] < result.metrics["teacherParameters"]
+    assert all(1 <= line["ess"] <= 8 and line["kl"] > 0 for line in lines(output))
+    assert result.metrics["onPolicyKlLast"] == lines(output)[-1]["kl"]
+
+
+def test_first_loss_by_hand(run_phase, spec_for, teacher_dir, traces_file, tmp_path):
+    """One row at a time with transformers' own forward, TRL's divergence, and the weights written out."""
+    from trl.experimental.gkd import GKDTrainer
+
+    from trainers.core.batch import BatchOrder
+    from trainers.core.models import keep_layers
+
+    spec = spec_for(temperature=2.0, onPolicyFraction=0, duration={"maxSteps": 1}, weighting={"mode": "softmax"})
+    code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert code == 0
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    student = keep_layers(teacher, (1,))
+    rows = [json.loads(line) for line in traces_file.read_text().splitlines()]
+    rows = [rows[i] for i in BatchOrder(24, 8, 1, 1, 0).indices(0)]
+    above = kl = below = count = 0.0
+    raw = torch.tensor([row["reward"] for row in rows]).softmax(0)
+    for row, weight in zip(rows, raw.tolist(), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=False
+        )
+        answer = tokenizer(row["teacher_response"])["input_ids"] + [tokenizer.eos_token_id] * row["ended"]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            q, p = student(ids).logits[0, len(prompt) - 1 : -1], teacher(ids).logits[0, len(prompt) - 1 : -1]
+        above += weight * GKDTrainer.generalized_jsd_loss(q, p, None, 0.5, 2.0, "sum").item()
+        kl += GKDTrainer.generalized_jsd_loss(q, p, None, 0, 2.0, "sum").item()
+        below += weight * len(answer)
+        count += len(answer)
+    (line,) = lines(tmp_path / "run" / "distill")
+    assert line["loss"] == pytest.approx(above / below, rel=1e-5)
+    assert line["kl"] == pytest.approx(kl / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_stopped_run_continues_to_the_same_weights(run_phase, stop_after, reference, spec_for, tmp_path, stop):
+    output = tmp_path / "run" / "distill"
+    with stop_after(stop):
+        assert run_phase("distill", spec_for(), None, output) == (143, None)
+    code, result = run_phase("distill", spec_for(), None, output)
+    assert code == 0
+    assert_same(weights(output), weights(reference[0]))
+    assert result.artifact_digest == reference[1].artifact_digest
+    assert result.metrics == reference[1].metrics
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": {"microBatchTokens": 40}},
+        {"packing": False},
+        {"parallel": {"gradientCheckpointing": True}},
+        {"sampling": {"maxNewTokens": 6, "batchSize": 3}},
+    ],
+    ids=["micro-batches", "padded", "gradient-checkpointing", "smaller-rollouts"],
+)
+def test_how_a_step_is_computed_does_not_change_the_result(run_phase, reference, spec_for, tmp_path, changes):
+    code, _ = run_phase("distill", spec_for(**changes), None, tmp_path / "run" / "distill")
+    assert code == 0
+    assert_same(weights(tmp_path / "run" / "distill"), weights(reference[0]), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+def test_the_size_of_logit_chunks_does_not_change_the_result(
+    run_phase, reference, spec_for, tmp_path, monkeypatch, teacher_dir, positions
+):
+    from trainers.core import scoring
+
+    vocabulary = AutoModelForCausalLM.from_pretrained(teacher_dir).config.vocab_size
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", positions * vocabulary)
+    code, _ = run_phase("distill", spec_for(), None, tmp_path / "run" / "distill")
+    assert code == 0
+    assert_same(weights(tmp_path / "run" / "distill"), weights(reference[0]), tolerance=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_weights(reference, spec_for, tmp_path):
+    output, file = tmp_path / "run" / "distill", tmp_path / "phase.yaml"
+    file.write_text(yaml.safe_dump({"output": str(output), "spec": spec_for()}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
+        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    assert_same(weights(output), weights(reference[0]), tolerance=1e-5)
+    assert PhaseDir(output).read_result().metrics == pytest.approx(reference[1].metrics, rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(run_phase, spec_for, teacher_dir, tmp_path):
+    spec = spec_for(student={"teacherLayers": [0, 1]}, duration={"maxSteps": 2}, optim={"lr": 1e-6})
+    run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert all(line["loss"] == pytest.approx(0, abs=1e-6) for line in lines(tmp_path / "run" / "distill"))
+
+
+def test_without_weighting_it_is_plain_distillation_and_needs_no_reward_model(
+    run_phase, spec_for, traces_file, tmp_path
+):
+    spec = spec_for(weighting={"mode": "none"})
+    del spec["rewardModel"]
+    code, _ = run_phase("distill", spec, None, tmp_path / "run" / "none")
+    assert code == 0
+    equal = tmp_path / "equal.jsonl"
+    rows = [json.loads(line) | {"reward": -2.5} for line in traces_file.read_text().splitlines()]
+    equal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = spec_for(onPolicyFraction=0, traces={"files": str(equal)})
+    run_phase("distill", spec, None, tmp_path / "run" / "equal")
+    run_phase("distill", spec | {"weighting": {"mode": "none"}}, None, tmp_path / "run" / "plain")
+    assert_same(weights(tmp_path / "run" / "equal"), weights(tmp_path / "run" / "plain"))
+
+
+def test_padding_rows_of_the_head_do_not_matter(run_phase, spec_for, teacher_dir, tmp_path):
+    """The same tokenizer, but a vocabulary rounded up on one side, with loud logits in the padding."""
+    spec = spec_for(student={"source": str(teacher_dir)}, duration={"maxSteps": 1}, onPolicyFraction=0)
+    padded = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    size = padded.config.vocab_size
+    padded.resize_token_embeddings(size + 16)
+    with torch.no_grad():
+        padded.lm_head.weight[size:] = padded.lm_head.weight[:16] * 3
+    padded.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(teacher_dir).save_pretrained(tmp_path / "padded")
+    for name, changes in (
+        ("teacher", {"teacher": {"source": str(tmp_path / "padded")}}),
+        ("student", {"student": {"source": str(tmp_path / "padded")}}),
+    ):
+        code, _ = run_phase("distill", spec | changes, None, tmp_path / "run" / name)
+        assert code == 0
+        assert lines(tmp_path / "run" / name)[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+class TestWrongInput:
+    def message(self, run_phase, capsys, spec, tmp_path, **file):
+        code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill", **file)
+        assert code == 2
+        return capsys.readouterr().err
+
+    def test_other_tokens(self, run_phase, capsys, spec_for, tmp_path):
+        tokenizer = {"kind": "word", "trainOn": [{"synthetic": {"task": "letters", "split": "prompts", "count": 1}}]}
+        student = {"scratch": {"hiddenSize": 16, "numLayers": 1, "tokenizer": tokenizer}}
+        message = self.message(run_phase, capsys, spec_for(student=student), tmp_path)
+        assert "student: its tokenizer cannot serve the teacher's" in message
+
+    def test_a_layer_that_is_not_there(self, run_phase, capsys, spec_for, tmp_path):
+        spec = spec_for(student={"teacherLayers": [0, 7]})
+        assert "layers 0 to 1" in self.message(run_phase, capsys, spec, tmp_path)
+
+    def test_a_reward_that_is_no_number(self, run_phase, capsys, spec_for, tmp_path):
+        (tmp_path / "t.jsonl").write_text('{"prompt": "A", "teacher_response": "B", "reward": NaN}\n')
+        spec = spec_for(traces={"files": "t.jsonl"})
+        assert "is nan" in self.message(run_phase, capsys, spec, tmp_path, baseDir=str(tmp_path))
+
+    def test_changed_traces_are_noticed(self, run_phase, spec_for, traces_file, tmp_path):
+        copy = tmp_path / "t.jsonl"
+        copy.write_text(traces_file.read_text())
+        spec = spec_for(traces={"files": "t.jsonl"}, duration={"maxSteps": 1})
+        _, first = run_phase("distill", spec, None, tmp_path / "run" / "distill", baseDir=str(tmp_path))
+        copy.write_text(traces_file.read_text().replace('"reward": 4.0', '"reward": -4.0'))
+        _, second = run_phase("distill", spec, None, tmp_path / "run" / "distill", baseDir=str(tmp_path))
+        assert second.digest == first.digest and second.artifact_digest != first.artifact_digest
+
+    def test_held_out_evaluation_is_refused(self, run_phase, capsys, spec_for, tmp_path):
+        spec = spec_for(evaluation={"keepBest": True})
+        assert "evaluation has no effect" in self.message(run_phase, capsys, spec, tmp_path)
