@@ -15,7 +15,7 @@ from controller.api.problems import InvalidRun, Problem
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseState, PhaseStatus, RunStatus
 from controller.backends.local import process
-from controller.backends.local.backend import LocalBackend
+from controller.backends.local.backend import Command, LocalBackend, phase_command
 from controller.backends.local.machine import Machine, this_machine
 from controller.commands.display import LiveTable, PlainLines
 from controller.commands.table import comparison_table, plain_table, read_comparison
@@ -58,12 +58,12 @@ class Request:
             raise InvalidRun([Problem("--only" if self.only else "--from", str(error))]) from error
 
 
-def local_backend(request: Request, run: AlignmentRun) -> LocalBackend:
+def local_backend(request: Request, run: AlignmentRun, command: Command = phase_command) -> LocalBackend:
     machine = this_machine(os.environ)
     procs = max(merge_templates(run.spec.template, entry.template).procs_per_node or 1 for entry in run.phases)
     _check_gpus(machine, procs)
     jobs = request.jobs or machine.default_jobs(procs)
-    return LocalBackend(request.workspace, request.base_dir, machine, jobs, os.environ)
+    return LocalBackend(request.workspace, request.base_dir, machine, jobs, os.environ, command)
 
 
 def _check_gpus(machine: Machine, procs: int) -> None:
@@ -74,10 +74,11 @@ def _check_gpus(machine: Machine, procs: int) -> None:
         )
 
 
-def run_command(request: Request) -> int:
+def run_command(request: Request, command: Command = phase_command) -> int:
+    """Run to the end; tests put another program in the phases' place."""
     run = request.load()
     only = request.selection(run)
-    backend = local_backend(request, run)
+    backend = local_backend(request, run, command)
     with workspace.locked(request.workspace):
         _settle(request.workspace, run.name, backend.grace)
         asyncio.run(_check_inputs(run, backend, only))

@@ -17,7 +17,13 @@ COPIED = frozenset(
 DROPPED = frozenset(
     {"title", "default", "additionalProperties", "required", "properties", "items", "$ref", "anyOf", "const"}
 )
-BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
+SIGNS = {
+    "minimum": ("minimum", ">="),
+    "maximum": ("maximum", "<="),
+    "exclusiveMinimum": ("minimum", ">"),
+    "exclusiveMaximum": ("maximum", "<"),
+}
+BOUNDS = frozenset(SIGNS)
 FORMATS = frozenset({"date-time"})
 
 
@@ -103,12 +109,20 @@ class _Converter:
 
 
 def _bounds(node: Schema) -> Schema:
-    """Exclusive bounds are a number in JSON Schema and a flag beside the bound in OpenAPI v3."""
-    result: Schema = {key: node[key] for key in ("minimum", "maximum") if key in node}
-    for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if exclusive in node:
-            result |= {bound: node[exclusive], exclusive: True}
-    return result
+    """Exclusive bounds are a number in JSON Schema and a flag beside the bound in OpenAPI v3.
+
+    A fractional bound becomes a CEL rule: the API server cuts it to an integer when the value is written as one, so that
+    `0` would not be below `0.5`.
+    """
+    result: Schema = {}
+    rules = []
+    for key, (bound, sign) in SIGNS.items():
+        value = node.get(key)
+        if value is not None and float(value).is_integer():
+            result |= {bound: value} | ({key: True} if key != bound else {})
+        elif value is not None:
+            rules.append({"rule": f"self {sign} {value}", "message": f"must be {sign} {value}"})
+    return result | ({"x-kubernetes-validations": rules} if rules else {})
 
 
 def _constant(node: Schema) -> Schema:
