@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ Row = dict[str, Any]
 SCHEMAS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "sft": {"prompt": str, "response": str},
     "preference": {"prompt": str, "chosen": str, "rejected": str},
+    "preference with margin": {"prompt": str, "chosen": str, "rejected": str, "margin": (int, float)},
     "prompt": {"prompt": str},
     "traces": {"prompt": str, "teacher_response": str, "reward": (int, float)},
 }
@@ -94,7 +96,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", line
+                    yield f"{path}:{number}", line.rstrip()  # else an error at its end is put on the next line
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}:{number + 1}: not UTF-8 text ({error.reason})") from error
     except (OSError, EOFError) as error:
@@ -131,9 +133,17 @@ def _check_row(
     for key, kind in keys.items():
         if key not in row:
             return f"key {key!r} is missing; {schema} rows need {', '.join(keys)}", {}
-        if not isinstance(row[key], kind) or isinstance(row[key], bool):
-            return f"{key} is {type(row[key]).__name__}, expected {_kind_name(kind)}", {}
+        if (problem := _check_value(row[key], kind)) is not None:
+            return f"{key} is {problem}", {}
     return None, row
+
+
+def _check_value(value: object, kind: type | tuple[type, ...]) -> str | None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return f"{type(value).__name__}, expected {_kind_name(kind)}"
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN, but Python reads and writes it
+        return f"{value}, expected a finite number"
+    return None
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
@@ -219,15 +229,14 @@ class Pair:
         return [len(self.chosen), len(self.rejected)]
 
 
-def preference_pair(chat: ChatFormat, row: Row, max_length: int, use_margin: bool = False) -> Pair | None:
+def preference_pair(chat: ChatFormat, row: Row, max_length: int) -> Pair | None:
+    """Both sequences of a preference row; None if a response is too long."""
     prompt = prompt_ids(chat, row)
     chosen = response_sequence(chat, prompt, row["chosen"], max_length)
     rejected = response_sequence(chat, prompt, row["rejected"], max_length)
     if chosen is None or rejected is None:
         return None
-    if use_margin and not isinstance(row.get("margin"), (int, float)):
-        raise BadInput(f"useMargin needs a number 'margin' in every row; prompt {row['prompt'][:60]!r} has none")
-    return Pair(chosen, rejected, float(row["margin"]) if use_margin else 0.0)
+    return Pair(chosen, rejected)
 
 
 def encode_rows(rows: Rows, encode: Callable[[Row], Any], where: str) -> list[Any]:

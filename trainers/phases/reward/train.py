@@ -5,6 +5,7 @@ its chosen responses. Both are divided by counts of the whole step, so micro-bat
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.data import Pair, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.data import Pair, Row, Rows, encode_rows, preference_pair, read_rows
 from trainers.core.models import LoadedModel, new_reward_model, save_model
 from trainers.core.rewards import check_reward_scoring, head_scores, score_sequences
 from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
@@ -95,9 +96,14 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
 
 def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
     where = f"data.{part}"
-    rows = read_rows(getattr(spec.data, part), "preference", ctx.base_dir, spec.data.on_malformed, where)
-    max_length, use_margin = spec.data.max_length, spec.use_margin
-    return rows, encode_rows(rows, lambda row: preference_pair(loaded.chat, row, max_length, use_margin), where)
+    schema = "preference with margin" if spec.use_margin else "preference"
+    rows = read_rows(getattr(spec.data, part), schema, ctx.base_dir, spec.data.on_malformed, where)
+    return rows, encode_rows(rows, partial(_pair, spec, loaded), where)
+
+
+def _pair(spec: RewardSpec, loaded: LoadedModel, row: Row) -> Pair | None:
+    pair = preference_pair(loaded.chat, row, spec.data.max_length)
+    return replace(pair, margin=float(row["margin"])) if pair is not None and spec.use_margin else pair
 
 
 def _sequences(pairs: list[Pair]) -> list[Sequence]:

@@ -1,0 +1,251 @@
+"""Reading rows: every malformed kind with its place, and every kind of source. Encoding: what is kept of long rows."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from trainers.contract import BadInput
+from trainers.core.chat import chat_format
+from trainers.core.data import (
+    encode_rows,
+    joined,
+    preference_pair,
+    prompt_ids,
+    read_rows,
+    response_sequence,
+    sft_sequence,
+)
+from trainers.core.scratch import scratch_tokenizer
+from trainers.spec import DataSource, ScratchTokenizer
+
+GOOD = {"prompt": "p", "response": "r"}
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def write(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(text)
+
+
+def read(tmp_path, schema="sft", on_malformed="stop", **source):
+    found = DataSource.model_validate({"files": "d.jsonl"} | source if "hub" not in source else source)
+    return read_rows([found], schema, tmp_path, on_malformed, "data.train")
+
+
+MALFORMED = [
+    ("sft", "{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
+    ("sft", "[1]", "expected an object, got list"),
+    ("sft", {"prompt": "p"}, "key 'response' is missing; sft rows need prompt, response"),
+    ("sft", {"prompt": 3, "response": "r"}, "prompt is int, expected text"),
+    ("sft", {"prompt": "p", "response": None}, "response is NoneType, expected text"),
+    ("sft", {"messages": []}, "messages must be a non-empty list"),
+    ("sft", {"messages": "hi"}, "messages must be a non-empty list"),
+    ("sft", {"messages": [{"role": "user"}]}, "messages[0] needs a text content"),
+    ("sft", {"messages": ["hi"]}, "messages[0] needs a text content"),
+    (
+        "sft",
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages[0].role is 'tool', expected system, user or assi",
+    ),
+    ("sft", {"messages": TALK[:1]}, "messages hold no assistant turn to learn from"),
+    ("prompt", {"messages": TALK}, "messages must end with a user turn"),
+    ("prompt", {"text": "p"}, "key 'prompt' is missing"),
+    (
+        "preference",
+        {"prompt": "p", "chosen": "c"},
+        "key 'rejected' is missing; preference rows need prompt, chosen, rej",
+    ),
+    ("preference with margin", PAIR, "key 'margin' is missing"),
+    ("preference with margin", PAIR | {"margin": "2"}, "margin is str, expected a number"),
+    ("traces", {"prompt": "p", "teacher_response": "t", "reward": "high"}, "reward is str, expected a number"),
+    ("traces", {"prompt": "p", "teacher_response": "t", "reward": True}, "reward is bool, expected a number"),
+    ("traces", '{"prompt": "p", "teacher_response": "t", "reward": NaN}', "reward is nan, expected a finite number"),
+]
+GOOD_ROWS = {
+    "sft": GOOD,
+    "prompt": {"prompt": "p"},
+    "preference": PAIR,
+    "preference with margin": PAIR | {"margin": 1},
+    "traces": {"prompt": "p", "teacher_response": "t", "reward": 0.5},
+}
+
+
+@pytest.mark.parametrize(("schema", "bad", "reason"), MALFORMED)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, schema, bad, reason):
+    write(tmp_path / "d.jsonl", [GOOD_ROWS[schema], "", bad, GOOD_ROWS[schema]])
+    with pytest.raises(BadInput) as caught:
+        read(tmp_path, schema)
+    assert str(caught.value).startswith(f"{tmp_path}/d.jsonl:3: {reason}")
+    skipping = read(tmp_path, schema, on_malformed="skip")
+    assert (len(skipping), skipping.records[0].rows, skipping.records[0].skipped) == (2, 2, 1)
+
+
+def test_text_that_is_not_utf8_is_named_by_line(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + b'{"prompt": "\xff"}\n')
+    with pytest.raises(BadInput, match=r"d\.jsonl:\d+: not UTF-8 text"):
+        read(tmp_path)
+
+
+def test_a_torn_gzip_file_is_named(tmp_path):
+    write(tmp_path / "d.jsonl.gz", [GOOD] * 100)
+    whole = (tmp_path / "d.jsonl.gz").read_bytes()
+    (tmp_path / "d.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"d\.jsonl\.gz:\d+: cannot be read"):
+        read(tmp_path, files="d.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [([], "data.train: no usable rows"), (["{"], "data.train: no usable rows")]
+)
+def test_nothing_left_is_an_error(tmp_path, rows, reason):
+    write(tmp_path / "d.jsonl", rows)
+    with pytest.raises(BadInput, match=reason):
+        read(tmp_path, on_malformed="skip")
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(BadInput, match=r"no file matches 'missing\*\.jsonl'"):
+        read(tmp_path, files="missing*.jsonl")
+
+
+def test_shards_are_read_in_order_plain_or_compressed(tmp_path):
+    write(tmp_path / "d-2.jsonl", [GOOD | {"prompt": "third"}])
+    write(tmp_path / "d-1.jsonl.gz", [GOOD | {"prompt": "first"}, GOOD | {"prompt": "second"}])
+    rows = read(tmp_path, files="d-*")
+    assert [row["prompt"] for row in rows.rows] == ["first", "second", "third"]
+
+
+def test_limit_counts_usable_rows_and_reads_no_further(tmp_path):
+    write(tmp_path / "d.jsonl", [GOOD, "{", GOOD | {"prompt": "second"}, GOOD, "{"])
+    rows = read(tmp_path, on_malformed="skip", limit=2)
+    assert [row["prompt"] for row in rows.rows] == ["p", "second"]
+    assert rows.records[0].skipped == 1
+
+
+def test_columns_rename_keys(tmp_path):
+    write(tmp_path / "d.jsonl", [{"question": "q", "answer": "a", "id": 7}])
+    rows = read(tmp_path, columns={"prompt": "question", "response": "answer"})
+    assert rows.rows[0]["prompt"] == "q"
+    assert rows.rows[0]["response"] == "a"
+
+
+def test_columns_may_rename_messages(tmp_path):
+    write(tmp_path / "d.jsonl", [{"conversation": TALK}])
+    assert read(tmp_path, columns={"messages": "conversation"}).rows[0]["messages"] == TALK
+
+
+def test_several_sources_keep_their_records(tmp_path):
+    write(tmp_path / "a.jsonl", [GOOD, GOOD])
+    write(tmp_path / "b.jsonl", [GOOD])
+    sources = [DataSource(files="a.jsonl"), DataSource(files="b.jsonl")]
+    rows = read_rows(sources, "sft", tmp_path, "stop", "data.train")
+    assert [(record.source, record.rows) for record in rows.records] == [("data.train[0]", 2), ("data.train[1]", 1)]
+    assert rows.records[0].fingerprint != rows.records[1].fingerprint
+
+
+def test_synthetic_rows_come_from_their_generator(tmp_path):
+    made = DataSource.model_validate({"synthetic": {"task": "letters", "split": "preferences", "count": 5}})
+    assert len(read_rows([made], "preference", tmp_path, "stop", "d")) == 5
+    wrong = DataSource.model_validate({"synthetic": {"task": "letters", "split": "nothing", "count": 5}})
+    with pytest.raises(BadInput, match="no split 'nothing'"):
+        read_rows([wrong], "preference", tmp_path, "stop", "d")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_dataset_folder_is_read_by_path_and_split(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = Dataset.from_list([PAIR | {"chosen": str(i)} for i in range(6)])
+    if form == "parquet":
+        rows.to_parquet(folder / "train.parquet")
+    else:
+        rows.to_json(folder / "train.jsonl")
+    found = read(tmp_path, "preference", hub={"name": str(folder), "split": "train[2:5]"})
+    assert [row["chosen"] for row in found.rows] == ["2", "3", "4"]
+    with pytest.raises(BadInput, match=r"\[train\] row 1: key 'prompt2' is missing|row 1: key 'response' is missing"):
+        read(tmp_path, "sft", hub={"name": str(folder)})
+    with pytest.raises(BadInput, match="split nothing"):
+        read(tmp_path, "preference", hub={"name": str(folder), "split": "nothing"})
+
+
+def test_a_dataset_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(BadInput, match="nowhere split train"):
+        read(tmp_path, hub={"name": str(tmp_path / "nowhere")})
+
+
+# ---------------------------------------------------------------- rows to sequences
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    write(folder / "d.jsonl", [{"text": "a b c d e f g h q r"}])
+    spec = ScratchTokenizer.model_validate({"kind": "word", "trainOn": [{"files": "d.jsonl"}]})
+    return chat_format(scratch_tokenizer(spec, folder))
+
+
+def shown(chat, sequence) -> tuple[str, str]:
+    """(text that is only read, text that is learned)."""
+    pieces = [sequence.ids[~sequence.scored], sequence.ids[sequence.scored]]
+    return tuple(chat.tokenizer.decode(ids, skip_special_tokens=False) for ids in pieces)
+
+
+def test_only_the_response_and_its_end_are_learned(chat):
+    sequence = sft_sequence(chat, {"prompt": "a b", "response": "c d"}, 64, everything=False)
+    assert shown(chat, sequence) == ("<user> a b <assistant>", "c d <eos>")
+    everything = sft_sequence(chat, {"prompt": "a b", "response": "c d"}, 64, everything=True)
+    assert everything.scored.all()
+    np.testing.assert_array_equal(everything.ids, sequence.ids)
+
+
+def test_a_long_prompt_loses_its_left_end_and_a_long_response_its_row(chat):
+    row = {"prompt": "a b c d", "response": "e f"}
+    assert shown(chat, sft_sequence(chat, row, 6, everything=False)) == ("c d <assistant>", "e f <eos>")
+    assert shown(chat, sft_sequence(chat, row, 4, everything=False)) == ("<assistant>", "e f <eos>")
+    assert sft_sequence(chat, row, 3, everything=False) is None
+
+
+def test_a_conversation_learns_all_assistant_turns_and_loses_the_oldest_tokens(chat):
+    talk = [*TALK, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    whole = sft_sequence(chat, {"messages": talk}, 64, everything=False)
+    assert shown(chat, whole) == ("<user> q <assistant> <user> b <assistant>", "a <eos> c <eos>")
+    cut = sft_sequence(chat, {"messages": talk}, 5, everything=False)
+    assert shown(chat, cut) == ("<user> b <assistant>", "c <eos>")
+
+
+def test_training_and_generation_start_from_the_same_tokens(chat):
+    row = {"prompt": "a b", "response": "c"}
+    prompt = prompt_ids(chat, row)
+    sequence = sft_sequence(chat, row, 64, everything=False)
+    assert sequence.ids[: len(prompt)].tolist() == prompt
+    assert prompt_ids(chat, {"messages": [{"role": "user", "content": "a b"}]}) == prompt
+
+
+def test_both_sides_of_a_pair_share_their_prompt(chat):
+    pair = preference_pair(chat, {"prompt": "a b", "chosen": "c", "rejected": "d e"}, 64)
+    assert shown(chat, pair.chosen) == ("<user> a b <assistant>", "c <eos>")
+    assert shown(chat, pair.rejected) == ("<user> a b <assistant>", "d e <eos>")
+    assert pair.lengths == [6, 7]
+    assert preference_pair(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) is None
+
+
+def test_joined_keeps_every_response_token():
+    assert joined([1, 2, 3], [4, 5], 4).ids.tolist() == [2, 3, 4, 5]
+    assert joined([1, 2, 3], [4, 5], 4).scored.tolist() == [False, False, True, True]
+    assert joined([1, 2, 3], [4, 5], 2) is None
+
+
+def test_dropped_rows_are_counted(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [GOOD, {"prompt": "a", "response": "a b c d e f g h"}, GOOD])
+    rows = read(tmp_path)
+    items = encode_rows(rows, lambda row: response_sequence(chat, [1], row["response"], 5), "data.train")
+    assert len(items) == 2
+    assert (rows.records[0].rows, rows.records[0].dropped) == (2, 1)
+    with pytest.raises(BadInput, match="every row is too long"):
+        encode_rows(read(tmp_path), lambda row: None, "data.train")
