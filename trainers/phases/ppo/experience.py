@@ -42,7 +42,7 @@ class Experience:
     sequences: list[Sequence]
     mask: torch.Tensor
     logprobs: torch.Tensor
-    kl: torch.Tensor
+    reference_logprobs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -75,7 +75,7 @@ def assess(
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages = gae(rewards, values, mask, spec.gamma, spec.gae_lambda)
     returns = (advantages + values) * mask  # before whitening: the critic predicts rewards, not their spread
-    return Experience(samples, sequences, mask, logprobs, kl, values, whiten(advantages, mask), returns)
+    return Experience(samples, sequences, mask, logprobs, reference_logprobs, values, whiten(advantages, mask), returns)
 
 
 @torch.no_grad()

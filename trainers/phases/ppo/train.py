@@ -195,12 +195,14 @@ def _check_models(ctx: PhaseContext, policy: LoadedModel, reference: LoadedModel
 def _summary(experience: Experience) -> dict[str, float]:
     """What the round's responses were like, before its updates."""
     samples, mask = experience.samples, experience.mask
+    logprobs, reference = experience.logprobs, experience.reference_logprobs
     return {
         "reward": sum(s.reward for s in samples) / len(samples),
-        "kl": float(experience.kl[mask].mean()),
-        "kl_sequence": float(experience.kl.sum(1).mean()),
+        # Per token the estimate that is never negative; per response the one that the controller is about.
+        "kl": float(kl_estimate(logprobs, reference, "k3")[mask].mean()),
+        "kl_sequence": float(kl_estimate(logprobs, reference, "k1").sum(1).mean()),
         # -log q of the sampled tokens: an unbiased estimate, and free.
-        "entropy": float(-experience.logprobs[mask].mean()),
+        "entropy": float(-logprobs[mask].mean()),
         "value_explained_variance": explained_variance(experience.returns, experience.values, mask),
         "response_length": float(mask.sum(1).double().mean()),
         "ended_share": sum(s.ended for s in samples) / len(samples),
