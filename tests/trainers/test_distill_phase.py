@@ -25,7 +25,7 @@ def teacher_dir(tiny_model_dir, tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter *= 8
+                parameter.mul_(8)
     directory = tmp_path_factory.mktemp("teacher")
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
