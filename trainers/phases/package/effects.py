@@ -103,9 +103,9 @@ def _peers(run: Run, phase: Phase, chain: Sequence[Phase]) -> Iterator[Phase]:
     """Models from the same first model that were fine-tuned instead: what a distilled student has to beat."""
     for other in run.phases.values():
         theirs = run.ancestors(other)
-        if other is not phase and other not in chain and other.type == "sft" and chain and theirs:
-            if theirs[-1] is chain[-1] and run.size(other) == run.size(phase):
-                yield other
+        same_start = bool(chain and theirs) and theirs[-1] is chain[-1] and run.size(other) == run.size(phase)
+        if same_start and other.type == "sft" and other is not phase and other not in chain:
+            yield other
 
 
 def changes(evaluation: Evaluation, model: str, other: str, headline: bool) -> list[Change]:

@@ -1,52 +1,47 @@
-"""Packaging: what a run made, in a form to keep, to hand on and to read.
-
-``models/`` holds every model as a Hugging Face folder with a card; ``report.html`` shows what each step did.
-"""
+"""Packaging: exported models with cards, plots, samples, all figures in one file, and the report."""
 
 import json
 
-from trainers.contract import PhaseDir, write_atomic
-from trainers.core.context import Outcome, PhaseContext
-from trainers.phases.package.export import export_models
-from trainers.phases.package.gather import Gathered, gather
-from trainers.phases.package.plots import plots_of
-from trainers.phases.package.report import report_html
-from trainers.phases.package.samples import as_jsonl, side_by_side
+from trainers.contract import write_atomic
+from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.phases.package.card import model_card
+from trainers.phases.package.export import export_model
+from trainers.phases.package.gather import gather
+from trainers.phases.package.plots import comparison_plots, training_plots
+from trainers.phases.package.report import everything, report
+from trainers.phases.package.samples import side_by_side
 from trainers.phases.package.spec import PackageSpec
+from trainers.phases.package.templating import render
 
 
 def main(spec: PackageSpec, ctx: PhaseContext) -> Outcome:
-    ctx.meter.begin(0, 3, spec.document())
-    gathered = gather(ctx.file.run, {name: PhaseDir(ctx.input_dir(name).root).root for name in ctx.file.inputs})
-    labels = {model.phase: model.label for model in spec.models if model.phase}
-    if ctx.workers.is_main:
-        exported = export_models(gathered, labels, ctx.dir.root)
-        ctx.meter.log(1)
-        _write_records(spec, ctx, gathered, labels, exported)
-        ctx.meter.log(3)
-    return Outcome({"models": float(len(labels)), "phases": float(len(gathered.phases))}, steps=3)
+    # ---- set up
+    run = gather(ctx, spec)
+    exports = [*((m, False) for m in run.models), *((m, True) for m in run.reward_models)]
+    ctx.meter.begin(0, len(exports) + 1, spec.document())
+    if not ctx.workers.is_main:
+        return Outcome()
 
-
-def _write_records(
-    spec: PackageSpec, ctx: PhaseContext, gathered: Gathered, labels: dict[str, str], exported: dict[str, str]
-) -> None:
+    # ---- models
     root = ctx.dir.root
-    samples = side_by_side(gathered.evaluation, spec.samples)
-    plots = plots_of(gathered.phases)
-    write_atomic(root / "samples.jsonl", as_jsonl(samples))
-    write_atomic(root / "metrics.json", json.dumps(_metrics(gathered, exported), indent=1))
-    for plot in plots:
+    for step, (model, is_reward_model) in enumerate(exports, 1):
+        ctx.meter.stage(f"exporting {model.label}")
+        export_model(model, root / "models" / model.label, model_card(run, model, is_reward_model))
+        ctx.meter.log(step)
+
+    # ---- report
+    ctx.meter.stage("report")
+    title = spec.title or run.name
+    samples = {e.phase.name: found for e in run.evaluations if (found := side_by_side(e, spec.samples))}
+    plots = [plot for phase in run.phases.values() for plot in training_plots(phase)]
+    compared = [plot for evaluation in run.evaluations for plot in comparison_plots(evaluation)]
+    for plot in [*plots, *compared]:
         write_atomic(root / "plots" / f"{plot.name}.svg", plot.svg)
-    ctx.meter.log(2)
-    write_atomic(root / "report.html", report_html(gathered, labels, plots, samples, spec.title or gathered.run))
-
-
-def _metrics(gathered: Gathered, exported: dict[str, str]) -> dict[str, object]:
-    phases = {phase.name: {**phase.result.document(), "export": exported.get(phase.name)} for phase in gathered.phases}
-    evaluation = gathered.evaluation
-    return {
-        "run": gathered.run,
-        "phases": phases,
-        "evaluation": evaluation.results if evaluation else None,
-        "latency": evaluation.latency if evaluation else None,
-    }
+    entries = [{"evaluation": name, **entry} for name, found in samples.items() for entry in found]
+    write_atomic(root / "samples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+    write_atomic(root / "samples.md", render("samples.md.j2", title=title, entries=entries))
+    write_atomic(root / "metrics.json", everything(run))
+    write_atomic(root / ARTIFACT_NAMES["package"], report(run, title, samples, plots, compared))
+    ctx.meter.log(len(exports) + 1)
+    print(f"report: {root / ARTIFACT_NAMES['package']}")
+    return Outcome({"models": len(exports), "plots": len(plots) + len(compared)}, [], len(exports) + 1)
