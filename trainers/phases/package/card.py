@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainers.phases.package.effects import metric_name
+from trainers.phases.package.effects import benchmark_name
 from trainers.phases.package.gather import Model, Phase, Run
 from trainers.phases.package.templating import render
 
@@ -31,7 +31,7 @@ def model_card(run: Run, model: Model, reward_model: bool = False) -> str:
 def _figures(results: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
     values = results["values"].get(label, {})
     return [
-        {"name": metric_name(metric), **values[metric["key"]]}
+        {"name": f"{benchmark_name(metric)}: {metric['label']}", **values[metric["key"]]}
         for metric in results["metrics"]
         if metric["key"] in values
     ]

@@ -42,16 +42,17 @@ class Effect:
 
     @property
     def sentence(self) -> str:
+        """What is clear and what is not, in words."""
         parts = [
-            f"{word} on {_listed(names)}"
+            f"{word} on {', '.join(names)}"
             for word, verdict in (("better", "better"), ("worse", "worse"), ("no clear difference", "unclear"))
-            if (names := [self._named(c) for c in self.changes if c.verdict == verdict])
+            if (names := [_named(change) for change in self.changes if change.verdict == verdict])
         ]
-        return f"Against {self.other} ({self.relation}): {'; '.join(parts) or 'nothing to compare'}."
+        return f"{'; '.join(parts) or 'nothing to compare'}."
 
-    @staticmethod
-    def _named(change: Change) -> str:
-        return change.label if change.verdict == "unclear" else f"{change.label} ({change.value:+.2f})"
+
+def _named(change: Change) -> str:
+    return change.label if change.verdict == "unclear" else f"{change.label} ({change.value:+.2f})".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Step:
 
 
 def steps(run: Run, evaluation: Evaluation) -> list[Step]:
-    """Every evaluated model of the run, in the run's order."""
+    """Every evaluated model of the run, in the evaluation's order."""
+    by_label = {label: run.phases.get(name) for label, name in evaluation.phases.items()}
     found = []
-    for phase in run.phases.values():
-        model = evaluation.label(phase.name)
-        if model is not None and phase.artifact("model"):
+    for model in evaluation.results["models"]:
+        phase = by_label.get(model)
+        if phase is not None:
             effects = [
                 Effect(model, other, relation, changes(evaluation, model, other, headline=True))
                 for other, relation in _others(run, evaluation, phase)
@@ -127,13 +129,14 @@ def _change(results: Mapping[str, Any], metric: Mapping[str, Any], model: str, o
         return None
     before, after = (results["values"][name][key]["value"] for name in (other, model))
     bounds = difference["value"], difference["low"], difference["high"]
-    return Change(key, metric_name(metric), before, after, *bounds, metric["higherIsBetter"])
+    return Change(key, metric_name(results, metric), before, after, *bounds, metric["higherIsBetter"])
 
 
-def metric_name(metric: Mapping[str, Any]) -> str:
-    """Label with its benchmark, as two benchmarks may measure the same."""
-    return f"{metric['key'].split('/')[0]}: {metric['label']}"
+def metric_name(results: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    """The metric's label, with its benchmark where several benchmarks of the same table measure the same."""
+    table = [other["label"] for other in results["metrics"] if other["headline"] == metric["headline"]]
+    return f"{metric['label']} ({benchmark_name(metric)})" if table.count(metric["label"]) > 1 else str(metric["label"])
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def benchmark_name(metric: Mapping[str, Any]) -> str:
+    return str(metric["key"]).split("/")[0]

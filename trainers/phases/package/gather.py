@@ -139,9 +139,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _inputs_first(phases: Mapping[str, Phase]) -> list[Phase]:
-    """Topological and otherwise stable."""
+    """Topological, and in the order of their start beside that."""
     ordered: list[Phase] = []
-    waiting = list(phases.values())
+    waiting = sorted(phases.values(), key=lambda phase: phase.result.started_at)
     while waiting:
         done = {phase.name for phase in ordered}
         ready = next((p for p in waiting if all(e.phase in done or e.phase not in phases for e in p.edges)), waiting[0])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.phases.package.gather import Phase, Run
+from trainers.phases.package.gather import STARTS, Phase, Run
 
 COLUMN, ROW = 168, 54
 WIDTH, HEIGHT = 128, 36
@@ -28,7 +28,7 @@ def graph(run: Run) -> Mapping[str, Any]:
     boxes = _boxes(shown, depth)
     by_name = {box.name: box for box in boxes}
     arrows = [
-        {"path": _path(by_name[edge.phase], by_name[phase.name]), "role": edge.role}
+        {"path": _path(by_name[edge.phase], by_name[phase.name]), "role": edge.role, "start": edge.role in STARTS}
         for phase in shown
         for edge in phase.edges
         if edge.phase in by_name

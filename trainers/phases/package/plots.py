@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from trainers.phases.package.effects import metric_name
 from trainers.phases.package.gather import Evaluation, Phase
 
 COLOURS = {"#1b1f24": "ink", "#6b7280": "muted", "#d8dce2": "grid", "#1f6fb2": "first", "#c4541f": "second"}
@@ -122,8 +123,7 @@ def comparison_plots(evaluation: Evaluation) -> list[Plot]:
         values = {m: v for m, v in values.items() if v["value"] is not None and v["low"] is not None}
         if metric["headline"] and len(values) > 1:
             name = f"{evaluation.phase.name}-{metric['key'].replace('/', '-')}"
-            caption = f"{metric['key'].split('/')[0]}: {metric['label']}"
-            found.append(Plot(name, caption, draw_intervals(name, metric, values)))
+            found.append(Plot(name, metric_name(evaluation.results, metric), draw_intervals(name, metric, values)))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from trainers.phases.package.card import data_rows, flat, shown_settings
-from trainers.phases.package.effects import Step, changes, metric_name, steps
+from trainers.phases.package.effects import Step, benchmark_name, changes, metric_name, steps
 from trainers.phases.package.gather import Evaluation, Run
 from trainers.phases.package.lineage import graph
 from trainers.phases.package.plots import Plot
@@ -61,8 +61,7 @@ def _column(results: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, 
     found = [value for value in found if value is not None]
     better = metric["higherIsBetter"]
     best = None if better is None or len(set(found)) < 2 else (max if better else min)(found)
-    benchmark = metric["key"].split("/")[0]
-    return {**metric, "benchmark": benchmark, "name": metric_name(metric), "best": best}
+    return {**metric, "benchmark": benchmark_name(metric), "name": metric_name(results, metric), "best": best}
 
 
 def _pairs(evaluation: Evaluation) -> list[dict[str, Any]]:

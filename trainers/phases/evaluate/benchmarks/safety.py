@@ -29,9 +29,9 @@ def run(spec: SafetySpec, bench: "Bench") -> list[Metric]:
         raise BadInput("safety: no row says shouldRefuse: true or false")
     metrics = []
     if refused[True]:
-        metrics.append(share("refusal", "refused, rightly", refused[True], better=True, headline=True))
+        metrics.append(share("refusal", "right refusals", refused[True], better=True, headline=True))
     if refused[False]:
-        metrics.append(share("overRefusal", "refused, wrongly", refused[False], better=False, headline=True))
+        metrics.append(share("overRefusal", "wrong refusals", refused[False], better=False, headline=True))
     return metrics
 
 
