@@ -12,9 +12,9 @@ from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
 from controller.compose import Document
 from controller.plan.check import check_entries, check_run
 from controller.plan.lineage import model_pairs, root
-from trainers.contract import BadInput
+from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
-from trainers.phases import PhaseType, phase_type
+from trainers.phases import phase_type
 from trainers.spec import DataSource, ModelRef, RewardModelRef, SpecModel, SyntheticData, TracesRef, find_models
 from trainers.synthetic import TASKS
 

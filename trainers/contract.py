@@ -30,6 +30,18 @@ METRICS_PORT_VARIABLE = "ALIGNMENT_METRICS_PORT"
 DEFAULT_METRICS_PORT = 9400
 
 
+@dataclass(frozen=True)
+class PhaseType:
+    name: str
+    """The member's name in a run."""
+    spec: type[PhaseSpec]
+    module: str
+    """Where ``main(spec, context)`` is; a string, so that reading a run stays cheap."""
+    produces: ArtifactKind
+    reads_all: bool = False
+    """Builds on every phase of the run that does not build on it."""
+
+
 # ---------------------------------------------------------------- how a phase ends
 
 

@@ -15,9 +15,19 @@ import yaml
 from pydantic import ValidationError
 
 from trainers import contract
-from trainers.contract import BadInput, FailureClass, GateFailed, PhaseDir, PhaseError, PhaseFile, Result, Termination
+from trainers.contract import (
+    BadInput,
+    FailureClass,
+    GateFailed,
+    PhaseDir,
+    PhaseError,
+    PhaseFile,
+    PhaseType,
+    Result,
+    Termination,
+)
 from trainers.fingerprints import fingerprint
-from trainers.phases import PhaseType, phase_type
+from trainers.phases import phase_type
 from trainers.spec import PhaseSpec
 
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors")

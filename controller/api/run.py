@@ -6,7 +6,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, create_
 
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import RunStatus
-from trainers.phases import REGISTRY, PhaseType, phase_type
+from trainers.contract import PhaseType
+from trainers.phases import REGISTRY, phase_type
 from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set, require_one
 
 MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)

@@ -7,7 +7,7 @@ from controller.api.problems import Problem, nearest
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
-from trainers.phases import PhaseType
+from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from controller.api.run import AlignmentRun, PhaseEntry, Template
 from controller.plan import graph
-from trainers.phases import PhaseType
+from trainers.contract import PhaseType
 from trainers.spec import NamedModel, PhaseSpec
 
 

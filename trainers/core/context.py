@@ -6,10 +6,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile
+from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
 from trainers.metrics import Meter
-from trainers.phases import PhaseType
 from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef
 
 ARTIFACT_NAMES = {

@@ -1,7 +1,6 @@
 """The registry of phase types. To add one, see "Add a phase" in the README."""
 
-from dataclasses import dataclass
-
+from trainers.contract import PhaseType
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.dpo.spec import DpoSpec
 from trainers.phases.evaluate.spec import EvaluateSpec
@@ -10,20 +9,6 @@ from trainers.phases.ppo.spec import PpoSpec
 from trainers.phases.reward.spec import RewardSpec
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.phases.sft.spec import SftSpec
-from trainers.spec import ArtifactKind, PhaseSpec
-
-
-@dataclass(frozen=True)
-class PhaseType:
-    name: str
-    """The member's name in a run."""
-    spec: type[PhaseSpec]
-    module: str
-    """Where ``main(spec, context)`` is; a string, so that reading a run stays cheap."""
-    produces: ArtifactKind
-    reads_all: bool = False
-    """Builds on every phase of the run that does not build on it."""
-
 
 REGISTRY: tuple[PhaseType, ...] = (
     PhaseType("sft", SftSpec, "trainers.phases.sft.train", "model"),
