@@ -72,7 +72,9 @@ def _name(item: Any) -> str:
 
 def _metric(item: Mapping[str, Any]) -> Metric:
     key = str(item["key"])
-    return Metric(key, str(item.get("label") or key), item.get("higherIsBetter"), bool(item.get("headline")))
+    # Two benchmarks may measure the same thing in two ways, so the benchmark's name belongs to the label.
+    label = f"{key.split('/')[0]}: {item.get('label') or key}"
+    return Metric(key, label, item.get("higherIsBetter"), bool(item.get("headline")))
 
 
 def comparison_table(comparison: Comparison) -> Table:
