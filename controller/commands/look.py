@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -172,14 +171,23 @@ def _open(path: Path) -> TextIO:
 # ---------------------------------------------------------------- stop
 
 
+def _released(root: Path, timeout: float) -> bool:
+    """Wait for the lock and not for the process: a process whose parent does not look stays as a zombie."""
+    end = time.monotonic() + timeout
+    while workspace.holder(root) is not None:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def stop_command(root: Path, timeout: float) -> int:
     """Ask the runner to stop, as Ctrl-C would, and wait; end what a killed runner left."""
     pid = workspace.holder(root)
     if pid:
         os.kill(pid, signal.SIGTERM)
         typer.echo(f"stopping process {pid}: unfinished work is being saved")
-        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=timeout)
-        if workspace.holder(root) == pid:
+        if not _released(root, timeout):
             typer.echo(f"process {pid} has not ended within {timeout:g} s", err=True)
             return 1
     left = process.end_all(root, grace=timeout) if root.is_dir() else 0

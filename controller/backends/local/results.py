@@ -16,7 +16,7 @@ class Results:
         self.workspace = workspace
         self.base_dir = base_dir
         self._read: dict[Path, tuple[tuple[int, int], Result | None]] = {}
-        self._stale: dict[tuple[Path, str], str | None] = {}
+        self._stale: dict[tuple[Path, tuple[int, int]], str | None] = {}
         self._fingerprints: dict[str, str | None] = {}
 
     def of_phase(self, root: Path, spec: PhaseSpec) -> ObservedResult | None:
@@ -54,7 +54,8 @@ class Results:
         return self._read[root][1]
 
     def _why_stale(self, root: Path, result: Result, spec: PhaseSpec) -> str | None:
-        key = (root, result.artifact_digest)
+        # Not the artifact's digest: a phase that runs again on changed data may leave the same one.
+        key = (root, self._read[root][0])
         if key not in self._stale:
             self._stale[key] = self._changed_data(result, spec)
         return self._stale[key]
