@@ -73,7 +73,7 @@ def _name(item: Any) -> str:
 def _metric(item: Mapping[str, Any]) -> Metric:
     key = str(item["key"])
     # Two benchmarks may measure the same thing in two ways, so the benchmark's name belongs to the label.
-    label = f"{key.split('/')[0]}: {item.get('label') or key}"
+    label = f"{key.partition('/')[0]}: {item.get('label') or key}"
     return Metric(key, label, item.get("higherIsBetter"), bool(item.get("headline")))
 
 
