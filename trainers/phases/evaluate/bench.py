@@ -6,6 +6,7 @@ Every row's result depends on the seed and the row alone, so the number of proce
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ class Bench:
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = self._responses_key(block, first, sampling, limit)
-            found = self.laboratory.cell(key, lambda b=block, f=first: self._respond(b, f, sampling, limit))
+            found = self.laboratory.cell(key, partial(self._respond, block, first, sampling, limit))
             replies += [Reply(**reply) for reply in found]
         return list(zip(rows, replies, strict=True))
 
@@ -203,7 +204,7 @@ class Bench:
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = {"kind": "losses", "model": self.digest, "rows": _content(block, "response"), "limit": limit}
-            found += self.laboratory.cell(key, lambda b=block: self._lose(b, limit))
+            found += self.laboratory.cell(key, partial(self._lose, block, limit))
         return [Loss(nll, int(tokens)) for nll, tokens in found]
 
     def rows(self, data: BenchmarkRows | None, schema: str) -> list[Row]:
@@ -219,7 +220,7 @@ class Bench:
         for first in range(0, len(answered), BLOCK):
             block = answered[first : first + BLOCK]
             of = self._responses_key([row for row, _ in block], first, self._sampling(sampling), limit)
-            found += self.laboratory.cell({"of": of, **key}, lambda b=block: measure(b))
+            found += self.laboratory.cell({"of": of, **key}, partial(measure, block))
         return found
 
     def _responses_key(self, rows: list[Row], first: int, sampling: Sampling, limit: int) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> list[dict
             "ended": reply.ended,
             "tokens": reply.length,
             "temperature": temperature,
-            **{key: row[key] for key in ("answer", "shouldRefuse") if key in row},
+            **{key: row[key] for key in ("answer", "shouldRefuse", "kind") if key in row},
         }
         for (row, reply), reward in zip(answered, rewards, strict=True)
     ]

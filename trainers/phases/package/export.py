@@ -1,10 +1,9 @@
 """Copies of the models, each a folder that transformers loads, with a card."""
 
-import os
 import shutil
 from pathlib import Path
 
-from trainers.contract import commit_directory
+from trainers.contract import commit_directory, link_or_copy
 from trainers.phases.package.gather import Model
 
 LINKED = (".safetensors", ".bin", ".model")
@@ -15,17 +14,13 @@ def export_model(model: Model, target: Path, card: str) -> None:
     """Write the model's folder, all or nothing."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(model.path, temporary, copy_function=_link_or_copy)
+    shutil.copytree(model.path, temporary, copy_function=_shared_or_copied)
     (temporary / "README.md").write_text(card)
     commit_directory(temporary, target)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _shared_or_copied(source: str, target: str) -> None:
     if source.endswith(LINKED):
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            pass
-        else:
-            return
-    shutil.copy2(source, target)
+        link_or_copy(source, target)
+    else:
+        shutil.copy2(source, target)

@@ -77,7 +77,10 @@ class Run:
 
     def start_of(self, phase: Phase) -> Phase | None:
         """The phase whose model this one starts from."""
-        return self.phases.get(phase.built_on(*STARTS) or "")
+        # A student made of its teacher's layers starts from the teacher.
+        student = phase.result.settings.get("student") or {}
+        roles = ("teacher",) if student.get("teacherLayers") else STARTS
+        return self.phases.get(phase.built_on(*roles) or "")
 
     def ancestors(self, phase: Phase) -> list[Phase]:
         """The chain of starts, nearest first."""
@@ -154,11 +157,12 @@ def _models(spec: PackageSpec, phases: Mapping[str, Phase]) -> list[Model]:
     refs = spec.models or tuple(NamedModel(phase=p.name) for p in phases.values() if p.artifact("model"))
     found = []
     for label, ref in zip(shown_labels(refs), refs, strict=True):
+        if ref.phase is None:  # a model from elsewhere is not ours to hand on
+            continue
         path = phases[ref.phase].artifact("model") if ref.phase in phases else None
-        if ref.phase is not None and path is None:
+        if path is None:
             raise BadInput(f"models: phase {ref.phase!r} leaves no model")
-        if ref.phase is not None and path is not None:
-            found.append(Model(label, phases[ref.phase], path))
+        found.append(Model(label, phases[ref.phase], path))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Responses of all models to the same prompts, side by side: the first rows of each kind, not picked by hand."""
+"""Responses of all models to the same prompts, side by side: the first rows of every kind, not picked by hand."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,16 +26,17 @@ def _first_set(rows: Sequence[Row]) -> list[Row]:
 
 
 def chosen(rows: Sequence[Row], count: int) -> list[int]:
-    """Indices of the first rows: up to a third that should be refused, the rest others, in the data's order."""
-    refuse = [i for i, row in enumerate(rows) if row.get("shouldRefuse") is True]
-    others = [i for i, row in enumerate(rows) if row.get("shouldRefuse") is not True]
-    first = refuse[: max(count // 3, count - len(others))]
-    return sorted(first + others[: count - len(first)])
+    """Indices of the rows shown: the first of each kind in turn, then the second of each, and so on."""
+    kinds: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(str(row.get("kind") or row.get("shouldRefuse")), []).append(i)
+    turns = sorted((turn, i) for found in kinds.values() for turn, i in enumerate(found))
+    return sorted(i for _, i in turns[:count])
 
 
 def _entry(index: int, responses: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     row = next(iter(responses.values()))[index]
-    facts = {key: row[key] for key in ("prompt", "shouldRefuse", "answer", "temperature") if key in row}
+    facts = {key: row[key] for key in ("prompt", "kind", "shouldRefuse", "answer", "temperature") if key in row}
     shown = {
         model: {key: rows[index].get(key) for key in ("response", "reward", "ended")}
         for model, rows in responses.items()

@@ -12,10 +12,10 @@ class PackageSpec(PhaseSpec):
 
     models: tuple[NamedModel, ...] = ()
     """Models to export; all models of the run unless set. Only models that a phase left are exported."""
-    title: str | None = Field(default=None, min_length=1)
+    title: str = ""
     """Heading of the report; the run's name unless set."""
-    samples: int = Field(default=12, ge=0)
-    """Prompts shown with the responses of all models; a third of them ones that should be refused, if there are any."""
+    samples: int = Field(default=12, ge=0, le=200)
+    """Prompts shown with the responses of all models; rows of different `kind` or `shouldRefuse` take turns."""
 
     @model_validator(mode="after")
     def _labels(self) -> Self:
