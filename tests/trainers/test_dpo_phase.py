@@ -252,9 +252,11 @@ def test_the_nll_term_is_the_chosen_responses_loss_per_token(run_phase, tiny_mod
 def test_adapters_are_merged_into_what_is_saved(run_phase, tiny_model_dir, tmp_path):
     output = tmp_path / "run" / "dpo"
     spec = spec_for(tiny_model_dir, lora={"rank": 4}, optim={"lr": 1e-2})
-    assert run_phase("dpo", spec, None, output)[0] == 0
+    code, result = run_phase("dpo", spec, None, output)
+    assert code == 0
     trained, start = weights(output), load_file(tiny_model_dir / "model.safetensors")
     assert trained.keys() == start.keys()
+    assert result.metrics["parameters"] == sum(tensor.numel() for tensor in start.values())
     changed = {name.split(".")[-2] for name in start if not torch.equal(trained[name], start[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

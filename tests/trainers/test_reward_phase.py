@@ -304,6 +304,8 @@ def test_adapters_and_head_are_merged_into_what_is_saved(run_phase, tiny_model_d
     scores = transformers_scores(output / "model", list(generate("letters", "preferences", 48, 0)))
     assert result.metrics["rewardMean"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert result.metrics["evalAccuracy"] > 0.6
+    exported = load_file(output / "model" / "model.safetensors")
+    assert result.metrics["parameters"] == sum(tensor.numel() for tensor in exported.values())
 
 
 def test_a_pad_token_that_is_the_end_token_is_replaced(run_phase, tiny_model_dir, tmp_path):

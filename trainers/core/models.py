@@ -29,7 +29,9 @@ class LoadedModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """Of what is saved: adapters are merged into the weights, and a trained head replaces the one it copies."""
+        gone = ("lora_", "original_module")
+        return sum(p.numel() for name, p in self.model.named_parameters() if not any(part in name for part in gone))
 
 
 def load_causal_lm(
