@@ -176,7 +176,7 @@ def test_two_runs_in_one_workspace_are_refused(bench: Bench) -> None:
     assert status == 2
     assert f"in use by process {process.pid}" in output
     status, output = bench.run("status")
-    assert "run test: running (0/3 phases" in output
+    assert "run test: running (" in output
     assert bench.run("stop")[0] == 0
     process.communicate(timeout=20)
     assert process.returncode == 130
@@ -221,8 +221,7 @@ def test_only_and_from(bench: Bench) -> None:
 
 def test_an_equal_phase_of_another_run_is_taken_over(bench: Bench) -> None:
     bench.run()
-    status, output = bench.run("run", "run.yaml", "--set", "metadata.name=second")
-    assert status == 0
+    assert bench.run("run", "run.yaml", "--set", "metadata.name=second")[0] == 0
     assert not (bench.workspace / "second/base/attempts").exists()
     assert (bench.workspace / "second/base/result.json").exists()
 

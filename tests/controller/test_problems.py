@@ -1,0 +1,196 @@
+"""Every way to write a wrong run, and the one line that comes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import DATA, PROMPTS, SCRATCH, document, dpo, ppo, reward, sft
+
+from controller.api.problems import InvalidRun
+from controller.compose import merge
+from controller.preflight import load_run
+
+BASE, SFT, REWARD = sft("base"), sft("sft", "base"), reward("reward", "base")
+
+
+def edit(phase: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return merge(phase, changes)  # type: ignore[no-any-return]
+
+
+def distill(student: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    values = {"teacher": {"phase": "base"}, "student": student, "prompts": PROMPTS, "onPolicyFraction": 1}
+    return {"name": "distill", "distill": {**values, "weighting": {"mode": "none"}, **settings}}
+
+
+def files(name: str) -> dict[str, Any]:
+    return {"sft": {"data": {"train": [{"files": name}]}}}
+
+
+OTHER_SCRATCH = edit(SCRATCH, {"scratch": {"tokenizer": {"vocabSize": 99}}})
+MEMBERS = "sft, reward, dpo, ppo, rollout, distill, evaluate, package"
+
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "a typing error in a field": (
+        document(edit(BASE, {"sft": {"batchsize": 3}})),
+        "spec.phases[base].sft.batchsize: no such field (did you mean batchSize?)",
+    ),
+    "a field that is nothing like any": (
+        document(BASE, zzz=1),
+        "spec.zzz: no such field; fields here are model, seed, workspace, template, queueName, failurePolicy, suspend, "
+        "ttlSecondsAfterFinished, phases",
+    ),
+    "a word for a number": (
+        document(edit(BASE, {"sft": {"batchSize": "many"}})),
+        'spec.phases[base].sft.batchSize: "many": input should be a valid integer, unable to parse string as an integer',
+    ),
+    "a value out of range": (
+        document(edit(BASE, {"sft": {"optim": {"lr": -1}}})),
+        "spec.phases[base].sft.optim.lr: -1: input should be greater than 0",
+    ),
+    "a choice that does not exist": (
+        document(edit(BASE, {"sft": {"optim": {"schedule": "cosin"}}})),
+        "spec.phases[base].sft.optim.schedule: \"cosin\" is not one of 'constant', 'linear' or 'cosine' (did you mean cosine?)",
+    ),
+    "a missing field": (document({"name": "a", "sft": {"model": SCRATCH}}), "spec.phases[a].sft.data: is required and not set"),
+    "a DPO without a policy": (
+        document(BASE, {"name": "dpo", "dpo": {"data": DATA}}),
+        "spec.phases[dpo].dpo.policy: is required and not set",
+    ),
+    "a PPO without a reward model": (
+        document(BASE, {"name": "ppo", "ppo": {"policy": {"phase": "base"}, "data": PROMPTS}}),
+        "spec.phases[ppo].ppo.rewardModel: is required and not set",
+    ),
+    "no phases": (document(), "spec.phases: a list: tuple should have at least 1 item after validation, not 0"),
+    "two members": (
+        document({**BASE, "reward": REWARD["reward"]}),
+        f"spec.phases[base]: a phase has exactly one of {MEMBERS}; got sft and reward",
+    ),
+    "no member": (document({"name": "base"}), f"spec.phases[base]: a phase has exactly one of {MEMBERS}; got none of them"),
+    "a name that is none": (
+        document(edit(BASE, {"name": "Base_1"})),
+        "spec.phases[Base_1].name: \"Base_1\" is not a name: use lower-case letters, digits and '-', beginning and ending "
+        "with a letter or digit",
+    ),
+    "a name twice": (document(BASE, BASE), 'spec.phases[base].name: "base" is the name of 2 phases; names are unique in a run'),
+    "a reference to nothing": (
+        document(BASE, SFT, REWARD, dpo("dpo", "sfft")),
+        'spec.phases[dpo].dpo.policy.phase: "sfft" is not a phase of this run; phases are: base, sft, reward (did you mean sft?)',
+    ),
+    "a reference to itself": (document(sft("a", "a")), 'spec.phases[a].sft.model.phase: "a" is this phase itself'),
+    "a reward model that is none": (
+        document(BASE, REWARD, ppo("ppo", "base", "base")),
+        'spec.phases[ppo].ppo.rewardModel.phase: "base" is of type sft and leaves a model, not a reward-model; '
+        "phases that leave one: reward",
+    ),
+    "a loop": (
+        document(sft("a", "c"), sft("b", "a"), sft("c", "b")),
+        "spec.phases: these phases wait for each other: a -> b -> c -> a",
+    ),
+    "two sources of a model": (
+        document(edit(BASE, {"sft": {"model": {"source": "x"}}})),
+        "spec.phases[base].sft.model: set exactly one of phase, source, scratch; got source and scratch",
+    ),
+    "no model anywhere": (
+        document({"name": "a", "sft": {"data": DATA}}),
+        "spec.phases[a].sft.model: is not set, and spec.model, which would stand in for it, is not set either",
+    ),
+    "the run's model is a phase": (
+        document(BASE, model={"phase": "base"}),
+        "spec.model.phase: \"base\": the run's own model is a source or scratch; name phases in the phases",
+    ),
+    "a student with another scratch tokenizer": (
+        document(BASE, distill(OTHER_SCRATCH)),
+        "spec.phases[distill].distill.student: its tokenizer is made otherwise than the other model's: give both scratch "
+        "models the same tokenizer settings",
+    ),
+    "a student that was trained from another tokenizer": (
+        document(BASE, edit(sft("s"), {"sft": {"model": OTHER_SCRATCH}}), distill({"phase": "s"})),
+        "spec.phases[distill].distill.student: its tokenizer is made otherwise than the other model's: give both scratch "
+        "models the same tokenizer settings",
+    ),
+    "a hub student for a scratch teacher": (
+        document(BASE, distill({"source": "org/student"})),
+        "spec.phases[distill].distill.student: the other model's tokenizer is made on the spot and cannot match the one of "
+        "org/student",
+    ),
+    "a distillation without traces": (
+        document(BASE, distill({"teacherLayers": [0]}, onPolicyFraction=0.5)),
+        "spec.phases[distill].distill: onPolicyFraction 0.5 leaves steps that need stored traces: set traces, or "
+        "onPolicyFraction: 1",
+    ),
+    "a synthetic task that does not exist": (
+        document(edit(BASE, {"sft": {"data": {"train": [{"synthetic": {"task": "leters", "split": "x", "count": 1}}]}}})),
+        'spec.phases[base].sft.data.train[0].synthetic.task: "leters" is not a synthetic task; tasks are: letters '
+        "(did you mean letters?)",
+    ),
+    "a glob that matches nothing": (
+        document(edit(BASE, files("shards/*.jsonl"))),
+        'spec.phases[base].sft.data.train[0].files: "shards/*.jsonl" matches no file (relative paths start at HERE)',
+    ),
+    "a data file that is not there": (
+        document(edit(BASE, files("rows.jsonl"))),
+        'spec.phases[base].sft.data.train[0].files: "rows.jsonl" is not there: HERE/rows.jsonl does not exist or is not a file',
+    ),
+    "a model folder that is not there": (
+        document({"name": "a", "sft": {"model": {"source": "./nope"}, "data": DATA}}),
+        'spec.phases[a].sft.model.source: "./nope" is not there: HERE/nope does not exist',
+    ),
+    "a folder that holds no model": (
+        document({"name": "a", "sft": {"model": {"source": "./empty"}, "data": DATA}}),
+        'spec.phases[a].sft.model.source: "./empty" is a folder without config.json; a model saved by Hugging Face '
+        "transformers is expected",
+    ),
+    "more machines than one": (
+        document(BASE, template={"nodes": 2}),
+        "spec.template.nodes: 2: a local run has one machine; set 1, or apply the run to a cluster",
+    ),
+    "another kind": ({**document(BASE), "kind": "Job"}, "kind: \"Job\" is not one of 'AlignmentRun'"),
+    "student and teacher folders with different vocabularies": (
+        document({"name": "t", "sft": {"model": {"source": "./one"}, "data": DATA}},
+                 edit(distill({"source": "./two"}), {"distill": {"teacher": {"phase": "t"}}})),
+        "spec.phases[distill].distill.student: its tokenizer (HERE/two) has another vocabulary than the other model's (HERE/one)",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    for name, word in (("one", "a"), ("two", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {word: 0}}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("sentence", PROBLEMS)
+def test_one_line_with_path_value_and_what_would_be_right(sentence: str, here: Path) -> None:
+    run, expected = PROBLEMS[sentence]
+    with pytest.raises(InvalidRun) as caught:
+        load_run(run, here, local=True)
+    assert [str(problem) for problem in caught.value.problems] == [expected.replace("HERE", str(here))]
+
+
+def test_all_problems_are_listed_whatever_their_kind() -> None:
+    run = document(edit(BASE, {"sft": {"batchsize": 3}}), dpo("dpo", "bass"), ppo("ppo", "base", "nope"))
+    with pytest.raises(InvalidRun) as caught:
+        load_run(run)
+    assert [problem.path for problem in caught.value.problems] == [
+        "spec.phases[base].sft.batchsize",
+        "spec.phases[dpo].dpo.policy.phase",
+        "spec.phases[ppo].ppo.rewardModel.phase",
+    ]
+
+
+def test_what_is_right_is_accepted(here: Path) -> None:
+    (here / "rows.jsonl").write_text("{}\n")
+    phases = (
+        BASE,
+        SFT,
+        REWARD,
+        ppo("ppo", "sft", "reward"),
+        distill({"teacherLayers": [0]}),
+        edit(sft("f"), files("rows.jsonl")),
+    )
+    assert load_run(document(*phases), here, local=True).name == "test"
