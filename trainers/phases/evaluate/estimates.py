@@ -68,7 +68,8 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     p = hits / n
     middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Exact at the ends, where rounding would leave the value outside its own interval.
+    return (0.0 if p <= 0 else middle - half), (1.0 if p >= 1 else middle + half)
 
 
 def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | None]:

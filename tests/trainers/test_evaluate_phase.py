@@ -1,0 +1,338 @@
+"""Evaluation end to end on tiny models: figures against direct computation, and nothing measured twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from trainers.contract import FailureClass
+
+ROWS = {"rows": [{"synthetic": {"task": "letters", "split": "test", "count": 24}}], "maxPromptLength": 32}
+LATENCY = {"promptLengths": [8], "newTokens": 4, "batchSizes": [1, 4], "repeats": 2}
+GREEDY = {"maxNewTokens": 6, "temperature": 0}
+BENCHMARKS = [
+    {"name": "answers", "accuracy": {}},
+    {"name": "safety", "safety": {"refusalPattern": r"^(sorry|no)\b"}},
+    {"name": "style", "style": {"pattern": "help"}},
+    {"name": "judge", "reward": {}},
+    {"name": "drift", "kl": {}},
+    {"name": "fit", "perplexity": {}},
+    {"name": "length", "length": {}},
+    {"name": "greedy", "headline": False, "accuracy": {"sampling": GREEDY}},
+]
+
+
+@pytest.fixture(scope="session")
+def other_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with its weights moved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    directory = tmp_path_factory.mktemp("other-model")
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def spec(tiny_model_dir, other_model_dir, tiny_reward_dir):
+    return {
+        "models": [{"name": "a", "source": str(tiny_model_dir)}, {"name": "b", "source": str(other_model_dir)}],
+        "baseline": "a",
+        "rewardModel": {"source": str(tiny_reward_dir)},
+        "data": ROWS,
+        "sampling": {"maxNewTokens": 6},
+        "benchmarks": BENCHMARKS,
+        "latency": LATENCY,
+        "seed": 5,
+    }
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the expensive measurements, as they are made."""
+    from trainers.phases.evaluate import bench, run
+
+    made = []
+
+    def counted(module, name):
+        inner = getattr(module, name)
+
+        def call(*args, **kwargs):
+            made.append(name)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("respond", "response_rewards", "divergence_sums", "load_causal_lm"):
+        counted(bench, name)
+    counted(run, "measure_latency")
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluated(spec, run_phase, tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluated") / "run" / "eval"
+    code, result = run_phase("evaluate", spec, None, root)
+    assert code == 0
+    return root, result
+
+
+def document(root, name="results.json"):
+    return json.loads((root / name).read_text())
+
+
+def replies(root, model, benchmark="answers"):
+    lines = (root / "responses" / f"{model}.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if benchmark in row["benchmarks"]]
+
+
+def test_what_it_leaves(evaluated):
+    root, result = evaluated
+    results = document(root)
+    assert results["models"] == ["a", "b"]
+    assert results["baseline"] == "a"
+    assert result.metrics["b/judge/winRate"] == results["values"]["b"]["judge/winRate"]["value"]
+    assert "a/judge/winRate" not in result.metrics
+    keys = {metric["key"]: metric for metric in results["metrics"]}
+    assert keys["answers/accuracy"] == {
+        "key": "answers/accuracy", "label": "right answers", "higherIsBetter": True, "headline": True, "proportion": True
+    }  # fmt: skip
+    assert not keys["greedy/accuracy"]["headline"]
+    for found in results["values"].values():
+        for cell in found.values():
+            assert cell["low"] is None or cell["low"] <= cell["value"] <= cell["high"]
+    assert "| b |" in (root / "summary.md").read_text()
+    assert [record.source for record in result.data] == ["data.rows[0]"]
+
+
+def test_responses_are_kept_for_the_report(evaluated):
+    root, _ = evaluated
+    rows = replies(root, "b")
+    assert len(rows) == 24
+    assert rows[0]["benchmarks"] == ["answers", "safety", "style", "judge", "drift", "length"]
+    assert {"prompt", "response", "reward", "ended", "temperature", "shouldRefuse", "kind"} <= set(rows[0])
+    assert {row["temperature"] for row in replies(root, "b", "greedy")} == {0}
+
+
+def test_win_rate_is_that_of_the_kept_rewards(evaluated):
+    root, result = evaluated
+    pairs = [(b["reward"], a["reward"]) for a, b in zip(replies(root, "a"), replies(root, "b"), strict=True)]
+    expected = sum(0.5 if ours == theirs else ours > theirs for ours, theirs in pairs) / len(pairs)
+    assert result.metrics["b/judge/winRate"] == pytest.approx(expected)
+    paired = document(root)["differences"]["judge/score"]["b"]["a"]
+    assert paired["value"] == pytest.approx(sum(x - y for x, y in pairs) / len(pairs), abs=1e-6)
+
+
+def asked(tokenizer, row):
+    """The prompt's tokens, by transformers' own means."""
+    turns = [{"role": "user", "content": row["prompt"]}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_perplexity_is_that_of_transformers(evaluated, other_model_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainers.synthetic import generate
+
+    model = AutoModelForCausalLM.from_pretrained(other_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(other_model_dir)
+    nll = tokens = 0.0
+    for row in generate("letters", "test", 24, 0):
+        before = asked(tokenizer, row)
+        after = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(before) + after])
+        with torch.no_grad():
+            nll += model(input_ids=torch.tensor([before + after]), labels=labels).loss.item() * len(after)
+        tokens += len(after)
+    expected = torch.tensor(nll / tokens).exp().item()
+    assert evaluated[1].metrics["b/fit/perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_kl_is_the_sum_over_the_vocabulary(evaluated, tiny_model_dir, other_model_dir):
+    """Enumerated token by token with transformers' own forward pass."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours = AutoModelForCausalLM.from_pretrained(other_model_dir)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(other_model_dir)
+    rows = replies(evaluated[0], "b")
+    cells = [json.loads(path.read_text()) for path in (evaluated[0] / "cells").glob("responses-*.json")]
+    texts = [row["response"] for row in rows]
+    cell = next(cell for cell in cells if [reply["text"] for reply in cell["value"]] == texts)
+    total = 0.0
+    for row, reply in zip(rows, cell["value"], strict=True):
+        assert reply["text"] == row["response"]
+        before = asked(tokenizer, row)
+        ids = torch.tensor([before + reply["ids"]])
+        with torch.no_grad():
+            p = ours(ids).logits.softmax(-1)[0]
+            q = reference(ids).logits.softmax(-1)[0]
+        for t in range(len(before) - 1, ids.shape[1] - 1):
+            total += sum(float(a) * (float(a.log()) - float(b.log())) for a, b in zip(p[t], q[t], strict=True))
+    metrics = evaluated[1].metrics
+    assert metrics["b/drift/perSequence"] == pytest.approx(total / len(rows), rel=1e-3)
+    assert metrics["a/drift/perSequence"] == pytest.approx(0, abs=1e-5)
+
+
+def test_latency_has_every_size_and_its_percentiles(evaluated):
+    root, result = evaluated
+    found = document(root, "latency.json")["b"]
+    assert [(p["promptLength"], p["batchSize"], p["requests"]) for p in found["points"]] == [(8, 1, 2), (8, 4, 8)]
+    for point in found["points"]:
+        times = point["timeToFirstToken"]
+        assert 0 < times["p50"] <= times["p95"] <= times["p99"]
+        assert point["tokensPerSecond"] > 0
+    assert result.metrics["b/latency/parameters"] == found["parameters"] > 0
+
+
+def test_equal_rows_and_sampling_are_answered_once(spec, run_phase, tmp_path, calls):
+    code, _ = run_phase("evaluate", spec, None, tmp_path / "run" / "eval")
+    assert code == 0
+    # Two models, sampled and greedy.
+    assert calls.count("respond") == 4
+    assert calls.count("measure_latency") == 2
+    # Each model once, and the reference.
+    assert calls.count("load_causal_lm") == 3
+
+
+def test_a_further_benchmark_and_a_tighter_gate_measure_nothing_again(spec, run_phase, tmp_path, calls):
+    few = {**spec, "benchmarks": BENCHMARKS[:4]}
+    root = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", few, None, root)[0] == 0
+    first = document(root)["values"]["b"]
+    calls.clear()
+
+    more = {**few, "benchmarks": [*BENCHMARKS[:4], {"name": "long", "length": {}}]}
+    code, result = run_phase("evaluate", more, None, root)
+    assert (code, calls) == (0, [])
+    assert "b/long/tokens" in result.metrics
+    assert {key: document(root)["values"]["b"][key] for key in first} == first
+
+    gate = {"metric": "b/judge/score", "atLeast": 1e6}
+    code, result = run_phase("evaluate", {**more, "gates": [gate]}, None, root)
+    assert (code, result, calls) == (3, None, [])
+    assert FailureClass.GATE_FAILED == "GateFailed"
+    assert document(root)["values"]["b"] == document(root)["values"]["b"] | first
+    assert (root / "summary.md").exists()
+    assert (root / "latency.json").exists()
+
+
+def test_another_answer_key_makes_no_model_answer_again(spec, run_phase, tmp_path, calls):
+    path = tmp_path / "rows.jsonl"
+    data = {"rows": [{"files": str(path)}]}
+    only = {**spec, "data": data, "benchmarks": [{"name": "answers", "accuracy": {"match": "contains"}}]}
+    path.write_text(json.dumps({"prompt": "paint box : copy A B", "answer": "A"}) + "\n")
+    root = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", only, None, root)[0] == 0
+    calls.clear()
+    text = replies(root, "b")[0]["response"]
+    path.write_text(json.dumps({"prompt": "paint box : copy A B", "answer": text or "x"}) + "\n")
+    code, result = run_phase("evaluate", only, None, root)
+    assert (code, calls) == (0, [])
+    assert result.metrics["b/answers/accuracy"] == float(bool(text))
+
+
+def test_a_killed_evaluation_goes_on(spec, evaluated, run_phase, tmp_path, calls, monkeypatch):
+    from trainers.phases.evaluate import run
+
+    root = tmp_path / "run" / "eval"
+    measure = run.measure_latency
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure_latency", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_phase("evaluate", spec, None, root)
+    done = calls.copy()
+    assert done.count("respond") == 2
+    calls.clear()
+    monkeypatch.setattr(run, "measure_latency", measure)
+    assert run_phase("evaluate", spec, None, root)[0] == 0
+    assert calls.count("respond") == 2
+    # As if nothing had happened.
+    assert document(root)["values"] == document(evaluated[0])["values"]
+
+
+def test_a_damaged_cell_is_measured_again(spec, run_phase, tmp_path, calls):
+    few = {**spec, "benchmarks": BENCHMARKS[:1]}
+    root = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", few, None, root)[0] == 0
+    before = document(root)["values"]
+    next((root / "cells").glob("responses-*.json")).write_text("{")
+    (root / "result.json").unlink()
+    calls.clear()
+    assert run_phase("evaluate", few, None, root)[0] == 0
+    assert calls.count("respond") == 1
+    assert document(root)["values"] == before
+
+
+def test_other_tokens_have_no_kl_but_everything_else(spec, run_phase, tmp_path):
+    from trainers.core.scratch import scratch_model
+    from trainers.spec import ScratchModel
+
+    letters = {"synthetic": {"task": "letters", "split": "test", "count": 200}}
+    words = {"kind": "bytes", "vocabSize": 300, "trainOn": [letters]}
+    small = {"hiddenSize": 16, "numLayers": 1, "numHeads": 2, "tokenizer": words}
+    model, tokenizer = scratch_model(ScratchModel.model_validate(small), 0, tmp_path)
+    model.save_pretrained(tmp_path / "bytes")
+    tokenizer.save_pretrained(tmp_path / "bytes")
+    models = [spec["models"][0], {"name": "c", "source": str(tmp_path / "bytes")}]
+    benchmarks = [{"name": "drift", "kl": {}}, {"name": "length", "length": {}}]
+    changed = {**spec, "models": models, "benchmarks": benchmarks, "latency": {"enabled": False}}
+    code, result = run_phase("evaluate", changed, None, tmp_path / "run" / "eval")
+    assert code == 0
+    assert "c/drift/perToken" not in result.metrics
+    assert "c/length/tokens" in result.metrics
+    assert "not the reference's" in document(tmp_path / "run" / "eval")["notes"]["c"]["drift"]
+
+
+def test_rows_without_answers_are_bad_input(spec, run_phase, tmp_path, capfd):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "open box : copy A"}\n')
+    changed = {**spec, "data": {"rows": [{"files": str(path)}]}, "benchmarks": BENCHMARKS[:1]}
+    assert run_phase("evaluate", changed, None, tmp_path / "run" / "eval")[0] == 2
+    assert "no row has an answer" in capfd.readouterr().err
+
+
+def test_asked_to_stop_it_stops_at_the_next_measurement(spec, run_phase, tmp_path, monkeypatch):
+    from trainers.phases.evaluate import run
+
+    measure = run.measure_latency
+
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    monkeypatch.setattr(run, "measure_latency", asked)
+    root = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", {**spec, "benchmarks": BENCHMARKS[:1]}, None, root)[0] == 143
+    # The latency that was being measured is kept.
+    assert len(list((root / "cells").glob("latency-*.json"))) == 1
+
+
+def test_two_processes_give_the_same_figures(spec, evaluated, tmp_path):
+    output, file = tmp_path / "run" / "eval", tmp_path / "phase.yaml"
+    file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, "-m", "trainers", "evaluate", "--spec", str(file)],
+        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    ours, theirs = document(output)["values"], document(evaluated[0])["values"]
+    for model in ("a", "b"):
+        for key, cell in theirs[model].items():
+            assert ours[model][key] == pytest.approx(cell, rel=1e-4, abs=1e-6), key
