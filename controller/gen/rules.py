@@ -14,8 +14,17 @@ Rule = dict[str, str]
 Schema = dict[str, Any]
 
 
+RESERVED = frozenset({"package", "namespace", "import", "const", "function", "return", "var", "void", "while", "for", "if", "else",
+                      "in", "as", "break", "continue", "let", "loop", "true", "false", "null"})  # fmt: skip
+
+
+def _field(name: str) -> str:
+    """A field's name in CEL: words of the language itself are escaped, else the type of what they name is unknown."""
+    return f"__{name}__" if name in RESERVED else name
+
+
 def one_member_rule() -> Rule:
-    members = ", ".join(f"has(self.{name})" for name in MEMBERS)
+    members = ", ".join(f"has(self.{_field(name)})" for name in MEMBERS)
     return {
         "rule": f"[{members}].filter(x, x).size() == 1",
         "message": f"a phase has exactly one of {', '.join(MEMBERS)}",
@@ -78,7 +87,7 @@ def _expression(steps: tuple[str, ...], root: str, test: typing.Callable[[str], 
     if not steps:
         return f"!has({root}.phase) || {test(f'{root}.phase')}"
     step, rest = steps[0].removesuffix("[]"), steps[1:]
-    place = f"{root}.{step}"
+    place = f"{root}.{_field(step)}"
     if steps[0].endswith("[]"):
         item = f"i{depth}"
         inner = f"{place}.all({item}, {_expression(rest, item, test, depth + 1)})"

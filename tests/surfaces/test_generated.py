@@ -88,6 +88,16 @@ def test_every_reference_of_every_phase_type_has_a_rule() -> None:
     } <= found
 
 
+def test_words_of_cel_itself_are_escaped() -> None:
+    """`self.package` would parse, and be of unknown type and so of unbounded cost."""
+    entry = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["phases"][
+        "items"
+    ]
+    rules = " ".join(rule["rule"] for rule in entry["x-kubernetes-validations"])
+    assert "self.__package__" in rules
+    assert "self.package" not in rules
+
+
 class Inner(SpecModel):
     size: float = Field(default=0.1, gt=0, lt=0.5)
 
