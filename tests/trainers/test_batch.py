@@ -194,3 +194,9 @@ def test_half_an_epoch():
     order = BatchOrder(10, 4, 0.5, None, 0)
     assert order.total_steps == 2
     assert [len(order.indices(step)) for step in range(2)] == [4, 1]
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 8), st.integers(0, 3))
+def test_used_examples_are_those_that_the_steps_see(count, batch_size, steps, seed):
+    order = BatchOrder(count, batch_size, 1, steps, seed)
+    assert order.used() == sorted({i for step in range(order.total_steps) for i in order.indices(step)})

@@ -197,6 +197,12 @@ class BatchOrder:
         last = min(first + self.batch_size, self.total_examples)
         return [self._at(place) for place in range(first, last)]
 
+    def used(self) -> list[int]:
+        """Indices of the examples that some step sees, ascending: a short run need not prepare the others."""
+        if self.total_examples >= self.num_examples:
+            return list(range(self.num_examples))
+        return sorted(index for step in range(self.total_steps) for index in self.indices(step))
+
     def _at(self, place: int) -> int:
         epoch, offset = divmod(place, self.num_examples)
         return int(_shuffled(self.num_examples, self.seed, epoch)[offset])

@@ -27,8 +27,9 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     check_scoring(loaded.model, ctx.workers.device)
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
-    reference = reference_for(spec, ctx, loaded, {"train": train, "eval": held_out} if held_out else {"train": train})
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    scored = {"train": [train[i] for i in order.used()], "eval": held_out}
+    reference = reference_for(spec, ctx, loaded, {name: pairs for name, pairs in scored.items() if pairs})
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
