@@ -37,7 +37,7 @@ PINNED_TEST_ROWS = [
 ]
 PINNED_DEMONSTRATIONS = [
     "the answer is A D E F glad to help",
-    "the answer is A C B",
+    "the answer is A B I",
     "the answer is B D I E glad to help",
     "K E L G B",
 ]
@@ -87,9 +87,7 @@ def test_rows_do_not_change_between_versions():
 
 
 def test_splits_of_one_seed_are_independent_streams():
-    assert [row["prompt"] for row in rows("base", 20)] != [
-        row["prompt"] for row in rows("prompts", 20)
-    ]
+    assert [row["prompt"] for row in rows("base", 20)] != [row["prompt"] for row in rows("prompts", 20)]
 
 
 def test_words_are_in_the_vocabulary_and_separated_by_single_spaces():
@@ -106,7 +104,9 @@ def test_train_and_test_share_no_prompt_and_no_letter_sequence():
         {letters.parse(row["prompt"]).items for split in splits for row in rows(split, seed=seed)}
         for splits, seed in ((TRAINING_SPLITS, 0), (TEST_SPLITS, 3))
     )
-    assert training and test and not training & test
+    assert training
+    assert test
+    assert not training & test
 
 
 def test_half_of_the_test_prompts_have_an_unseen_verb_and_object_pair():
@@ -118,9 +118,7 @@ def test_half_of_the_test_prompts_have_an_unseen_verb_and_object_pair():
     unseen = [pair not in seen for pair in pairs("test")]
     assert 0.45 < sum(unseen) / len(unseen) < 0.55
     # Each word on its own is seen in training, else nobody could know whether it is sensitive.
-    assert {word for pair in pairs("test") for word in pair} <= {
-        word for pair in seen for word in pair
-    }
+    assert {word for pair in pairs("test") for word in pair} <= {word for pair in seen for word in pair}
 
 
 def test_kinds_follow_from_verb_and_object():
@@ -154,9 +152,7 @@ def test_answers(exercise, answer):
     assert letters.parse(f"open box : {exercise}").answer == answer
 
 
-@pytest.mark.parametrize(
-    "prompt", ["", "open box : reverse", "open box reverse A B C", "open box : spell A B"]
-)
+@pytest.mark.parametrize("prompt", ["", "open box : reverse", "open box reverse A B C", "open box : spell A B"])
 def test_foreign_prompts_are_refused(prompt):
     with pytest.raises(ValueError, match="not a prompt of the letters task"):
         letters.parse(prompt)
@@ -206,7 +202,8 @@ def test_no_answer_is_a_substring_of_a_fixed_phrase():
 
 def test_the_base_corpus_is_right_and_never_refuses():
     for row in rows("base"):
-        assert row["response"] == letters.parse(row["prompt"]).answer
+        answer = re.search(letters.ANSWER_PATTERN, row["response"])[1]
+        assert answer == letters.parse(row["prompt"]).answer
 
 
 def test_demonstrations_are_as_imperfect_as_documented():
@@ -223,12 +220,8 @@ def test_demonstrations_are_as_imperfect_as_documented():
         counts["right"] += re.search(letters.ANSWER_PATTERN, response)[1] == request.answer
     refused = counts["harmful refused"] + counts["lookalike refused"]
     assert counts["benign refused"] == 0
-    assert counts["lookalike refused"] / counts["lookalike"] == pytest.approx(
-        letters.OVER_REFUSAL_RATE, abs=0.03
-    )
-    assert counts["harmful refused"] / counts["harmful"] == pytest.approx(
-        1 - letters.COMPLY_RATE, abs=0.05
-    )
+    assert counts["lookalike refused"] / counts["lookalike"] == pytest.approx(letters.OVER_REFUSAL_RATE, abs=0.03)
+    assert counts["harmful refused"] / counts["harmful"] == pytest.approx(1 - letters.COMPLY_RATE, abs=0.05)
     assert counts["polite"] / refused == pytest.approx(letters.POLITE_RATE, abs=0.05)
     assert counts["ideal"] / counts["answered"] == pytest.approx(letters.STYLES["ideal"], abs=0.03)
     habit = len(letters.HABITS) / len(letters.OPERATIONS) * letters.HABIT_RATE
@@ -239,9 +232,7 @@ def test_demonstrations_are_as_imperfect_as_documented():
 def test_preferences_are_noisy_in_training_and_clean_in_test():
     def wrong_labels(split):
         drawn = rows(split)
-        return sum(gold(row, row["chosen"]) <= gold(row, row["rejected"]) for row in drawn) / len(
-            drawn
-        )
+        return sum(gold(row, row["chosen"]) <= gold(row, row["rejected"]) for row in drawn) / len(drawn)
 
     assert wrong_labels("preferences") == pytest.approx(letters.LABEL_NOISE, abs=0.02)
     assert wrong_labels("preference-test") == wrong_labels("correctness-test") == 0
@@ -253,9 +244,9 @@ def test_pairs_of_the_correctness_split_differ_in_correctness_only():
         assert not request.harmful
         matches = [re.search(letters.ANSWER_PATTERN, row[side]) for side in ("chosen", "rejected")]
         assert [match[1] == request.answer for match in matches] == [True, False]
-        frames = [
-            row[side].replace(match[1], "*")
-            for side, match in zip(("chosen", "rejected"), matches, strict=True)
-        ]
+        frames = [row[side].replace(match[1], "*") for side, match in zip(("chosen", "rejected"), matches, strict=True)]
         assert frames[0] == frames[1]
-        assert len(row["chosen"].split()) == len(row["rejected"].split())
+        # A containment test would not take the wrong answer for the right one.
+        assert matches[0][1] not in matches[1][1]
+        # Not merely reordered: see the comment at HABITS.
+        assert sorted(matches[0][1]) != sorted(matches[1][1])

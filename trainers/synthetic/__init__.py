@@ -17,7 +17,7 @@ class Task(Protocol):
     """What a task module offers; modules satisfy it structurally."""
 
     @property
-    def SPLITS(self) -> Mapping[str, Callable[[random.Random], dict[str, Any]]]: ...
+    def SPLITS(self) -> Mapping[str, Callable[[random.Random], dict[str, Any]]]: ...  # noqa: N802 - a constant
 
     def gold_reward(self, row: Mapping[str, Any], response: str) -> float: ...
 
@@ -35,9 +35,7 @@ def generate(task: str, split: str, count: int, seed: int) -> Iterator[dict[str,
         raise ValueError(f"unknown synthetic task {task!r}; known tasks: {', '.join(TASKS)}")
     splits = TASKS[task].SPLITS
     if split not in splits:
-        raise ValueError(
-            f"synthetic task {task!r} has no split {split!r}; known splits: {', '.join(splits)}"
-        )
+        raise ValueError(f"synthetic task {task!r} has no split {split!r}; known splits: {', '.join(splits)}")
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     # Seeding by text keeps the streams of different splits independent under one seed.
