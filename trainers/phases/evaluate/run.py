@@ -46,11 +46,13 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
     # ---- compare
     ctx.meter.stage("comparing")
     results = _compare(spec, benches, ctx.seed)
+    # Reading a cell is a matter of all processes; only writing is the first one's.
+    responses = {label: _responses(spec, bench) for label, bench in benches.items()}
     document = results.document()
     if ctx.workers.is_main:
         root = ctx.dir.root
-        for label, bench in benches.items():
-            write_atomic(root / "responses" / f"{label}.jsonl", _responses(spec, bench))
+        for label, text in responses.items():
+            write_atomic(root / "responses" / f"{label}.jsonl", text)
         write_atomic(root / "latency.json", json.dumps(latency, indent=1))
         write_atomic(root / "summary.md", summary(document, latency))
         write_atomic(root / ARTIFACT_NAMES["evaluation"], json.dumps(document, indent=1))

@@ -19,8 +19,9 @@ def main(spec: PackageSpec, ctx: PhaseContext) -> Outcome:
     run = gather(ctx, spec)
     exports = [*((m, False) for m in run.models), *((m, True) for m in run.reward_models)]
     ctx.meter.begin(0, len(exports) + 1, spec.document())
+    outcome = Outcome({"models": len(exports)}, [], len(exports) + 1)
     if not ctx.workers.is_main:
-        return Outcome()
+        return outcome
 
     # ---- models
     root = ctx.dir.root
@@ -44,4 +45,4 @@ def main(spec: PackageSpec, ctx: PhaseContext) -> Outcome:
     write_atomic(root / ARTIFACT_NAMES["package"], report(run, title, samples, plots, compared))
     ctx.meter.log(len(exports) + 1)
     print(f"report: {root / ARTIFACT_NAMES['package']}")
-    return Outcome({"models": len(exports), "plots": len(plots) + len(compared)}, [], len(exports) + 1)
+    return outcome
