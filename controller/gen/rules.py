@@ -14,8 +14,31 @@ Rule = dict[str, str]
 Schema = dict[str, Any]
 
 
-RESERVED = frozenset({"package", "namespace", "import", "const", "function", "return", "var", "void", "while", "for", "if", "else",
-                      "in", "as", "break", "continue", "let", "loop", "true", "false", "null"})  # fmt: skip
+RESERVED = frozenset(
+    {
+        "as",
+        "break",
+        "const",
+        "continue",
+        "else",
+        "false",
+        "for",
+        "function",
+        "if",
+        "import",
+        "in",
+        "let",
+        "loop",
+        "namespace",
+        "null",
+        "package",
+        "return",
+        "true",
+        "var",
+        "void",
+        "while",
+    }
+)
 
 
 def _field(name: str) -> str:
