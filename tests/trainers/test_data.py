@@ -52,7 +52,7 @@ MALFORMED = [
         "messages[0].role is 'tool', expected system, user or assi",
     ),
     ("sft", {"messages": TALK[:1]}, "messages hold no assistant turn to learn from"),
-    ("prompt", {"messages": TALK}, "messages must end with a user turn"),
+    ("prompt", {"messages": TALK[1:]}, "messages hold no user turn to respond to"),
     ("prompt", {"text": "p"}, "key 'prompt' is missing"),
     (
         "preference",
@@ -249,3 +249,9 @@ def test_dropped_rows_are_counted(tmp_path, chat):
     assert (rows.records[0].rows, rows.records[0].dropped) == (2, 1)
     with pytest.raises(BadInput, match="every row is too long"):
         encode_rows(read(tmp_path), lambda row: None, "data.train")
+
+
+def test_a_conversation_asks_what_its_last_user_turn_asks(tmp_path):
+    write(tmp_path / "d.jsonl", [{"messages": TALK}, {"messages": TALK[:1]}, {"messages": TALK + TALK}])
+    rows = read(tmp_path, schema="prompt").rows
+    assert [row["messages"] for row in rows] == [TALK[:1], TALK[:1], TALK + TALK[:1]]

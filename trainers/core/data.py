@@ -129,7 +129,8 @@ def _check_row(
         return f"expected an object, got {type(row).__name__}", {}
     row = {**row, **{key: row[column] for key, column in columns.items() if column in row}}
     if "messages" in row and schema in ("sft", "prompt"):
-        return _check_messages(row["messages"], schema), row
+        problem = _check_messages(row["messages"], schema)
+        return problem, _without_answer(row) if schema == "prompt" and problem is None else row
     for key, kind in keys.items():
         if key not in row:
             return f"key {key!r} is missing; {schema} rows need {', '.join(keys)}", {}
@@ -158,12 +159,19 @@ def _check_messages(messages: object, schema: str) -> str | None:
             return f"messages[{i}] needs a text content"
         if message.get("role") not in ("system", "user", "assistant"):
             return f"messages[{i}].role is {message.get('role')!r}, expected system, user or assistant"
-    wanted = "assistant" if schema == "sft" else "user"
     if schema == "sft" and all(m["role"] != "assistant" for m in messages):
         return "messages hold no assistant turn to learn from"
-    if schema == "prompt" and messages[-1]["role"] != wanted:
-        return "messages must end with a user turn"
+    if schema == "prompt" and all(m["role"] != "user" for m in messages):
+        return "messages hold no user turn to respond to"
     return None
+
+
+def _without_answer(row: Row) -> Row:
+    """A conversation as a prompt: up to its last user turn. What followed is the answer that is asked for."""
+    messages = list(row["messages"])
+    while messages[-1]["role"] != "user":
+        messages.pop()
+    return {**row, "messages": messages}
 
 
 # ---------------------------------------------------------------- rows to sequences
