@@ -16,7 +16,7 @@ Document = dict[str, Any]
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_BaseLoader):  # type: ignore[misc]
+class _Loader(_BaseLoader):
     """Safe loading with two corrections: `1e-4` is a number, as in JSON and on a cluster, and a key given twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -368,7 +368,8 @@ def set_aside(phase_root: Path) -> Path | None:
     if not directory.identity.exists() and not directory.result.exists():
         return None
     result = directory.read_result()
-    digest = result.digest if result else directory.identity.read_text().strip()
+    unfinished = directory.identity.read_text().strip() if directory.identity.exists() else "damaged"
+    digest = result.digest if result else unfinished
     target = history_dir(phase_root, digest)
     if target.exists():
         target = target.with_name(f"{target.name}.{int(time.time())}")
@@ -377,14 +378,16 @@ def set_aside(phase_root: Path) -> Path | None:
     return target
 
 
-def find_finished(workspace: Path, digest: str) -> Path | None:
-    """A directory anywhere in the workspace (any run, or a run's history) whose result has this digest."""
+def find_finished(workspace: Path, digest: str) -> Iterator[Path]:
+    """Directories anywhere in the workspace (any run, or a run's history) whose result has this digest.
+
+    Several may have it: the digest covers what was asked for, and data may have changed between two of them.
+    """
     for pattern in ("*/*/result.json", f"*/{HISTORY}/*/result.json"):
         for path in sorted(workspace.glob(pattern)):
             result = PhaseDir(path.parent).read_result()
             if result is not None and result.digest == digest:
-                return path.parent
-    return None
+                yield path.parent
 
 
 def adopt(finished: Path, phase_root: Path) -> None:

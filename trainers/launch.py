@@ -89,15 +89,14 @@ def _finished(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: str
 
     Found before torch is imported: in its own directory, or anywhere in the workspace two levels above.
     """
-    found = directory if _is_current(directory, file, spec, digest) else None
+    workspace = directory.root.resolve().parent.parent
+    elsewhere = (PhaseDir(path) for path in contract.find_finished(workspace, digest))
+    found = next((d for d in (directory, *elsewhere) if _is_current(d, file, spec, digest)), None)
     if found is None:
-        elsewhere = contract.find_finished(directory.root.resolve().parent.parent, digest)
-        if elsewhere is None or not _is_current(PhaseDir(elsewhere), file, spec, digest):
-            return None
-        found = PhaseDir(elsewhere)
-        if _rank() == 0:  # the other ranks find the same result and end as well
-            contract.adopt(elsewhere, directory.root)
-            found = directory
+        return None
+    if found.root.resolve() != directory.root.resolve() and _rank() == 0:
+        # The other ranks find the same result where it was, and end as well.
+        contract.adopt(found.root, directory.root)
     result = found.read_result()
     assert result is not None
     print(f"{file.phase}: nothing to do, {directory.root} holds this result already")

@@ -84,9 +84,9 @@ class TestHistory:
         root = tmp_path / "run" / "sft"
         finished(root, "d2")
         contract.set_aside(root)
-        assert contract.find_finished(tmp_path, "d1") == tmp_path / "other" / "sft"
-        assert contract.find_finished(tmp_path, "d2") == contract.history_dir(root, "d2")
-        assert contract.find_finished(tmp_path, "d3") is None
+        assert list(contract.find_finished(tmp_path, "d1")) == [tmp_path / "other" / "sft"]
+        assert list(contract.find_finished(tmp_path, "d2")) == [contract.history_dir(root, "d2")]
+        assert list(contract.find_finished(tmp_path, "d3")) == []
 
     def test_adopting_leaves_the_source_and_sets_the_old_content_aside(self, tmp_path):
         source = finished(tmp_path / "other" / "sft", "d1", "good").root
@@ -96,6 +96,11 @@ class TestHistory:
         assert PhaseDir(root).read_result().digest == "d1"
         assert (root / "model" / "w").read_text() == (source / "model" / "w").read_text() == "good"
         assert (contract.history_dir(root, "d2") / "model" / "w").read_text() == "old"
+
+    def test_a_damaged_result_without_a_digest_can_be_set_aside(self, tmp_path):
+        (tmp_path / "run" / "sft").mkdir(parents=True)
+        (tmp_path / "run" / "sft" / "result.json").write_text("{")
+        assert contract.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
 
     @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"run": 1}'])
     def test_a_damaged_result_counts_as_not_finished(self, tmp_path, content):
@@ -127,26 +132,24 @@ class TestKill:
     @pytest.mark.parametrize("after", [0.05, 0.1, 0.15])
     def test_a_file_is_never_torn(self, tmp_path, after):
         target = tmp_path / "f.json"
-        kill_after(after, _write_for_ever, str(target))
+        kill_after(after, target, _write_for_ever, str(target))
         assert json.loads(target.read_text())["number"] >= 1
 
     @pytest.mark.parametrize("after", [0.05, 0.1, 0.15])
     def test_a_directory_is_never_torn(self, tmp_path, after):
-        kill_after(after, _commit_for_ever, str(tmp_path))
+        kill_after(after, tmp_path / "final", _commit_for_ever, str(tmp_path))
         if (tmp_path / "final").exists():
             assert len({(tmp_path / "final" / name).read_text() for name in "abc"}) == 1
         else:  # killed between the two renames: the old one still lies beside
             assert list(tmp_path.glob(".final.*.old"))
 
 
-def kill_after(seconds: float, target, *args) -> None:
+def kill_after(seconds: float, written: Path, target, *args) -> None:
+    """Kill the writer some time after what it writes is there for the first time."""
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()
-    deadline = time.monotonic() + 20
-    while (
-        not any(p for p in Path(args[0]).parent.rglob("*") if not p.name.startswith("."))
-        and time.monotonic() < deadline
-    ):
+    deadline = time.monotonic() + 60
+    while not written.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ from pathlib import Path
 from controller.plan.observed import ObservedResult, Unfinished
 from trainers.contract import HISTORY, BadInput, PhaseDir, Result
 from trainers.fingerprints import fingerprint
-from trainers.spec import DataSource, PhaseSpec, TracesRef
+from trainers.spec import DataSource, PhaseSpec
 
 
 class Results:
@@ -61,7 +61,7 @@ class Results:
         return self._stale[key]
 
     def _changed_data(self, result: Result, spec: PhaseSpec) -> str | None:
-        sources = dict(_sources(spec))
+        sources = dict(spec.data_sources())
         for record in result.data:
             source = sources.get(record.source)
             if source is not None and self._fingerprint(source) != record.fingerprint:
@@ -77,14 +77,6 @@ class Results:
             except BadInput:
                 self._fingerprints[key] = None
         return self._fingerprints[key]
-
-
-def _sources(spec: PhaseSpec) -> Iterator[tuple[str, DataSource]]:
-    yield from spec.data_sources()
-    for path, ref in spec.references():
-        if isinstance(ref, TracesRef) and ref.files is not None:
-            yield path, DataSource(files=ref.files)
-            yield f"{path}.files", DataSource(files=ref.files)
 
 
 def _observed(result: Result, stale: str | None, root: Path) -> ObservedResult:
