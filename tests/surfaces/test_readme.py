@@ -1,0 +1,86 @@
+"""What the README tells people to type works, and what it shows is accepted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from controller.compose import parse_yaml
+from controller.preflight import load_run
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+ALIGNCTL = [command for command in COMMANDS if command.startswith("alignctl")]
+
+
+def call(command: str, cwd: Path, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment["ALIGNMENT_METRICS_PORT"] = "0"
+    arguments = shlex.split(command)
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in ALIGNCTL if c.split()[1] in ("validate", "plan")])
+def test_commands_that_start_nothing_succeed(command):
+    done = call(command, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", sorted({c.split()[1] for c in ALIGNCTL}))
+def test_every_subcommand_has_help(command):
+    assert call(f"alignctl {command} --help", ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_targets_exist(command):
+    arguments = re.sub(r"TORCH_INDEX=<.*>", "TORCH_INDEX=x", command)
+    assert call(f"{arguments} -n", ROOT).returncode == 0
+
+
+def test_the_run_that_is_shown_is_valid():
+    [text] = [block for block in blocks("yaml") if "kind: AlignmentRun" in block]
+    [document] = parse_yaml(text)
+    assert [phase.name for phase in load_run(document).spec.phases][-1] == "package"
+
+
+def test_files_and_folders_that_are_named_exist():
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", TEXT) if not target.startswith("http")]
+    paths = re.findall(r"`((?:controller|trainers|configs|manifests|docs|tests)/[\w/.-]+)`", TEXT)
+    assert links
+    assert paths
+    for name in links + paths:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_a_phase_on_its_own_over_two_processes(tmp_path):
+    """The README's phase file and torchrun line, with a small model and data where they say."""
+    from trainers.core.scratch import scratch_model
+    from trainers.spec import ScratchModel
+
+    [text] = [block for block in blocks("yaml") if "my-sft.yaml" in block]
+    [command] = [command for command in COMMANDS if command.startswith("torchrun")]
+    (tmp_path / "my-sft.yaml").write_text(text)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"prompt": "copy A B", "response": "A B"}\n' * 8)
+    spec = {"hiddenSize": 16, "numLayers": 1, "tokenizer": {"trainOn": [{"files": "data/a.jsonl"}], "vocabSize": 300}}
+    for part in scratch_model(ScratchModel.model_validate(spec), 0, tmp_path):
+        part.save_pretrained(tmp_path / "my-model")
+    done = call(command, tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / yaml.safe_load(text)["output"] / "result.json").exists()
