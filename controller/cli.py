@@ -167,6 +167,6 @@ def main() -> None:
         for problem in error.problems:
             typer.secho(f"error: {problem}", fg="red", err=True)
         raise SystemExit(BAD_INPUT) from None
-    except workspace.Busy as error:
+    except (workspace.Busy, workspace.Unusable) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(BAD_INPUT) from None

@@ -31,6 +31,8 @@ def load_run(document: Document, base_dir: Path | None = None, local: bool = Fal
         problems += _local_problems(run)
     if base_dir is not None:
         problems += file_problems(run, base_dir)
+        if not problems:  # follows references, which have to be sound for that
+            problems += _tokenizer_problems(run, base_dir)
     if problems:
         raise InvalidRun(problems)
     return run
@@ -83,7 +85,7 @@ def file_problems(run: AlignmentRun, base_dir: Path) -> list[Problem]:
         places.append(("spec.model", run.spec.model))
     for place, spec in places:
         problems += _file_problems(place, spec, base_dir)
-    return problems + list(_tokenizer_problems(run, base_dir))
+    return problems
 
 
 def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Problem]:

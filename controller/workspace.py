@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
@@ -16,6 +15,10 @@ from controller.compose import Document
 from trainers.contract import write_atomic
 
 DEFAULT = Path("runs")
+
+
+class Unusable(Exception):
+    """The workspace cannot be written."""
 
 
 class Busy(Exception):
@@ -34,8 +37,11 @@ def lock_file(workspace: Path) -> Path:
 @contextmanager
 def locked(workspace: Path) -> Iterator[None]:
     """Hold the workspace. The lock ends with the process however it dies, and children do not inherit it."""
-    workspace.mkdir(parents=True, exist_ok=True)
-    fd = os.open(lock_file(workspace), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+        fd = os.open(lock_file(workspace), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Unusable(f"--workspace {workspace}: cannot be written ({error.strerror}); name a folder") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +82,7 @@ def write_status(workspace: Path, run: str, status: RunStatus) -> None:
 def read_status(workspace: Path, run: str) -> RunStatus | None:
     try:
         return RunStatus.model_validate_json(status_file(workspace, run).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # garbage of any kind counts as absent
         return None
 
 

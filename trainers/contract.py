@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from trainers.spec import ArtifactKind, PhaseSpec, SpecModel
 
@@ -208,6 +208,13 @@ class Artifact(SpecModel):
     """Relative to the phase's directory."""
     digest: str
     """Of its files' names and contents."""
+    size: int = 0
+    """Bytes in all its files."""
+
+    def intact(self, phase_root: Path) -> bool:
+        """Whether its files are still there, by their size: hashing a large model at every start would take minutes."""
+        path = phase_root / self.path
+        return path.exists() and self.size in (0, tree_size(path))
 
 
 class Result(SpecModel):
@@ -288,13 +295,21 @@ class PhaseDir:
         """The result, or None if the phase has not finished here. A damaged file counts as not finished."""
         try:
             return Result.model_validate_json(self.result.read_text())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+        ):  # ValidationError and UnicodeDecodeError are ValueErrors
             return None
 
     def read_progress(self) -> Progress | None:
         try:
             return Progress.model_validate_json(self.progress.read_text())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+        ):  # ValidationError and UnicodeDecodeError are ValueErrors
             return None
 
 
@@ -350,6 +365,12 @@ def tree_digest(root: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def tree_size(root: Path) -> int:
+    """Bytes in all files below ``root`` (or in one file)."""
+    files = [root] if root.is_file() else root.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 # ---------------------------------------------------------------- one workspace, many results

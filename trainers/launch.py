@@ -107,6 +107,8 @@ def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: s
     result = directory.read_result()
     if result is None or result.digest != digest:
         return False
+    if not all(artifact.intact(directory.root) for artifact in result.artifacts.values()):
+        return False
     marks = {record.source: record.fingerprint for record in result.data}
     sources = {path: source for path, source in spec.data_sources() if path in marks}
     return all(fingerprint(source, Path(file.base_dir)) == marks[path] for path, source in sources.items())

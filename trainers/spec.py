@@ -232,6 +232,8 @@ def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
 class Optim(SpecModel):
     """AdamW, its schedule, and gradient clipping."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     lr: float = Field(default=2e-5, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -327,6 +329,8 @@ class Tracking(SpecModel):
 class Sampling(SpecModel):
     """How responses are generated."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
@@ -358,6 +362,8 @@ class Gate(SpecModel):
 
 class PhaseSpec(SpecModel):
     """Fields every phase type has."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"checkpoint", "tracking"})
     """Fields that cannot change the artifact, left out of its digest."""

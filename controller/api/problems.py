@@ -127,10 +127,9 @@ def _shown(value: object) -> str:
         return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if value in (True, False, None)
-        else str(value)
+    # By identity: 0 == False, and a batch size of 0 must not be shown as false.
+    return next(
+        (word for word, thing in (("true", True), ("false", False), ("null", None)) if value is thing), str(value)
     )
 
 

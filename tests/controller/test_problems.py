@@ -194,3 +194,23 @@ def test_what_is_right_is_accepted(here: Path) -> None:
         edit(sft("f"), files("rows.jsonl")),
     )
     assert load_run(document(*phases), here, local=True).name == "test"
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_is_shown_as_a_number(value: int) -> None:
+    with pytest.raises(InvalidRun, match=f"batchSize: {value}: input should be"):
+        load_run(document(edit(BASE, {"sft": {"batchSize": value}})))
+
+
+@pytest.mark.parametrize("phase", ["nope", "b", "a"], ids=["dangling", "cycle", "self"])
+def test_a_broken_graph_is_told_where_tokenizers_are_compared(tmp_path: Path, phase: str) -> None:
+    """The comparison follows references; it used to end in KeyError and RecursionError."""
+    student = {"name": "d", "distill": distill({"phase": "a"})["distill"] | {"teacher": {"phase": "b"}}}
+    run = document(sft("a", phase), sft("b", "a"), student)
+    with pytest.raises(InvalidRun):
+        load_run(run, tmp_path)
+
+
+def test_a_duplicate_name_is_told_where_tokenizers_are_compared(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRun, match="names are unique"):
+        load_run(document(BASE, sft("x", "base"), sft("x", "base"), distill({"phase": "x"})), tmp_path)

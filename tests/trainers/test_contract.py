@@ -102,10 +102,12 @@ class TestHistory:
         (tmp_path / "run" / "sft" / "result.json").write_text("{")
         assert contract.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
 
-    @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"run": 1}'])
-    def test_a_damaged_result_counts_as_not_finished(self, tmp_path, content):
-        (tmp_path / "result.json").write_text(content)
+    @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"run": 1}', b"\xff\xfe\x00"])
+    def test_damaged_files_count_as_absent(self, tmp_path, content):
+        (tmp_path / "result.json").write_bytes(content)
+        (tmp_path / "progress.json").write_bytes(content + b"x")
         assert PhaseDir(tmp_path).read_result() is None
+        assert PhaseDir(tmp_path).read_progress() is None
 
 
 def _write_for_ever(path: str) -> None:

@@ -137,6 +137,27 @@ def test_a_finished_phase_is_reused_and_changed_data_is_not(run_phase, tiny_mode
     assert list((tmp_path / "ws" / "run" / ".history").iterdir()), "the displaced result is kept"
 
 
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_phase, stop_after, reference, tiny_model_dir, tmp_path):
+    output = tmp_path / "run" / "sft"
+    spec = spec_for(tiny_model_dir, checkpoint={"everySteps": 1, "keepLast": 3})
+    with stop_after(4):
+        run_phase("sft", spec, None, output)
+    (output / "checkpoints" / "step-4" / "model.safetensors").write_bytes(b"torn")
+    (output / "checkpoints" / "step-3" / "state.json").write_bytes(b"\xff\xfe")
+    code, _ = run_phase("sft", spec, None, output)
+    assert code == 0
+    assert_same(weights(output), weights(reference[0]))
+
+
+def test_a_result_whose_model_is_gone_is_made_again(run_phase, tiny_model_dir, tmp_path):
+    output = tmp_path / "run" / "sft"
+    run_phase("sft", spec_for(tiny_model_dir), None, output)
+    (output / "model" / "model.safetensors").unlink()
+    code, _ = run_phase("sft", spec_for(tiny_model_dir), None, output)
+    assert code == 0
+    assert weights(output)
+
+
 def test_an_edit_starts_over_and_keeps_the_unfinished_work(run_phase, stop_after, tiny_model_dir, tmp_path):
     output = tmp_path / "run" / "sft"
     with stop_after(3):

@@ -7,12 +7,14 @@ JSON state. There is no RNG state: everything random is a function of the seed a
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainers.contract import Interrupted, commit_directory
@@ -37,21 +39,27 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint. Returns the number of finished steps, 0 without one."""
-        found = steps_in(self.ctx.dir.checkpoints)
-        if not found:
-            return 0
-        step, path = found[-1]
+        for step, path in reversed(steps_in(self.ctx.dir.checkpoints)):
+            try:
+                self._load(step, path)
+            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+                # Names are given to whole checkpoints only, so something damaged it afterwards: take the one before.
+                print(f"checkpoint {path} cannot be read ({error}), trying an older one", file=sys.stderr)
+            else:
+                return step
+        return 0
+
+    def _load(self, step: int, path: Path) -> None:
+        saved = json.loads((path / "state.json").read_text())
         for name, trainee in self.trainees.items():
             trainee.load_weights(load_file(path / f"{name}.safetensors", device=str(trainee.workers.device)))
             device = trainee.workers.device
             trainee.load_optimizer_state(
                 torch.load(path / f"{name}.optimizer.pt", map_location=device, weights_only=True)
             )
-        saved = json.loads((path / "state.json").read_text())
         self.state = saved["state"]
         self.ctx.meter.seconds_before = saved["seconds"]
         self._saved_step = step
-        return step
 
     def after_step(self, step: int, total_steps: int, epoch_end: bool = False) -> None:
         """Call after every finished step: saves when it is time, and before stopping when asked to stop."""

@@ -101,10 +101,11 @@ class PhaseContext:
 
 def artifact_of(ctx: PhaseContext) -> tuple[str, Artifact]:
     """The phase's artifact, with the digest of what lies in its directory."""
-    from trainers.contract import tree_digest
+    from trainers.contract import tree_digest, tree_size
 
     path = ARTIFACT_NAMES[ctx.type.produces]
-    found = Artifact(kind=ctx.type.produces, path=path, digest=tree_digest(ctx.dir.root / path))
+    root = ctx.dir.root / path
+    found = Artifact(kind=ctx.type.produces, path=path, digest=tree_digest(root), size=tree_size(root))
     return ctx.type.produces, found
 
 

@@ -57,8 +57,13 @@ class Results:
         # Not the artifact's digest: a phase that runs again on changed data may leave the same one.
         key = (root, self._read[root][0])
         if key not in self._stale:
-            self._stale[key] = self._changed_data(result, spec)
+            self._stale[key] = self._lost(root, result) or self._changed_data(result, spec)
         return self._stale[key]
+
+    @staticmethod
+    def _lost(root: Path, result: Result) -> str | None:
+        lost = [artifact.path for artifact in result.artifacts.values() if not artifact.intact(root)]
+        return f"its {lost[0]} is no longer whole" if lost else None
 
     def _changed_data(self, result: Result, spec: PhaseSpec) -> str | None:
         sources = dict(spec.data_sources())
