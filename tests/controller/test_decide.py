@@ -240,11 +240,11 @@ def test_the_shape_of_a_job() -> None:
     made = action.job  # type: ignore[union-attr]
     assert (made.name, made.image, made.nodes, made.procs_per_node) == ("test-ppo-1", "img", 1, 2)
     assert made.digest == results(run, "ppo")["ppo"].digest
-    file = made.phase_file("/work", "/base")
-    assert file.output == "/work/test/ppo"
+    file = made.phase_file("/ws", "/base")
+    assert file.output == "/ws/test/ppo"
     assert {n: (i.path, i.digest) for n, i in file.inputs.items()} == {
-        "base": ("/work/test/base", artifact("base")),
-        "reward": ("/work/test/reward", artifact("reward")),
+        "base": ("/ws/test/base", artifact("base")),
+        "reward": ("/ws/test/reward", artifact("reward")),
     }
     assert made.labels == {
         "app.kubernetes.io/name": "alignment-trainer",
