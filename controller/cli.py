@@ -24,6 +24,7 @@ Fragments = Annotated[
     typer.Option(
         "-f",
         "--fragment",
+        default_factory=list,
         help="A partial AlignmentRun merged over FILE; several are merged in order.",
         show_default=False,
     ),
@@ -32,6 +33,7 @@ Settings = Annotated[
     list[str],
     typer.Option(
         "--set",
+        default_factory=list,
         metavar="PATH=VALUE",
         help="Change one setting, for example spec.phases.dpo.dpo.beta=0.2.",
         show_default=False,
@@ -39,10 +41,23 @@ Settings = Annotated[
 ]
 Only = Annotated[
     list[str],
-    typer.Option("--only", metavar="PHASE", help="Just this phase; its inputs have finished.", show_default=False),
+    typer.Option(
+        "--only",
+        default_factory=list,
+        metavar="PHASE",
+        help="Just this phase; its inputs have finished.",
+        show_default=False,
+    ),
 ]
 From = Annotated[
-    list[str], typer.Option("--from", metavar="PHASE", help="This phase and all that builds on it.", show_default=False)
+    list[str],
+    typer.Option(
+        "--from",
+        default_factory=list,
+        metavar="PHASE",
+        help="This phase and all that builds on it.",
+        show_default=False,
+    ),
 ]
 Workspace = Annotated[Path, typer.Option("--workspace", metavar="DIR", help="Folder for artifacts and status.")]
 Jobs = Annotated[
@@ -71,10 +86,10 @@ def _options(
 @app.command()
 def run(
     file: File,
-    fragment: Fragments = [],  # noqa: B006
-    setting: Settings = [],  # noqa: B006
-    only: Only = [],  # noqa: B006
-    start: From = [],  # noqa: B006
+    fragment: Fragments,
+    setting: Settings,
+    only: Only,
+    start: From,
     root: Workspace = workspace.DEFAULT,
     jobs: Jobs = None,
 ) -> None:
@@ -87,8 +102,8 @@ def run(
 @app.command()
 def validate(
     file: File,
-    fragment: Fragments = [],  # noqa: B006
-    setting: Settings = [],  # noqa: B006
+    fragment: Fragments,
+    setting: Settings,
 ) -> None:
     """Check a run without starting anything: fields, references, data files."""
     from controller.compose import compose, read_document
@@ -102,10 +117,10 @@ def validate(
 @app.command()
 def plan(
     file: File,
-    fragment: Fragments = [],  # noqa: B006
-    setting: Settings = [],  # noqa: B006
-    only: Only = [],  # noqa: B006
-    start: From = [],  # noqa: B006
+    fragment: Fragments,
+    setting: Settings,
+    only: Only,
+    start: From,
     root: Workspace = workspace.DEFAULT,
 ) -> None:
     """Say what `run` would run, what it would reuse, and why."""

@@ -165,7 +165,7 @@ def _metrics_port(local_rank: int) -> int:
 
 
 def _result(ctx: Any, outcome: Any, digest: str, started: str) -> Result:
-    from trainers.core.context import artifact_of, spec_settings
+    from trainers.core.context import artifact_of
 
     name, artifact = artifact_of(ctx)
     identity = {"digest": digest, "artifact": artifact.digest, "data": [r.fingerprint for r in outcome.data]}
@@ -179,7 +179,7 @@ def _result(ctx: Any, outcome: Any, digest: str, started: str) -> Result:
         metrics={key: float(value) for key, value in outcome.metrics.items()},
         inputs={key: entry.digest for key, entry in ctx.file.inputs.items()},
         data=tuple(outcome.data),
-        settings=spec_settings(ctx.spec),
+        settings=ctx.spec.document(),
         versions=_versions(),
         seed=ctx.seed,
         steps=outcome.steps,

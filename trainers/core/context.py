@@ -9,7 +9,7 @@ from typing import Any
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
 from trainers.metrics import Meter
-from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef
+from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
 
 ARTIFACT_NAMES = {
     "model": "model",
@@ -107,8 +107,3 @@ def artifact_of(ctx: PhaseContext) -> tuple[str, Artifact]:
     root = ctx.dir.root / path
     found = Artifact(kind=ctx.type.produces, path=path, digest=tree_digest(root), size=tree_size(root))
     return ctx.type.produces, found
-
-
-def spec_settings(spec: PhaseSpec) -> dict[str, Any]:
-    """The settings for result.json: everything that was set or defaulted."""
-    return spec.document()

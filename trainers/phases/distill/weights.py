@@ -35,7 +35,7 @@ def own_sample_weights(rewards: torch.Tensor, weighting: RewardWeighting) -> Wei
     """Weights of N samples that the student made itself.
 
     A trace is something to imitate, so a good one counts more. An own sample is something to correct: weighing it by
-    its reward mutes the student's mistakes (in the quickstart's task the student then never learned to refuse).
+    its reward mutes the student's mistakes (docs/adr/0003: on one seed of three it then never learned to refuse).
     """
     if weighting.own_samples == "equal":
         return Weights(torch.ones(len(rewards), dtype=torch.float64), 0.0)
