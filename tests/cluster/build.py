@@ -1,0 +1,143 @@
+"""Builds every server once from its Go module into the cache. Resumes after the last finished binary.
+
+All of it takes about 2,500 CPU-seconds; a tier builds only what it runs. Several builders wait for each other.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster import manifests
+from cluster.assets import BINARIES, HERE, Assets, locate
+from cluster.locks import exclusive
+
+KUBERNETES = "v1.34.4"
+_VERSION = "k8s.io/component-base/version"
+# Without these kubectl cannot parse the server's version.
+_KUBE_FLAGS = (
+    f"-s -w -X {_VERSION}.gitVersion={KUBERNETES} -X {_VERSION}.gitMajor=1 -X {_VERSION}.gitMinor=34"
+    f" -X {_VERSION}.gitTreeState=clean"
+)
+# CPU-seconds on a machine that has built nothing yet, in this order: each reuses what came before.
+_COST = {
+    "kube-apiserver": 450, "kubectl": 90, "etcd": 40, "training-operator.v1": 240, "kube-controller-manager": 150,
+    "kueue": 490, "kube-scheduler": 40, "kwok": 240, "kubelet": 150, "kube-proxy": 30, "coredns": 300, "versitygw": 150,
+}  # fmt: skip
+
+Say = Callable[[str], None]
+
+
+class CannotBuild(Exception):
+    """The message says what is missing."""
+
+
+def announce(text: str) -> None:
+    print(f"[cluster] {text}", flush=True)
+
+
+def ensure(tier: str, say: Say = announce) -> Assets:
+    """The assets with everything ``tier`` runs; builds what is missing. Raises CannotBuild."""
+    assets = locate()
+    if _complete(assets, tier):
+        return assets
+    if assets.given:
+        raise CannotBuild(f"{assets.root} lacks {', '.join(assets.missing(tier)) or 'manifests'}")
+    if not shutil.which("go"):
+        raise CannotBuild("Go is not installed (https://go.dev), and ALIGNMENT_CLUSTER_ASSETS names no folder")
+    with exclusive(assets.root / "lock", f"another process is building into {assets.root}; waiting for it", say):
+        _build(assets, tier, say)
+    return assets
+
+
+def _complete(assets: Assets, tier: str) -> bool:
+    return not assets.missing(tier) and all(assets.manifest(name).exists() for name in manifests.needed(tier))
+
+
+def _build(assets: Assets, tier: str, say: Say) -> None:
+    names = [name for name in _COST if name in assets.missing(tier)]
+    if names:
+        minutes = sum(_COST[name] for name in names) / 60 / (os.cpu_count() or 1)
+        say(f"building {len(names)} programs from Go modules, once: {minutes:.0f} minutes at most, into {assets.root}")
+    for name in names:
+        began = time.monotonic()
+        _build_one(assets, name)
+        say(f"built {name} in {time.monotonic() - began:.0f} s")
+    for name in manifests.needed(tier):
+        if not assets.manifest(name).exists():
+            manifests.render(name, assets, _source(assets, name))
+
+
+def _build_one(assets: Assets, name: str) -> None:
+    (assets.root / "bin").mkdir(parents=True, exist_ok=True)
+    scratch = assets.root / "bin.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    _go(*_command(assets, name, scratch), GOBIN=str(scratch))
+    (scratch / name).replace(assets.binary(name))
+    scratch.rmdir()
+
+
+def _command(assets: Assets, name: str, scratch: Path) -> list[str]:
+    pins = _pins()
+    if name in pins:
+        return ["install", "-ldflags", "-s -w", pins[name]]
+    if name == "kueue":
+        # The proxy serves no version list for it, so `go install` is refused, and the checksum database lacks a module.
+        module, flags, package = "kueue", "-s -w", "sigs.k8s.io/kueue/cmd/kueue"
+    elif name == "etcd":
+        module, flags, package = "kube", "-s -w", "go.etcd.io/etcd/server/v3"
+    else:
+        module, flags, package = "kube", _KUBE_FLAGS, f"k8s.io/kubernetes/cmd/{name}"
+    return [
+        "-C",
+        str(_module(assets, module)),
+        "build",
+        "-mod=mod",
+        "-ldflags",
+        flags,
+        "-o",
+        str(scratch / name),
+        package,
+    ]
+
+
+def _module(assets: Assets, name: str) -> Path:
+    """A copy, because go may write to it and the checkout stays as it is."""
+    copy = assets.root / "modules" / name
+    if not copy.exists():
+        shutil.copytree(HERE / name, copy)
+    return copy
+
+
+def _source(assets: Assets, name: str) -> Path:
+    """The module's source in Go's module cache, for the manifests in it."""
+    if name == "kueue":
+        output = _go("-C", str(_module(assets, "kueue")), "mod", "download", "-json", "sigs.k8s.io/kueue")
+    else:
+        package = _pins()["training-operator.v1" if name == "training-operator" else name]
+        output = _go(
+            "mod", "download", "-json", package.replace(package[package.index("/cmd/") : package.index("@")], "")
+        )
+    return Path(json.loads(output)["Dir"])
+
+
+def _go(*arguments: str, **environment: str) -> str:
+    flags = {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath", **environment}
+    done = subprocess.run(["go", *arguments], env=os.environ | flags, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotBuild(f"go {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def _pins() -> dict[str, str]:
+    lines = (HERE / "pins.txt").read_text().splitlines()
+    return dict(line.split() for line in lines if not line.startswith("#"))
+
+
+def build_all(tiers: list[str], say: Say = announce) -> None:
+    for tier in tiers or list(BINARIES):
+        ensure(tier, say)

@@ -1,0 +1,115 @@
+"""pytest plugin: `api_cluster`, `kwok_cluster`, `node_cluster`, each started once a session when a test asks for it.
+
+Where a tier cannot run its tests are skipped, and the summary says so; with CI=true they fail. With
+ALIGNMENT_TEST_CONTEXT=<kube context> the tests use that cluster, and no other.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import build, images, launch, requirements
+from cluster.assets import locate
+from cluster.client import Cluster
+
+CONTEXT = "ALIGNMENT_TEST_CONTEXT"
+NODES = {"api": 0, "kwok": 10, "node": 2}
+_not_run: dict[str, str] = {}
+_started: dict[str, Cluster] = {}
+
+
+@pytest.fixture(scope="session")
+def api_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A control plane with Training Operator and Kueue; no scheduler, so pods stay Pending."""
+    yield from _cluster("api", request.config)
+
+
+@pytest.fixture(scope="session")
+def kwok_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The same with a scheduler and ten fake nodes; see cluster.kwok for what their pods do."""
+    yield from _cluster("kwok", request.config)
+
+
+@pytest.fixture(scope="session")
+def node_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Two real nodes that run containers. Needs root."""
+    yield from _cluster("node", request.config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for tier in NODES:
+        config.addinivalue_line("markers", f"{tier}: uses the {tier} tier of the test cluster (set by its fixture)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for tier in NODES:
+            if f"{tier}_cluster" in getattr(item, "fixturenames", ()):
+                item.add_marker(tier)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    used = [c for tier, c in _started.items() if f"{tier}_cluster" in getattr(item, "fixturenames", ())]
+    if report.failed and report.when == "call":
+        for cluster in used:
+            report.sections.append(
+                (f"logs of the {cluster.tier} cluster", f"kept in {launch.keep_logs(cluster.state)}")
+            )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for tier, reason in _not_run.items():
+        terminalreporter.write_line(f"{tier} tier did NOT run: {reason}", red=True, bold=True)
+
+
+def _cluster(tier: str, config: pytest.Config) -> Iterator[Cluster]:
+    if context := os.environ.get(CONTEXT):
+        yield from _existing(tier, context)
+        return
+    _require(tier)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        assets = _prepare(tier)
+        running = launch.start(tier, NODES[tier])
+    info = running.info
+    cluster = Cluster(
+        tier, Path(info["kubeconfig"]), assets.binary("kubectl"), running.state, Path(info["audit_log"]), info["nodes"]
+    )
+    _started[tier] = cluster
+    yield cluster
+    running.stop()
+
+
+def _require(tier: str) -> None:
+    if reason := requirements.missing(tier):
+        _not_run[tier] = reason
+        message = f"{tier} tier: {reason}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+
+def _prepare(tier: str) -> build.Assets:
+    assets = build.ensure(tier)
+    if tier == "node":
+        images.ensure_bases(assets)
+    return assets
+
+
+def _existing(tier: str, context: str) -> Iterator[Cluster]:
+    """Someone's cluster, named on purpose. Only what the tests made in it is removed."""
+    kubectl = build.ensure("api").binary("kubectl") if not locate().missing("api") else Path("kubectl")
+    with tempfile.TemporaryDirectory(prefix="alignment-context-") as folder:
+        kubeconfig = Path(folder) / "kubeconfig"
+        view = [str(kubectl), "config", "view", "--minify", "--flatten", "--context", context]
+        kubeconfig.write_text(subprocess.run(view, check=True, capture_output=True, text=True).stdout)
+        cluster = Cluster(tier, kubeconfig, kubectl, Path(folder))
+        cluster.nodes = [node["metadata"]["name"] for node in cluster.items("nodes")]
+        yield cluster
+        cluster.release()
