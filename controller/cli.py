@@ -8,6 +8,8 @@ import typer
 
 from controller import workspace
 from controller.api.problems import InvalidRun
+from controller.commands import where
+from controller.commands.cluster.errors import ClusterError
 
 app = typer.Typer(
     help="Run alignment pipelines: supervised fine-tuning, reward models, DPO, PPO, distillation, evaluation.",
@@ -67,6 +69,49 @@ RunName = Annotated[
     str | None, typer.Option("--run", help="Name of the run; the last one unless given.", show_default=False)
 ]
 
+# Commands that look at what runs somewhere: in a workspace on this machine, or in a cluster.
+LocalWorkspace = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        metavar="DIR",
+        help=f"Folder of a run on this machine; {workspace.DEFAULT} unless given.",
+        show_default=False,
+    ),
+]
+CLUSTER = where.panel()
+Context = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        metavar="CONTEXT",
+        help="Context of the kubeconfig; the current one unless given.",
+        rich_help_panel=CLUSTER,
+        show_default=False,
+    ),
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        "-n",
+        "--namespace",
+        metavar="NAMESPACE",
+        help="Namespace; the context's unless given.",
+        rich_help_panel=CLUSTER,
+        show_default=False,
+    ),
+]
+Kubeconfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--kubeconfig",
+        metavar="FILE",
+        help="KUBECONFIG or ~/.kube/config unless given.",
+        rich_help_panel=CLUSTER,
+        show_default=False,
+    ),
+]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -124,18 +169,31 @@ def plan(
     root: Workspace = workspace.DEFAULT,
 ) -> None:
     """Say what `run` would run, what it would reuse, and why."""
-    from controller.commands.look import plan_command
+    from controller.commands.plan import plan_command
     from controller.commands.run import Request
 
     raise typer.Exit(plan_command(Request(file, tuple(fragment), tuple(setting), tuple(only), tuple(start), root)))
 
 
 @app.command()
-def status(root: Workspace = workspace.DEFAULT, name: RunName = None) -> None:
-    """Show how far a run is."""
-    from controller.commands.look import status_command
+def status(
+    watch: Annotated[
+        bool, typer.Option("-w", "--watch", help="Go on until the run ends: with 0 if it succeeded, else 1.")
+    ] = False,
+    root: LocalWorkspace = None,
+    name: RunName = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Show how far a run is, in a workspace or in a cluster."""
+    from controller.commands.cluster.status import cluster_status
+    from controller.commands.status import status_command
 
-    raise typer.Exit(status_command(root, name))
+    place = where.choose(root, context, namespace, kubeconfig)
+    if isinstance(place, where.Place):
+        raise typer.Exit(cluster_status(place, name, watch))
+    raise typer.Exit(status_command(place, name, watch))
 
 
 @app.command()
@@ -143,25 +201,81 @@ def logs(
     phase: Annotated[
         str | None, typer.Argument(help="Phase; the running or failed one unless given.", show_default=False)
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on printing until the run ends.")] = False,
-    root: Workspace = workspace.DEFAULT,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on, over further attempts, until the run ends.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, help="The newest one unless given.", show_default=False)
+    ] = None,
+    root: LocalWorkspace = None,
     name: RunName = None,
+    pod: Annotated[
+        int, typer.Option("--pod", min=0, help="Index of the pod; pod 0 has rank 0.", rich_help_panel=CLUSTER)
+    ] = 0,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print what a phase has printed."""
-    from controller.commands.look import logs_command
+    """Print what a phase has printed, in a workspace or in a cluster."""
+    from controller.commands.cluster.logs import cluster_logs
+    from controller.commands.logs import logs_command
 
-    raise typer.Exit(logs_command(root, name, phase, follow))
+    place = where.choose(root, context, namespace, kubeconfig)
+    if isinstance(place, where.Place):
+        raise typer.Exit(cluster_logs(place, name, phase, attempt, pod, follow))
+    where.only_in_a_cluster("--pod", pod)
+    raise typer.Exit(logs_command(place, name, phase, attempt, follow))
 
 
 @app.command()
 def stop(
-    root: Workspace = workspace.DEFAULT,
-    timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for work to be saved.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0, help="Seconds to wait for work to be saved.", show_default="60, in a cluster 600"
+        ),
+    ] = None,
+    root: LocalWorkspace = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--run", help="Name of the run, if several go on.", rich_help_panel=CLUSTER, show_default=False),
+    ] = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Stop the run in a workspace; unfinished work is saved."""
-    from controller.commands.look import stop_command
+    """Stop the run in a workspace, or one in a cluster; unfinished work is saved."""
+    from controller.commands.cluster.stop import cluster_stop
+    from controller.commands.stop import stop_command
 
-    raise typer.Exit(stop_command(root, timeout))
+    place = where.choose(root, context, namespace, kubeconfig)
+    if isinstance(place, where.Place):
+        raise typer.Exit(cluster_stop(place, name, 600.0 if timeout is None else timeout))
+    where.only_in_a_cluster("--run", name)
+    raise typer.Exit(stop_command(place, 60.0 if timeout is None else timeout))
+
+
+@app.command()
+def resume(
+    root: LocalWorkspace = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--run", help="Name of the run, if several are stopped.", rich_help_panel=CLUSTER, show_default=False
+        ),
+    ] = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Let a stopped run in a cluster go on. (On this machine, `run FILE` does.)"""
+    from controller.commands.cluster.stop import cluster_resume
+
+    place = where.choose(root, context, namespace, kubeconfig)
+    if isinstance(place, where.Place):
+        raise typer.Exit(cluster_resume(place, name))
+    typer.echo(f"a run in a workspace continues with: alignctl run FILE --workspace {place}", err=True)
+    raise typer.Exit(BAD_INPUT)
 
 
 @app.command()
@@ -175,13 +289,20 @@ def gen(
 
 
 def main() -> None:
-    """Bad input ends with one line per problem and exit status 2."""
+    """Bad input ends with one line per problem and exit status 2; a cluster that cannot help, with one line and 1."""
     try:
-        app()
+        app(prog_name=where.program())
     except InvalidRun as error:
         for problem in error.problems:
-            typer.secho(f"error: {problem}", fg="red", err=True)
+            _say_error(problem)
         raise SystemExit(BAD_INPUT) from None
     except (workspace.Busy, workspace.Unusable) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        _say_error(error)
         raise SystemExit(BAD_INPUT) from None
+    except ClusterError as error:
+        _say_error(error)
+        raise SystemExit(1) from None
+
+
+def _say_error(text: object) -> None:
+    typer.secho(f"error: {text}", fg="red", err=True)

@@ -53,25 +53,36 @@ class FailureClass(enum.StrEnum):
     INFRASTRUCTURE = "Infrastructure"
     INTERRUPTED = "Interrupted"
     INTERNAL = "Internal"
+    STARTUP_TIMEOUT = "StartupTimeout"
+    STALLED = "Stalled"
 
 
 @dataclass(frozen=True)
 class Failure:
-    code: int
-    """Exit status of the process."""
+    code: int | None
+    """Exit status of the process; None for what only an onlooker can tell."""
     retryable: bool
     meaning: str
 
 
 FAILURES: Mapping[FailureClass, Failure] = {
-    FailureClass.INTERNAL: Failure(1, False, "a bug in the phase program"),
+    FailureClass.INTERNAL: Failure(1, True, "a bug in the phase program, or an error nobody could classify"),
     FailureClass.BAD_INPUT: Failure(2, False, "the spec, the data or a model cannot be used as asked"),
     FailureClass.GATE_FAILED: Failure(3, False, "a final metric missed its threshold"),
     FailureClass.DIVERGED: Failure(4, False, "the loss or the gradient is not finite"),
     FailureClass.OUT_OF_MEMORY: Failure(5, True, "the device or the machine ran out of memory"),
     FailureClass.INFRASTRUCTURE: Failure(75, True, "network, storage or another process failed"),
     FailureClass.INTERRUPTED: Failure(143, True, "asked to stop; unfinished work is saved"),
+    FailureClass.STARTUP_TIMEOUT: Failure(None, True, "did not begin to run in time"),
+    FailureClass.STALLED: Failure(None, True, "no progress for too long"),
 }
+
+
+def exit_status(failure: FailureClass) -> int:
+    """The status that a process ends with."""
+    code = FAILURES[failure].code
+    assert code is not None, "only an onlooker can tell this failure"
+    return code
 
 
 class PhaseError(Exception):

@@ -252,7 +252,7 @@ def _fail(error: Exception, digest: str) -> int:
         traceback.print_exception(error)
     print(f"{failure}: {message}", file=sys.stderr)
     _terminate(Termination(failure=failure, message=message, digest=digest))
-    return contract.FAILURES[failure].code
+    return contract.exit_status(failure)
 
 
 def _terminate(termination: Termination) -> None:

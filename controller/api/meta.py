@@ -23,10 +23,13 @@ LABEL_RUN = f"{GROUP}/run"
 LABEL_PHASE = f"{GROUP}/phase"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 ANNOTATION_DIGEST = f"{GROUP}/digest"
+ANNOTATION_PHASE_FILE = f"{GROUP}/phase-file"
 PRODUCT = "alignment-operator"
 
 # ---- condition types
 ACCEPTED = "Accepted"
+ADMITTED = "Admitted"
+"""Only of runs with a queue: whether it lets their jobs run. The reason is a state of the queue."""
 PROGRESSING = "Progressing"
 SUSPENDED = "Suspended"
 STALLED = "Stalled"

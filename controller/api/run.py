@@ -41,6 +41,10 @@ class ObjectMeta(SpecModel):
     """Annotations."""
     generation: int | None = None
     """Set by the server: counts changes of the spec."""
+    uid: str | None = None
+    """Set by the server: who this is, even if another one gets its name later."""
+    resource_version: str | None = None
+    """Set by the server: changes with every write."""
 
 
 class Workspace(SpecModel):
@@ -84,6 +88,19 @@ class Toleration(SpecModel):
     """For NoExecute: how long the pod may stay."""
 
 
+class ClaimMount(SpecModel):
+    """A PersistentVolumeClaim that pods see besides the workspace, for example data or a cache of models."""
+
+    claim_name: str = Field(min_length=1, max_length=253)
+    """Name of the claim."""
+    mount_path: str = Field(pattern=r"^/[^:]+$", max_length=512)
+    """Where pods see it."""
+    sub_path: str | None = None
+    """Folder in the claim; all of it unless set."""
+    read_only: bool = True
+    """Pods cannot write to it."""
+
+
 class Template(SpecModel):
     """How a phase's processes run. A field set in a phase's own template wins; `env` is merged by name."""
 
@@ -99,6 +116,8 @@ class Template(SpecModel):
     """Environment variables."""
     secret_refs: tuple[str, ...] = Field(default=(), max_length=16)
     """Secrets whose keys become environment variables (a hub token, object store credentials)."""
+    claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16)
+    """Claims to mount besides the workspace."""
     node_selector: dict[str, str] = {}
     """Labels a node must have."""
     tolerations: tuple[Toleration, ...] = Field(default=(), max_length=32)
@@ -107,10 +126,15 @@ class Template(SpecModel):
     """Service account of the pods."""
     priority_class_name: str | None = None
     """Priority class of the pods."""
+    grace_seconds: int = Field(default=120, ge=1, le=3600)
+    """Time a pod has to save its work when it is asked to stop."""
 
 
 class RetryBudget(SpecModel):
-    """Further attempts after a failure, by its class. Bad input, missed gates, divergence and bugs are never retried."""
+    """Further attempts after a failure, by its class. Bad input, missed gates and divergence are never retried.
+
+    Raising a budget of a failed run lets it go on.
+    """
 
     out_of_memory: int = Field(default=1, ge=0, le=10)
     """The device or the machine ran out of memory."""
@@ -118,6 +142,12 @@ class RetryBudget(SpecModel):
     """Network, storage, a lost node or another process failed."""
     interrupted: int = Field(default=10, ge=0, le=10)
     """Something outside asked the phase to stop (preemption, eviction)."""
+    startup_timeout: int = Field(default=1, ge=0, le=10)
+    """The pods did not all run within `startupTimeoutSeconds`."""
+    stalled: int = Field(default=1, ge=0, le=10)
+    """No progress for `stallTimeoutSeconds`."""
+    internal: int = Field(default=0, ge=0, le=10)
+    """A bug, or an error that nobody could classify."""
 
 
 class Backoff(SpecModel):
@@ -141,7 +171,15 @@ class FailurePolicy(SpecModel):
     run_deadline_seconds: float | None = Field(default=None, gt=0)
     """A run that takes longer is stopped and has failed."""
     stalled_after_seconds: float = Field(default=900.0, gt=0)
-    """A running phase that reports no progress for so long makes the run Stalled; nothing is stopped."""
+    """A running phase that reports no progress for so long makes the run Stalled; nothing is stopped for it."""
+    stall_timeout_seconds: float | None = Field(default=None, gt=0)
+    """A running phase that reports no progress for so long is stopped and started again (`retries.stalled`); never unless set."""
+    startup_timeout_seconds: float | None = Field(default=1800.0, gt=0)
+    """Pods that do not all run within this time after they may start (waiting in a queue does not count) are given up."""
+    node_lost_seconds: int = Field(default=120, ge=0, le=86400)
+    """Pods on a node that has stopped answering are given up after this time."""
+    avoid_failed_nodes: bool = False
+    """Start further attempts on other nodes than those on which the infrastructure failed."""
 
 
 class PhaseEntry(SpecModel):
@@ -195,14 +233,16 @@ class RunSpec(SpecModel):
     """Where artifacts are kept on a cluster."""
     template: Template = Template()
     """How processes run, for all phases."""
-    queue_name: str | None = None
-    """Kueue queue that the run's jobs wait in."""
+    queue_name: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
+    """Kueue queue (LocalQueue) that the run's jobs wait in."""
+    queue_priority: str | None = Field(default=None, max_length=63)
+    """Kueue priority (WorkloadPriorityClass) of the run's jobs."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Retries and deadlines."""
     suspend: bool = False
     """Stop everything that runs and start nothing. Finished phases stay finished, unfinished work is kept."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
-    """Delete the run's jobs this long after its end; artifacts stay."""
+    """Delete the run's jobs this long after its end; the run itself and its artifacts stay."""
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=MAX_PHASES)
     """The phases; references between them say what waits for what, independent ones run side by side."""
 

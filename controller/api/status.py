@@ -2,7 +2,7 @@
 
 import enum
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -14,6 +14,17 @@ class StatusModel(SpecModel):
     """Base of what the controller writes. Fields of a newer version are dropped, so an older one can read them."""
 
     model_config = ConfigDict(extra="ignore")
+
+    def document(self, **kwargs: Any) -> dict[str, Any]:
+        """Without what is empty: people read this in `kubectl describe`."""
+        found: dict[str, Any] = _without_empty(super().document(**kwargs))
+        return found
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_empty(item) for key, item in value.items() if item not in ("", {}, [])}
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 class PhaseState(enum.StrEnum):
@@ -49,6 +60,32 @@ class AttemptState(enum.StrEnum):
         return self in (AttemptState.STOPPED, AttemptState.SUCCEEDED, AttemptState.FAILED)
 
 
+class QueueState(enum.StrEnum):
+    """Where a queued job stands."""
+
+    PENDING = "Pending"
+    """Waits for quota."""
+    QUOTA_RESERVED = "QuotaReserved"
+    """Has quota, waits for the checks of its queue."""
+    ADMITTED = "Admitted"
+    """May run."""
+    EVICTED = "Evicted"
+    """Was stopped by the queue and waits again."""
+    PREEMPTED = "Preempted"
+    """Was stopped in favour of another job and waits again."""
+    MISSING = "Missing"
+    """The queue or Kueue's integration does not exist."""
+
+
+class QueueStatus(StatusModel):
+    """What the queue says about a phase's job."""
+
+    state: QueueState
+    """Where it stands."""
+    message: str = ""
+    """In the queue's words."""
+
+
 class Attempt(StatusModel):
     """One start of a phase."""
 
@@ -59,9 +96,13 @@ class Attempt(StatusModel):
     state: AttemptState
     """How far it is."""
     failure: FailureClass | None = None
-    """Class of its failure."""
+    """Class of its failure; of a live attempt, why it is about to end."""
     message: str = Field(default="", max_length=1024)
-    """What it said at its end."""
+    """What it said at its end; of a live attempt, what keeps it from running."""
+    job: str = ""
+    """Name of its job."""
+    node: str = ""
+    """Node on which it failed."""
     started_at: datetime | None = None
     """First seen running."""
     finished_at: datetime | None = None
@@ -112,6 +153,8 @@ class PhaseStatus(StatusModel):
     """When the next attempt may start."""
     progress: PhaseProgress | None = None
     """Last report of the running attempt."""
+    queue: QueueStatus | None = None
+    """What the queue says about the live attempt's job."""
     metrics: dict[str, float] = {}
     """Final metrics."""
 
@@ -139,7 +182,9 @@ class RunStatus(StatusModel):
     phase: str = ""
     """Running phases by name, or how the run ended."""
     progress: str = ""
-    """Finished phases of all: `3/8`."""
+    """Finished phases of all, and the share of the work that is done: `3/8 (41%)`."""
+    percent: int = 0
+    """Share of the work that is done; phases count alike."""
     step: str = ""
     """Of the running phase: `120/400`."""
     loss: str = ""

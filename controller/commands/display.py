@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from controller.api.status import PhaseProgress, PhaseState, PhaseStatus, RunStatus
@@ -46,7 +47,7 @@ def status_table(status: RunStatus, now: datetime) -> Table:
             state,
             *figures(phase.progress),
             duration(spent) if spent is not None else "",
-            remark(phase),
+            escape(remark(phase)),
         )
     return table
 

@@ -56,15 +56,28 @@ def _version() -> dict[str, Any]:
 
 
 def _resource_schema() -> Schema:
-    name_rule = {
-        "rule": f"size(self.metadata.name) <= {meta.RUN_NAME_LENGTH}",
-        "message": f"metadata.name has at most {meta.RUN_NAME_LENGTH} characters: job names are built from it",
-    }
+    rules = [
+        {
+            "rule": f"size(self.metadata.name) <= {meta.RUN_NAME_LENGTH}",
+            "message": f"metadata.name has at most {meta.RUN_NAME_LENGTH} characters: job names are built from it",
+        },
+        {
+            "rule": "!self.metadata.name.contains('.')",
+            "message": "metadata.name has no dots: job names and labels are built from it",
+        },
+        {
+            # What is finished lies there, and nobody would find it at the new place.
+            "rule": "!has(oldSelf.status) || !has(oldSelf.status.startedAt) || "
+            "(has(self.spec.workspace) == has(oldSelf.spec.workspace) && "
+            "(!has(self.spec.workspace) || self.spec.workspace == oldSelf.spec.workspace))",
+            "message": "spec.workspace cannot be changed once the run has begun: make a new run",
+        },
+    ]
     return {
         "type": "object",
         "description": "A whole alignment pipeline: applied to a cluster or run on one machine.",
         "required": ["spec"],
-        "x-kubernetes-validations": [name_rule],
+        "x-kubernetes-validations": rules,
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
@@ -88,10 +101,20 @@ def spec_schema() -> Schema:
 
 
 def _status_schema() -> Schema:
-    schema = structural_schema(RunStatus, "status")
+    schema = _without_defaults(structural_schema(RunStatus, "status"))
     for name, key in (("conditions", "type"), ("phases", "name")):
         schema["properties"][name] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
     return schema
+
+
+def _without_defaults(schema: Schema) -> Schema:
+    """The server must not add empty fields to a status: `kubectl describe` would show them all."""
+    plain = {key: value for key, value in schema.items() if key != "default"}
+    if "properties" in plain:
+        plain["properties"] = {name: _without_defaults(inner) for name, inner in plain["properties"].items()}
+    if isinstance(plain.get("items"), dict):
+        plain["items"] = _without_defaults(plain["items"])
+    return plain
 
 
 def crd_yaml() -> str:

@@ -7,6 +7,7 @@ import typer
 from controller.gen import COMMAND
 from controller.gen.crd import crd_yaml
 from controller.gen.docs import metrics_page, run_page
+from controller.gen.rbac import rbac_yaml
 from controller.gen.schema import fragment_schema, run_schema, schema_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +17,7 @@ def generated() -> dict[str, str]:
     """Path in the repository to content."""
     return {
         "manifests/crd.yaml": crd_yaml(),
+        "manifests/rbac.yaml": rbac_yaml(),
         "configs/schema/alignmentrun.json": schema_json(run_schema()),
         "configs/schema/fragment.json": schema_json(fragment_schema()),
         "docs/reference/alignmentrun.md": run_page(),

@@ -21,24 +21,62 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
         records[number] = _advance(records.get(number), job, now)
     for number, record in records.items():
         if record.state == AttemptState.STOPPING and number not in seen:
-            records[number] = record.model_copy(update={"state": AttemptState.STOPPED, "finished_at": now})
+            records[number] = record.model_copy(update={"state": _after_stopping(record), "finished_at": now})
     return tuple(records[number] for number in sorted(records))
 
 
 def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt:
     if record is not None and record.state.ended:
         return record
-    stopping = record is not None and record.state == AttemptState.STOPPING
-    started = (record.started_at if record else None) or job.started_at or now
-    base = Attempt(number=job.attempt, digest=job.digest, state=AttemptState.RUNNING, started_at=started)
+    before = record or Attempt(number=job.attempt, digest=job.digest, state=AttemptState.ASKED)
+    base = before.model_copy(
+        update={
+            "digest": job.digest,
+            "job": job.name or before.job,
+            "node": job.node or before.node,
+            "started_at": before.started_at or job.started_at or now,
+        }
+    )
     if job.state == JobState.LIVE:
-        return base.model_copy(update={"state": AttemptState.STOPPING}) if stopping else base
-    ended = base.model_copy(update={"finished_at": job.finished_at or now, "message": job.message[:MESSAGE_LIMIT]})
+        return _live(base, job)
+    ended = base.model_copy(update={"finished_at": job.finished_at or now})
     if job.state == JobState.SUCCEEDED:
-        return ended.model_copy(update={"state": AttemptState.SUCCEEDED})
-    if stopping:
-        return ended.model_copy(update={"state": AttemptState.STOPPED})
-    return ended.model_copy(update={"state": AttemptState.FAILED, "failure": job.failure or FailureClass.INTERNAL})
+        return ended.model_copy(
+            update={"state": AttemptState.SUCCEEDED, "failure": None, "message": _short(job.message)}
+        )
+    if before.state == AttemptState.STOPPING:
+        return ended.model_copy(update={"state": _after_stopping(before)})
+    return ended.model_copy(update={"state": AttemptState.FAILED, **_reason(before, job)})
+
+
+def _live(before: Attempt, job: ObservedJob) -> Attempt:
+    """What is said about a job that is about to end stays: its pods may be gone when it has ended."""
+    if before.state == AttemptState.STOPPING:
+        return before
+    said: dict[str, object] = {"state": AttemptState.RUNNING}
+    if job.failure is not None:
+        said |= {"failure": job.failure, "message": _short(job.message)}
+    elif before.failure is None:
+        said |= {"message": _short(job.message)}
+    return before.model_copy(update=said)
+
+
+def _after_stopping(record: Attempt) -> AttemptState:
+    """We ended it: because it was not wanted any more, or because it had failed to start or to go on."""
+    return AttemptState.STOPPED if record.failure is None else AttemptState.FAILED
+
+
+def _reason(before: Attempt, job: ObservedJob) -> dict[str, object]:
+    """The best that was ever known of why it failed: at its end, or while it was going down."""
+    if job.failure is not None:
+        return {"failure": job.failure, "message": _short(job.message)}
+    if before.failure is not None:
+        return {}
+    return {"failure": FailureClass.INTERNAL, "message": _short(job.message)}
+
+
+def _short(message: str) -> str:
+    return message[:MESSAGE_LIMIT]
 
 
 def without_result(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
@@ -90,6 +128,9 @@ def budget(retries: RetryBudget, failure: FailureClass) -> int:
         FailureClass.OUT_OF_MEMORY: retries.out_of_memory,
         FailureClass.INFRASTRUCTURE: retries.infrastructure,
         FailureClass.INTERRUPTED: retries.interrupted,
+        FailureClass.STARTUP_TIMEOUT: retries.startup_timeout,
+        FailureClass.STALLED: retries.stalled,
+        FailureClass.INTERNAL: retries.internal,
     }
     return budgets[failure]
 

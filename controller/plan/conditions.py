@@ -8,7 +8,7 @@ from typing import Literal
 from controller.api import meta
 from controller.api.status import Condition
 
-ORDER = (meta.ACCEPTED, meta.PROGRESSING, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED)
+ORDER = (meta.ACCEPTED, meta.ADMITTED, meta.PROGRESSING, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED)
 
 MESSAGE_LIMIT = 4096
 

@@ -14,10 +14,11 @@ from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus
 from controller.plan.check import check_run
 from controller.plan.conditions import Claim, update
 from controller.plan.job import PhaseJob, build_job
-from controller.plan.observed import Observed
+from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.verdict import run_claims, summary
+from trainers.contract import FailureClass
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,36 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     before = run.status or RunStatus()
     generation = run.metadata.generation
     if is_terminal(before) and before.observed_generation == generation:
-        return Decision(before)
-    if problems := check_run(run):
-        return _reject(before, "; ".join(map(str, problems)), generation, now)
+        return _at_rest(run, before, observed, now)
+    if problems := [*map(str, check_run(run)), *observed.problems]:
+        return Decision(reject(before, "; ".join(problems), generation, now), _end_all(observed))
     phases = resolve(run)
-    started = before.started_at or now
+    # A run that goes on after its end, because it was edited, has its time anew.
+    started = now if before.started_at is None or is_terminal(before) else before.started_at
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
     actions = (*stops, *map(Apply, jobs))
-    return Decision(status, actions, None if is_terminal(status) else _requeue(run, status, now))
+    return Decision(status, actions, None if is_terminal(status) else _requeue(run, status, steps, now))
+
+
+def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: datetime) -> Decision:
+    """An end stays. Jobs of a finished run go when their time has come."""
+    due = _after(before.finished_at, run.spec.ttl_seconds_after_finished)
+    if due is None or now < due:
+        return Decision(before, requeue_after=due - now if due else None)
+    jobs = [job for job in observed.jobs if not job.past]
+    return Decision(before, tuple(Delete(job.phase, job.attempt) for job in jobs))
 
 
 def is_terminal(status: RunStatus) -> bool:
     return status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED)
 
 
-def _reject(before: RunStatus, message: str, generation: int | None, now: datetime) -> Decision:
-    """An invalid run does nothing until it is edited."""
+def reject(before: RunStatus, message: str, generation: int | None, now: datetime) -> RunStatus:
+    """The status of an invalid run: it does nothing until it is edited."""
     claims = {
         meta.ACCEPTED: Claim(False, meta.INVALID_SPEC, message),
         meta.PROGRESSING: Claim(False, meta.INVALID_SPEC),
@@ -79,7 +90,11 @@ def _reject(before: RunStatus, message: str, generation: int | None, now: dateti
     }
     conditions = update(before.conditions, claims, generation, now)
     changes = {"observed_generation": generation, "conditions": conditions, "phase": "Invalid"}
-    return Decision(before.model_copy(update=changes))
+    return before.model_copy(update=changes)
+
+
+def _end_all(observed: Observed) -> tuple[Action, ...]:
+    return tuple(Delete(job.phase, job.attempt) for job in observed.jobs if job.state == JobState.LIVE)
 
 
 def _run_is_late(run: AlignmentRun, started: datetime, now: datetime) -> bool:
@@ -138,10 +153,15 @@ def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], att
     digest = steps[phase.name].status.digest
     assert inputs is not None, "only a phase whose inputs have finished is started"
     assert digest is not None
-    return build_job(
-        run.name, phase, attempt, digest, inputs, run.spec.queue_name,
-        run.spec.failure_policy.phase_deadline_seconds, run.metadata.labels, alone,
-    )  # fmt: skip
+    return build_job(run, phase, attempt, digest, inputs, _avoided(run, steps[phase.name].status), alone)
+
+
+def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:
+    """Nodes on which the infrastructure failed this phase."""
+    if not run.spec.failure_policy.avoid_failed_nodes:
+        return ()
+    bad = [a.node for a in status.attempts if a.failure == FailureClass.INFRASTRUCTURE and a.node]
+    return tuple(sorted(set(bad)))
 
 
 def _status(
@@ -157,14 +177,20 @@ def _status(
         phases=phases,
         conditions=update(before.conditions, claims, generation, now),
     )
-    ended = now if is_terminal(status) else None
-    return status.model_copy(update={**summary(status), "finished_at": ended})
+    times: dict[str, datetime | None] = {}
+    if is_terminal(status) and is_terminal(before):
+        # An edit that changed nothing of what is finished.
+        times = {"started_at": before.started_at, "finished_at": before.finished_at}
+    elif is_terminal(status):
+        times = {"finished_at": now}
+    return status.model_copy(update={**summary(status), **times})
 
 
-def _requeue(run: AlignmentRun, status: RunStatus, now: datetime) -> timedelta | None:
+def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], now: datetime) -> timedelta | None:
     """Until the next moment at which a wait, a deadline or a stall comes due."""
     policy = run.spec.failure_policy
     due = [phase.retry_at for phase in status.phases]
+    due += [step.due for step in steps.values()]
     due += [_after(p.started_at, policy.phase_deadline_seconds) for p in _running(status)]
     due += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in _running(status) if p.progress]
     due.append(_after(status.started_at, policy.run_deadline_seconds))

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controller.api import meta
-from controller.api.run import Template
+from controller.api.run import AlignmentRun, Template, Workspace
 from controller.plan.resolve import ResolvedPhase
 from trainers.contract import Input, PhaseFile
 
-NAME_LIMIT = 55
-"""Characters of a job's name. 63 is the limit; pods append `-worker-NNN`, and the label holds the rest."""
+NAME_LIMIT = 50
+"""Characters of a job's name. 63 is the limit of pods' services, which append `-worker-NNNN`."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,13 @@ class PhaseJob:
     """Artifact digests of the finished phases it builds on."""
     template: Template = field(default_factory=Template)
     """Environment, resources and placement."""
+    workspace: Workspace | None = None
     queue_name: str | None = None
-    deadline_seconds: float | None = None
+    queue_priority: str | None = None
+    node_lost_seconds: int = 120
+    """How long a node may be silent before its part of the job is given up."""
+    avoid_nodes: tuple[str, ...] = ()
+    """Nodes on which earlier attempts failed."""
     labels: Mapping[str, str] = field(default_factory=dict)
     alone: bool = True
     """Nothing else runs or could run beside it now. A hint for sharing one machine; not part of what is asked for."""
@@ -56,11 +61,11 @@ class PhaseJob:
 
 
 def build_job(
-    run: str, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str], queue_name: str | None,
-    deadline_seconds: float | None, labels: Mapping[str, str], alone: bool,
+    run: AlignmentRun, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str],
+    avoid_nodes: tuple[str, ...], alone: bool,
 ) -> PhaseJob:  # fmt: skip
     return PhaseJob(
-        run=run,
+        run=run.name,
         phase=phase.name,
         type=phase.type.name,
         attempt=attempt,
@@ -72,17 +77,24 @@ def build_job(
         spec=phase.spec.model_dump(by_alias=True, mode="json"),
         inputs=dict(inputs),
         template=phase.template,
-        queue_name=queue_name,
-        deadline_seconds=deadline_seconds,
-        labels={**labels, **job_labels(run, phase.name, phase.type.name, attempt)},
+        workspace=run.spec.workspace,
+        queue_name=run.spec.queue_name,
+        queue_priority=run.spec.queue_priority,
+        node_lost_seconds=run.spec.failure_policy.node_lost_seconds,
+        avoid_nodes=avoid_nodes,
+        labels={**run.metadata.labels, **job_labels(run.name, phase.name, phase.type.name, attempt)},
         alone=alone,
     )
 
 
 def job_name(run: str, phase: str, attempt: int) -> str:
-    """`<run>-<phase>-<attempt>`, shortened with a hash where it would be too long. The same attempt has the same name."""
+    """`<run>-<phase>-<attempt>`, shortened with a hash where it would be too long. The same attempt has the same name.
+
+    Services, unlike runs, may not begin with a digit.
+    """
+    run = run if run[0].isalpha() else f"r{run}"
     name = f"{run}-{phase}-{attempt}"
-    if len(name) <= NAME_LIMIT:
+    if len(name) <= NAME_LIMIT and f"{run}-{phase}".count("-") == 1:
         return name
     mark = hashlib.sha256(f"{run}/{phase}".encode()).hexdigest()[:8]
     tail = f"-{mark}-{attempt}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from controller.api.status import PhaseProgress
+from controller.api.status import PhaseProgress, QueueStatus
 from trainers.contract import FailureClass
 
 
@@ -27,9 +27,21 @@ class ObservedJob:
     """Identity that the attempt was started for."""
     state: JobState
     failure: FailureClass | None = None
+    """Of a live job: it is about to end, for this reason."""
     message: str = ""
+    """Of a live job without a failure: what keeps it from running."""
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    name: str = ""
+    """What the backend calls it."""
+    node: str = ""
+    """Where it failed, if that is known."""
+    may_start_since: datetime | None = None
+    """Since when nothing but the platform keeps it from running; None while it waits in a queue, or always runs at once."""
+    running_since: datetime | None = None
+    """Since when all its parts run."""
+    queue: QueueStatus | None = None
+    """What its queue says."""
     past: bool = False
     """Ended before the user asked again: its number is taken, its failure is forgiven."""
 
@@ -69,5 +81,7 @@ class Observed:
     """Phases that may run at once; None leaves it to a scheduler."""
     unfinished: Mapping[str, Unfinished] = field(default_factory=dict)
     """By phase; only `plan` asks."""
+    problems: tuple[str, ...] = ()
+    """What makes the run impossible on this backend, one line each."""
     elsewhere: Mapping[str, ObservedResult] = field(default_factory=dict)
     """By digest: results of other runs and of earlier settings in the same workspace; only `plan` asks."""

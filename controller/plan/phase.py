@@ -6,10 +6,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from controller.api.run import FailurePolicy
-from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus
+from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseState, PhaseStatus
 from controller.plan import attempts as history
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
+from controller.plan.timeouts import overdue, stall_due, startup_due
 from trainers.contract import phase_digest
 
 HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
@@ -40,6 +41,8 @@ class Step:
     stop: tuple[int, ...] = ()
     """Attempts to end."""
     live: bool = False
+    due: datetime | None = None
+    """When a live attempt has had its chance, if nothing changes."""
 
 
 def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) -> Step:
@@ -47,7 +50,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     before = before or PhaseStatus(name=phase.name, type=phase.type.name)
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
     digest = wanted_digest(phase, at.inputs)
-    records = history.join(before.attempts, jobs, at.now)
+    records = _end_overdue(history.join(before.attempts, jobs, at.now), jobs, phase, at)
     result = _known_result(digest, before, at.observed.results.get(phase.name))
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
@@ -113,7 +116,8 @@ def _unfinished(
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
-        state, said = PhaseState.RUNNING, "stopping an attempt for other settings" if stop else ""
+        state, said = PhaseState.RUNNING, _said_of(going)
+    current = _current(going, jobs) if state == PhaseState.RUNNING else None
     status = PhaseStatus(
         name=phase.name,
         type=phase.type.name,
@@ -126,8 +130,45 @@ def _unfinished(
         finished_at=_end_of(before, failures, at.now) if state == PhaseState.FAILED else None,
         retry_at=verdict.retry_at if state == PhaseState.BACKING_OFF else None,
         progress=at.observed.progress.get(phase.name) if state == PhaseState.RUNNING else None,
+        queue=current.queue if current else None,
     )
-    return Step(status, _next_number(records, jobs), _missing(going, jobs, digest), stop, live)
+    due = _due(current, status.progress, at) if current else None
+    return Step(status, _next_number(records, jobs), _missing(going, jobs, digest), stop, live, due)
+
+
+def _end_overdue(
+    records: tuple[Attempt, ...], jobs: list[ObservedJob], phase: ResolvedPhase, at: Situation
+) -> tuple[Attempt, ...]:
+    """Attempts that did not begin to run in time, or do not go on, are stopping from now on, and will have failed."""
+    seen = {job.attempt: job for job in jobs if not job.past}
+    progress = at.observed.progress.get(phase.name)
+    result = []
+    for record in records:
+        job = seen.get(record.number)
+        late = overdue(job, progress, at.policy, at.now) if job and record.state == AttemptState.RUNNING else None
+        change = {"state": AttemptState.STOPPING, "failure": late[0], "message": late[1]} if late else {}
+        result.append(record.model_copy(update=change))
+    return tuple(result)
+
+
+def _said_of(going: list[Attempt]) -> str:
+    last = going[-1] if going else None
+    if last is None:
+        return ""
+    if last.state == AttemptState.STOPPING:
+        return last.message or "stopping an attempt for other settings"
+    return f"{last.failure}: {last.message}" if last.failure else last.message
+
+
+def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | None:
+    """The live job of the attempt that counts."""
+    wanted = going[-1].number if going else None
+    return next((job for job in jobs if job.attempt == wanted and job.state == JobState.LIVE), None)
+
+
+def _due(job: ObservedJob, progress: PhaseProgress | None, at: Situation) -> datetime | None:
+    moments = (startup_due(job, at.policy), stall_due(job, progress, at.policy))
+    return min(filter(None, moments), default=None)
 
 
 def _state(  # noqa: PLR0911 -- a ladder of reasons, the first that holds counts

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.api.status import AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.plan.conditions import Claim
 
 MOVING = (PhaseState.READY, PhaseState.RUNNING, PhaseState.BACKING_OFF)
@@ -16,7 +16,7 @@ def run_claims(
 ) -> dict[str, Claim]:
     failed = _failure(run, phases, live, halted)
     wanted = [p for p in phases if p.state != PhaseState.NOT_SELECTED]
-    succeeded = all(p.state == PhaseState.SUCCEEDED for p in wanted)
+    succeeded = not live and all(p.state == PhaseState.SUCCEEDED for p in wanted)
     suspended = None if failed or succeeded else _suspension(run, phases)
     return {
         meta.ACCEPTED: Claim(True, meta.VALID),
@@ -25,7 +25,7 @@ def run_claims(
         meta.STALLED: _stalled(run, phases, now),
         meta.SUCCEEDED: Claim(succeeded, meta.ALL_PHASES_SUCCEEDED if succeeded else meta.NOT_FINISHED),
         meta.FAILED: failed or Claim(False, meta.NOT_FINISHED),
-    }
+    } | _admission(run, phases)
 
 
 def _failure(run: AlignmentRun, phases: Sequence[PhaseStatus], live: bool, halted: bool) -> Claim | None:
@@ -60,6 +60,18 @@ def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | Non
     return None
 
 
+def _admission(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> dict[str, Claim]:
+    """What the queue says; only of runs that have one, and only while something waits in it or has been let in."""
+    queued = [(p.name, p.queue) for p in phases if p.queue is not None]
+    if run.spec.queue_name is None or not queued:
+        return {}
+    waiting = [(name, queue) for name, queue in queued if queue.state != QueueState.ADMITTED]
+    if not waiting:
+        return {meta.ADMITTED: Claim(True, QueueState.ADMITTED, f"admitted: {', '.join(name for name, _ in queued)}")}
+    said = "; ".join(f"{name}: {queue.message}" for name, queue in waiting)
+    return {meta.ADMITTED: Claim(False, waiting[0][1].state, said)}
+
+
 def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | None) -> Claim:
     if ended:
         return Claim(False, meta.FINISHED)
@@ -89,12 +101,17 @@ def _stalled(run: AlignmentRun, phases: Sequence[PhaseStatus], now: datetime) ->
 # ---------------------------------------------------------------- printer columns
 
 
-def summary(status: RunStatus) -> dict[str, str]:
+def summary(status: RunStatus) -> dict[str, str | int]:
     """The columns of `kubectl get arun`. The figures are those of the first running phase that reports any."""
     done = sum(p.state == PhaseState.SUCCEEDED for p in status.phases)
     running = [p for p in status.phases if p.state == PhaseState.RUNNING]
     report = next((p.progress for p in running if p.progress), None)
-    columns = {"phase": _phase_column(status, running), "progress": f"{done}/{len(status.phases)}"}
+    percent = _percent(status.phases)
+    columns: dict[str, str | int] = {
+        "phase": _phase_column(status, running),
+        "progress": f"{done}/{len(status.phases)} ({percent}%)",
+        "percent": percent,
+    }
     if report is not None:
         columns |= {
             "step": f"{report.step}/{report.total_steps}" if report.total_steps else "",
@@ -105,10 +122,24 @@ def summary(status: RunStatus) -> dict[str, str]:
     return columns
 
 
+def _percent(phases: Sequence[PhaseStatus]) -> int:
+    """Phases count alike: how long the next one takes is not known before it runs."""
+    return int(100 * sum(map(_done, phases)) / len(phases)) if phases else 0
+
+
+def _done(phase: PhaseStatus) -> float:
+    if phase.state == PhaseState.SUCCEEDED:
+        return 1.0
+    report = phase.progress
+    return min(report.step / report.total_steps, 1.0) if report and report.total_steps else 0.0
+
+
 def _phase_column(status: RunStatus, running: Sequence[PhaseStatus]) -> str:
     for kind in (meta.SUCCEEDED, meta.FAILED, meta.SUSPENDED):
         if status.is_true(kind):
             return kind
+    if running and all(p.queue is not None and p.queue.state != QueueState.ADMITTED for p in running):
+        return "Queued"
     return ",".join(p.name for p in running) or "Waiting"
 
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from trainers.contract import (
-    FAILURES,
     Artifact,
     FailureClass,
     PhaseDir,
@@ -21,6 +20,7 @@ from trainers.contract import (
     Progress,
     Result,
     Termination,
+    exit_status,
     phase_digest,
     sha256_text,
     termination_json,
@@ -42,7 +42,7 @@ signal.signal(signal.SIGTERM, (lambda *_: None) if "FAKE_STUBBORN" in os.environ
 def end(failure: FailureClass | None, message: str = "") -> None:
     text = termination_json(Termination(failure=failure, message=message, digest=digest))
     Path(os.environ["ALIGNMENT_TERMINATION_LOG"]).write_text(text)
-    sys.exit(FAILURES[failure].code if failure else 0)
+    sys.exit(exit_status(failure) if failure else 0)
 
 
 def main() -> None:

@@ -1,0 +1,82 @@
+"""The operator: `python -m controller`, in a pod or with --kubeconfig."""
+
+import asyncio
+import logging
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controller.api.run import Workspace
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Namespaces = Annotated[
+    list[str],
+    typer.Option(
+        "--namespace",
+        envvar="WATCH_NAMESPACES",
+        default_factory=list,
+        help="Namespace to watch; several are given one by one. All unless given.",
+        show_default=False,
+    ),
+]
+Kubeconfig = Annotated[
+    Path | None, typer.Option(help="Run outside a cluster with these credentials.", show_default=False)
+]
+Image = Annotated[
+    str | None,
+    typer.Option(envvar="DEFAULT_TRAINER_IMAGE", help="Trainers' image of runs that name none.", show_default=False),
+]
+Claim = Annotated[
+    str | None,
+    typer.Option(envvar="DEFAULT_WORKSPACE_CLAIM", help="Workspace of runs that name none.", show_default=False),
+]
+LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
+Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
+Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
+LogFormat = Annotated[str, typer.Option(envvar="LOG_FORMAT", help="json or text.")]
+LogLevel = Annotated[str, typer.Option(envvar="LOG_LEVEL", help="debug, info, warning or error.")]
+
+
+@app.command()
+def operator(
+    namespace: Namespaces,
+    kubeconfig: Kubeconfig = None,
+    default_image: Image = None,
+    default_claim: Claim = None,
+    lease_namespace: LeaseNamespace = "default",
+    port: Port = 8080,
+    workers: Workers = 8,
+    log_format: LogFormat = "json",
+    log_level: LogLevel = "info",
+) -> None:
+    """Watch AlignmentRuns and carry them out as PyTorchJobs."""
+    from controller.backends.pytorchjob.render import Defaults
+    from controller.operator.app import Options, main
+    from controller.operator.login import NoCredentials, login_of
+    from controller.operator.logs import configure
+
+    configure(log_format, log_level)
+    try:
+        login = login_of(kubeconfig)
+    except NoCredentials as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    options = Options(
+        identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
+        lease_namespace=lease_namespace,
+        namespaces=tuple(namespace),
+        defaults=Defaults(default_image, Workspace(claim_name=default_claim) if default_claim else None),
+        port=port,
+        workers=workers,
+    )
+    logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
+    sys.exit(asyncio.run(main(options, login)))
+
+
+if __name__ == "__main__":
+    app()

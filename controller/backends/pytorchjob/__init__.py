@@ -1,0 +1,1 @@
+"""Phases as Kubeflow PyTorchJobs."""

@@ -1,0 +1,135 @@
+"""The backend that runs phases as PyTorchJobs. Keeps nothing that it cannot see again in the cluster."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import PhaseProgress, QueueStatus
+from controller.backends.pytorchjob import evidence, observe
+from controller.backends.pytorchjob.render import Defaults, Owner, render
+from controller.backends.pytorchjob.scrape import Scraper
+from controller.kube import Api, Conflict
+from controller.plan.job import PhaseJob, job_name
+from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+
+Object = dict[str, Any]
+
+JOB_NAME_LABEL = "training.kubeflow.org/job-name"
+WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
+
+
+class PyTorchJobBackend:
+    def __init__(self, api: Api, scraper: Scraper, defaults: Defaults) -> None:
+        self.api = api
+        self.scraper = scraper
+        self.defaults = defaults
+
+    # -- the three methods
+
+    async def observe(self, run: AlignmentRun) -> Observed:
+        """Always what the API server holds now, never a cache: two calls per look, three for queued runs."""
+        labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
+        namespace = run.metadata.namespace or "default"
+        jobs = [job for job in await self.api.list_jobs(namespace, labels) if _belongs(job, run)]
+        pods = _by_job(await self.api.list_pods(namespace, labels)) if jobs else {}
+        queues = await self._queues(namespace, jobs)
+        now = datetime.now(UTC).replace(microsecond=0)
+        seen = [
+            observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now)
+            for job in sorted(jobs, key=_attempt)
+        ]
+        results = {job.phase: result for job in seen if (result := _result(job, pods.get(job.name, ())))}
+        return Observed(
+            jobs=tuple(seen),
+            results=results,
+            progress=await self._progress(seen, pods),
+            problems=tuple(self._problems(run)),
+        )
+
+    async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
+        """A job of this name that is someone else's, or an earlier run's on its way out, is waited for."""
+        try:
+            await self.api.create_job(render(job, _owner(run), self.defaults))
+        except Conflict:
+            return
+
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
+        await self.api.delete_job(run.metadata.namespace or "default", job_name(run.name, phase, attempt))
+
+    # -- details
+
+    def _problems(self, run: AlignmentRun) -> list[str]:
+        found = []
+        if run.spec.workspace is None and self.defaults.workspace is None:
+            found.append("spec.workspace: is not set: on a cluster name a claimName or a uri to keep artifacts in")
+        for entry in run.phases:
+            own = entry.template.image if entry.template else None
+            if not (own or run.spec.template.image or self.defaults.image):
+                found.append(
+                    f"spec.phases[{entry.name}].template.image: is not set, neither is spec.template.image, "
+                    "and this operator has no default"
+                )
+        return found
+
+    async def _queues(self, namespace: str, jobs: Sequence[Object]) -> dict[str, QueueStatus]:
+        now = datetime.now(UTC)
+        statuses: dict[str, QueueStatus] = {}
+        for job in jobs:
+            if observe.is_queued(job) and not observe.ended(job):
+                found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
+                status = observe.queue_status(job, found[0] if found else None, found is not None, now)
+                if status is not None:
+                    statuses[_name(job)] = status
+        return statuses
+
+    async def _progress(
+        self, jobs: Sequence[ObservedJob], pods: Mapping[str, Sequence[Object]]
+    ) -> dict[str, PhaseProgress]:
+        reports: dict[str, PhaseProgress] = {}
+        for job in jobs:
+            first = next((pod for pod in pods.get(job.name, ()) if evidence.index(pod) == 0), None)
+            if job.state != JobState.LIVE or first is None:
+                continue
+            report = await self._report(first)
+            if report is not None:
+                reports[job.phase] = report
+        return reports
+
+    async def _report(self, pod: Object) -> PhaseProgress | None:
+        started = evidence.container_state(pod, "running").get("startedAt")
+        address = pod["status"].get("podIP")
+        if not started or not address:
+            return None
+        return await self.scraper.progress(pod["metadata"]["uid"], address, evidence.timestamp(started))
+
+
+def _belongs(job: Object, run: AlignmentRun) -> bool:
+    """An earlier run of the same name may still be going away."""
+    owners = job["metadata"].get("ownerReferences", [])
+    return any(owner["uid"] == run.metadata.uid for owner in owners)
+
+
+def _by_job(pods: Sequence[Object]) -> dict[str, list[Object]]:
+    found: dict[str, list[Object]] = {}
+    for pod in sorted(pods, key=evidence.index):
+        found.setdefault(pod["metadata"]["labels"].get(JOB_NAME_LABEL, ""), []).append(pod)
+    return found
+
+
+def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:
+    return observe.result_of(pods) if job.state == JobState.SUCCEEDED else None
+
+
+def _owner(run: AlignmentRun) -> Owner:
+    assert run.metadata.uid is not None, "runs in a cluster have one"
+    return Owner(run.metadata.namespace or "default", run.name, run.metadata.uid)
+
+
+def _name(job: Object) -> str:
+    return str(job["metadata"]["name"])
+
+
+def _attempt(job: Object) -> int:
+    return int(job["metadata"]["labels"].get(meta.LABEL_ATTEMPT, "0"))

@@ -1,0 +1,208 @@
+"""Why a pod failed, or does not run: the true reason, from what Kubernetes, Kueue or the phase program itself left on it.
+
+The Training Operator's own word is "1 Worker replica(s) failed", which helps nobody.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from controller.backends.pytorchjob.render import CONTAINER
+from trainers.contract import FAILURES, FailureClass, Termination
+
+Object = Mapping[str, Any]
+
+SIGNALS = {134: "SIGABRT", 135: "SIGBUS", 136: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 143: "SIGTERM"}
+
+DISRUPTIONS = {
+    "PreemptionByScheduler": (FailureClass.INTERRUPTED, "preempted by a pod of higher priority"),
+    "EvictionByEvictionAPI": (FailureClass.INTERRUPTED, "evicted (a drain of the node, or another use of the Eviction API)"),
+    "TerminationByKubelet": (FailureClass.INTERRUPTED, "ended by the kubelet"),
+    "DeletionByTaintManager": (FailureClass.INFRASTRUCTURE, "its node is lost or tainted NoExecute"),
+    "DeletionByPodGC": (FailureClass.INFRASTRUCTURE, "its node no longer exists"),
+}  # fmt: skip
+"""Reasons of the pod condition DisruptionTarget (KEP-3329)."""
+
+POD_REASONS = {
+    "Evicted": FailureClass.INTERRUPTED,
+    "NodeShutdown": FailureClass.INTERRUPTED,
+    "Terminated": FailureClass.INTERRUPTED,
+    "Preempting": FailureClass.INTERRUPTED,
+}
+"""Reasons of a failed pod; others (NodeLost, UnexpectedAdmissionError, ...) are the infrastructure's."""
+
+BAD_WAITS = ("InvalidImageName",)
+"""Reasons to wait that time cannot heal."""
+
+ROOT_CAUSES = (
+    FailureClass.BAD_INPUT, FailureClass.GATE_FAILED, FailureClass.DIVERGED, FailureClass.OUT_OF_MEMORY,
+    FailureClass.INTERNAL, FailureClass.INTERRUPTED, FailureClass.INFRASTRUCTURE,
+)  # fmt: skip
+"""When a pod fails, its peers fail after it with errors of the network: the cause is the class that comes first here."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    failure: FailureClass
+    message: str
+    node: str = ""
+    at: str = ""
+    """When, as Kubernetes writes it: sorts as text."""
+
+
+def find(pods: Iterable[Object]) -> Evidence | None:
+    """The root cause among a job's pods."""
+    found = [evidence for pod in pods if (evidence := of_pod(pod)) is not None]
+    return min(found, key=lambda e: (ROOT_CAUSES.index(e.failure), e.at or "~"), default=None)
+
+
+def of_pod(pod: Object) -> Evidence | None:
+    """Why this pod failed or is going down; None if it does neither."""
+    terminated = container_state(pod, "terminated")
+    node, at = pod["spec"].get("nodeName", ""), terminated.get("finishedAt", "")
+    for found in (
+        _oom(pod, terminated),
+        _own_word(pod, terminated),
+        _disruption(pod),
+        _pod_reason(pod),
+        _exit(terminated),
+    ):
+        if found is not None:
+            return Evidence(*found, node, at)
+    return None
+
+
+Found = tuple[FailureClass, str] | None
+
+
+def _oom(pod: Object, terminated: Object) -> Found:
+    if terminated.get("reason") != "OOMKilled":
+        return None
+    limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory")
+    said = f"its memory limit of {limit}" if limit else "what its node has"
+    return FailureClass.OUT_OF_MEMORY, f"OOMKilled: the pod needs more memory than {said}"
+
+
+def termination(pod: Object) -> Termination | None:
+    """What the phase program said at its end."""
+    text = container_state(pod, "terminated").get("message", "")
+    try:
+        return Termination.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _own_word(pod: Object, terminated: Object) -> Found:
+    said = termination(pod)
+    if said is None or said.failure is None or terminated.get("exitCode") == 0:
+        return None
+    disruption = _disruption(pod)
+    if said.failure == FailureClass.INTERRUPTED and disruption is not None:
+        return said.failure, f"{disruption[1]}; {said.message}"
+    return said.failure, said.message
+
+
+def _disruption(pod: Object) -> Found:
+    target = condition(pod, "DisruptionTarget")
+    if target.get("status") != "True":
+        return None
+    known = DISRUPTIONS.get(target.get("reason", ""))
+    failure, meaning = known or (FailureClass.INFRASTRUCTURE, "disrupted")
+    return failure, f"{target.get('reason')}: {meaning}" + (f" ({target['message']})" if target.get("message") else "")
+
+
+def _pod_reason(pod: Object) -> Found:
+    status = pod["status"]
+    if status.get("phase") != "Failed" or not status.get("reason"):
+        return None
+    failure = POD_REASONS.get(status["reason"], FailureClass.INFRASTRUCTURE)
+    return failure, f"{status['reason']}: {status.get('message', '')}".rstrip(": ")
+
+
+def _exit(terminated: Object) -> Found:
+    code = terminated.get("exitCode", 0)
+    if code == 0:
+        return None
+    if code in (137, 143):
+        failure = FailureClass.INFRASTRUCTURE if code == 137 else FailureClass.INTERRUPTED
+        return failure, f"ended by {SIGNALS[code]}" + ("" if code == 137 else " before it could save")
+    if code in SIGNALS:
+        return FailureClass.INTERNAL, f"crashed with {SIGNALS[code]}"
+    failure = next((f for f, known in FAILURES.items() if known.code == code), FailureClass.INTERNAL)
+    lines = [line for line in terminated.get("message", "").splitlines() if line.strip()]
+    last = lines[-1].strip()[:500] if lines else "nothing was printed"
+    return failure, f"exit status {code}: {last}"
+
+
+# ---------------------------------------------------------------- pods that do not run yet
+
+
+def hopeless(pods: Iterable[Object]) -> Evidence | None:
+    """A pod that waits for something that will never come."""
+    for pod in pods:
+        waiting = container_state(pod, "waiting")
+        if waiting.get("reason") in BAD_WAITS:
+            return Evidence(FailureClass.BAD_INPUT, _waiting(pod, waiting))
+    return None
+
+
+def holdup(pods: Iterable[Object]) -> str:
+    """What keeps the pods from running, in one line; empty if nothing is known to."""
+    return next((text for pod in pods for text in _holdups(pod)), "")
+
+
+def _holdups(pod: Object) -> Iterator[str]:
+    scheduled = condition(pod, "PodScheduled")
+    if scheduled.get("status") == "False":
+        yield f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}"
+    waiting = container_state(pod, "waiting")
+    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+        yield _waiting(pod, waiting)
+
+
+def _waiting(pod: Object, waiting: Object) -> str:
+    image = pod["spec"]["containers"][0].get("image", "")
+    where = f" {image}" if "Image" in waiting["reason"] else ""
+    return f"{waiting['reason']}{where}: {waiting.get('message', '')}".rstrip(": ")
+
+
+# ---------------------------------------------------------------- reading pods
+
+
+def condition(pod: Object, kind: str) -> Object:
+    return next((c for c in pod["status"].get("conditions", []) if c["type"] == kind), {})
+
+
+def container_state(pod: Object, state: str) -> Object:
+    """`waiting`, `running` or `terminated` of the container that trains; empty if it is in another state."""
+    statuses = pod["status"].get("containerStatuses", [])
+    found: Object = next((s.get("state", {}) for s in statuses if s["name"] == CONTAINER), {})
+    return found.get(state) or {}
+
+
+def index(pod: Object) -> int:
+    """The pod's place in its job: node rank."""
+    return int(pod["metadata"]["labels"].get("training.kubeflow.org/replica-index", "0"))
+
+
+def has_ended(pod: Object, now: datetime, patience: float) -> bool:
+    """Whether nothing of this pod runs any more, as far as anyone can know.
+
+    A pod on a lost node stays Terminating for ever. Once its grace is over by ``patience`` seconds, or at once if its node
+    is known to be silent, it counts as ended: a machine that comes back finds its pods deleted.
+    """
+    if pod["status"].get("phase") in ("Failed", "Succeeded"):
+        return True
+    deleted = pod["metadata"].get("deletionTimestamp")
+    if deleted is None:
+        return False
+    if condition(pod, "DisruptionTarget").get("reason") == "DeletionByTaintManager":
+        return True
+    return (now - timestamp(deleted)).total_seconds() > patience
+
+
+def timestamp(text: str) -> datetime:
+    return datetime.fromisoformat(text)

@@ -1,0 +1,166 @@
+"""From a PyTorchJob and its pods to what the planner knows of. Pure."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from controller.api import meta
+from controller.api.status import QueueState, QueueStatus
+from controller.backends.pytorchjob import evidence
+from controller.backends.pytorchjob.evidence import Evidence
+from controller.backends.pytorchjob.render import QUEUE_LABEL
+from controller.plan.observed import JobState, ObservedJob, ObservedResult
+from trainers.contract import FailureClass
+
+Object = Mapping[str, Any]
+
+PATIENCE_SECONDS = 30.0
+"""For a pod to disappear after its grace is over."""
+QUEUE_PATIENCE_SECONDS = 15.0
+"""For Kueue to notice a job; without one the queue's integration is off."""
+
+
+def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None, now: datetime) -> ObservedJob:
+    """One attempt, as its job and the job's pods tell."""
+    meta_ = job["metadata"]
+    base = ObservedJob(
+        phase=meta_["labels"][meta.LABEL_PHASE],
+        attempt=int(meta_["labels"][meta.LABEL_ATTEMPT]),
+        digest=meta_.get("annotations", {}).get(meta.ANNOTATION_DIGEST, ""),
+        state=JobState.LIVE,
+        name=meta_["name"],
+        started_at=first_start(pods),
+        queue=queue,
+    )
+    if is_suspended(job):
+        return base
+    return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods)
+
+
+def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datetime) -> ObservedJob:
+    finished = finished_at(job) or now
+    if ended(job) == "Succeeded":
+        return replace(base, state=JobState.SUCCEEDED, finished_at=finished)
+    found = evidence.find(pods) or _gone(job)
+    # While a pod is still saving its work, nobody else may write to the phase's directory.
+    going_down = not all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
+    state = JobState.LIVE if going_down else JobState.FAILED
+    end = None if going_down else finished
+    return replace(base, state=state, finished_at=end, **_told(found))
+
+
+def _gone(job: Object) -> Evidence:
+    """The pods took the reason with them; the planner may remember one from before."""
+    return Evidence(FailureClass.INFRASTRUCTURE, f"its pods are gone: {condition(job, 'Failed').get('message', '')}")
+
+
+def _live(base: ObservedJob, job: Object, pods: Sequence[Object]) -> ObservedJob:
+    pods = [pod for pod in pods if pod["status"].get("phase") != "Succeeded"]
+    doomed = evidence.find(pods) or evidence.hopeless(pods)
+    if doomed is not None:
+        return replace(base, **_told(doomed))
+    running = all_running_since(job, pods)
+    since = running_since(job)
+    return replace(base, message=evidence.holdup(pods), may_start_since=since, running_since=running)
+
+
+def _told(found: Evidence) -> dict[str, Any]:
+    return {"failure": found.failure, "message": found.message, "node": found.node}
+
+
+# ---------------------------------------------------------------- reading jobs
+
+
+def condition(job: Object, kind: str) -> Object:
+    found = (c for c in job.get("status", {}).get("conditions") or [] if c["type"] == kind)
+    return next(found, {})
+
+
+def ended(job: Object) -> str | None:
+    """`Succeeded`, `Failed`, or None."""
+    return next((kind for kind in ("Succeeded", "Failed") if condition(job, kind).get("status") == "True"), None)
+
+
+def finished_at(job: Object) -> datetime | None:
+    text = job.get("status", {}).get("completionTime") or condition(job, ended(job) or "").get("lastTransitionTime")
+    return evidence.timestamp(text) if text else None
+
+
+def is_suspended(job: Object) -> bool:
+    """By Kueue: we never suspend a job."""
+    return bool(job["spec"].get("runPolicy", {}).get("suspend"))
+
+
+def running_since(job: Object) -> datetime:
+    """Since when the job may have pods: its creation, or when its queue let it go."""
+    started = job.get("status", {}).get("startTime") or job["metadata"]["creationTimestamp"]
+    return evidence.timestamp(started)
+
+
+def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
+    """Since when every pod of the job has run; None while one is missing or has not begun."""
+    wanted = job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
+    starts = [evidence.container_state(pod, "running").get("startedAt") for pod in pods]
+    known = [evidence.timestamp(start) for start in starts if start]
+    return max(known) if len(known) == len(pods) and len(pods) >= wanted else None
+
+
+def first_start(pods: Sequence[Object]) -> datetime | None:
+    starts = [
+        evidence.container_state(pod, state).get("startedAt") for pod in pods for state in ("running", "terminated")
+    ]
+    return min((evidence.timestamp(start) for start in starts if start), default=None)
+
+
+# ---------------------------------------------------------------- results and queues
+
+
+def result_of(pods: Iterable[Object]) -> ObservedResult | None:
+    """What rank 0 said it left."""
+    for pod in pods:
+        said = evidence.termination(pod) if evidence.index(pod) == 0 else None
+        if said is not None and said.failure is None and said.artifact_digest:
+            # JSON has no infinities, and a status with one could not be written.
+            metrics = {name: value for name, value in said.metrics.items() if math.isfinite(value)}
+            return ObservedResult(said.digest, said.artifact_digest, metrics)
+    return None
+
+
+def is_queued(job: Object) -> bool:
+    return QUEUE_LABEL in job["metadata"].get("labels", {})
+
+
+def queue_status(job: Object, workload: Object | None, installed: bool, now: datetime) -> QueueStatus | None:
+    """What Kueue says about a job; None in the first seconds."""
+    if workload is not None:
+        return _workload_status(workload)
+    age = (now - evidence.timestamp(job["metadata"]["creationTimestamp"])).total_seconds()
+    if age < QUEUE_PATIENCE_SECONDS:
+        return None
+    queue = job["metadata"]["labels"][QUEUE_LABEL]
+    missing = "its integration kubeflow.org/pytorchjob is switched off" if installed else "Kueue is not installed"
+    return QueueStatus(
+        state=QueueState.MISSING,
+        message=f"queue {queue} is asked for, but nothing queues the job: {missing}; it runs unqueued",
+    )
+
+
+def _workload_status(workload: Object) -> QueueStatus:
+    def holds(kind: str) -> Object | None:
+        found = condition(workload, kind)
+        return found if found.get("status") == "True" else None
+
+    if (admitted := holds("Admitted")) is not None:
+        return QueueStatus(state=QueueState.ADMITTED, message=admitted.get("message", ""))
+    if (reserved := holds("QuotaReserved")) is not None:
+        return QueueStatus(state=QueueState.QUOTA_RESERVED, message=reserved.get("message", ""))
+    waiting = condition(workload, "QuotaReserved").get("message", "")
+    if "doesn't exist" in waiting or "not found" in waiting:
+        return QueueStatus(state=QueueState.MISSING, message=waiting)
+    for kind, state in (("Preempted", QueueState.PREEMPTED), ("Evicted", QueueState.EVICTED)):
+        if (found := holds(kind)) is not None:
+            said = "; ".join(filter(None, (found.get("message", ""), waiting)))
+            return QueueStatus(state=state, message=said)
+    return QueueStatus(state=QueueState.PENDING, message=waiting or "waits for quota")

@@ -1,0 +1,87 @@
+"""How far a running phase is: read from the metrics that its rank 0 serves."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from controller.api.status import PhaseProgress
+from trainers.contract import DEFAULT_METRICS_PORT
+from trainers.metrics import PREFIX
+
+TIMEOUT = aiohttp.ClientTimeout(total=3)
+EVERY_SECONDS = 15.0
+"""Between two looks at the same pod. A run's status is written no more often for progress alone."""
+
+
+@dataclass(frozen=True)
+class Report:
+    progress: PhaseProgress | None
+    read_at: float
+    """On the monotonic clock."""
+
+
+class Scraper:
+    """Remembers the last report of each pod, so that a pod that is busy for a moment keeps its figures."""
+
+    def __init__(self, port: int = DEFAULT_METRICS_PORT, every: float = EVERY_SECONDS) -> None:
+        self.port = port
+        self.every = every
+        self._reports: dict[str, Report] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def progress(self, uid: str, address: str, since: datetime | None) -> PhaseProgress | None:
+        """The pod's last report. ``since`` is when it began to run: before its first step it has been at work since then."""
+        before = self._reports.get(uid)
+        if before is not None and time.monotonic() - before.read_at < self.every:
+            return before.progress
+        report = await self._read(address, since) or (before.progress if before else None)
+        self._reports[uid] = Report(report, time.monotonic())
+        return report
+
+    def forget(self, uids: frozenset[str]) -> None:
+        """Drop the reports of pods that are gone."""
+        for uid in uids:
+            self._reports.pop(uid, None)
+
+    async def _read(self, address: str, since: datetime | None) -> PhaseProgress | None:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=TIMEOUT)
+        host = f"[{address}]" if ":" in address else address
+        try:
+            async with self._session.get(f"http://{host}:{self.port}/metrics") as response:
+                return parse(await response.text(), since)
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return None
+
+
+def parse(text: str, since: datetime | None) -> PhaseProgress | None:
+    """Progress in a page of metrics; None if it is not a trainer's."""
+    values = {name: value for name, value in _values(text).items() if math.isfinite(value)}
+    if f"{PREFIX}step" not in values:
+        return None
+    return PhaseProgress(
+        step=int(values[f"{PREFIX}step"]),
+        total_steps=int(values.get(f"{PREFIX}total_steps", 0)),
+        loss=values.get(f"{PREFIX}loss"),
+        tokens_per_second=values.get(f"{PREFIX}tokens_per_second") or None,
+        eta_seconds=values.get(f"{PREFIX}eta_seconds") or None,
+        updated_at=_updated(values.get(f"{PREFIX}last_update_seconds", 0.0), since),
+    )
+
+
+def _values(text: str) -> Mapping[str, float]:
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {s.name: s.value for s in samples}
+
+
+def _updated(seconds: float, since: datetime | None) -> datetime | None:
+    return datetime.fromtimestamp(int(seconds), UTC) if seconds else since

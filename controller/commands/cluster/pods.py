@@ -1,0 +1,70 @@
+"""A pod of an attempt: whether it has a log, and why not."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from controller.api import meta
+from controller.backends.pytorchjob import evidence
+from controller.backends.pytorchjob.evidence import container_state
+
+
+@dataclass(frozen=True)
+class Pod:
+    document: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.document["metadata"]["name"])
+
+    @property
+    def uid(self) -> str:
+        return str(self.document["metadata"]["uid"])
+
+    @property
+    def created(self) -> str:
+        return str(self.document["metadata"]["creationTimestamp"])
+
+    @property
+    def attempt(self) -> int:
+        return int(self.document["metadata"]["labels"].get(meta.LABEL_ATTEMPT, "0"))
+
+    @property
+    def index(self) -> int:
+        """0 is rank 0."""
+        return evidence.index(self.document)
+
+    @property
+    def has_log(self) -> bool:
+        return bool(container_state(self.document, "running") or container_state(self.document, "terminated"))
+
+    @property
+    def ended(self) -> bool:
+        over = self.document["status"].get("phase") in ("Succeeded", "Failed")
+        return over or bool(container_state(self.document, "terminated"))
+
+    @property
+    def holdup(self) -> str:
+        """What keeps it from running, as far as the pod itself says."""
+        status = self.document["status"]
+        if status.get("phase") == "Failed":
+            return ": ".join(filter(None, (status.get("reason"), status.get("message"))))
+        return evidence.holdup([self.document]) or _init(status.get("initContainerStatuses") or [])
+
+    @property
+    def stage(self) -> str:
+        """The waiting container's word, for want of anything better: ContainerCreating."""
+        return str(container_state(self.document, "waiting").get("reason") or "not scheduled yet")
+
+
+def _init(statuses: Iterable[Mapping[str, Any]]) -> str:
+    for status in statuses:
+        waiting = status.get("state", {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, "PodInitializing"):
+            return f"{status['name']}: {waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+    return ""
+
+
+def of_attempt(pods: Sequence[Pod], attempt: int) -> dict[int, Pod]:
+    """By index; the newest where a job was started anew under its name, as a queue does after it took a job's room."""
+    return {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created) if pod.attempt == attempt}

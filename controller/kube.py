@@ -1,0 +1,255 @@
+"""The only module of the controller that talks to the API server. RBAC rules are generated from :data:`CALLS`.
+
+A thin client on aiohttp, which kopf brings: importing the official one costs about 40 MB in a process that makes a dozen
+different calls. Nothing is retried here; the work queue does that.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+
+from controller.api import meta
+
+Object = dict[str, Any]
+
+TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
+PAGE = 500
+"""Objects in one answer to a list call."""
+METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+CREDENTIALS_SECONDS = 60.0
+"""A pod's token is renewed in its file about every hour."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    group: str
+    version: str
+    plural: str
+    subresource: str = ""
+
+    def path(self, namespace: str | None, name: str | None = None) -> str:
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, *(["namespaces", namespace] if namespace else []), self.plural]
+        return "/".join([*parts, *filter(None, (name, self.subresource))])
+
+
+RUNS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL)
+RUN_STATUS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL, "status")
+JOBS = Resource("kubeflow.org", "v1", "pytorchjobs")
+PODS = Resource("", "v1", "pods")
+WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
+EVENTS = Resource("events.k8s.io", "v1", "events")
+LEASES = Resource("coordination.k8s.io", "v1", "leases")
+
+WATCHED = (RUNS, JOBS, PODS)
+"""What kopf lists and watches for us."""
+
+
+@dataclass(frozen=True)
+class Call:
+    verb: str
+    resource: Resource
+
+
+CALLS = (
+    Call("get", RUNS),
+    *(Call(verb, resource) for resource in WATCHED for verb in ("list", "watch")),
+    Call("update", RUN_STATUS),
+    Call("create", JOBS),
+    Call("delete", JOBS),
+    Call("list", WORKLOADS),
+    Call("create", EVENTS),
+)
+"""In the namespaces that are watched."""
+
+LEASE_CALLS = (Call("get", LEASES), Call("create", LEASES), Call("update", LEASES))
+"""In the operator's own namespace."""
+
+METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
+
+
+class ApiError(Exception):
+    """The API server said no."""
+
+    def __init__(self, call: Call, name: str, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{call.verb} {call.resource.plural} {name}: {status} {message}")
+        self.status = status
+        self.message = message
+        self.retry_after = retry_after
+        """Seconds that the server asked us to wait."""
+
+
+class Conflict(ApiError):
+    """Someone else has written it since we read it, or it exists already."""
+
+
+class NotFound(ApiError):
+    """The object is not there, or its kind is unknown to the server."""
+
+
+class Connection(Protocol):
+    """What is needed of kopf's ConnectionInfo."""
+
+    @property
+    def server(self) -> str: ...
+
+    def as_http_headers(self) -> dict[str, str]: ...
+
+    def as_ssl_context(self) -> Any: ...
+
+
+Login = Callable[[], Connection]
+Observer = Callable[[Call, str, float], None]
+"""Told of every call, its outcome (status code, or `error`) and its seconds."""
+
+
+class Api:
+    def __init__(self, login: Login, observe: Observer = lambda call, code, seconds: None) -> None:
+        self._login = login
+        self._observe = observe
+        self._session: aiohttp.ClientSession | None = None
+        self._connection: Connection | None = None
+        self._read_at = 0.0
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    # -- runs
+
+    async def get_run(self, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", RUNS), namespace, name))
+
+    async def write_run_status(self, run: Object, status: Object) -> Object:
+        """Replace the status. Raises Conflict if the run has changed since it was read."""
+        metadata = run["metadata"]
+        return await self._call(
+            Call("update", RUN_STATUS), metadata["namespace"], metadata["name"], {**run, "status": status}
+        )
+
+    # -- jobs and what belongs to them
+
+    async def list_jobs(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        return await self._list(Call("list", JOBS), namespace, labels)
+
+    async def create_job(self, job: Object) -> None:
+        """Raises Conflict if there is one of this name."""
+        metadata = job["metadata"]
+        await self._call(Call("create", JOBS), metadata["namespace"], metadata["name"], job)
+
+    async def delete_job(self, namespace: str, name: str) -> None:
+        """The job stays visible until its pods have ended, so nobody starts their successors too early."""
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+        await _absent_is_none(self._call(Call("delete", JOBS), namespace, name, options))
+
+    async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        return await self._list(Call("list", PODS), namespace, labels)
+
+    async def list_workloads(self, namespace: str, labels: Mapping[str, str]) -> list[Object] | None:
+        """Kueue's; None where Kueue is not installed."""
+        try:
+            return await self._list(Call("list", WORKLOADS), namespace, labels)
+        except NotFound:
+            return None
+
+    # -- the operator's own
+
+    async def create_event(self, event: Object) -> None:
+        metadata = event["metadata"]
+        await self._call(Call("create", EVENTS), metadata["namespace"], metadata["name"], event)
+
+    async def get_lease(self, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", LEASES), namespace, name))
+
+    async def create_lease(self, lease: Object) -> Object:
+        return await self._call(
+            Call("create", LEASES), lease["metadata"]["namespace"], lease["metadata"]["name"], lease
+        )
+
+    async def update_lease(self, lease: Object) -> Object:
+        return await self._call(
+            Call("update", LEASES), lease["metadata"]["namespace"], lease["metadata"]["name"], lease
+        )
+
+    async def list_versions(
+        self, resource: Resource, namespace: str | None, labels: Mapping[str, str]
+    ) -> dict[str, str]:
+        """uid to resourceVersion: what a watch must have told us by now."""
+        items = await self._list(Call("list", resource), namespace, labels, METADATA_ONLY)
+        return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
+
+    # -- how
+
+    async def _list(
+        self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json"
+    ) -> list[Object]:
+        query = {"limit": str(PAGE), "labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())}
+        items: list[Object] = []
+        while True:
+            answer = await self._call(call, namespace, None, query=query, accept=accept)
+            items += answer["items"]
+            token = answer["metadata"].get("continue")
+            if not token:
+                return items
+            query["continue"] = token
+
+    async def _call(
+        self, call: Call, namespace: str | None, name: str | None, body: Object | None = None,
+        query: Mapping[str, str] | None = None, accept: str = "application/json",
+    ) -> Object:  # fmt: skip
+        path = call.resource.path(namespace, None if call.verb in ("create", "list") else name)
+        started, code = time.monotonic(), "error"
+        try:
+            session, connection = await self._connected()
+            async with session.request(
+                METHODS[call.verb], connection.server.rstrip("/") + path, params=query, json=body,
+                headers={**connection.as_http_headers(), "Accept": accept},
+            ) as response:  # fmt: skip
+                code = str(response.status)
+                text = await response.text()
+        finally:
+            self._observe(call, code, time.monotonic() - started)
+        if response.status >= 400:
+            raise _error(call, name or "", response, text)
+        return json.loads(text)
+
+    async def _connected(self) -> tuple[aiohttp.ClientSession, Connection]:
+        if self._connection is None or time.monotonic() - self._read_at > CREDENTIALS_SECONDS:
+            # Reads small files: the token of a service account, or a kubeconfig.
+            connection = self._login()
+            if connection != self._connection or self._session is None:
+                await self.close()
+                secure = connection.server.startswith("https")
+                connector = aiohttp.TCPConnector(
+                    ssl=await asyncio.to_thread(connection.as_ssl_context) if secure else False
+                )
+                self._session = aiohttp.ClientSession(connector=connector, timeout=TIMEOUT)
+            self._connection, self._read_at = connection, time.monotonic()
+        assert self._session is not None
+        return self._session, self._connection
+
+
+async def _absent_is_none(answer: Awaitable[Object]) -> Object | None:
+    try:
+        return await answer
+    except NotFound:
+        return None
+
+
+def _error(call: Call, name: str, response: aiohttp.ClientResponse, text: str) -> ApiError:
+    kind = {404: NotFound, 409: Conflict}.get(response.status, ApiError)
+    wait = response.headers.get("Retry-After", "")
+    return kind(call, name, response.status, _message(text), float(wait) if wait.isdigit() else None)
+
+
+def _message(text: str) -> str:
+    """A Status' message, or the first line of whatever a proxy said."""
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return (text.strip().splitlines() or ["no message"])[0][:200]

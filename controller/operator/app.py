@@ -1,0 +1,169 @@
+"""The operator process: kopf's watches fill a queue, workers look at runs, a Lease says who acts."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import aiohttp
+import kopf
+
+from controller.api import meta
+from controller.backends.pytorchjob.backend import PyTorchJobBackend
+from controller.backends.pytorchjob.render import Defaults
+from controller.backends.pytorchjob.scrape import Scraper
+from controller.kube import JOBS, PODS, RUNS, Api, ApiError, Conflict, Resource
+from controller.operator import handlers, health
+from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
+from controller.operator.login import Login
+from controller.operator.metrics import OperatorMetrics
+from controller.operator.queue import Key, WorkQueue
+from controller.operator.reconciler import POLL, Reconciler
+from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
+
+logger = logging.getLogger(__name__)
+
+OURS = {meta.LABEL_MANAGED_BY: meta.PRODUCT}
+
+
+@dataclass(frozen=True)
+class Options:
+    identity: str
+    """Unique among the replicas."""
+    lease_namespace: str
+    namespaces: tuple[str, ...] = ()
+    """Those that are watched; all unless set."""
+    defaults: Defaults = field(default_factory=Defaults)
+    port: int = 8080
+    workers: int = 8
+    """Runs that are looked at side by side."""
+    poll: timedelta = POLL
+    lease: LeaseTimes = field(default_factory=LeaseTimes)
+    watchdog_seconds: float = EVERY_SECONDS
+
+
+class Operator:
+    def __init__(self, options: Options, login: Login) -> None:
+        self.options = options
+        self.login = login
+        self.metrics = OperatorMetrics()
+        self.api = Api(login, self.metrics.called)
+        self.queue = WorkQueue()
+        self.scraper = Scraper(every=options.poll.total_seconds())
+        backend = PyTorchJobBackend(self.api, self.scraper, options.defaults)
+        self.reconciler = Reconciler(self.api, backend, self.metrics, options.identity, options.poll)
+        self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
+        watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
+        self.watchdog = Watchdog(self.api, watches, options.namespaces or (None,), options.watchdog_seconds)
+        self.watching = asyncio.Event()
+        self.port = 0
+
+    async def run(self) -> None:
+        """Until SIGTERM, or until something that must go on ends. Raises LeadershipLost."""
+        server, self.port = await health.serve(self.options.port, self._unhealthy, self._unready, self.metrics.page)
+        tasks = [asyncio.create_task(work) for work in (self._watch(), self._act(), self.watchdog.guard())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.election.release()
+            await asyncio.gather(server.cleanup(), self.scraper.close(), self.api.close())
+
+    # -- what is watched
+
+    async def _watch(self) -> None:
+        """Ends on SIGTERM, which kopf listens for."""
+        namespaces = self.options.namespaces
+        await kopf.operator(
+            registry=handlers.registry(self._notify, self.login),
+            settings=handlers.settings(),
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            ready_flag=self.watching,
+            standalone=True,
+        )
+
+    def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
+        metadata = document["metadata"]
+        self.watchdog.event(resource.plural, kind, metadata["uid"], metadata["resourceVersion"])
+        self.metrics.watched(resource.plural)
+        key = handlers.run_key(resource, document)
+        if key is None:
+            return
+        if resource == RUNS and kind == "DELETED":
+            self.metrics.run_gone(key)
+        else:
+            self.queue.add(key)
+
+    def _unhealthy(self) -> str | None:
+        return f"watches are dead: {', '.join(self.watchdog.dead)}" if self.watchdog.dead else None
+
+    def _unready(self) -> str | None:
+        return None if self.watching.is_set() else "the watches have not begun"
+
+    # -- what is done
+
+    async def _act(self) -> None:
+        """A replica that does not hold the lease only watches, so that it can go on at once."""
+        self.metrics.leads(False)
+        await self.election.acquire()
+        self.metrics.leads(True)
+        workers = [asyncio.create_task(self._work()) for _ in range(self.options.workers)]
+        try:
+            await self.election.hold()
+        finally:
+            self.metrics.leads(False)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            key, waited = await self.queue.get()
+            self.metrics.waited(waited, len(self.queue))
+            try:
+                await self._look(key)
+            finally:
+                self.queue.done(key)
+
+    async def _look(self, key: Key) -> None:
+        started, outcome = time.monotonic(), "ok"
+        try:
+            again = await self.reconciler.look(key)
+            self.queue.forget_failures(key)
+            if again is not None:
+                self.queue.add_after(key, again.total_seconds())
+        except Conflict as error:
+            # Someone has edited the run meanwhile; what was decided may be wrong now.
+            outcome = "conflict"
+            logger.debug("%s/%s: %s", *key, error)
+            self.queue.retry(key)
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            outcome = "api"
+            wait = self.queue.retry(key, getattr(error, "retry_after", None) or 0.0)
+            logger.warning("%s/%s: %s; again in %.1f s", *key, error or type(error).__name__, wait)
+        except Exception:  # a bug met with one run must not stop the others
+            outcome = "bug"
+            logger.exception("%s/%s: unexpected error; again in %.1f s", *key, self.queue.retry(key))
+        finally:
+            self.metrics.reconciled(outcome, time.monotonic() - started)
+
+
+async def main(options: Options, login: Login) -> int:
+    """The exit status of the process."""
+    operator = Operator(options, login)
+    with contextlib.suppress(asyncio.CancelledError):
+        try:
+            await operator.run()
+        except LeadershipLost as error:
+            logger.error("%s: ending, so that only one replica acts", error)
+            return 1
+    return 0

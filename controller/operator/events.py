@@ -1,0 +1,110 @@
+"""What is worth an Event: the transitions between two statuses, and nothing that only repeats. Pure."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+
+NOTE_LIMIT = 1024
+"""Bytes of a note that Kubernetes takes."""
+SHOWN_METRICS = 4
+
+
+@dataclass(frozen=True)
+class Event:
+    type: Literal["Normal", "Warning"]
+    reason: str
+    note: str
+
+
+def transitions(before: RunStatus, after: RunStatus) -> Iterator[Event]:
+    """Phases first, then what it means for the run."""
+    for phase in after.phases:
+        yield from _phase(before.phase_status(phase.name), phase)
+    for kind in (meta.ACCEPTED, meta.ADMITTED, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED):
+        yield from _condition(kind, before, after)
+
+
+def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
+    name = f"phase {after.name}"
+    before = before or PhaseStatus(name=after.name, type=after.type)
+    if before.digest and after.digest != before.digest and before.state in (PhaseState.SUCCEEDED, PhaseState.RUNNING):
+        yield Event("Normal", "PhaseChanged", f"{name}: its settings or inputs have changed, so it runs again")
+    yield from _attempts(before, after)
+    if after.state == before.state:
+        return
+    if after.state == PhaseState.SUCCEEDED:
+        yield Event("Normal", "PhaseSucceeded", f"{name} succeeded{_metrics(after)}")
+    elif after.state == PhaseState.FAILED:
+        yield Event("Warning", "PhaseFailed", f"{name} failed: {_reason(after)}")
+    elif after.state == PhaseState.SUSPENDED:
+        yield Event("Normal", "PhaseSuspended", f"{name} is suspended")
+    elif after.state == PhaseState.BLOCKED:
+        yield Event("Warning", "PhaseBlocked", f"{name} cannot run: it {after.message}")
+
+
+def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
+    known = {attempt.number: attempt for attempt in before.attempts}
+    for attempt in after.attempts:
+        old = known.get(attempt.number)
+        label = f"phase {after.name}, attempt {attempt.number}"
+        if old is None and not attempt.state.ended:
+            yield Event("Normal", "AttemptStarted", f"{label} started")
+        failed_now = attempt.state == AttemptState.FAILED and (old is None or not old.state.ended)
+        if failed_now and after.state != PhaseState.FAILED:
+            on = f" on node {attempt.node}" if attempt.node else ""
+            yield Event("Warning", "AttemptFailed", f"{label} failed{on}: {attempt.failure}: {attempt.message}")
+
+
+def _metrics(phase: PhaseStatus) -> str:
+    shown = [f"{name} {value:.4g}" for name, value in list(phase.metrics.items())[:SHOWN_METRICS]]
+    return f": {', '.join(shown)}" if shown else ""
+
+
+def _reason(phase: PhaseStatus) -> str:
+    return f"{phase.failure}: {phase.message}" if phase.failure else phase.message
+
+
+def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event]:
+    old, new = before.condition(kind), after.condition(kind)
+    if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
+        return
+    bad_when = "False" if kind in (meta.ACCEPTED, meta.ADMITTED) else "True"
+    if kind == meta.ADMITTED:
+        waits = new.status == "False"
+        yield Event("Normal", new.reason if waits else "Admitted", f"queue: {new.message}")
+    elif kind == meta.SUCCEEDED and new.status == "True":
+        yield Event("Normal", "Succeeded", "all phases succeeded")
+    elif kind == meta.SUSPENDED and (new.status == "True" or (old is not None and old.status == "True")):
+        yield Event("Normal", "Suspended" if new.status == "True" else "Resumed", new.message or new.reason)
+    elif kind in (meta.ACCEPTED, meta.STALLED, meta.FAILED) and new.status == bad_when:
+        yield Event("Warning", new.reason, new.message)
+
+
+def render(event: Event, run: AlignmentRun, instance: str, now: datetime) -> dict[str, Any]:
+    """The Event object. Its name is a function of what happened, so one that is sent twice is one."""
+    mark = hashlib.sha256(f"{run.metadata.uid}/{run.metadata.resource_version}/{event}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{run.name}.{mark}", "namespace": run.metadata.namespace},
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": meta.PRODUCT,
+        "reportingInstance": instance[:128],
+        "action": "Reconcile",
+        "type": event.type,
+        "reason": event.reason,
+        "note": event.note.encode()[:NOTE_LIMIT].decode(errors="ignore"),
+        "regarding": {
+            "apiVersion": meta.API_VERSION,
+            "kind": meta.KIND,
+            "name": run.name,
+            "namespace": run.metadata.namespace,
+            "uid": run.metadata.uid,
+        },
+    }

@@ -1,0 +1,95 @@
+"""One look at one run: read it, observe, decide, write the status, act, tell."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from controller.api.problems import from_validation
+from controller.api.run import AlignmentRun
+from controller.api.status import PhaseState, RunStatus
+from controller.backends.base import Backend
+from controller.kube import Api, ApiError, Object
+from controller.operator import events
+from controller.operator.metrics import OperatorMetrics
+from controller.operator.queue import Key
+from controller.plan.decide import reject
+from controller.reconcile import reconcile
+
+logger = logging.getLogger(__name__)
+
+POLL = timedelta(seconds=15)
+"""Between two looks at a run in which something runs: for its progress."""
+
+
+def _now() -> datetime:
+    """Kubernetes' times have whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+class Reconciler:
+    def __init__(
+        self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
+        now: Callable[[], datetime] = _now,
+    ) -> None:  # fmt: skip
+        self.api = api
+        self.backend = backend
+        self.metrics = metrics
+        self.instance = instance
+        self.poll = poll
+        self.now = now
+
+    async def look(self, key: Key) -> timedelta | None:
+        """Returns when to look again, if nothing happens before. Raises what the API server says, to be tried again."""
+        document = await self.api.get_run(*key)
+        if document is None or document["metadata"].get("deletionTimestamp"):
+            # What belongs to the run goes with it, by owner references.
+            self.metrics.run_gone(key)
+            return None
+        try:
+            run = AlignmentRun.model_validate(document)
+        except ValidationError as error:
+            await self._refuse(document, error)
+            return None
+        return await self._reconcile(key, run, document)
+
+    async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
+        before = run.status or RunStatus()
+
+        async def save(status: RunStatus) -> None:
+            await self._write(run, document, before, status)
+
+        decision = await reconcile(run, self.backend, self.now(), save)
+        self.metrics.run_seen(key, decision.status)
+        running = any(phase.state == PhaseState.RUNNING for phase in decision.status.phases)
+        waits = [wait for wait in (decision.requeue_after, self.poll if running else None) if wait is not None]
+        return min(waits, default=None)
+
+    async def _write(self, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
+        """The write fails if the run has changed since it was read: then all of it is done anew."""
+        await self.api.write_run_status(document, after.document())
+        self.metrics.transition(before, after)
+        for event in events.transitions(before, after):
+            log = logger.warning if event.type == "Warning" else logger.info
+            log("%s", event.note, extra={"namespace": run.metadata.namespace, "run": run.name, "reason": event.reason})
+            await self._tell(events.render(event, run, self.instance, datetime.now(UTC)))
+
+    async def _tell(self, event: dict[str, Any]) -> None:
+        try:
+            await self.api.create_event(event)
+        except ApiError as error:
+            # Events are for people; the status, which is written, has it too.
+            logger.debug("event not written: %s", error)
+
+    async def _refuse(self, document: Object, error: ValidationError) -> None:
+        """A run that the CRD let through and the models do not: an older CRD, or what a schema cannot say."""
+        message = "; ".join(str(problem) for problem in from_validation(error, AlignmentRun, document))
+        try:
+            before = RunStatus.model_validate(document.get("status") or {})
+        except ValidationError:
+            before = RunStatus()
+        status = reject(before, message, document["metadata"].get("generation"), self.now())
+        if status != before:
+            await self.api.write_run_status(document, status.document())
