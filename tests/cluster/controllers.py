@@ -18,7 +18,7 @@ from cluster.processes import Children, free_ports
 _AUTHORITIES = ["training-operator-ca", "kueue-ca"]
 _SERVICES = ["training-operator.kubeflow.svc", "kueue-webhook-service.kueue-system.svc"]
 # The rotator of the Training Operator waits for this file, wherever the certificates really are.
-_MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")  # noqa: S108
+_MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")
 
 
 def start(place: Place, assets: Assets, children: Children, fast: bool) -> None:

@@ -19,7 +19,7 @@ from cluster import keeper
 from cluster.build import Say, announce
 from cluster.locks import try_lock
 
-NODE_STATE = Path("/var/tmp/alignment-cluster")  # noqa: S108
+NODE_STATE = Path("/var/tmp/alignment-cluster")
 _PREFIX = "alignment-cluster-"
 _START_TIMEOUT = 300
 
