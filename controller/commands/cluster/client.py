@@ -30,9 +30,9 @@ class Cluster:
 
     def renew(self) -> None:
         """Connect, with fresh credentials."""
+        api, self.namespace = connect(self.place)
         from kubernetes.client import CoreV1Api, CustomObjectsApi
 
-        api, self.namespace = connect(self.place)
         self.server = str(api.configuration.host)
         # The client's types differ between its versions, and say `object` where it matters.
         self._objects: Any = CustomObjectsApi(api)

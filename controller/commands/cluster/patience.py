@@ -22,7 +22,7 @@ def patiently(
 
     A cluster that is not ``known`` to exist has to answer something at once: its address may be wrong.
     """
-    end, told, renewed = clock() + PATIENCE_SECONDS, False, False
+    end, failures, renewed = clock() + PATIENCE_SECONDS, 0, False
     while True:
         try:
             return call()
@@ -33,7 +33,7 @@ def patiently(
                 continue
             if not error.passing or clock() > end or not (known or error.code):
                 raise
-            if not told:
+            failures += 1
+            if failures == 2:  # the first may well be over by now
                 typer.echo(f"{error}; trying again", err=True)
-                told = True
         time.sleep(PAUSE_SECONDS)
