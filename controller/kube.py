@@ -44,6 +44,8 @@ JOBS = Resource("kubeflow.org", "v1", "pytorchjobs")
 PODS = Resource("", "v1", "pods")
 WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
 EVENTS = Resource("events.k8s.io", "v1", "events")
+CORE_EVENTS = Resource("", "v1", "events")
+"""The same events by their older name, under which they can be selected by the object that they are about."""
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
 WATCHED = (RUNS, JOBS, PODS)
@@ -64,6 +66,7 @@ CALLS = (
     Call("delete", JOBS),
     Call("list", WORKLOADS),
     Call("create", EVENTS),
+    Call("list", CORE_EVENTS),
 )
 """In the namespaces that are watched."""
 
@@ -157,6 +160,11 @@ class Api:
         except NotFound:
             return None
 
+    async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
+        """Warning events about an object."""
+        fields = {"fieldSelector": f"involvedObject.uid={uid},type=Warning"}
+        return await self._list(Call("list", CORE_EVENTS), namespace, {}, more=fields)
+
     # -- the operator's own
 
     async def create_event(self, event: Object) -> None:
@@ -186,9 +194,11 @@ class Api:
     # -- how
 
     async def _list(
-        self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json"
-    ) -> list[Object]:
-        query = {"limit": str(PAGE), "labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())}
+        self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json",
+        more: Mapping[str, str] | None = None,
+    ) -> list[Object]:  # fmt: skip
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        query = {"limit": str(PAGE), "labelSelector": selector, **(more or {})}
         items: list[Object] = []
         while True:
             answer = await self._call(call, namespace, None, query=query, accept=accept)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from builders import document, dpo, reward, sft
 from cluster.client import Cluster
+from cluster.proxy import FaultProxy
 
 from controller import cli
 from controller.commands.cluster import follow
@@ -33,6 +34,11 @@ class Bench:
         self.capsys = capsys
         self.namespace = cluster.namespace("alignctl", restricted=False)
         self.kubeconfig = cluster.kubeconfig
+
+    def define_runs(self) -> None:
+        self.cluster.apply(ROOT / "manifests/crd.yaml")
+        get = ("get", "alignmentruns", "-n", self.namespace)
+        self.cluster.wait(lambda: "No resources" in self.cluster.kubectl(*get, check=False), what="runs are served")
 
     def run(self, name: str = "helpful", **spec: Any) -> None:
         run = document(sft("base"), dpo("dpo", "base"), reward("reward", "base"), workspace={"claimName": "w"}, **spec)
@@ -84,9 +90,8 @@ class Bench:
 
 @pytest.fixture
 def bench(api_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]:
-    api_cluster.apply(ROOT / "manifests/crd.yaml")
-    api_cluster.wait(lambda: api_cluster.condition("crd", "alignmentruns.alignment.dev", "", "Established"))
     bench = Bench(api_cluster, capsys)
+    bench.define_runs()
     yield bench
     api_cluster.delete_namespace(bench.namespace)
 
@@ -182,6 +187,23 @@ def test_ctrl_c_ends_quietly(bench: Bench) -> None:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=10)
         assert (process.returncode, output) == (130, "")
+
+
+def test_a_cluster_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
+    bench.run()
+    bench.write(phase("base", "Running", attempt()), phase="base")
+    with FaultProxy(bench.kubeconfig) as proxy:
+        bench.kubeconfig = proxy.kubeconfig
+        process = bench.start("status", "--watch")
+        assert process.stdout
+        assert "base: started" in process.stdout.readline()
+        away = proxy.break_everything()
+        assert "cannot reach http://127.0.0.1:" in process.stdout.readline()
+        proxy.remove(away)
+        proxy.answer(503, times=1)
+        bench.write(phase("base", "Succeeded", DONE), held={"Succeeded": ""}, phase="Succeeded")
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, "base: succeeded" in output) == (0, True)
 
 
 # ---------------------------------------------------------------- logs
@@ -321,7 +343,11 @@ def test_stop_and_resume(bench: Bench) -> None:
         f"stopped; it continues with: alignctl resume {again}",
     ]
     assert f"run helpful in {bench.namespace}: suspended" in bench.call("status")[1]
-    assert bench.call("stop")[0] == 0, "twice is as good as once"
+    with FaultProxy(bench.kubeconfig) as proxy:
+        lost, bench.kubeconfig = proxy.lose_answer(method="PATCH"), proxy.kubeconfig
+        assert bench.call("stop")[0] == 0, "twice is as good as once"
+        bench.kubeconfig = bench.cluster.kubeconfig
+    assert lost.hits == 1
     code, output = bench.call("resume")
     assert (code, output) == (0, f"run helpful goes on; watch it with: alignctl status --watch {again}\n")
     assert bench.get()["spec"]["suspend"] is False

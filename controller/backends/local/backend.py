@@ -162,13 +162,13 @@ class LocalBackend:
     def _environment(self, job: PhaseJob, root: Path, threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
         environ = {
             **self.environ,
+            "OMP_NUM_THREADS": str(threads),
+            # Threads that wait must not burn the cores that a neighbour computes on.
+            "OMP_WAIT_POLICY": "passive",
             **{item.name: item.value for item in job.template.env},
             MARKER: str(root),
             TERMINATION_VARIABLE: str(process.termination_file(root, job.attempt)),
             METRICS_PORT_VARIABLE: "0",
-            "OMP_NUM_THREADS": str(threads),
-            # Threads that wait must not burn the cores that a neighbour computes on.
-            "OMP_WAIT_POLICY": "passive",
             # Folders named like packages in the working directory must not be imported.
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",

@@ -1,7 +1,8 @@
 """The backend that runs phases as PyTorchJobs. Keeps nothing that it cannot see again in the cluster."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from controller.api import meta
@@ -10,11 +11,21 @@ from controller.api.status import PhaseProgress, QueueStatus
 from controller.backends.pytorchjob import evidence, observe
 from controller.backends.pytorchjob.render import Defaults, Owner, render
 from controller.backends.pytorchjob.scrape import Scraper
-from controller.kube import Api, Conflict
+from controller.kube import Api, ApiError, Conflict
 from controller.plan.job import PhaseJob, job_name
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+from trainers.contract import FailureClass
 
 Object = dict[str, Any]
+
+REFUSALS = {
+    400: FailureClass.BAD_INPUT,
+    403: FailureClass.INFRASTRUCTURE,
+    422: FailureClass.BAD_INPUT,
+}
+"""Answers to a job's creation that asking again at once does not change. Forbidden may be a quota, or a right that is missing."""
+WAIT_FOR_EVENTS = timedelta(seconds=10)
+SHOWN_THINGS = 3
 
 JOB_NAME_LABEL = "training.kubeflow.org/job-name"
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
@@ -25,6 +36,8 @@ class PyTorchJobBackend:
         self.api = api
         self.scraper = scraper
         self.defaults = defaults
+        self._refused: dict[tuple[str, str], ObservedJob] = {}
+        """Jobs that the API server did not take, by the run's uid and their name, until the run's status says so."""
 
     # -- the three methods
 
@@ -37,9 +50,12 @@ class PyTorchJobBackend:
         queues = await self._queues(namespace, jobs)
         now = datetime.now(UTC).replace(microsecond=0)
         seen = [
-            observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now)
+            await self._explained(
+                observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
+            )
             for job in sorted(jobs, key=_attempt)
         ]
+        seen += self._refusals(run, seen)
         results = {job.phase: result for job in seen if (result := _result(job, pods.get(job.name, ())))}
         return Observed(
             jobs=tuple(seen),
@@ -54,11 +70,44 @@ class PyTorchJobBackend:
             await self.api.create_job(render(job, _owner(run), self.defaults))
         except Conflict:
             return
+        except ApiError as error:
+            if error.status not in REFUSALS:
+                raise
+            refused = ObservedJob(
+                job.phase, job.attempt, job.digest, JobState.FAILED, REFUSALS[error.status],
+                f"the API server refused the job: {error.message}", name=job.name,
+            )  # fmt: skip
+            self._refused[run.metadata.uid or "", job.name] = refused
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
         await self.api.delete_job(run.metadata.namespace or "default", job_name(run.name, phase, attempt))
 
     # -- details
+
+    def _refusals(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
+        """Those of this run that its status does not know of yet."""
+        mine = {key: job for key, job in self._refused.items() if key[0] == run.metadata.uid}
+        phases = {phase.name: phase for phase in (run.status.phases if run.status else ())}
+        for key, job in mine.items():
+            known = phases[job.phase].attempts if job.phase in phases else ()
+            told = any(a.number == job.attempt and a.state.ended for a in known)
+            if told or any(other.name == job.name for other in seen):
+                del self._refused[key]
+        return [job for key, job in mine.items() if key in self._refused]
+
+    async def _explained(
+        self, seen: ObservedJob, job: Object, pods: Mapping[str, Sequence[Object]], now: datetime
+    ) -> ObservedJob:
+        """Pods that cannot be made or mounted say so nowhere but in events."""
+        waits = seen.may_start_since is not None and seen.running_since is None and not seen.message
+        if not waits or now - observe.running_since(job) < WAIT_FOR_EVENTS:
+            return seen
+        asked = [job, *(pod for pod in pods.get(seen.name, ()) if not evidence.container_state(pod, "running"))]
+        for thing in asked[:SHOWN_THINGS]:
+            warnings = await self.api.list_warnings(job["metadata"]["namespace"], thing["metadata"]["uid"])
+            if warnings:
+                return replace(seen, message=observe.warning(warnings))
+        return seen
 
     def _problems(self, run: AlignmentRun) -> list[str]:
         found = []

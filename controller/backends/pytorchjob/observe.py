@@ -114,6 +114,12 @@ def first_start(pods: Sequence[Object]) -> datetime | None:
     return min((evidence.timestamp(start) for start in starts if start), default=None)
 
 
+def warning(events: Sequence[Object]) -> str:
+    """The newest of some warning events, in one line."""
+    last = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+    return f"{last.get('reason', '')}: {last.get('message', '')}"
+
+
 # ---------------------------------------------------------------- results and queues
 
 

@@ -20,7 +20,7 @@ def cluster_stop(place: Place, name: str | None, timeout: float) -> int:
     run = the_one(runs, name, [run for run in runs if not run.ended], cluster.namespace)
     if run.ended:
         return _say_ended(run)
-    cluster.suspend(run.name, True)
+    patiently(cluster, lambda: cluster.suspend(run.name, True))
     typer.echo(f"stopping run {run.name}: unfinished work is being saved")
     return _await(cluster, place, run.name, timeout)
 
@@ -60,7 +60,7 @@ def cluster_resume(place: Place, name: str | None) -> int:
     if run.ended:
         return _say_ended(run)
     if run.asked_to_stop:
-        cluster.suspend(run.name, False)
+        patiently(cluster, lambda: cluster.suspend(run.name, False))
         typer.echo(f"run {run.name} goes on; watch it with: {place.command('status --watch', run.name)}")
     else:
         typer.echo(f"run {run.name} is not stopped: {run.state}")

@@ -1,0 +1,105 @@
+"""`alignctl logs` of pods that run: live, over broken connections, attempts and pods."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cluster.client import Cluster
+from cluster.proxy import FaultProxy
+from test_cluster_commands_api import Bench, attempt, phase
+
+LINES = 40
+PROGRAM = f"""
+import sys, time
+for number in range({LINES}):
+    print(sys.argv[1], number, flush=True)
+    time.sleep(0.1)
+print("the end", end="", flush=True)
+"""
+
+
+@pytest.fixture
+def bench(node_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]:
+    bench = Bench(node_cluster, capsys)
+    bench.define_runs()
+    bench.run()
+    yield bench
+    node_cluster.delete_namespace(bench.namespace)
+
+
+def talker(bench: Bench, attempt: int = 1, index: int = 0, image: str = "local/python:1") -> str:
+    """A pod that prints, in the place of one that trains."""
+    labels = {"alignment.dev/run": "helpful", "alignment.dev/phase": "base", "alignment.dev/attempt": str(attempt)}
+    labels["training.kubeflow.org/replica-index"] = str(index)
+    name = f"helpful-base-{attempt}-worker-{index}"
+    command = ["python3", "-c", PROGRAM, f"attempt {attempt} pod {index}:"]
+    container = {"name": "pytorch", "image": image, "imagePullPolicy": "Never", "command": command}
+    spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0, "containers": [container]}
+    pod: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels},
+        "spec": spec,
+    }
+    bench.cluster.apply(pod, bench.namespace)
+    return name
+
+
+def until(process: subprocess.Popen[str], text: str) -> str:
+    """What is printed up to and with the line that has ``text``."""
+    assert process.stdout
+    output = ""
+    while text not in output:
+        line = process.stdout.readline()
+        assert line, f"ended with {process.wait()} after: {output}"
+        output += line
+    return output
+
+
+def numbers(output: str, attempt: int) -> list[int]:
+    return [int(number) for number in re.findall(rf"^attempt {attempt} pod 0: (\d+)$", output, re.M)]
+
+
+def test_a_log_is_followed_live_over_broken_connections_and_attempts(bench: Bench) -> None:
+    bench.write(phase("base", "Running", attempt()), phase="base")
+    with FaultProxy(bench.kubeconfig) as proxy:
+        bench.kubeconfig = proxy.kubeconfig
+        process = bench.start("logs", "base", "--follow")
+        output = until(process, "its pods have not been made yet")
+        name = talker(bench)
+        output += until(process, "pod 0: 5")
+        assert bench.cluster.get("pod", name, "-n", bench.namespace)["status"]["phase"] == "Running"
+        for line in ("pod 0: 10", "pod 0: 20"):
+            proxy.break_streams()
+            output += until(process, line)
+        failed = attempt(1, "Failed", failure="Infrastructure", message="lost")
+        bench.write(phase("base", "Running", failed, attempt(2)), phase="base")
+        talker(bench, 2)
+        output += until(process, "attempt 2 pod 0: 5")
+        away = proxy.break_everything()
+        until(process, "cannot reach")
+        proxy.remove(away)
+        bench.write(phase("base", "Succeeded", failed, attempt(2, "Succeeded")), phase="", held={"Succeeded": ""})
+        rest, _ = process.communicate(timeout=60)
+    output += rest
+    assert process.returncode == 0
+    assert numbers(output, 2) == list(range(LINES)), output
+    assert numbers(output, 1) == list(range(numbers(output, 1)[-1] + 1)), output
+    assert output.endswith("the end")
+
+
+def test_logs_of_pods_that_have_ended_or_cannot_start(bench: Bench) -> None:
+    bench.write(phase("base", "Running", attempt()), phase="base")
+    for index in (0, 1):
+        talker(bench, 1, index)
+    bare = talker(bench, 1, 2, image="local/missing:1")
+    pods = ("get", "pods", "-n", bench.namespace, "-o", "jsonpath={.items[*].status.phase}")
+    bench.cluster.wait(lambda: bench.cluster.kubectl(*pods).count("Succeeded") == 2, 60, "the pods ended")
+    for index in (0, 1):
+        code, output = bench.call("logs", "--pod", str(index))
+        assert (code, output.splitlines()[0], output.splitlines()[-1]) == (0, f"attempt 1 pod {index}: 0", "the end")
+        assert len(output.splitlines()) == LINES + 1
+    code, output = bench.call("logs", "--pod", "2")
+    assert (code, output.startswith(f"pod {bare} does not run yet: ErrImageNeverPull local/missing:1: ")) == (0, True)

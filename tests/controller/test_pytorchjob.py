@@ -1,0 +1,254 @@
+"""PyTorchJobs: what is written, and what is read from them."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from builders import START, digests, make_run, seen, sft
+from hypothesis import given
+from hypothesis import strategies as st
+from pods import job, pod, said, terminated
+
+from controller.api.run import PHASE_NAME_LENGTH, RUN_NAME_LENGTH, Workspace
+from controller.api.status import QueueState
+from controller.backends.pytorchjob import observe
+from controller.backends.pytorchjob.render import Defaults, Owner, render
+from controller.plan.decide import Apply, decide
+from controller.plan.job import job_name
+from controller.plan.observed import JobState
+from trainers.contract import FailureClass, PhaseFile, phase_digest
+from trainers.phases import phase_type
+
+NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
+OWNER = Owner("default", "test", "uid-1")
+DEFAULTS = Defaults(image="trainer:1", workspace=Workspace(claim_name="work"))
+RUNNING = {"startedAt": "2026-01-01T00:01:00Z"}
+
+
+def rendered(run, defaults=DEFAULTS):
+    [action] = [a for a in decide(run, seen(), START).actions if isinstance(a, Apply)]
+    return render(action.job, OWNER, defaults)
+
+
+def worker(document):
+    return document["spec"]["pytorchReplicaSpecs"]["Worker"]
+
+
+def container(document):
+    return worker(document)["template"]["spec"]["containers"][0]
+
+
+def environment(document):
+    return {item["name"]: item.get("value") for item in container(document)["env"]}
+
+
+class TestRender:
+    def test_one_process_starts_as_on_one_machine(self):
+        document = rendered(make_run(sft("base")))
+        assert container(document)["command"] == [
+            "python",
+            "-m",
+            "trainers",
+            "sft",
+            "--spec",
+            "/etc/alignment/phase.json",
+        ]
+        assert "PET_MASTER_ADDR" not in environment(document)
+
+    def test_several_pods_meet_at_the_first_worker(self):
+        document = rendered(make_run(sft("base"), template={"nodes": 2, "procsPerNode": 4}))
+        assert container(document)["command"][:3] == ["python", "-m", "torch.distributed.run"]
+        assert (worker(document)["replicas"], document["spec"]["nprocPerNode"]) == (2, "4")
+        assert environment(document)["PET_MASTER_ADDR"] == f"{document['metadata']['name']}-worker-0"
+        rank = next(e for e in container(document)["env"] if e["name"] == "PET_NODE_RANK")
+        assert "replica-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
+
+    def test_only_workers_and_never_restarted_by_the_training_operator(self):
+        document = rendered(make_run(sft("base")))
+        assert list(document["spec"]["pytorchReplicaSpecs"]) == ["Worker"]
+        assert worker(document)["restartPolicy"] == "Never"
+        assert document["spec"]["runPolicy"] == {"cleanPodPolicy": "Running"}
+
+    def test_the_phase_file_has_the_digest_that_the_planner_expects(self):
+        """Else the phase would leave a result that nobody waits for."""
+        run = make_run(sft("base", batchSize=7))
+        annotations = worker(rendered(run))["template"]["metadata"]["annotations"]
+        file = PhaseFile.model_validate_json(annotations["alignment.dev/phase-file"])
+        spec = phase_type("sft").spec.model_validate(file.spec)
+        assert phase_digest("sft", spec, file.image, {}) == digests(run)["base"]
+        assert (file.output, file.base_dir) == ("/workspace/test/base", "/workspace")
+
+    def test_an_object_store_is_mirrored_in_scratch_space(self):
+        document = rendered(make_run(sft("base"), workspace={"uri": "s3://bucket/prefix/"}))
+        pod_spec = worker(document)["template"]["spec"]
+        assert next(v for v in pod_spec["volumes"] if v["name"] == "workspace")["emptyDir"] == {}
+        annotations = worker(document)["template"]["metadata"]["annotations"]
+        assert json.loads(annotations["alignment.dev/phase-file"])["remote"] == "s3://bucket/prefix"
+
+    def test_the_run_owns_it(self):
+        [owner] = rendered(make_run(sft("base")))["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"], owner["uid"], owner["controller"]) == (
+            "AlignmentRun",
+            "test",
+            "uid-1",
+            True,
+        )
+
+    def test_labels_are_on_the_job_and_on_its_pods(self):
+        document = rendered(make_run(sft("base"), queueName="gpus", queuePriority="high"))
+        for labels in (document["metadata"]["labels"], worker(document)["template"]["metadata"]["labels"]):
+            assert labels["alignment.dev/run"] == "test"
+            assert labels["alignment.dev/phase"] == "base"
+        assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+        assert document["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+        assert "suspend" not in document["spec"]["runPolicy"]
+
+    def test_secrets_go_in_by_reference_only(self):
+        document = rendered(make_run(sft("base"), template={"secretRefs": ["hub", "s3"]}))
+        assert container(document)["envFrom"] == [{"secretRef": {"name": "hub"}}, {"secretRef": {"name": "s3"}}]
+
+    @pytest.mark.parametrize(
+        ("cpu", "procs", "threads"), [("8", 2, "4"), ("500m", 1, "1"), (3, 2, "1"), (None, 1, None)]
+    )
+    def test_threads_are_the_pods_share_of_cores(self, cpu, procs, threads):
+        resources = {"limits": {"cpu": cpu}} if cpu else {}
+        run = make_run(sft("base"), template={"resources": resources, "procsPerNode": procs})
+        assert environment(rendered(run)).get("OMP_NUM_THREADS") == threads
+
+    def test_a_users_own_variables_win_except_over_the_contracts(self):
+        mine = [{"name": "OMP_NUM_THREADS", "value": "3"}, {"name": "ALIGNMENT_TERMINATION_LOG", "value": "/x"}]
+        found = environment(
+            rendered(make_run(sft("base"), template={"env": mine, "resources": {"limits": {"cpu": 8}}}))
+        )
+        assert (found["OMP_NUM_THREADS"], found["ALIGNMENT_TERMINATION_LOG"]) == ("3", "/dev/termination-log")
+
+    def test_claims_are_mounted(self):
+        claims = [{"claimName": "data", "mountPath": "/data", "subPath": "a"}]
+        document = rendered(make_run(sft("base"), template={"claims": claims}))
+        mount = next(m for m in container(document)["volumeMounts"] if m["mountPath"] == "/data")
+        volume = next(v for v in worker(document)["template"]["spec"]["volumes"] if v["name"] == mount["name"])
+        assert (mount["readOnly"], mount["subPath"], volume["persistentVolumeClaim"]["claimName"]) == (
+            True,
+            "a",
+            "data",
+        )
+
+    def test_lost_nodes_are_given_up_when_the_policy_says(self):
+        document = rendered(make_run(sft("base"), failurePolicy={"nodeLostSeconds": 7}))
+        lost = [t for t in worker(document)["template"]["spec"]["tolerations"] if t["effect"] == "NoExecute"]
+        assert [t["tolerationSeconds"] for t in lost] == [7, 7]
+
+    @given(
+        st.from_regex(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True),
+        st.from_regex(r"[a-z0-9]([-a-z0-9]{0,28}[a-z0-9])?", fullmatch=True),
+        st.integers(1, 99),
+    )
+    def test_names_are_short_and_may_name_a_service(self, run, phase, attempt):
+        assert len(run) <= RUN_NAME_LENGTH
+        assert len(phase) <= PHASE_NAME_LENGTH
+        name = job_name(run, phase, attempt)
+        assert len(name) <= 50
+        assert name[0].isalpha()
+        assert name[-1].isalnum()
+
+    def test_two_phases_never_share_a_name(self):
+        """`a-b` + `c` and `a` + `b-c`, in one namespace."""
+        assert job_name("a-b", "c", 1) != job_name("a", "b-c", 1)
+        assert job_name("a", "b-1", 1) != job_name("a", "b", 11)
+
+
+class TestObserve:
+    def look(self, document, *pods, queue=None, now=NOW):
+        return observe.observed_job(document, pods, queue, now)
+
+    def test_live_until_every_pod_runs(self):
+        got = self.look(job("Created", replicas=2), pod(0, running=RUNNING))
+        assert (got.state, got.running_since, got.failure) == (JobState.LIVE, None, None)
+        got = self.look(job("Created", replicas=2), pod(0, running=RUNNING), pod(1, running=RUNNING))
+        assert got.running_since == datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+
+    def test_the_reason_is_known_before_the_job_has_failed(self):
+        got = self.look(job("Created", "Running"), pod(phase="Failed", terminated=terminated(137, reason="OOMKilled")))
+        assert (got.state, got.failure) == (JobState.LIVE, FailureClass.OUT_OF_MEMORY)
+
+    def test_failed_only_when_no_pod_writes_any_more(self):
+        broken = pod(0, "Failed", terminated=terminated(2, said("BadInput", "x")))
+        saving = pod(1, running=RUNNING)
+        saving["metadata"]["deletionTimestamp"] = "2026-01-01T00:11:00Z"
+        got = self.look(job("Failed", replicas=2), broken, saving)
+        assert (got.state, got.failure) == (JobState.LIVE, FailureClass.BAD_INPUT)
+        got = self.look(job("Failed", replicas=2), broken)
+        assert (got.state, got.failure, got.message) == (JobState.FAILED, FailureClass.BAD_INPUT, "x")
+
+    def test_a_failed_job_whose_pods_are_gone(self):
+        got = self.look(job("Failed"))
+        assert (got.state, got.failure) == (JobState.FAILED, FailureClass.INFRASTRUCTURE)
+        assert "its pods are gone" in got.message
+
+    def test_a_pod_of_a_job_that_the_queue_stopped_has_not_failed(self):
+        got = self.look(job("Suspended", suspend=True), pod(phase="Failed", terminated=terminated(143)))
+        assert (got.state, got.failure, got.may_start_since) == (JobState.LIVE, None, None)
+
+    def test_a_succeeded_workers_peer_may_still_be_at_work(self):
+        got = self.look(
+            job("Running", replicas=2), pod(0, "Succeeded", terminated=terminated(0)), pod(1, running=RUNNING)
+        )
+        assert (got.state, got.failure) == (JobState.LIVE, None)
+
+    def test_the_result_is_rank_0s_word(self):
+        good = said(None, digest="d", artifactDigest="a", metrics={"loss": 1.5, "bad": float("nan")})
+        pods = [pod(0, "Succeeded", terminated=terminated(0, good)), pod(1, "Succeeded", terminated=terminated(0))]
+        got = observe.result_of(pods)
+        assert (got.digest, got.artifact_digest, got.metrics) == ("d", "a", {"loss": 1.5})
+        assert observe.result_of(pods[1:]) is None
+
+
+class TestQueue:
+    def workload(self, **conditions):
+        return {"status": {"conditions": [
+            {"type": kind, "status": status, "message": message} for kind, (status, message) in conditions.items()
+        ]}}  # fmt: skip
+
+    CASES = {
+        "waits": ({"QuotaReserved": ("False", "insufficient quota for cpu")}, QueueState.PENDING, "insufficient quota for cpu"),
+        "reserved": ({"QuotaReserved": ("True", "reserved")}, QueueState.QUOTA_RESERVED, "reserved"),
+        "admitted": ({"QuotaReserved": ("True", ""), "Admitted": ("True", "in")}, QueueState.ADMITTED, "in"),
+        "preempted": (
+            {"QuotaReserved": ("False", "no room"), "Evicted": ("True", "preempted"), "Preempted": ("True", "for high")},
+            QueueState.PREEMPTED, "for high; no room",
+        ),
+        "evicted": ({"Evicted": ("True", "not ready in time")}, QueueState.EVICTED, "not ready in time"),
+        "readmitted": (
+            {"QuotaReserved": ("True", ""), "Admitted": ("True", "in"), "Evicted": ("False", ""), "Preempted": ("False", "")},
+            QueueState.ADMITTED, "in",
+        ),
+        "no queue": (
+            {"QuotaReserved": ("False", "LocalQueue gpus doesn't exist")},
+            QueueState.MISSING, "LocalQueue gpus doesn't exist",
+        ),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_state(self, name):
+        conditions, state, message = self.CASES[name]
+        got = observe.queue_status(job(queue="gpus"), self.workload(**conditions), True, NOW)
+        assert (got.state, got.message) == (state, message)
+
+    def test_nobody_queues_the_job(self):
+        born = datetime(2026, 1, 1, tzinfo=UTC)
+        assert observe.queue_status(job(queue="gpus"), None, True, born + timedelta(seconds=5)) is None
+        off = observe.queue_status(job(queue="gpus"), None, True, NOW)
+        absent = observe.queue_status(job(queue="gpus"), None, False, NOW)
+        assert (off.state, absent.state) == (QueueState.MISSING, QueueState.MISSING)
+        assert "switched off" in off.message
+        assert "not installed" in absent.message
+
+
+def test_nothing_of_a_backend_is_in_the_planner():
+    """A third backend is to follow."""
+
+    import controller.plan as plan
+
+    for path in Path(plan.__file__).parent.glob("*.py"):
+        assert "pytorchjob" not in path.read_text().lower(), path.name
