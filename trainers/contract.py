@@ -40,6 +40,8 @@ class PhaseType:
     produces: ArtifactKind
     reads_all: bool = False
     """Builds on every phase of the run that does not build on it."""
+    reads_beside: tuple[str, ...] = ()
+    """Files that it reads beside its inputs' results and artifacts, as patterns."""
 
 
 # ---------------------------------------------------------------- how a phase ends
@@ -165,6 +167,8 @@ class PhaseFile(SpecModel):
     """The phase's directory."""
     base_dir: str = "."
     """Where relative paths of data and models start."""
+    remote: str | None = None
+    """Object store prefix that the workspace folder mirrors; None: the workspace is a shared folder."""
     image: str = ""
     """Image or code version the phase runs with; part of its digest."""
     inputs: dict[str, Input] = {}
@@ -408,6 +412,15 @@ def set_aside(phase_root: Path) -> Path | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(phase_root, target)
     return target
+
+
+def open_directory(directory: PhaseDir, digest: str) -> None:
+    """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
+    unfinished = directory.identity.exists() and directory.identity.read_text().strip() != digest
+    if unfinished or directory.result.exists():
+        set_aside(directory.root)
+    directory.root.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory.identity, digest)
 
 
 def find_finished(workspace: Path, digest: str) -> Iterator[Path]:

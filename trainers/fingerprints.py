@@ -5,8 +5,8 @@ import hashlib
 import inspect
 from pathlib import Path
 
-from trainers.contract import BadInput, canonical_json, sha256_text
-from trainers.spec import DataSource
+from trainers.contract import BadInput, Result, canonical_json, sha256_text
+from trainers.spec import DataSource, PhaseSpec
 
 
 def source_files(pattern: str, base_dir: Path) -> list[Path]:
@@ -28,6 +28,13 @@ def fingerprint(source: DataSource, base_dir: Path) -> str:
         return files_fingerprint(source_files(source.files, base_dir))
     code = _generator_code(source.synthetic.task) if source.synthetic else ""
     return sha256_text(canonical_json([source.document(), code]))
+
+
+def same_data(result: Result, spec: PhaseSpec, base_dir: Path) -> bool:
+    """Whether the data that a result was made of is still the same. Raises BadInput for data that is gone."""
+    marks = {record.source: record.fingerprint for record in result.data}
+    sources = {path: source for path, source in spec.data_sources() if path in marks}
+    return all(fingerprint(source, base_dir) == marks[path] for path, source in sources.items())
 
 
 def _generator_code(task: str) -> str:

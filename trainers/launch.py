@@ -7,9 +7,10 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -26,9 +27,12 @@ from trainers.contract import (
     Result,
     Termination,
 )
-from trainers.fingerprints import fingerprint
+from trainers.fingerprints import same_data
 from trainers.phases import phase_type
-from trainers.spec import PhaseSpec
+from trainers.spec import PhaseSpec, addresses
+
+if TYPE_CHECKING:
+    from trainers.core.uploads import Uploads
 
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
 
@@ -42,8 +46,10 @@ def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]])
         spec = parse_spec(kind, file)
         inputs = {name: entry.digest for name, entry in file.inputs.items()}
         digest = contract.phase_digest(kind.name, spec, file.image, inputs)
-        directory = PhaseDir(Path(file.output))
-        termination = _finished(directory, file, spec, digest) or _run(kind, file, spec, directory, digest)
+        if file.remote is not None or addresses(spec):
+            termination = _from_store(kind, file, spec, digest)
+        else:
+            termination = _finished(file, spec, digest) or _run(kind, file, spec, digest)
     except Exception as error:  # noqa: BLE001 - every way to fail ends in an exit status and a message
         return _fail(error, digest)
     _terminate(termination)
@@ -84,11 +90,27 @@ def _set(document: Any, path: list[str], value: object) -> None:
     document[path[-1]] = value
 
 
-def _finished(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: str) -> Termination | None:
+def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) -> Termination:
+    """The phase, when its workspace, data or models lie on an object store."""
+    from trainers.core.remote import Remote
+
+    remote = Remote(kind, file, spec, digest)
+    here = parse_spec(kind, remote.file)
+    if (result := remote.find_finished()) is not None:
+        return _success(result)
+    if file.remote is None and (termination := _finished(file, here, digest)) is not None:
+        return termination
+    remote.fetch()
+    with remote.uploads() or nullcontext() as uploads:
+        return _run(kind, file, here, digest, uploads)
+
+
+def _finished(file: PhaseFile, spec: PhaseSpec, digest: str) -> Termination | None:
     """What an earlier run of the very same phase left, if its data has not changed since.
 
     Found before torch is imported: in its own directory, or anywhere in the workspace two levels above.
     """
+    directory = PhaseDir(Path(file.output))
     workspace = directory.root.resolve().parent.parent
     elsewhere = (PhaseDir(path) for path in contract.find_finished(workspace, digest))
     found = next((d for d in (directory, *elsewhere) if _is_current(d, file, spec, digest)), None)
@@ -109,38 +131,30 @@ def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: s
         return False
     if not all(artifact.intact(directory.root) for artifact in result.artifacts.values()):
         return False
-    marks = {record.source: record.fingerprint for record in result.data}
-    sources = {path: source for path, source in spec.data_sources() if path in marks}
-    return all(fingerprint(source, Path(file.base_dir)) == marks[path] for path, source in sources.items())
+    return same_data(result, spec, Path(file.base_dir))
 
 
-def _open_directory(directory: PhaseDir, digest: str) -> None:
-    """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
-    unfinished = directory.identity.exists() and directory.identity.read_text().strip() != digest
-    if unfinished or directory.result.exists():
-        contract.set_aside(directory.root)
-    directory.root.mkdir(parents=True, exist_ok=True)
-    contract.write_atomic(directory.identity, digest)
-
-
-def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, digest: str) -> Termination:
+def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Uploads | None" = None) -> Termination:
     from trainers.core.context import PhaseContext
     from trainers.core.parallel import Workers
     from trainers.metrics import Meter
 
+    directory = PhaseDir(Path(file.output))
     workers = Workers(spec.parallel)
     if workers.is_main:
-        _open_directory(directory, digest)
+        contract.open_directory(directory, digest)
     workers.barrier()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
     meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
-    ctx = PhaseContext(file, kind, spec, directory, workers, meter)
+    ctx = PhaseContext(file, kind, spec, directory, workers, meter, uploads)
     ctx.listen()
     meter.stage("loading")
     outcome = importlib.import_module(kind.module).main(spec, ctx)
     workers.barrier()
-    result = _result(ctx, outcome, digest, started)
+    # Where every node has a folder of its own, only the first process has the artifact.
+    made: list[object] = [_result(ctx, outcome, digest, started)] if workers.is_main else []
+    result = cast(Result, workers.gather_objects(made)[0])
     check_gates(spec, result.metrics)
     if workers.is_main:
         text = json.dumps(result.document(), indent=1)
@@ -150,6 +164,8 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, directory: PhaseDir, diges
             shutil.rmtree(directory.checkpoints, ignore_errors=True)
     workers.barrier()
     meter.close()
+    if uploads is not None:
+        uploads.finish()  # may take long: no other process waits for it
     return _success(result)
 
 
@@ -179,7 +195,7 @@ def _result(ctx: Any, outcome: Any, digest: str, started: str) -> Result:
         metrics={key: float(value) for key, value in outcome.metrics.items()},
         inputs={key: entry.digest for key, entry in ctx.file.inputs.items()},
         data=tuple(outcome.data),
-        settings=ctx.spec.document(),
+        settings=parse_spec(ctx.type, ctx.file).document(),  # as written: ctx.spec has local paths for addresses
         versions=_versions(),
         seed=ctx.seed,
         steps=outcome.steps,

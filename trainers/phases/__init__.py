@@ -18,7 +18,14 @@ REGISTRY: tuple[PhaseType, ...] = (
     PhaseType("rollout", RolloutSpec, "trainers.phases.rollout.run", "traces"),
     PhaseType("distill", DistillSpec, "trainers.phases.distill.train", "model"),
     PhaseType("evaluate", EvaluateSpec, "trainers.phases.evaluate.run", "evaluation"),
-    PhaseType("package", PackageSpec, "trainers.phases.package.run", "package", reads_all=True),
+    PhaseType(
+        "package",
+        PackageSpec,
+        "trainers.phases.package.run",
+        "package",
+        reads_all=True,
+        reads_beside=("metrics.jsonl", "latency.json", "responses/*.jsonl"),
+    ),
 )
 
 

@@ -51,17 +51,19 @@ def _stored(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[s
     """
     folder = ctx.dir.root / "reference"
     paths = {name: folder / f"{_key(spec, ctx, found)}.safetensors" for name, found in pairs.items()}
-    missing = ctx.workers.any(not all(path.exists() for path in paths.values()))
-    if missing:
+    if ctx.workers.any(not all(path.exists() for path in paths.values())):
         model, unchanged = _model(spec, ctx, policy, stays=False)
         score = _live(ctx, model, unchanged)
+        found = {}
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
-            _store(ctx, path, _all_scores(spec, ctx, score, pairs[name]))
+            found[name] = _all_scores(spec, ctx, score, pairs[name])
+            _store(ctx, path, found[name])
         ctx.workers.barrier()
+    else:
+        found = {name: load_file(path)["logprobs"] for name, path in paths.items()}
     scores: dict[int, torch.Tensor] = {}  # by the pair's id(): the lists above keep the pairs alive
-    for name, path in paths.items():
-        rows = load_file(path)["logprobs"]
+    for name, rows in found.items():
         scores |= {id(pair): row for pair, row in zip(pairs[name], rows, strict=True)}
 
     def look_up(wanted: list[Pair], batch: Batch) -> torch.Tensor:
@@ -88,6 +90,7 @@ def _all_scores(spec: DpoSpec, ctx: PhaseContext, score: Reference, pairs: list[
 def _store(ctx: PhaseContext, path: Path, scores: torch.Tensor) -> None:
     if ctx.workers.is_main:
         write_atomic(path, save({"logprobs": scores}))
+        ctx.keep(path)
 
 
 def _model(

@@ -62,7 +62,7 @@ class Laboratory:
 
     def __init__(self, ctx: PhaseContext, spec: EvaluateSpec, reference: ModelRef | None) -> None:
         self.ctx, self.spec = ctx, spec
-        self.cells = Cells(ctx.dir.root)
+        self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
         self.reference_ref = reference
         self.records: dict[str, DataRecord] = {}
         self._rows: dict[tuple[str, str], list[Row]] = {}

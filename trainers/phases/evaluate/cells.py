@@ -6,7 +6,7 @@ directory and in those of other evaluations in the workspace, also where an edit
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ Key = Mapping[str, Any]
 
 
 class Cells:
-    def __init__(self, phase_root: Path) -> None:
+    def __init__(
+        self,
+        phase_root: Path,
+        fetch: Callable[[Path], None] = lambda path: None,
+        keep: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """``fetch`` brings a cell from elsewhere if it can, ``keep`` is told of cells that were written."""
+        self.fetch, self.keep = fetch, keep
         self.own = phase_root / FOLDER
         self.folders = [self.own, *_others(phase_root)]
         self._known: dict[str, Any] = {}
@@ -29,6 +36,8 @@ class Cells:
         """The value, or None. A damaged cell counts as not there."""
         name = _name(key)
         if name not in self._known:
+            if not any((folder / name).exists() for folder in self.folders):
+                self.fetch(self.own / name)
             for folder in self.folders:
                 value = _read(folder / name, key)
                 if value is not None:
@@ -42,6 +51,7 @@ class Cells:
         self._known[name] = value
         if write:
             write_atomic(self.own / name, json.dumps({"key": _versioned(key), "value": value}))
+            self.keep(self.own / name)
 
 
 def _versioned(key: Key) -> dict[str, Any]:

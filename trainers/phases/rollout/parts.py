@@ -14,15 +14,24 @@ class Parts:
         self.root = root
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows so far, in order."""
-        lines = [line for path in self._paths() for line in path.read_text().splitlines()]
-        return [json.loads(line) for line in lines]
+        """All rows so far, in order, up to the first gap."""
+        rows: list[dict[str, Any]] = []
+        for path in self._paths():
+            if path.name == _name(len(rows)):
+                rows += [json.loads(line) for line in path.read_text().splitlines()]
+        return rows
 
-    def write(self, first: int, rows: list[dict[str, Any]]) -> None:
-        write_atomic(self.root / f"part-{first:09d}.jsonl", jsonl(rows))
+    def write(self, first: int, rows: list[dict[str, Any]]) -> Path:
+        path = self.root / _name(first)
+        write_atomic(path, jsonl(rows))
+        return path
 
     def _paths(self) -> list[Path]:
         return sorted(self.root.glob("part-*.jsonl"))
+
+
+def _name(first: int) -> str:
+    return f"part-{first:09d}.jsonl"
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:

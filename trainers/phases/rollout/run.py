@@ -5,7 +5,7 @@ restart nor another number of processes changes it.
 """
 
 import statistics
-from typing import Any
+from typing import Any, cast
 
 from trainers.contract import write_atomic
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
@@ -27,7 +27,9 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     checked = _token_check(loaded, reward_model, prompts) if spec.sampling.max_new_tokens == 1 else {}
     wanted = [prompt for prompt in prompts for _ in range(spec.samples_per_prompt)]
     parts = Parts(ctx.dir.checkpoints)
-    rows = parts.read()
+    # One process reads for all: with a folder per node the others may lack some.
+    found: list[object] = [parts.read()] if ctx.workers.is_main else []
+    rows = cast(list[Row], ctx.workers.gather_objects(found)[0])
     size = spec.sampling.batch_size * ctx.workers.world
     total_steps = -(-len(wanted) // size)
     ctx.workers.barrier()
@@ -46,7 +48,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
         rows += done
         if ctx.workers.is_main:
             with ctx.meter.part("checkpoint"):
-                parts.write(first, done)
+                ctx.keep(parts.write(first, done))
         ctx.meter.count(sum(row["tokens"] for row in done), len(done))
         summary = _summary(done)
         ctx.meter.log(
