@@ -31,7 +31,13 @@ class Cluster:
     nodes: list[str] = field(default_factory=list)
     created: list[str] = field(default_factory=list)
 
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True, timeout: float = 60) -> str:
+    def kubectl(
+        self,
+        *arguments: str,
+        input: str | None = None,  # noqa: A002 (as in subprocess.run)
+        check: bool = True,
+        timeout: float = 60,
+    ) -> str:
         """stdout; with ``check=False`` stdout and stderr, whatever the exit code. Raises KubectlError, TimeoutExpired."""
         command = [str(self.kubectl_binary), f"--kubeconfig={self.kubeconfig}", *arguments]
         done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=False)

@@ -5,13 +5,12 @@ get one made here that is good for 127.0.0.1 as well, and the API server calls t
 """
 
 import json
-import subprocess
 import urllib.request
 from pathlib import Path
 
 from cluster import manifests, pki
 from cluster.assets import Assets
-from cluster.controlplane import Place
+from cluster.controlplane import Place, apply
 from cluster.processes import Children, free_ports
 
 # The rotators accept an authority only under their own name for it.
@@ -37,14 +36,6 @@ def start(place: Place, assets: Assets, children: Children, fast: bool) -> None:
     children.wait_for(lambda: _marked_ready(place, operator_health), 120, "the Training Operator is ready")
     children.wait_for(lambda: _is_ready(place, kueue_health), 120, "Kueue is ready")
     _unmark()
-
-
-def apply(place: Place, assets: Assets, documents: list[manifests.Document]) -> None:
-    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": documents})
-    command = [assets.binary("kubectl"), f"--kubeconfig={place.kubeconfig}", "apply", "--server-side", "-f", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the controllers' manifests were refused: {done.stderr}")
 
 
 def _make_certificates(place: Place) -> dict[str, str]:

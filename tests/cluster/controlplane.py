@@ -3,9 +3,11 @@
 import http.client
 import json
 import ssl
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import pki
 from cluster.assets import Assets
@@ -77,6 +79,20 @@ def make_keys(place: Place) -> pki.Authority:
     return authority
 
 
+def kubectl(place: Place, assets: Assets, *arguments: str, text: str = "") -> str:
+    """As the administrator. Raises RuntimeError with what kubectl wrote."""
+    command = [str(assets.binary("kubectl")), f"--kubeconfig={place.kubeconfig}", *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def apply(place: Place, assets: Assets, documents: list[dict[str, Any]]) -> None:
+    listed = {"apiVersion": "v1", "kind": "List", "items": documents}
+    kubectl(place, assets, "apply", "--server-side", "-f", "-", text=json.dumps(listed))
+
+
 def start(place: Place, assets: Assets, children: Children, scheduler: bool) -> None:
     """Returns when the API server is ready; the others follow by themselves."""
     children.start("etcd", [*place.enter, assets.binary("etcd"), *_etcd(place)])
@@ -119,7 +135,7 @@ def _apiserver(place: Place) -> list[str]:
         "--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
         "--requestheader-extra-headers-prefix=X-Remote-Extra-",
         f"--proxy-client-cert-file={keys}/front-proxy.crt", f"--proxy-client-key-file={keys}/front-proxy.key",
-        "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
+        "--allow-privileged=true", "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
         # Webhooks in pods are called at their pod's address: the control plane has no kube-proxy.
         "--enable-aggregator-routing=true",
         "--profiling=false", f"--audit-policy-file={policy}", f"--audit-log-path={place.audit_log}",

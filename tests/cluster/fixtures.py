@@ -73,7 +73,7 @@ def _cluster(tier: str, config: pytest.Config) -> Iterator[Cluster]:
     if context := os.environ.get(CONTEXT):
         yield from _existing(tier, context)
         return
-    _require(tier)
+    require(tier)
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         assets = _prepare(tier)
         running = launch.start(tier, NODES[tier])
@@ -86,7 +86,8 @@ def _cluster(tier: str, config: pytest.Config) -> Iterator[Cluster]:
     running.stop()
 
 
-def _require(tier: str) -> None:
+def require(tier: str) -> None:
+    """Skips the test, or with CI=true fails it, where the tier cannot run."""
     if reason := requirements.missing(tier):
         _not_run[tier] = reason
         message = f"{tier} tier: {reason}"

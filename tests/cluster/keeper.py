@@ -16,8 +16,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from cluster import machines
 from cluster.assets import locate
+from cluster.machines import remove_cgroups
+from cluster.network import Network
 from cluster.processes import Children, die_with_parent
 from cluster.tiers import TIERS, Spec
 
@@ -87,7 +88,9 @@ def _answer(connection: socket.socket, tier: object) -> None:
 
 def clean_up(spec: Spec) -> None:
     if spec["tier"] == "node":
-        machines.remove_all()
+        network = Network(spec["slot"])
+        network.remove()
+        remove_cgroups(network.bridge)
     shutil.rmtree(spec["state"], ignore_errors=True)
 
 

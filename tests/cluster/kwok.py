@@ -1,50 +1,29 @@
-"""Fake nodes by kwok, and Stages that make their pods do what a test says.
-
-A pod of a PyTorchJob or Job runs for a second and succeeds. Annotations ``test.alignment.dev/<key>`` say otherwise, or,
-where a test reaches a pod only through its containers' environment, variables ``TEST_POD_<KEY>`` of its first
-container; ``TEST_POD_<KEY>_<N>`` holds for attempt N alone (label ``alignment.dev/attempt``). The keys:
-
-    outcome     succeed (default), fail, evict, pending (never starts), forever (never ends)
-    seconds     how long it runs: a Go duration, such as 2s or 300ms
-    exit_code   of a failing pod, default 1
-    reason      of a failing pod's containers, default Error; OOMKilled, for example
-    message     the termination message of the containers, whatever the outcome
-"""
+"""Fake nodes by kwok, where thousands of pods are wanted; see cluster.stages for what their pods do."""
 
 import json
-import subprocess
 from typing import Any
 
 from cluster.assets import Assets
-from cluster.controlplane import Place
+from cluster.controlplane import Place, apply, kubectl
 from cluster.processes import Children
+from cluster.stages import pod_stages
 
-PREFIX = "test.alignment.dev"
 _CAPACITY = {"cpu": "64", "memory": "512Gi", "pods": "500", "nvidia.com/gpu": "8"}
-
-Stage = dict[str, Any]
 
 
 def start(place: Place, assets: Assets, children: Children, count: int) -> list[str]:
     """Names of the nodes, which are Ready."""
     config = place.state / "stages.yaml"
     shipped = json.loads(assets.manifest("kwok").read_text())
-    config.write_text("\n---\n".join(json.dumps(stage) for stage in [*shipped, *_pod_stages()]))
+    config.write_text("\n---\n".join(json.dumps(stage) for stage in [*shipped, *pod_stages()]))
     command = [
         assets.binary("kwok"), f"--kubeconfig={place.kubeconfig}", f"--config={config}", "--manage-all-nodes=false",
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--node-lease-duration-seconds=40",
     ]  # fmt: skip
     children.start("kwok", command)
     names = [f"fake-{number}" for number in range(1, count + 1)]
-    _kubectl(
-        place,
-        assets,
-        "apply",
-        "-f",
-        "-",
-        text=json.dumps({"apiVersion": "v1", "kind": "List", "items": [_node(n) for n in names]}),
-    )
-    _kubectl(place, assets, "wait", "--for=condition=Ready", "node", "-l", "type=kwok", "--timeout=60s")
+    apply(place, assets, [_node(name) for name in names])
+    kubectl(place, assets, "wait", "--for=condition=Ready", "node", "-l", "type=kwok", "--timeout=60s")
     return names
 
 
@@ -57,136 +36,3 @@ def _node(name: str) -> dict[str, Any]:
         },
         "status": {"allocatable": _CAPACITY, "capacity": _CAPACITY},
     }  # fmt: skip
-
-
-def _pod_stages() -> list[Stage]:
-    others = ("pending", "fail", "evict", "forever")
-    return [
-        _stage("start", "Pending", ("NotIn", "pending"), _running()),
-        _stage("succeed", "Running", ("NotIn", *others), _ended("Succeeded", "0", '"Completed"'), of_job=True),
-        _stage("fail", "Running", ("In", "fail"), _ended("Failed", "$exit_code", "$reason"), of_job=True),
-        _stage("evict", "Running", ("In", "evict"), _ended("Failed", "137", '"Error"') + _EVICTED, of_job=True),
-        _delete_stage(),
-    ]
-
-
-def _stage(name: str, phase: str, outcome: tuple[str, ...], status: str, of_job: bool = False) -> Stage:
-    """Pods in ``phase`` whose outcome is (not) one of some get ``status``; those of a job after their seconds."""
-    matches = [
-        {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"},
-        {"key": ".status.phase", "operator": "In", "values": [phase]},
-        {"key": _query("outcome"), "operator": outcome[0], "values": list(outcome[1:])},
-    ]
-    spec = {"next": {"statusTemplate": status}}
-    if of_job:
-        matches.append({"key": ".metadata.ownerReferences.[].kind", "operator": "In", "values": ["Job", "PyTorchJob"]})
-        spec["delay"] = {"durationMilliseconds": 1000, "durationFrom": {"expressionFrom": _query("seconds")}}
-    return _pod_stage(name, matches, spec)
-
-
-def _delete_stage() -> Stage:
-    matches = [
-        {"key": ".metadata.deletionTimestamp", "operator": "Exists"},
-        {"key": ".metadata.finalizers", "operator": "DoesNotExist"},
-    ]
-    return _pod_stage("delete", matches, {"next": {"delete": True}})
-
-
-def _pod_stage(name: str, matches: list[dict[str, Any]], spec: dict[str, Any]) -> Stage:
-    return {
-        "apiVersion": "kwok.x-k8s.io/v1alpha1", "kind": "Stage", "metadata": {"name": f"pod-{name}"},
-        "spec": {"resourceRef": {"apiGroup": "v1", "kind": "Pod"}, "selector": {"matchExpressions": matches}, **spec},
-    }  # fmt: skip
-
-
-def _query(key: str) -> str:
-    """jq for a key's value: the annotation, the variable for this attempt, the variable."""
-    variable = f"TEST_POD_{key.upper()}"
-    of_attempt = '"' + variable + r'_\(.metadata.labels["alignment.dev/attempt"] // "")"'
-    return " // ".join(
-        [
-            f'.metadata.annotations["{PREFIX}/{key}"]',
-            f"({of_attempt} as $name | [.spec.containers[0].env[]? | select(.name == $name) | .value][0])",
-            f'([.spec.containers[0].env[]? | select(.name == "{variable}") | .value][0])',
-        ]
-    )
-
-
-def _assign(key: str, default: str) -> str:
-    """The same value as a template's variable."""
-    variable = f"TEST_POD_{key.upper()}"
-    look = (
-        '{{ range index (index .spec.containers 0) "env" }}{{ if eq .name NAME }}{{ $KEY = .value }}{{ end }}{{ end }}'
-    )
-    return (
-        f"{{{{ ${key} := {default} }}}}\n"
-        + look.replace("KEY", key).replace("NAME", f'"{variable}"')
-        + look.replace("KEY", key).replace("NAME", f'(printf "{variable}_%v" $attempt)')
-        + f'{{{{ with index $annotations "{PREFIX}/{key}" }}}}{{{{ ${key} = . }}}}{{{{ end }}}}\n'
-    )
-
-
-_PREAMBLE = """{{ $now := Now }}
-{{ $annotations := or .metadata.annotations dict }}
-{{ $attempt := or (index (or .metadata.labels dict) "alignment.dev/attempt") "" }}
-"""
-
-
-def _running() -> str:
-    return (
-        _PREAMBLE
-        + """phase: Running
-startTime: {{ $now | Quote }}
-hostIP: {{ NodeIPWith .spec.nodeName | Quote }}
-podIP: {{ PodIPWith .spec.nodeName false .metadata.uid .metadata.name .metadata.namespace | Quote }}
-conditions:
-{{ range $type := list "PodReadyToStartContainers" "Initialized" "Ready" "ContainersReady" }}
-- {type: {{ $type }}, status: "True", lastTransitionTime: {{ $now | Quote }}}
-{{ end }}
-containerStatuses:
-{{ range .spec.containers }}
-- {name: {{ .name | Quote }}, image: {{ .image | Quote }}, ready: true, started: true, restartCount: 0,
-   state: {running: {startedAt: {{ $now | Quote }}}}}
-{{ end }}
-"""
-    )
-
-
-def _ended(phase: str, exit_code: str, reason: str) -> str:
-    return (
-        _PREAMBLE
-        + _assign("exit_code", '"1"')
-        + _assign("reason", '"Error"')
-        + _assign("message", '""')
-        + f"""phase: {phase}
-containerStatuses:
-{{{{ $started := .status.startTime }}}}
-{{{{ range .spec.containers }}}}
-- name: {{{{ .name | Quote }}}}
-  image: {{{{ .image | Quote }}}}
-  ready: false
-  started: false
-  restartCount: 0
-  state:
-    terminated:
-      exitCode: {{{{ {exit_code} }}}}
-      reason: {{{{ {reason} | Quote }}}}
-      message: {{{{ $message | Quote }}}}
-      startedAt: {{{{ $started | Quote }}}}
-      finishedAt: {{{{ $now | Quote }}}}
-{{{{ end }}}}
-"""
-    )
-
-
-# As the kubelet leaves a pod that it evicts under memory pressure.
-_EVICTED = """reason: Evicted
-message: "The node was low on resource: memory. Threshold quantity: 100Mi, available: 60Mi."
-conditions:
-- {type: DisruptionTarget, status: "True", reason: TerminationByKubelet, lastTransitionTime: {{ $now | Quote }}}
-"""
-
-
-def _kubectl(place: Place, assets: Assets, *arguments: str, text: str = "") -> None:
-    command = [assets.binary("kubectl"), f"--kubeconfig={place.kubeconfig}", *arguments]
-    subprocess.run(command, input=text, capture_output=True, text=True, check=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster import keeper
-from cluster.build import Say, announce
 from cluster.locks import try_lock
+from cluster.network import SLOTS
+from cluster.tiers import Spec
 
-NODE_STATE = Path("/var/tmp/alignment-cluster")
 _PREFIX = "alignment-cluster-"
 _START_TIMEOUT = 300
 
@@ -36,28 +36,27 @@ class Running:
     process: subprocess.Popen[bytes]
     info: dict[str, Any]
 
-    def detach(self) -> None:
-        """From now on it outlives this process."""
-        (self.state / keeper.DETACHED).touch()
-
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
 
 
-def start(tier: str, nodes: int, say: Say = announce) -> Running:
-    """Blocks until everything is ready. Raises StartFailed."""
+def start(tier: str, nodes: int, kept: bool = False) -> Running:
+    """Blocks until everything is ready. Raises StartFailed.
+
+    ``kept``: the cluster of `make cluster-up`, which outlives this process; there is one on a machine.
+    """
     remove_stale()
-    state, lock = _claim(tier, say)
-    spec = {"tier": tier, "state": str(state), "nodes": nodes}
-    log = (state / "logs" / "keeper.log").open("wb")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.keeper", json.dumps(spec)],
-        stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True, pass_fds=[lock],
-    )  # fmt: skip
+    spec, lock = _claim_slot(kept) if tier == "node" else _claim_folder()
+    spec |= {"tier": tier, "nodes": nodes}
+    state = Path(spec["state"])
+    (state / "logs").mkdir()
+    with (state / "logs" / "keeper.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.keeper", json.dumps(spec)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, start_new_session=True, pass_fds=[lock],
+        )  # fmt: skip
     os.close(lock)
-    log.close()
     (state / "keeper.pid").write_text(str(process.pid))
     running = Running(state, process, {})
     try:
@@ -65,6 +64,8 @@ def start(tier: str, nodes: int, say: Say = announce) -> Running:
     except BaseException:
         running.stop()
         raise
+    if kept:
+        (state / keeper.DETACHED).touch()
     return running
 
 
@@ -79,26 +80,32 @@ def ask(state: Path, action: str, argument: str) -> None:
         raise RuntimeError(f"{action} {argument}: {answer['error']}")
 
 
-def stop_node_cluster() -> bool:
-    """Ends the cluster of nodes on this machine, whoever started it, and removes what a killed one left."""
-    found = NODE_STATE.exists()
-    lock = os.open(_node_lock(), os.O_RDWR | os.O_CREAT, 0o600)
+def stop_kept() -> bool:
+    """Ends the cluster of `make cluster-up`, and removes what a killed one left. False if there was none."""
+    state, lock = _slot_state(0), _open(_slot_lock(0))
+    found = state.exists()
     if not try_lock(lock):
         with suppress(OSError, ValueError):
-            os.kill(int((NODE_STATE / "keeper.pid").read_text()), signal.SIGTERM)
+            os.kill(int((state / "keeper.pid").read_text()), signal.SIGTERM)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    keeper.clean_up({"tier": "node", "state": str(NODE_STATE)})
+    _clean_slot(0)
     os.close(lock)
     return found
 
 
 def remove_stale() -> None:
-    """State of clusters whose keeper was killed: their lock is free."""
+    """What clusters left whose keeper was killed: their lock is free."""
     for state in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(state / keeper.LOCK, os.O_RDWR)
             if try_lock(lock):
                 shutil.rmtree(state, ignore_errors=True)
+            os.close(lock)
+    for slot in range(SLOTS):
+        if _slot_lock(slot).exists() and os.access(_slot_lock(slot), os.W_OK):
+            lock = _open(_slot_lock(slot))
+            if try_lock(lock):
+                _clean_slot(slot)
             os.close(lock)
 
 
@@ -120,31 +127,41 @@ def _await(running: Running) -> dict[str, Any]:
     return json.loads((running.state / keeper.READY).read_text())
 
 
-def _claim(tier: str, say: Say) -> tuple[Path, int]:
-    """A state folder and a lock on it that the keeper inherits."""
-    if tier != "node":
-        state = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        (state / "logs").mkdir()
-        return state, _locked(state / keeper.LOCK)
-    lock = os.open(_node_lock(), os.O_RDWR | os.O_CREAT, 0o600)
-    if not try_lock(lock):
-        if (NODE_STATE / keeper.DETACHED).exists():
-            raise StartFailed("the cluster of `make cluster-up` is running; end it with `make cluster-down`")
-        say("another test run has this machine's cluster of nodes; waiting for its end")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    keeper.clean_up({"tier": "node", "state": str(NODE_STATE)})
-    (NODE_STATE / "logs").mkdir(parents=True, mode=0o700)
-    return NODE_STATE, lock
-
-
-def _locked(path: Path) -> int:
-    """The file appears under its name only when it is locked, so `remove_stale` never takes it for a free one."""
-    new = path.with_suffix(".new")
-    lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+def _claim_folder() -> tuple[Spec, int]:
+    """A state folder, and a lock on it that the keeper inherits."""
+    state = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    # It appears under its name only when it is locked, so `remove_stale` never takes it for a free one.
+    new = state / f"{keeper.LOCK}.new"
+    lock = _open(new)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    new.rename(path)
-    return lock
+    new.rename(state / keeper.LOCK)
+    return {"state": str(state)}, lock
 
 
-def _node_lock() -> Path:
-    return NODE_STATE.with_name(f"{NODE_STATE.name}.lock")
+def _claim_slot(kept: bool) -> tuple[Spec, int]:
+    for slot in [0] if kept else range(1, SLOTS):
+        lock = _open(_slot_lock(slot))
+        if try_lock(lock):
+            _clean_slot(slot)
+            _slot_state(slot).mkdir(mode=0o700)
+            return {"state": str(_slot_state(slot)), "slot": slot}, lock
+        os.close(lock)
+    raise StartFailed("it runs already; end it with `make cluster-down`" if kept else f"{SLOTS} clusters run already")
+
+
+def _clean_slot(slot: int) -> None:
+    keeper.clean_up({"tier": "node", "state": str(_slot_state(slot)), "slot": slot})
+
+
+def _slot_state(slot: int) -> Path:
+    """Not under the temporary folder, which may be in memory or on an overlay that containerd cannot use."""
+    return Path(f"/var/tmp/alignment-cluster{slot or ''}")
+
+
+def _slot_lock(slot: int) -> Path:
+    return Path(f"/run/lock/{_slot_state(slot).name}.lock")
+
+
+def _open(lock: Path) -> int:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,103 +1,56 @@
-"""Nodes: each a process tree in network, mount and PID namespaces of its own, joined by one bridge.
+"""Nodes: each a process tree in network, mount and PID namespaces of its own.
 
-There is no route from the bridge to anywhere else, so nothing can leave the machine. Killing the first process of a
-node ends it with all its containers, as pulling a plug would.
+Killing the first process of a node ends it with all its containers, as pulling a plug would.
 """
 
-import os
 import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import pki
 from cluster.assets import HERE, Assets
-from cluster.controlplane import SERVICES, Place
+from cluster.controlplane import Place, kubectl
+from cluster.network import Network
 from cluster.processes import Children, wait_for
 
-BRIDGE = "alncluster"
-CGROUP = "alncluster"
-HOST, CONTROL = "10.254.0.1", "10.254.0.2"
-
-
-def namespace(number: int) -> str:
-    """0 is the control plane's."""
-    return f"aln-{number}"
-
-
-def address(number: int) -> str:
-    return f"10.254.0.{10 + number}" if number else CONTROL
-
-
-def pods(number: int) -> str:
-    return f"10.244.{number}.0/24"
-
-
-def enter(number: int) -> Sequence[str]:
-    # Not `ip netns exec`: that remounts /sys and hides the cgroups.
-    return ("nsenter", f"--net=/run/netns/{namespace(number)}")
-
-
-def make_network(nodes: int) -> None:
-    _ip("link", "add", BRIDGE, "type", "bridge")
-    _ip("addr", "add", f"{HOST}/24", "dev", BRIDGE)
-    _ip("link", "set", BRIDGE, "up")
-    for number in range(nodes + 1):
-        make_namespace(number, nodes)
-    for number in range(1, nodes + 1):
-        _ip("route", "add", pods(number), "via", address(number), "dev", BRIDGE)
-
-
-def make_namespace(number: int, nodes: int) -> None:
-    name = namespace(number)
-    _ip("netns", "add", name)
-    _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-    _ip("link", "set", name, "master", BRIDGE, "up")
-    for command in (
-        ("link", "set", "lo", "up"),
-        ("addr", "add", f"{address(number)}/24", "dev", "eth0"),
-        ("link", "set", "eth0", "up"),
-        ("route", "add", SERVICES, "dev", "eth0"),
-        *(("route", "add", pods(n), "via", address(n)) for n in range(1, nodes + 1) if n != number),
-    ):
-        _ip("-n", name, *command)
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Machines:
     """The nodes of one cluster, by name: node-1, node-2, ..."""
 
-    def __init__(self, place: Place, assets: Assets, children: Children, authority: pki.Authority, count: int):
-        self.place, self.assets, self.children, self.count = place, assets, children, count
+    def __init__(
+        self, network: Network, place: Place, assets: Assets, children: Children, authority: pki.Authority, count: int
+    ):
+        self.network, self.place, self.assets, self.children, self.count = network, place, assets, children, count
         self.names = [f"node-{number}" for number in range(1, count + 1)]
         for number, name in enumerate(self.names, 1):
             subject = f"/O=system:nodes/CN=system:node:{name}"
-            authority.sign(name, subject, f"DNS:{name}", f"IP:{address(number)}")
+            authority.sign(name, subject, f"DNS:{name}", f"IP:{network.address(number)}")
             authority.kubeconfig(name, place.url, place.component_kubeconfig(name))
 
     def start_all(self) -> None:
+        """Returns when every node is Ready."""
         images = self.place.state / "images"
         images.mkdir()
         for name in ("pause", "python"):
-            os.symlink(self.assets.image(name), images / f"{name}.tar")
+            (images / f"{name}.tar").symlink_to(self.assets.image(name))
         self._start_dns()
-        for number, name in enumerate(self.names, 1):
-            self._run(name, number)
         for name in self.names:
-            self.children.wait_for(lambda name=name: self.is_ready(name), 120, f"{name} is Ready")
+            self._run(name)
+        for name in self.names:
+            self.children.wait_for(lambda name=name: self._is_ready(name), 120, f"{name} is Ready")
 
     def start(self, name: str) -> None:
         if name in self.children.running:
             raise ValueError(f"{name} runs already")
-        number = self.names.index(name) + 1
-        make_namespace(number, self.count)
-        self._run(name, number)
+        self.network.add(self._number(name), self.count)
+        self._run(name)
 
     def kill(self, name: str) -> None:
         """Like a loss of power: the disk stays, everything else is gone."""
-        number = self.names.index(name) + 1
         self.children.kill(name)
-        remove_namespace(namespace(number))
-        remove_cgroups(name)
+        self.network.remove_one(self._number(name))
+        remove_cgroups(f"{self.network.bridge}/{name}")
 
     def load_image(self, archive: str) -> None:
         """Into every node, and into those started later."""
@@ -112,19 +65,23 @@ class Machines:
             if process.returncode:
                 raise RuntimeError(f"{archive} could not be loaded: {errors.decode()}")
 
-    def is_ready(self, name: str) -> bool:
-        query = "{.status.conditions[?(@.type=='Ready')].status}"
-        command = [self.assets.binary("kubectl"), f"--kubeconfig={self.place.kubeconfig}", "get", "node", name]
-        done = subprocess.run([*command, f"-o=jsonpath={query}"], capture_output=True, text=True, check=False)
-        return done.stdout == "True"
+    def _number(self, name: str) -> int:
+        return self.names.index(name) + 1
 
-    def _run(self, name: str, number: int) -> None:
+    def _is_ready(self, name: str) -> bool:
+        query = "-o=jsonpath={.items[0].status.conditions[?(@.type=='Ready')].status}"
+        selected = f"--field-selector=metadata.name={name}"
+        return kubectl(self.place, self.assets, "get", "nodes", selected, query) == "True"
+
+    def _run(self, name: str) -> None:
+        number, network = self._number(name), self.network
         environment = {
-            "NODE": name, "ADDRESS": address(number), "PODS": pods(number), "DNS": CONTROL,
-            "STATE": str(self.place.state), "BIN": str(self.assets.root / "bin"), "CGROUP": CGROUP,
+            "NODE": name, "ADDRESS": network.address(number), "PODS": network.pods(number),
+            "ALL_PODS": network.all_pods, "DNS": network.address(0), "CGROUP": network.bridge,
+            "STATE": str(self.place.state), "BIN": str(self.assets.root / "bin"),
         }  # fmt: skip
         isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", str(HERE / "node.sh")]
-        self.children.start(name, [*enter(number), *isolated], environment)
+        self.children.start(name, [*network.enter(number), *isolated], environment)
 
     def _import(self, name: str, archive: Path) -> list[str]:
         outer = self.children.running[name].pid
@@ -135,55 +92,20 @@ class Machines:
         keys = self.place.keys
         corefile = self.place.state / "Corefile"
         corefile.write_text(
-            f".:53 {{\n  bind {CONTROL}\n  errors\n  kubernetes cluster.local in-addr.arpa {{\n"
+            f".:53 {{\n  bind {self.network.address(0)}\n  errors\n  kubernetes cluster.local in-addr.arpa {{\n"
             f"    endpoint {self.place.url}\n    tls {keys}/admin.crt {keys}/admin.key {keys}/ca.crt\n  }}\n}}\n"
         )
         self.children.start("coredns", [*self.place.enter, self.assets.binary("coredns"), "-conf", corefile])
 
 
-def remove_all() -> None:
-    """Everything that outlives the processes. Safe to call twice, and when there is nothing."""
-    for name in _namespaces():
-        remove_namespace(name)
-    _ip("link", "del", BRIDGE, check=False)
-    remove_cgroups("")
+def remove_cgroups(name: str) -> None:
+    """Safe to call twice. A group can only go when the kernel has taken its last process away."""
 
-
-def remove_namespace(name: str) -> None:
-    def empty() -> bool:
-        pids = _ip("netns", "pids", name, check=False).split()
-        for pid in pids:
-            subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
-        return not pids
-
-    wait_for(empty, 20, f"the processes in {name} end")
-    _ip("netns", "del", name)
-
-
-def remove_cgroups(below: str) -> None:
-    deadline = time.monotonic() + 10
-    while folders := [f for f in Path("/sys/fs/cgroup").glob(f"*/{CGROUP}/{below}") if f.exists()] or (
-        [f for f in [Path("/sys/fs/cgroup") / CGROUP / below] if f.exists()]
-    ):
+    def gone() -> bool:
+        folders = [folder for folder in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")) if folder.exists()]
         for folder in folders:
-            subprocess.run(
-                ["find", str(folder), "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"],
-                check=False,
-                capture_output=True,
-            )
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"cgroups are still in use: {folders}")
-        time.sleep(0.05)
+            find = ["find", str(folder), "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
+            subprocess.run(find, check=False, capture_output=True)
+        return not folders
 
-
-def _namespaces() -> list[str]:
-    if not Path("/run/netns").exists():
-        return []
-    return sorted(path.name for path in Path("/run/netns").glob("aln-*"))
-
-
-def _ip(*arguments: str, check: bool = True) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
+    wait_for(gone, 20, f"the control groups {name} go away", every=0.05)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # PID 1 of one node, already in its own network, mount and PID namespaces. When it ends, the kernel ends every process
-# and mount of the node with it. In the environment: NODE ADDRESS PODS DNS STATE BIN CGROUP.
+# and mount of the node with it. In the environment: NODE ADDRESS PODS ALL_PODS DNS CGROUP STATE BIN.
 set -euo pipefail
 disk=$STATE/$NODE keys=$STATE/pki logs=$STATE/logs/$NODE
 
@@ -108,7 +108,7 @@ import_images
 start kubelet "$BIN/kubelet" --config="$disk/kubelet.yaml" --kubeconfig="$STATE/$NODE.kubeconfig" \
   --hostname-override="$NODE" --node-ip="$ADDRESS"
 start kube-proxy "$BIN/kube-proxy" --kubeconfig="$STATE/proxy.kubeconfig" --hostname-override="$NODE" \
-  --proxy-mode=iptables --cluster-cidr=10.244.0.0/16 --conntrack-max-per-core=0
+  --proxy-mode=iptables --cluster-cidr="$ALL_PODS" --conntrack-max-per-core=0
 # PID 1 takes in orphans.
 while :; do
   wait -n || true

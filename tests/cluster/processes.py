@@ -38,7 +38,7 @@ class Children:
             self.running[name] = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | (env or {}),
-                start_new_session=True, preexec_fn=die_with_parent,
+                start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509 (a keeper has one thread)
             )  # fmt: skip
         return self.running[name].pid
 

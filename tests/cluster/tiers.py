@@ -6,6 +6,7 @@ from typing import Any
 from cluster import controllers, controlplane, kwok, machines
 from cluster.assets import Assets
 from cluster.controlplane import Place
+from cluster.network import Network
 from cluster.processes import Children, free_ports
 
 Spec = dict[str, Any]
@@ -57,9 +58,10 @@ class NodeTier(ApiTier):
     scheduler = True
 
     def start(self) -> None:
-        machines.make_network(self.spec["nodes"])
+        network, count = Network(self.spec["slot"]), self.spec["nodes"]
+        network.make(count)
         super().start()
-        self.machines = machines.Machines(self.place, self.assets, self.children, self.authority, self.spec["nodes"])
+        self.machines = machines.Machines(network, self.place, self.assets, self.children, self.authority, count)
         self.machines.start_all()
 
     def describe(self) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class NodeTier(ApiTier):
         actions[request["action"]](request["argument"])
 
     def _place(self, state: Path) -> Place:
-        return Place(state, machines.CONTROL, 6443, (2379, 2380), machines.enter(0))
+        network = Network(self.spec["slot"])
+        return Place(state, network.address(0), 6443, (2379, 2380), network.enter(0))
 
 
 TIERS = {"api": ApiTier, "kwok": KwokTier, "node": NodeTier}
