@@ -69,7 +69,7 @@ class Machines:
         return self.names.index(name) + 1
 
     def _is_ready(self, name: str) -> bool:
-        query = "-o=jsonpath={.items[0].status.conditions[?(@.type=='Ready')].status}"
+        query = "-o=jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
         selected = f"--field-selector=metadata.name={name}"
         return kubectl(self.place, self.assets, "get", "nodes", selected, query) == "True"
 
