@@ -1,13 +1,13 @@
 """A log as it grows, over broken connections, further attempts and pods that a queue stops and starts again."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.errors import ClusterError
 from controller.commands.cluster.pods import Pod
-from controller.commands.cluster.reading import Wanted, is_over, read, why_silent
+from controller.commands.cluster.reading import Reading, Wanted, is_over, read, why_silent
 
 POLL_SECONDS = 1.0
 OVERLAP_SECONDS = 60
@@ -39,7 +39,7 @@ def follow_lines(
     marks: dict[str, Mark] = {}
     while True:
         reading = read(cluster, wanted)
-        pod = reading.pod
+        pod = _unfinished(reading, marks) or reading.pod
         if pod is not None and pod.has_log:
             if marks and pod.uid not in marks:
                 note(f"attempt {pod.attempt}: pod {pod.name}")
@@ -54,6 +54,12 @@ def follow_lines(
         if done and is_over(reading, wanted):
             return
         time.sleep(poll)
+
+
+def _unfinished(reading: Reading, marks: Mapping[str, Mark]) -> Pod | None:
+    """A pod whose end is still to be read, though the next attempt may have begun."""
+    open_ = (pod for pod in reading.all_pods if pod.uid in marks and not marks[pod.uid].whole)
+    return next((pod for pod in open_ if not marks[pod.uid].broken), None)
 
 
 def _more(cluster: Cluster, pod: Pod, mark: Mark, note: Callable[[str], None]) -> Iterator[str]:

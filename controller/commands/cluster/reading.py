@@ -36,6 +36,8 @@ class Reading:
     pods: dict[int, Pod]
     """The attempt's, by index."""
     index: int
+    all_pods: tuple[Pod, ...] = ()
+    """Of all attempts."""
 
     @property
     def pod(self) -> Pod | None:
@@ -62,7 +64,7 @@ def reading_of(run: ClusterRun, pods: Sequence[Pod], wanted: Wanted) -> Reading:
     # The status keeps only the attempts that still matter; of the newest one it may not know yet.
     numbers = [attempt.number for attempt in phase.attempts] + [pod.attempt for pod in pods]
     attempt = wanted.attempt or max(numbers, default=None)
-    return Reading(run, phase, attempt, of_attempt(pods, attempt or 0), wanted.index)
+    return Reading(run, phase, attempt, of_attempt(pods, attempt or 0), wanted.index, tuple(pods))
 
 
 def find_phase(run: ClusterRun, name: str) -> PhaseStatus:

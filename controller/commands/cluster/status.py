@@ -31,7 +31,7 @@ def title(run: ClusterRun, namespace: str) -> str:
     if not run.status.conditions:
         age = duration((datetime.now(UTC) - run.created).total_seconds())
         return f"run {name}: {run.state} (created {age} ago; is the operator running?)"
-    return headline(name, run.state, run.status, counting=bool(run.active_phases) or not run.stopped)
+    return headline(name, run.state, run.status, counting=not run.stopped)
 
 
 def existing(cluster: Cluster, name: str) -> ClusterRun:
