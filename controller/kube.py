@@ -202,7 +202,8 @@ class Api:
         items: list[Object] = []
         while True:
             answer = await self._call(call, namespace, None, query=query, accept=accept)
-            items += answer["items"]
+            # An empty list of metadata is null.
+            items += answer["items"] or []
             token = answer["metadata"].get("continue")
             if not token:
                 return items

@@ -70,20 +70,29 @@ def _reason(phase: PhaseStatus) -> str:
     return f"{phase.failure}: {phase.message}" if phase.failure else phase.message
 
 
+BAD_NEWS = {
+    meta.ACCEPTED: ("False", "RunRejected"),
+    meta.STALLED: ("True", "RunStalled"),
+    meta.FAILED: ("True", "RunFailed"),
+}
+"""Conditions whose status is worth a warning, and the warning's reason."""
+
+
 def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event]:
     old, new = before.condition(kind), after.condition(kind)
     if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
         return
-    bad_when = "False" if kind in (meta.ACCEPTED, meta.ADMITTED) else "True"
-    if kind == meta.ADMITTED:
-        waits = new.status == "False"
-        yield Event("Normal", new.reason if waits else "Admitted", f"queue: {new.message}")
+    if kind in BAD_NEWS:
+        status, reason = BAD_NEWS[kind]
+        if new.status == status:
+            yield Event("Warning", reason, new.message)
+    elif kind == meta.ADMITTED:
+        yield Event("Normal", f"Queue{new.reason}", new.message)
     elif kind == meta.SUCCEEDED and new.status == "True":
-        yield Event("Normal", "Succeeded", "all phases succeeded")
+        yield Event("Normal", "RunSucceeded", "all phases succeeded")
     elif kind == meta.SUSPENDED and (new.status == "True" or (old is not None and old.status == "True")):
-        yield Event("Normal", "Suspended" if new.status == "True" else "Resumed", new.message or new.reason)
-    elif kind in (meta.ACCEPTED, meta.STALLED, meta.FAILED) and new.status == bad_when:
-        yield Event("Warning", new.reason, new.message)
+        reason = "RunSuspended" if new.status == "True" else "RunResumed"
+        yield Event("Normal", reason, new.message or new.reason)
 
 
 def render(event: Event, run: AlignmentRun, instance: str, now: datetime) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""An operator with its own rights against a real API server, Training Operator and Kueue."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster.client import Cluster
+from driver import ROOT, Driver, OperatorProcess
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def prepared(api_cluster: Cluster) -> Cluster:
+    """The CRD and the operator's rights, as shipped."""
+    api_cluster.apply(ROOT / "manifests/crd.yaml")
+    api_cluster.apply(ROOT / "manifests/rbac.yaml")
+    api_cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
+    return api_cluster
+
+
+@pytest.fixture(scope="session")
+def operator_factory(
+    prepared: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., OperatorProcess]]:
+    folder = tmp_path_factory.mktemp("operators")
+    made: list[OperatorProcess] = []
+
+    def make(*arguments: str, kubeconfig: Path | None = None) -> OperatorProcess:
+        mine = kubeconfig or prepared.service_account_kubeconfig("alignment-system", "alignment-operator")
+        operator = OperatorProcess(mine, free_port(), folder / f"{len(made)}.log", arguments)
+        made.append(operator)
+        return operator
+
+    yield make
+    for operator in made:
+        if operator.process is not None and operator.process.poll() is None:
+            operator.stop("kill")
+
+
+@pytest.fixture(scope="session")
+def operator(operator_factory: Callable[..., OperatorProcess], prepared: Cluster) -> OperatorProcess:
+    """The one that most tests share: a user of them cannot tell it from one in a pod."""
+    running = operator_factory().start()
+    prepared.wait(lambda: running.get("readyz")[0] == 200, 30, "the operator is ready")
+    return running
+
+
+@pytest.fixture
+def driver(prepared: Cluster, operator: OperatorProcess) -> Iterator[Driver]:
+    namespace = prepared.namespace("op", restricted=True)
+    yield Driver(prepared, namespace)
+    prepared.delete_namespace(namespace)

@@ -1,0 +1,209 @@
+"""Plays the kubelet where no node runs pods: writes what it would write. Everything else in these tests is real."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.client import Cluster, KubectlError
+
+Object = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+
+ROWS = {"train": [{"synthetic": {"task": "letters", "split": "demonstrations", "count": 8}}]}
+PAIRS = {"train": [{"synthetic": {"task": "letters", "split": "preferences", "count": 8}}]}
+MODEL = {"scratch": {"hiddenSize": 8, "numLayers": 1, "tokenizer": {"trainOn": ROWS["train"]}}}
+FAST = {"backoff": {"initialSeconds": 0.1, "maxSeconds": 0.1}}
+
+
+def sft(name: str = "sft", **settings: Any) -> Object:
+    return {"name": name, "sft": {"data": ROWS, **settings}}
+
+
+def dpo(name: str = "dpo", on: str = "sft", **settings: Any) -> Object:
+    return {"name": name, "dpo": {"policy": {"phase": on}, "data": PAIRS, **settings}}
+
+
+def manifest(name: str, *phases: Object, **spec: Any) -> Object:
+    return {
+        "apiVersion": "alignment.dev/v1alpha1",
+        "kind": "AlignmentRun",
+        "metadata": {"name": name},
+        "spec": {
+            "model": MODEL,
+            "workspace": {"claimName": "work"},
+            "template": {"image": "nothing:1"},
+            "failurePolicy": FAST,
+            "phases": list(phases or (sft(), dpo())),
+            **spec,
+        },
+    }
+
+
+@dataclass
+class Driver:
+    """One namespace, and the hands of its kubelet."""
+
+    cluster: Cluster
+    namespace: str
+
+    def apply(self, run: Object) -> None:
+        self.cluster.apply(run, self.namespace)
+
+    def patch(self, run: str, spec: Object) -> str:
+        patch = json.dumps({"spec": spec})
+        return self.cluster.kubectl("patch", "arun", run, "-n", self.namespace, "--type=merge", "-p", patch)
+
+    def edit_phase(self, run: str, phase: Object) -> None:
+        """Replace one phase, as a user who edits the file and applies it again."""
+        phases = self.run(run)["spec"]["phases"]
+        self.patch(run, {"phases": [phase if p["name"] == phase["name"] else p for p in phases]})
+
+    # -- what is there
+
+    def run(self, name: str) -> Object:
+        return self.cluster.get("arun", name, "-n", self.namespace)
+
+    def status(self, name: str) -> Object:
+        return self.run(name).get("status", {})
+
+    def phase(self, run: str, phase: str) -> Object:
+        return next((p for p in self.status(run).get("phases", []) if p["name"] == phase), {})
+
+    def condition(self, run: str, kind: str) -> Object:
+        return next((c for c in self.status(run).get("conditions", []) if c["type"] == kind), {})
+
+    def jobs(self) -> list[Object]:
+        return self.cluster.items("pytorchjobs", "-n", self.namespace)
+
+    def job_names(self) -> list[str]:
+        return sorted(job["metadata"]["name"] for job in self.jobs())
+
+    def events(self, reason: str = "") -> list[Object]:
+        found = self.cluster.items("events", "-n", self.namespace)
+        ours = [e for e in found if e["involvedObject"]["kind"] == "AlignmentRun"]
+        return [e for e in ours if not reason or e["reason"] == reason]
+
+    # -- waiting
+
+    def until_job(self, name: str) -> Object:
+        return self.cluster.wait(lambda: self._job(name), 30, f"job {name} ({self.namespace})")
+
+    def _job(self, name: str) -> Object | None:
+        try:
+            return self.cluster.get("pytorchjob", name, "-n", self.namespace)
+        except KubectlError:
+            return None
+
+    def until_pod(self, name: str) -> Object:
+        def pod() -> Object | None:
+            try:
+                return self.cluster.get("pod", name, "-n", self.namespace)
+            except KubectlError:
+                return None
+
+        return self.cluster.wait(pod, 30, f"pod {name} ({self.namespace})")
+
+    def until_phase(self, run: str, phase: str, state: str, timeout: float = 30) -> Object:
+        def reached() -> Object | None:
+            found = self.phase(run, phase)
+            return found if found.get("state") == state else None
+
+        try:
+            return self.cluster.wait(reached, timeout, f"phase {phase} of {run} is {state}")
+        except TimeoutError:
+            raise AssertionError(f"phase {phase} never was {state}: {json.dumps(self.status(run), indent=1)}") from None
+
+    def until_condition(
+        self, run: str, kind: str, status: str = "True", timeout: float = 30, reason: str = ""
+    ) -> Object:
+        def reached() -> Object | None:
+            found = self.condition(run, kind)
+            fits = found.get("status") == status and (not reason or found.get("reason") == reason)
+            return found if fits else None
+
+        try:
+            return self.cluster.wait(reached, timeout, f"{kind} of {run} is {status} {reason}")
+        except TimeoutError:
+            raise AssertionError(f"{kind} never was {status}: {json.dumps(self.status(run), indent=1)}") from None
+
+    # -- the kubelet's hands
+
+    def start(self, job: str, index: int = 0) -> None:
+        self.until_pod(f"{job}-worker-{index}")
+        self._write(job, index, "Running", {"running": {"startedAt": now()}})
+
+    def succeed(self, job: str, artifact: str = "", metrics: Object | None = None, index: int = 0) -> None:
+        digest = self.until_job(job)["metadata"]["annotations"]["alignment.dev/digest"]
+        said = {"digest": digest, "artifactDigest": artifact or f"artifact-of-{job}", "metrics": metrics or {}}
+        self.end(job, 0, said, index=index)
+
+    def fail(self, job: str, failure: str, message: str = "it went wrong", code: int = 1, index: int = 0) -> None:
+        self.end(job, code, {"failure": failure, "message": message}, index=index)
+
+    def end(self, job: str, code: int, said: Object | str, reason: str = "", index: int = 0) -> None:
+        self.until_pod(f"{job}-worker-{index}")
+        text = said if isinstance(said, str) else json.dumps(said)
+        state = {"exitCode": code, "message": text, "reason": reason or ("Completed" if code == 0 else "Error")}
+        state |= {"startedAt": now(), "finishedAt": now()}
+        self._write(job, index, "Failed" if code else "Succeeded", {"terminated": state})
+
+    def _write(self, job: str, index: int, phase: str, state: Object) -> None:
+        container = {
+            "name": "pytorch",
+            "image": "nothing:1",
+            "imageID": "",
+            "ready": phase == "Running",
+            "restartCount": 0,
+        }
+        status = {"phase": phase, "containerStatuses": [{**container, "state": state}]}
+        self.cluster.patch_status("pod", f"{job}-worker-{index}", self.namespace, status)
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass
+class OperatorProcess:
+    """`python -m controller` outside pods, with the rights that manifests/rbac.yaml gives it."""
+
+    kubeconfig: Path
+    port: int
+    log: Path
+    arguments: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "OperatorProcess":
+        command = [sys.executable, "-m", "controller", "--kubeconfig", str(self.kubeconfig), "--port", str(self.port)]
+        command += ["--lease-namespace", "alignment-system", *self.arguments]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
+        return self
+
+    def stop(self, how: str = "terminate", timeout: float = 20) -> int:
+        assert self.process is not None
+        getattr(self.process, how)()
+        return self.process.wait(timeout)
+
+    def get(self, path: str) -> tuple[int, str]:
+        import urllib.error
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples; ``name`` may have labels."""
+        _, page = self.get("metrics")
+        wanted = name if "{" in name else f"{name}{{"
+        lines = [line for line in page.splitlines() if line.startswith(wanted) or line.split(" ")[0] == name]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
