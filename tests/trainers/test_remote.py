@@ -1,146 +1,19 @@
-"""Workspaces on an object store, against a real S3 server (versitygw), whose objects are plain files."""
+"""Workspaces on an object store: a phase from end to end, torn uploads, stores that cannot be used."""
 
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
-from cluster import build, requirements
+import remote_store
 from cluster.processes import free_ports
+from remote_store import serve, sft, start, steps, use, wait_for, weights
 
 from trainers.contract import PhaseDir, Result
 
-KEY, SECRET = "test-key", "a-secret-nobody-should-see"
-ROWS = '{"prompt": "copy box : A B", "response": "A B"}\n{"prompt": "copy box : B A", "response": "B A"}\n' * 8
-EVERY_STEP = {"everySteps": 1, "keepLast": 3}
-
-
-@dataclass
-class Bucket:
-    """An empty bucket; ``path`` is where the server keeps its objects."""
-
-    uri: str
-    path: Path
-
-    def names(self, folder: str = "") -> set[str]:
-        root = self.path / folder
-        return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-
-
-@dataclass
-class Server:
-    port: int
-    root: Path
-    process: subprocess.Popen
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
-def serve(root: Path, port: int) -> Server:
-    binary = build.ensure("s3").binary("versitygw")
-    environment = {**os.environ, "ROOT_ACCESS_KEY": KEY, "ROOT_SECRET_KEY": SECRET}
-    command = [str(binary), "--port", f"127.0.0.1:{port}", "posix", str(root)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = Server(port, root, process)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            urllib.request.urlopen(server.endpoint, timeout=5)
-        except urllib.error.HTTPError:
-            return server
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, "the S3 server does not start"
-            time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if reason := requirements.missing("s3"):
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"S3 server: {reason}", pytrace=False)
-        pytest.skip(f"S3 server: {reason}")
-    server = serve(tmp_path_factory.mktemp("s3"), free_ports(1)[0])
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    use(monkeypatch, server.endpoint)
-    name = re.sub(r"[^a-z0-9]", "-", tmp_path.name.lower()).strip("-")
-    (server.root / name).mkdir()
-    yield Bucket(f"s3://{name}", server.root / name)
-    forget_connections()
-
-
-def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, secret: str = SECRET) -> None:
-    """What a pod gets from its secret references."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    forget_connections()
-
-
-def forget_connections() -> None:
-    """fsspec keeps file systems, with the credentials they were made with, for the life of the process."""
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def in_pod(run_phase, tmp_path, bucket):
-    """``in_pod(type, spec, phase=, run=, inputs=) -> (exit code, Result or None, its folder)``: in an empty folder each time."""
-    count = iter(range(1000))
-
-    def run(kind, spec, phase=None, run="run", inputs=(), remote=None, folder=None, **file):
-        workspace = folder or tmp_path / f"pod-{next(count)}"
-        found = {}
-        for name in inputs:  # what the controller knows of them is in the phase file
-            found[name] = workspace / run / name
-            found[name].mkdir(parents=True, exist_ok=True)
-            shutil.copy(bucket.path / "ws" / run / name / "result.json", found[name])
-        output = workspace / run / (phase or kind)
-        remote = remote or f"{bucket.uri}/ws"
-        code, result = run_phase(kind, spec, found, output, remote=remote, baseDir=str(workspace), **file)
-        return code, result, output
-
-    return run
-
-
-def sft(start: Path | str, **changes) -> dict:
-    base = {
-        "model": {"source": str(start)},
-        "data": {
-            "train": [{"synthetic": {"task": "letters", "split": "demonstrations", "count": 48}}],
-            "maxLength": 64,
-        },
-        "batchSize": 16,
-        "duration": {"maxSteps": 6},
-        "optim": {"lr": 1e-3},
-        "checkpoint": EVERY_STEP,
-    }
-    return {**base, **changes}
+# Fixtures.
+server, bucket, in_pod = remote_store.server, remote_store.bucket, remote_store.in_pod
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +23,6 @@ def local(run_phase, tiny_model_dir, tmp_path_factory) -> tuple[Path, Result]:
     code, result = run_phase("sft", sft(tiny_model_dir), None, output)
     assert code == 0
     return output, result
-
-
-def weights(phase: Path) -> bytes:
-    return (phase / "model" / "model.safetensors").read_bytes()
-
-
-def steps(phase: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (phase / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- a phase from end to end
@@ -209,27 +74,6 @@ def test_a_phase_that_is_killed_outright_goes_on_in_another_pod(bucket, tiny_mod
     assert start(tmp_path / "c", spec, None).wait(120) == 0
     assert min(int(p.name[5:]) for p in (tmp_path / "b/ws/run/sft/checkpoints").glob("step-*")) > 5
     assert weights(tmp_path / "b/ws/run/sft") == weights(tmp_path / "c/ws/run/sft")
-
-
-def start(folder: Path, spec: dict, remote: str | None, prelude: str = "", **file) -> subprocess.Popen:
-    """``python -m trainers`` in a process of its own, with an empty workspace, after the Python code ``prelude``."""
-    folder.mkdir()
-    document = {"output": str(folder / "ws/run/sft"), "spec": spec, "baseDir": str(folder / "ws"), "remote": remote}
-    (folder / "phase.yaml").write_text(yaml.safe_dump({**document, **file}))
-    arguments = ["trainers", "sft", "--spec", str(folder / "phase.yaml")]
-    code = f"{prelude}\nimport runpy, sys\nsys.argv = {arguments}\nrunpy.run_module('trainers', run_name='__main__')"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------- torn uploads
@@ -419,118 +263,3 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
 def number(phase: Path, key: str) -> int:
     progress = PhaseDir(phase).read_progress()
     return getattr(progress, key) if progress else 0
-
-
-# ---------------------------------------------------------------- reuse
-
-
-def trained(output: Path) -> bool:
-    """Whether anything was computed in this pod's folder."""
-    return (output / "progress.json").exists()
-
-
-def test_a_finished_phase_ends_at_once_without_a_model(in_pod, tiny_model_dir):
-    _, first, _ = in_pod("sft", sft(tiny_model_dir))
-    code, _, output = in_pod("sft", sft(tiny_model_dir))
-    assert code == 0 and not trained(output) and not (output / "model").exists()
-    assert first is not None
-
-
-def test_another_run_adopts_the_result(in_pod, bucket, tiny_model_dir, capsys):
-    in_pod("sft", sft(tiny_model_dir))
-    code, _, output = in_pod("sft", sft(tiny_model_dir), run="second", phase="start")
-    assert code == 0 and not trained(output)
-    assert f"{bucket.uri}/ws/run/sft holds this result already" in capsys.readouterr().out
-    ours = bucket.names("ws/run/sft")
-    assert bucket.names("ws/second/start") == {n for n in ours if not n.startswith("checkpoints/")}
-    shutil.rmtree(bucket.path / "ws/run")
-    assert in_pod("sft", sft(tiny_model_dir), run="third")[0] == 0, "an index entry may point to nothing"
-    assert (
-        PhaseDir(bucket.path / "ws/third/sft").read_result() == PhaseDir(bucket.path / "ws/second/start").read_result()
-    )
-
-
-def test_an_edit_displaces_a_result_and_its_undoing_brings_it_back(in_pod, stop_after, bucket, tiny_model_dir):
-    _, first, _ = in_pod("sft", sft(tiny_model_dir))
-    with stop_after(2):
-        in_pod("sft", sft(tiny_model_dir, seed=1))
-    history = bucket.path / "ws/run/.history"
-    [kept] = history.iterdir()
-    assert PhaseDir(kept).read_result() == first and (kept / "checkpoints/step-6").is_dir()
-    code, _, output = in_pod("sft", sft(tiny_model_dir))
-    assert code == 0 and not trained(output)
-    assert PhaseDir(bucket.path / "ws/run/sft").read_result() == first
-    assert len(list(history.glob("*/checkpoints/step-2/.manifest.json"))) == 1, "unfinished work is kept too"
-
-
-def test_changed_data_makes_a_new_result(in_pod, bucket, tiny_model_dir):
-    data = bucket.path / "ws/data"
-    data.mkdir(parents=True)
-    (data / "a.jsonl").write_text(ROWS)
-    spec = sft(tiny_model_dir, data={"train": [{"files": "data/*.jsonl"}], "maxLength": 64}, duration={"maxSteps": 1})
-    code, first, _ = in_pod("sft", spec)
-    assert code == 0 and first.data[0].rows == 16
-    assert not trained(in_pod("sft", spec)[2])
-    (data / "a.jsonl").write_text(ROWS.replace("copy", "sort"))
-    code, second, _ = in_pod("sft", spec)
-    assert code == 0 and second.digest == first.digest and second.artifact_digest != first.artifact_digest
-    (data / "a.jsonl").write_text(ROWS)
-    code, _, output = in_pod("sft", spec)
-    assert code == 0 and not trained(output)
-    assert PhaseDir(bucket.path / "ws/run/sft").read_result() == first
-
-
-# ---------------------------------------------------------------- data and models by address
-
-
-def test_data_and_model_by_address_in_a_shared_folder(run_phase, bucket, tiny_model_dir, tmp_path):
-    """The digest is of the spec as written, the data's fingerprint of the contents, and the result names the address."""
-    shutil.copytree(tiny_model_dir, bucket.path / "models/tiny")
-    (bucket.path / "data").mkdir()
-    (bucket.path / "data/train-0.jsonl").write_text(ROWS)
-    (bucket.path / "data/other.jsonl").write_text("not read")
-    (tmp_path / "train-0.jsonl").write_text(ROWS)
-    changes = {"duration": {"maxSteps": 2}}
-    address = {"train": [{"files": f"{bucket.uri}/data/train-*.jsonl"}], "maxLength": 64}
-    spec = sft(f"{bucket.uri}/models/tiny", data=address, **changes)
-    code, result = run_phase("sft", spec, None, tmp_path / "a/run/sft")
-    assert code == 0
-    files = {"train": [{"files": str(tmp_path / "train-*.jsonl")}], "maxLength": 64}
-    _, plain = run_phase("sft", sft(tiny_model_dir, data=files, **changes), None, tmp_path / "b/run/sft")
-    assert weights(tmp_path / "a/run/sft") == weights(tmp_path / "b/run/sft")
-    assert result.data[0].fingerprint == plain.data[0].fingerprint
-    assert result.settings["model"]["source"] == f"{bucket.uri}/models/tiny"
-    assert result.settings["data"]["train"][0]["files"] == f"{bucket.uri}/data/train-*.jsonl"
-    elsewhere = tmp_path / "c/deeper/run/sft"
-    assert run_phase("sft", spec, None, elsewhere)[1].digest == result.digest
-
-    (bucket.path / "data/train-1.jsonl").write_text(ROWS)
-    assert run_phase("sft", spec, None, tmp_path / "a/run/sft")[1].data[0].rows == 32
-    (bucket.path / "data/train-1.jsonl").unlink()
-    _, again = run_phase("sft", spec, None, tmp_path / "a/run/sft")
-    assert again == result, "found in the history"
-
-
-def test_data_and_model_in_a_remote_workspace(in_pod, bucket, tiny_model_dir):
-    shutil.copytree(tiny_model_dir, bucket.path / "ws/models/tiny")
-    (bucket.path / "ws/train.jsonl").write_text(ROWS)
-    data = {"train": [{"files": "train.jsonl"}], "maxLength": 64}
-    code, result, _ = in_pod("sft", sft("./models/tiny", data=data, duration={"maxSteps": 1}))
-    assert code == 0 and result.data[0].rows == 16
-
-
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ({"data": {"train": [{"files": "data/none-*.jsonl"}]}}, "no object matches {uri}/ws/data/none-*.jsonl"),
-        ({"data": {"train": [{"files": "{uri}/none.jsonl"}]}}, "no object matches {uri}/none.jsonl"),
-        ({"model": {"source": "{uri}/models/none"}}, "model {uri}/models/none: there are no objects"),
-        ({"model": {"source": "s3://key:secret@bucket/model"}}, "credentials come from the environment"),
-        ({"model": {"source": "s3://bucket/../model"}}, "not an address of the form"),
-    ],
-)
-def test_what_is_not_there_is_named(in_pod, bucket, tiny_model_dir, capfd, spec, said):
-    spec = json.loads(json.dumps(spec).replace("{uri}", bucket.uri))
-    assert in_pod("sft", sft(tiny_model_dir, **spec))[0] == 2
-    err = capfd.readouterr().err
-    assert said.replace("{uri}", bucket.uri) in err and "key:secret" not in err
