@@ -25,7 +25,8 @@ PROGRESS_EVERY_SECONDS = 10.0
 
 
 def elapsed(phase: PhaseStatus, now: datetime) -> float | None:
-    if phase.started_at is None:
+    at_rest = phase.state == PhaseState.SUSPENDED and phase.finished_at is None
+    if phase.started_at is None or at_rest:
         return None
     return ((phase.finished_at or now) - phase.started_at).total_seconds()
 
@@ -145,7 +146,7 @@ def transition(phase: PhaseStatus) -> str:
         spent = elapsed(phase, datetime.now(UTC))
         return f"{text} in {duration(spent)}" if spent is not None else text
     reason = f"{phase.failure}: {phase.message}" if phase.failure else phase.message
-    return f"{text}: {reason}" if reason else text
+    return f"{text}: {reason}" if reason and reason != text else text
 
 
 def progress_line(progress: PhaseProgress) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from builders import START
+from rich.console import Console
 
 from controller import cli, workspace
 from controller.api.problems import InvalidRun
@@ -17,6 +18,7 @@ from controller.commands.cluster.follow import Mark, _fresh
 from controller.commands.cluster.pods import Pod, of_attempt
 from controller.commands.cluster.reading import Wanted, is_over, reading_of, why_silent
 from controller.commands.cluster.run import ClusterRun, newest, the_one
+from controller.commands.display import status_table, transition
 from controller.commands.status import headline, notes
 from controller.commands.where import Place
 
@@ -362,6 +364,18 @@ NOTES: dict[str, tuple[ClusterRun, list[str]]] = {
 def test_notes(sentence: str) -> None:
     found, lines = NOTES[sentence]
     assert list(notes(found.status)) == lines
+
+
+def test_a_table_shows_messages_as_they_are_and_counts_no_time_of_what_rests() -> None:
+    console = Console(width=120, record=True, quiet=True)
+    status = run(
+        phase("a", "Failed", message="spec.phases[dpo].beta: bad [/x]"), phase("b", "Suspended", startedAt=NOW)
+    ).status
+    console.print(status_table(status, START.replace(hour=1)))
+    rows = [line.rstrip() for line in console.export_text().splitlines()]
+    assert rows[1].endswith("spec.phases[dpo].beta: bad [/x]")
+    assert rows[2].split() == ["b", "sft", "Suspended"]
+    assert transition(status.phases[1].model_copy(update={"message": "suspended"})) == "suspended"
 
 
 # ---------------------------------------------------------------- logs

@@ -260,7 +260,7 @@ def test_a_log_that_cannot_be_read_is_one_line(bench: Bench) -> None:
                 "state": {"running": {"startedAt": CREATED}}}]  # fmt: skip
     bench.pod("base", node="nowhere", containerStatuses=running)
     code, output = bench.call("logs")
-    assert (code, output.count("\n"), output.startswith("error: https://")) == (1, 1, True)
+    assert (code, output.count("\n"), output.startswith("error: the log of pod helpful-base-1-")) == (1, 1, True)
 
 
 def test_following_waits_through_attempts_and_ends_with_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

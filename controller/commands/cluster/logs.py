@@ -4,8 +4,10 @@ import typer
 
 from controller.api.problems import InvalidRun, Problem
 from controller.commands.cluster.client import Cluster
+from controller.commands.cluster.errors import ClusterError
 from controller.commands.cluster.follow import follow_lines
 from controller.commands.cluster.patience import patiently
+from controller.commands.cluster.pods import Pod
 from controller.commands.cluster.reading import FINAL, Wanted, find_phase, read, why_silent
 from controller.commands.cluster.run import ClusterRun, newest
 from controller.commands.find import interesting_phase
@@ -37,14 +39,21 @@ def _next_phase(run: ClusterRun) -> str | None:
 def _print(cluster: Cluster, wanted: Wanted) -> int:
     reading = read(cluster, wanted)
     if reading.pod is not None and reading.pod.has_log:
-        for line in cluster.log(reading.pod):
-            print(line.decode(errors="replace"), end="")
+        _print_all(cluster, reading.pod)
         return 0
     why = why_silent(cluster, reading)
     if reading.attempt is None or (reading.pods and reading.pod is None):
         raise InvalidRun([Problem("", why)])
     typer.echo(why, err=True)
     return 1 if reading.gone else 0
+
+
+def _print_all(cluster: Cluster, pod: Pod) -> None:
+    try:
+        for line in cluster.log(pod):
+            print(line.decode(errors="replace"), end="")
+    except ClusterError as error:
+        raise ClusterError(f"the log of pod {pod.name} cannot be read: {error}", error.code) from error
 
 
 class _Notes:
