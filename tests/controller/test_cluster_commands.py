@@ -1,5 +1,6 @@
 """What `alignctl` makes of a cluster's answers, by tables: which place, which run, which words."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -367,7 +368,7 @@ def test_notes(sentence: str) -> None:
 
 
 def test_a_table_shows_messages_as_they_are_and_counts_no_time_of_what_rests() -> None:
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, record=True, file=io.StringIO())
     status = run(
         phase("a", "Failed", message="spec.phases[dpo].beta: bad [/x]"), phase("b", "Suspended", startedAt=NOW)
     ).status
