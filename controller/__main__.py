@@ -38,6 +38,7 @@ Claim = Annotated[
 LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
 Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
+WatchdogSeconds = Annotated[float, typer.Option(envvar="WATCHDOG_SECONDS", help="Between two checks of the watches.")]
 LogFormat = Annotated[str, typer.Option(envvar="LOG_FORMAT", help="json or text.")]
 LogLevel = Annotated[str, typer.Option(envvar="LOG_LEVEL", help="debug, info, warning or error.")]
 
@@ -51,6 +52,7 @@ def operator(
     lease_namespace: LeaseNamespace = "default",
     port: Port = 8080,
     workers: Workers = 8,
+    watchdog_seconds: WatchdogSeconds = 60.0,
     log_format: LogFormat = "json",
     log_level: LogLevel = "info",
 ) -> None:
@@ -73,6 +75,7 @@ def operator(
         defaults=Defaults(default_image, Workspace(claim_name=default_claim) if default_claim else None),
         port=port,
         workers=workers,
+        watchdog_seconds=watchdog_seconds,
     )
     logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
     sys.exit(asyncio.run(main(options, login)))

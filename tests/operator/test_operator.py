@@ -1,0 +1,257 @@
+"""The operator as a process: its rights, its replicas, an API server that misbehaves, what it tells."""
+
+import json
+import re
+import time
+
+import pytest
+from cluster.proxy import FaultProxy
+from driver import FAST, Driver, dpo, manifest, sft
+
+from controller.gen.rbac import rules
+from controller.kube import CALLS, LEASE_CALLS
+
+USER = "system:serviceaccount:alignment-system:alignment-operator"
+
+
+def by_operator(cluster):
+    """Watches are told of when they begin: they go on."""
+    return [
+        e
+        for e in cluster.audited(USER)
+        if e["stage"] == ("ResponseStarted" if e["verb"] == "watch" else "ResponseComplete")
+    ]
+
+
+def asked(event):
+    what = event.get("objectRef", {})
+    resource = what.get("resource", "") + (f"/{what['subresource']}" if what.get("subresource") else "")
+    return event["verb"], what.get("apiGroup", ""), resource
+
+
+class TestRights:
+    def test_no_call_is_made_that_is_not_declared_and_none_is_refused(self, driver: Driver):
+        driver.apply(manifest("run", sft(), queueName="nobody"))
+        driver.until_job("run-sft-1")
+        driver.patch("run", {"suspend": True})
+        driver.until_condition("run", "Suspended")
+        granted = {
+            (verb, rule["apiGroups"][0], rule["resources"][0])
+            for rule in rules((*CALLS, *LEASE_CALLS))
+            for verb in rule["verbs"]
+        }
+        made = [e for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource")]
+        assert {asked(e) for e in made} <= granted
+        assert not [e["requestURI"] for e in made if e["responseStatus"]["code"] in (401, 403)]
+
+    def test_every_right_is_used(self, driver: Driver):
+        """Least privilege: a right that is never needed is taken away. Lists and watches are kopf's."""
+        driver.apply(manifest("queued", sft(), queueName="nobody"))
+        driver.apply(manifest("waiting", sft()))  # after ten seconds without a reason, events are asked for one
+        driver.until_job("queued-sft-1")
+        driver.patch("queued", {"suspend": True})
+        granted = {(v, r["apiGroups"][0], r["resources"][0]) for r in rules((*CALLS, *LEASE_CALLS)) for v in r["verbs"]}
+
+        def unused():
+            return granted - {asked(e) for e in by_operator(driver.cluster)}
+
+        try:
+            driver.cluster.wait(lambda: not unused(), 40, "all rights are used")
+        except TimeoutError:
+            raise AssertionError(f"never used: {unused()}") from None
+
+    def test_secrets_cannot_be_read(self, driver: Driver):
+        answer = driver.cluster.kubectl("auth", "can-i", "get", "secrets", "-A", f"--as={USER}", check=False)
+        assert answer.strip().startswith("no")
+
+    def test_jobs_are_made_and_deleted_and_never_changed(self, driver: Driver):
+        """Else the operator would fight Kueue over `suspend`."""
+        writes = {
+            e["verb"] for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource") == "pytorchjobs"
+        }
+        assert writes <= {"create", "delete", "list", "watch"}
+
+
+class TestTells:
+    def test_metrics(self, driver: Driver, operator):
+        before = operator.metric('alignment_operator_attempt_failures_total{class="Infrastructure",type="sft"}')
+        driver.apply(manifest("run", sft()))
+        driver.fail("run-sft-1", "Infrastructure")
+        driver.succeed("run-sft-2")
+        driver.until_condition("run", "Succeeded")
+        runs = f'alignment_operator_runs{{namespace="{driver.namespace}",state="Succeeded"}}'
+        driver.cluster.wait(lambda: operator.metric(runs) == 1, 10, "the run is counted")
+        after = operator.metric('alignment_operator_attempt_failures_total{class="Infrastructure",type="sft"}')
+        assert after == before + 1
+        assert operator.metric('alignment_operator_retries_total{class="Infrastructure",type="sft"}') >= 1
+        assert operator.metric("alignment_operator_phase_duration_seconds_count") >= 1
+        assert operator.metric("alignment_operator_reconcile_seconds_count") > 5
+        assert operator.metric("alignment_operator_leader") == 1
+
+    def test_logs_are_json(self, driver: Driver, operator):
+        driver.apply(manifest("logged", sft()))
+        driver.until_job("logged-sft-1")
+        line = driver.cluster.wait(
+            lambda: next((text for text in operator.log.read_text().splitlines() if driver.namespace in text), None),
+            10,
+            "a line",
+        )
+        said = json.loads(line)
+        assert (said["run"], said["reason"], said["severity"]) == ("logged", "AttemptStarted", "info")
+
+    def test_events_are_for_transitions_only(self, driver: Driver):
+        driver.apply(manifest("run", sft(), dpo()))
+        driver.start("run-sft-1")
+        driver.until_phase("run", "sft", "Running")
+        for step in range(5):
+            driver.cluster.kubectl("annotate", "arun", "run", "-n", driver.namespace, f"nudge={step}", "--overwrite")
+        driver.succeed("run-sft-1")
+        driver.succeed("run-dpo-1")
+        driver.until_condition("run", "Succeeded")
+        driver.cluster.wait(lambda: driver.events("RunSucceeded"), 10, "the last event")
+        assert sorted(e["reason"] for e in driver.events()) == [
+            "AttemptStarted", "AttemptStarted", "PhaseSucceeded", "PhaseSucceeded", "RunSucceeded",
+        ]  # fmt: skip
+
+    def test_a_run_at_rest_is_left_alone(self, driver: Driver):
+        driver.apply(manifest("run", sft()))
+        driver.succeed("run-sft-1")
+        driver.until_condition("run", "Succeeded")
+        version = driver.run("run")["metadata"]["resourceVersion"]
+        time.sleep(3)
+        assert driver.run("run")["metadata"]["resourceVersion"] == version
+
+
+class TestReplicas:
+    def test_only_one_acts_and_another_goes_on(self, driver: Driver, operator, operator_factory):
+        """The shared operator leads. A second one waits, and takes over when the first dies without a word."""
+        second = operator_factory().start()
+        driver.cluster.wait(lambda: second.get("readyz")[0] == 200, 30, "the second is ready")
+        assert (operator.metric("alignment_operator_leader"), second.metric("alignment_operator_leader")) == (1, 0)
+        driver.apply(manifest("run", sft(), dpo()))
+        driver.until_job("run-sft-1")
+        assert second.metric("alignment_operator_reconcile_seconds_count") == 0
+        operator.stop("kill")
+        driver.succeed("run-sft-1")
+        driver.cluster.wait(lambda: second.metric("alignment_operator_leader") == 1, 40, "the second leads")
+        driver.until_job("run-dpo-1")
+        # The first comes back, and the second hands over at once when it is asked to end.
+        operator.start()
+        driver.cluster.wait(lambda: operator.get("readyz")[0] == 200, 30, "the first is back")
+        assert second.stop() == 0
+        driver.cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 10, "the first leads again")
+        driver.succeed("run-dpo-1")
+        driver.until_condition("run", "Succeeded")
+
+    def test_a_restart_forgets_nothing(self, driver: Driver, operator):
+        policy = {**FAST, "retries": {"infrastructure": 1}}
+        driver.apply(manifest("run", sft(), failurePolicy=policy))
+        driver.fail("run-sft-1", "Infrastructure", "first")
+        driver.until_job("run-sft-2")
+        assert operator.stop() == 0
+        driver.fail("run-sft-2", "Infrastructure", "second")
+        operator.start()
+        phase = driver.until_phase("run", "sft", "Failed")
+        assert [a["message"] for a in phase["attempts"]] == ["first", "second"]
+
+
+class TestFaults:
+    """An operator behind a proxy that misbehaves, beside the shared one, which is stopped meanwhile."""
+
+    @pytest.fixture
+    def faulty(self, driver: Driver, operator, operator_factory):
+        operator.stop()
+        mine = driver.cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
+        with FaultProxy(mine) as proxy:
+            running = operator_factory(kubeconfig=proxy.kubeconfig).start()
+            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 40, "it leads")
+            yield proxy, running
+            running.stop("kill")
+        operator.start()
+        driver.cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 40, "the shared one leads again")
+
+    def test_errors_lost_answers_and_conflicts_do_no_harm(self, driver: Driver, faulty):
+        proxy, running = faulty
+        faults = [
+            proxy.answer(500, method="POST", path="/pytorchjobs", times=2),
+            proxy.answer(429, method="GET", path="/pods", times=2, retry_after=1),
+            proxy.answer(409, method="PUT", path="/status", times=3),
+            proxy.lose_answer(method="PUT", path="/alignmentruns/run/status", times=2),
+            proxy.lose_answer(method="POST", path="/pytorchjobs", times=1),
+            proxy.answer(503, method="POST", path="/events", times=3),
+            proxy.refuse(method="GET", path="/alignmentruns/run$", times=2),
+        ]
+        driver.apply(manifest("run", sft(), dpo()))
+        driver.succeed("run-sft-1")
+        driver.succeed("run-dpo-1")
+        driver.until_condition("run", "Succeeded", timeout=60)
+        assert driver.job_names() == ["run-dpo-1", "run-sft-1"]
+        assert sum(fault.hits for fault in faults) >= 10
+        assert running.metric('alignment_operator_reconcile_seconds_count{outcome="bug"}') == 0
+
+    def test_an_edit_meanwhile_is_not_overwritten(self, driver: Driver, faulty):
+        """The status is written against the version that was read; a conflict means: look again."""
+        proxy, _ = faulty
+        driver.apply(manifest("run", sft(), suspend=True))
+        driver.until_condition("run", "Suspended")
+        proxy.delay(2.0, method="PUT", path="/alignmentruns/run/status", times=1)
+        driver.patch("run", {"suspend": False})
+        driver.patch("run", {"suspend": True, "seed": 7})
+        driver.cluster.wait(
+            lambda: driver.status("run")["observedGeneration"] == driver.run("run")["metadata"]["generation"],
+            30,
+            "it settles",
+        )
+        driver.until_condition("run", "Suspended")
+        driver.cluster.wait(lambda: not driver.jobs(), 20, "no job is left")
+
+    def test_a_dead_watch_is_noticed(self, driver: Driver, operator, operator_factory):
+        """The stream stays open and says nothing: kopf reconnects in vain, and only /healthz can tell."""
+        from controller.operator import watchdog
+
+        operator.stop()
+        mine = driver.cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
+        with FaultProxy(mine) as proxy:
+            running = operator_factory("--watchdog-seconds", "3", kubeconfig=proxy.kubeconfig).start()
+            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 40, "it leads")
+            driver.apply(manifest("seen", sft()))
+            driver.until_job("seen-sft-1")
+            time.sleep(7)
+            assert running.get("healthz")[0] == 200
+            proxy.freeze_watches()
+            driver.apply(manifest("unseen", sft()))
+            _, said = driver.cluster.wait(
+                lambda: (got := running.get("healthz"))[0] == 503 and got, 30, "/healthz says that the watch is dead"
+            )
+            assert re.search(r"watches are dead: .*alignmentruns", said)
+            running.stop("kill")
+        assert watchdog.EVERY_SECONDS <= 60
+        operator.start()
+        driver.until_job("unseen-sft-1")
+
+    def test_an_api_server_that_goes_away_for_a_while(self, driver: Driver, faulty):
+        proxy, _ = faulty
+        driver.apply(manifest("run", sft()))
+        driver.until_job("run-sft-1")
+        rule = proxy.refuse(path="", times=10_000)
+        driver.succeed("run-sft-1")
+        time.sleep(4)
+        assert driver.condition("run", "Succeeded")["status"] == "False"
+        rule.times = 0
+        driver.until_condition("run", "Succeeded", timeout=60)
+
+
+class TestNamespaces:
+    def test_only_those_that_are_named(self, driver: Driver, operator, operator_factory):
+        operator.stop()
+        other = Driver(driver.cluster, driver.cluster.namespace("other"))
+        mine = operator_factory("--namespace", driver.namespace).start()
+        driver.cluster.wait(lambda: mine.metric("alignment_operator_leader") == 1, 40, "it leads")
+        other.apply(manifest("run", sft()))
+        driver.apply(manifest("run", sft()))
+        driver.until_job("run-sft-1")
+        time.sleep(2)
+        assert other.jobs() == []
+        assert mine.stop() == 0
+        operator.start()
+        other.until_job("run-sft-1")
