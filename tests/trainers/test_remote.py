@@ -63,6 +63,7 @@ def test_as_many_checkpoints_stay_as_asked_for(in_pod, bucket, stop_after, tiny_
     assert {name.split("/")[0] for name in bucket.names("ws/run/sft/checkpoints")} == left
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_killed_outright_goes_on_in_another_pod(bucket, tiny_model_dir, tmp_path):
     spec = sft(tiny_model_dir, duration={"maxSteps": 60}, checkpoint={"everySteps": 5})
     process = start(tmp_path / "a", spec, f"{bucket.uri}/ws")
@@ -141,6 +142,7 @@ S3FileSystem._put_file, S3FileSystem._pipe_file = _put_file, _pipe_file
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "times"),
     [
@@ -225,6 +227,7 @@ def test_an_unusable_address_is_bad_input(in_pod, bucket, tiny_model_dir, capfd,
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_is_infrastructure(in_pod, bucket, tiny_model_dir, monkeypatch, capfd):
     use(monkeypatch, f"http://127.0.0.1:{free_ports(1)[0]}")
     assert in_pod("sft", sft(tiny_model_dir))[0] == 75
@@ -232,6 +235,7 @@ def test_a_server_that_is_down_is_infrastructure(in_pod, bucket, tiny_model_dir,
     assert f"Infrastructure: {bucket.uri}/ws" in err and "check AWS_ENDPOINT_URL" in err
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
     tiny_model_dir, local, run_phase, tmp_path, monkeypatch
 ):
@@ -258,6 +262,22 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
     assert process.returncode == 143, out.decode()
     assert min(steps(tmp_path / "b/ws/run/sft")) == 1, "its metrics came along"
     again.stop()
+
+
+def test_interrupted_work_that_cannot_be_uploaded_is_not_called_saved(
+    in_pod, stop_after, tiny_model_dir, monkeypatch, capfd
+):
+    from trainers.contract import Infrastructure
+    from trainers.core.store import Store
+
+    def fails(self, name, content):
+        raise Infrastructure(f"{self.address(name)}: gone")
+
+    monkeypatch.setattr(Store, "write", lambda self, *args: fails(self, *args) if "step-" in args[0] else None)
+    with stop_after(1):
+        code, _, _ = in_pod("sft", sft(tiny_model_dir))
+    assert code == 75
+    assert "saved" not in capfd.readouterr().err
 
 
 def number(phase: Path, key: str) -> int:

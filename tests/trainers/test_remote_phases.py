@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import remote_store
 from cluster.processes import free_ports
-from remote_store import ROWS, sft, wait_for, weights
+from remote_store import ROWS, sft, start, wait_for, weights
 
 from trainers.contract import PhaseDir
 
@@ -26,11 +26,19 @@ def trained(output: Path) -> bool:
     return (output / "progress.json").exists()
 
 
-def test_a_finished_phase_ends_at_once_without_a_model(in_pod, tiny_model_dir):
-    _, first, _ = in_pod("sft", sft(tiny_model_dir))
-    code, _, output = in_pod("sft", sft(tiny_model_dir))
-    assert code == 0 and not trained(output) and not (output / "model").exists()
-    assert first is not None
+def test_a_finished_phase_ends_at_once_without_torch_and_without_the_model(in_pod, bucket, tiny_model_dir, tmp_path):
+    in_pod("sft", sft(tiny_model_dir))
+    no_torch = "import sys; sys.modules['torch'] = None"
+    process = start(tmp_path / "again", sft(tiny_model_dir), f"{bucket.uri}/ws", no_torch)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out.decode()
+    assert not (tmp_path / "again/ws/run/sft").exists()
+
+
+def test_without_a_store_its_libraries_are_not_imported():
+    code = "import sys, trainers.launch; print({'fsspec', 's3fs', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_another_run_adopts_the_result(in_pod, bucket, tiny_model_dir, capsys):

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainers.contract import Interrupted, commit_directory
+from trainers.contract import commit_directory
 from trainers.core.context import PhaseContext
 from trainers.core.trainee import Trainee
 from trainers.spec import Checkpoint
@@ -78,7 +78,7 @@ class Checkpoints:
         if stop or self._due(step, epoch_end) or step == total_steps:
             self.save(step)
         if stop and step < total_steps:
-            raise Interrupted(f"stopped after step {step} of {total_steps}; the checkpoint is saved")
+            self.ctx.stop(f"stopped after step {step} of {total_steps}; the checkpoint is saved")
 
     def _due(self, step: int, epoch_end: bool) -> bool:
         spec = self.spec

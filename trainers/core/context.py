@@ -4,7 +4,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
@@ -119,7 +119,19 @@ class PhaseContext:
     def stop_if_asked(self) -> None:
         """For phases whose finished units are already on disk. Raises Interrupted."""
         if self.stop_asked:
-            raise Interrupted("stopped; finished work is saved and the phase can go on")
+            self.stop("stopped; finished work is saved and the phase can go on")
+
+    def stop(self, message: str) -> NoReturn:
+        """Raise Interrupted, on all ranks at once when uploads are done.
+
+        Once one process has ended, torchrun leaves the others little time.
+        """
+        try:
+            if self.uploads is not None:
+                self.uploads.flush()
+        finally:
+            self.workers.barrier()
+        raise Interrupted(message)
 
 
 def artifact_of(ctx: PhaseContext) -> tuple[str, Artifact]:

@@ -23,10 +23,10 @@ PACKAGES = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
-AT_ONCE = 4
-"""Files under way side by side, and parts of each: with parts of at most 50 MiB no more than 0.8 GiB of memory."""
+AT_ONCE = 2
+"""Files under way side by side. On S3 with four parts of 50 MiB each: large uploads take up to 0.8 GiB of memory."""
 S3_OPTIONS = {
-    "max_concurrency": AT_ONCE,
+    "max_concurrency": 4,
     "default_block_size": 16 * 2**20,
     "config_kwargs": {"connect_timeout": 10, "retries": {"mode": "standard", "max_attempts": 5}},
 }

@@ -33,9 +33,7 @@ class Uploads:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, Interrupted):
-                self.keep(self.dir.metrics)
-            self._wait()
+            self.flush()
         except Exception as problem:
             if error is None or isinstance(error, Interrupted):  # "the work is saved" would not be true
                 raise
@@ -52,6 +50,11 @@ class Uploads:
         """
         self._wait()
         self._last = self._thread.submit(self._keep, path, newest)
+
+    def flush(self) -> None:
+        """Wait until all that was kept, and the metrics, are in the store. Raises what an upload failed with."""
+        self.keep(self.dir.metrics)
+        self._wait()
 
     def fetch_cell(self, path: Path) -> None:
         """Fetch an evaluation's cell from wherever in the workspace it lies, if it does."""
