@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster import launch, pki
+import pytest
+
+from cluster import keeper, launch, pki
 from cluster.processes import wait_for
 
 T = TypeVar("T")
@@ -104,13 +106,20 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Like a loss of power; NotReady after 20 s."""
-        launch.ask(self.state, "kill", name)
+        self._ask("kill", name)
 
     def start_node(self, name: str) -> None:
-        launch.ask(self.state, "start", name)
+        """Its disk is as it was."""
+        self._ask("start", name)
 
     def load_image(self, archive: Path) -> None:
-        launch.ask(self.state, "load", str(archive))
+        """Into every node, and into those started later. Pods need a tag other than latest."""
+        self._ask("load", str(archive))
+
+    def _ask(self, action: str, argument: str) -> None:
+        if not (self.state / keeper.CONTROL).exists():
+            pytest.skip(f"{action} needs a cluster of the tests' own")
+        launch.ask(self.state, action, argument)
 
     def release(self) -> None:
         """Deletes the namespaces made here: for clusters that stay."""

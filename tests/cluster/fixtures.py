@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for tier in NODES:
             if f"{tier}_cluster" in getattr(item, "fixturenames", ()):
                 item.add_marker(tier)
+                item.add_marker("slow")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -62,6 +63,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             report.sections.append(
                 (f"logs of the {cluster.tier} cluster", f"kept in {launch.keep_logs(cluster.state)}")
             )
+
+
+def _unexpected(logs: Path) -> str:
+    """What the keeper has to say: servers that ended by themselves."""
+    return (logs / "keeper.log").read_text(errors="replace") if (logs / "keeper.log").exists() else ""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

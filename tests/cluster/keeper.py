@@ -90,7 +90,7 @@ def clean_up(spec: Spec) -> None:
     if spec["tier"] == "node":
         network = Network(spec["slot"])
         network.remove()
-        remove_cgroups(network.bridge)
+        remove_cgroups(network.name)
     shutil.rmtree(spec["state"], ignore_errors=True)
 
 

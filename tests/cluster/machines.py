@@ -3,6 +3,7 @@
 Killing the first process of a node ends it with all its containers, as pulling a plug would.
 """
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cluster.network import Network
 from cluster.processes import Children, wait_for
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_WATCHERS = 1024
 
 
 class Machines:
@@ -30,6 +32,7 @@ class Machines:
 
     def start_all(self) -> None:
         """Returns when every node is Ready."""
+        _allow_watches()
         images = self.place.state / "images"
         images.mkdir()
         for name in ("pause", "python"):
@@ -50,14 +53,13 @@ class Machines:
         """Like a loss of power: the disk stays, everything else is gone."""
         self.children.kill(name)
         self.network.remove_one(self._number(name))
-        remove_cgroups(f"{self.network.bridge}/{name}")
+        remove_cgroups(f"{self.network.name}/{name}")
 
     def load_image(self, archive: str) -> None:
         """Into every node, and into those started later."""
         target = self.place.state / "images" / Path(archive).name
         if target != Path(archive):
-            target.unlink(missing_ok=True)
-            target.symlink_to(Path(archive).resolve())
+            shutil.copyfile(archive, target)
         running = [name for name in self.names if name in self.children.running]
         imports = [subprocess.Popen(self._import(name, target), stderr=subprocess.PIPE) for name in running]
         for process in imports:
@@ -77,7 +79,7 @@ class Machines:
         number, network = self._number(name), self.network
         environment = {
             "NODE": name, "ADDRESS": network.address(number), "PODS": network.pods(number),
-            "ALL_PODS": network.all_pods, "DNS": network.address(0), "CGROUP": network.bridge,
+            "ALL_PODS": network.all_pods, "DNS": network.address(0), "CGROUP": network.name,
             "STATE": str(self.place.state), "BIN": str(self.assets.root / "bin"),
         }  # fmt: skip
         isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", str(HERE / "node.sh")]
@@ -96,6 +98,13 @@ class Machines:
             f"    endpoint {self.place.url}\n    tls {keys}/admin.crt {keys}/admin.key {keys}/ca.crt\n  }}\n}}\n"
         )
         self.children.start("coredns", [*self.place.enter, self.assets.binary("coredns"), "-conf", corefile])
+
+
+def _allow_watches() -> None:
+    """A cluster of two nodes takes about 30, and the kernel's own limit for all of root's is 128. Only ever raised."""
+    limit = Path("/proc/sys/fs/inotify/max_user_instances")
+    if int(limit.read_text()) < _WATCHERS:
+        limit.write_text(str(_WATCHERS))
 
 
 def remove_cgroups(name: str) -> None:

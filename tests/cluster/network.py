@@ -1,7 +1,8 @@
-"""The network of one cluster of nodes: a bridge, and a namespace for the control plane and each node.
+"""The network of one cluster of nodes: a namespace for the control plane and each node, and one with their switch.
 
-There is no route from the bridge to anywhere else, so nothing can leave the machine. A slot keeps the clusters of one
-machine apart: slot 0 is that of `make cluster-up`, tests take the next that is free.
+The switch is a bridge in a namespace of its own, where no firewall of this machine's reaches it. There is no route from
+it to anywhere else, so nothing can leave the machine. A slot keeps the clusters of one machine apart: slot 0 is that of
+`make cluster-up`, tests take the next that is free.
 """
 
 import subprocess
@@ -14,6 +15,7 @@ from cluster.processes import wait_for
 
 SLOTS = 8
 _NAMESPACES = Path("/run/netns")
+_BRIDGE = "switch"
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,13 @@ class Network:
     slot: int
 
     @property
-    def bridge(self) -> str:
+    def name(self) -> str:
+        """Of the host's end of its cable to the switch, and of the nodes' control groups."""
         return f"alncluster{self.slot}"
+
+    @property
+    def switch(self) -> str:
+        return f"aln{self.slot}-switch"
 
     @property
     def host(self) -> str:
@@ -48,20 +55,24 @@ class Network:
         return ("nsenter", f"--net={_NAMESPACES / self.namespace(number)}")
 
     def make(self, nodes: int) -> None:
-        _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("addr", "add", f"{self.host}/24", "dev", self.bridge)
-        _ip("link", "set", self.bridge, "up")
+        _ip("netns", "add", self.switch)
+        _ip("-n", self.switch, "link", "add", _BRIDGE, "type", "bridge")
+        _ip("-n", self.switch, "link", "set", _BRIDGE, "up")
+        _ip("link", "add", self.name, "type", "veth", "peer", "name", "host", "netns", self.switch)
+        _ip("-n", self.switch, "link", "set", "host", "master", _BRIDGE, "up")
+        _ip("addr", "add", f"{self.host}/24", "dev", self.name)
+        _ip("link", "set", self.name, "up")
         for number in range(nodes + 1):
             self.add(number, nodes)
         for number in range(1, nodes + 1):
-            _ip("route", "add", self.pods(number), "via", self.address(number), "dev", self.bridge)
+            _ip("route", "add", self.pods(number), "via", self.address(number), "dev", self.name)
 
     def add(self, number: int, nodes: int) -> None:
         """The namespace of one machine among ``nodes``."""
         name = self.namespace(number)
         _ip("netns", "add", name)
-        _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", name, "master", self.bridge, "up")
+        _ip("-n", self.switch, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("-n", self.switch, "link", "set", name, "master", _BRIDGE, "up")
         for command in (
             ("link", "set", "lo", "up"),
             ("addr", "add", f"{self.address(number)}/24", "dev", "eth0"),
@@ -72,13 +83,15 @@ class Network:
             _ip("-n", name, *command)
 
     def remove_one(self, number: int) -> None:
+        # The kernel takes a namespace apart some time later; its cable's name is wanted again before that.
+        _ip("-n", self.switch, "link", "del", self.namespace(number), check=False)
         _remove_namespace(self.namespace(number))
 
     def remove(self) -> None:
         """Safe to call twice, and when there is nothing."""
+        _ip("link", "del", self.name, check=False)
         for path in sorted(_NAMESPACES.glob(f"aln{self.slot}-*")):
             _remove_namespace(path.name)
-        _ip("link", "del", self.bridge, check=False)
 
 
 def _remove_namespace(name: str) -> None:

@@ -6,7 +6,7 @@ disk=$STATE/$NODE keys=$STATE/pki logs=$STATE/logs/$NODE
 
 own_mounts() { # the daemons' default paths lead to this node's part of the state folder
   mount --make-rprivate / && mount -t proc proc /proc && mount --make-rshared /
-  mkdir -p "$logs" "$disk"/{varlog,kubelet,containerd,cni,imported}
+  mkdir -p "$logs" "$disk"/{varlog,kubelet,containerd,cni}
   mount -t tmpfs tmpfs /run
   mkdir -p /run/netns /run/containerd
   local pair
@@ -82,10 +82,9 @@ start() {
 }
 
 import_images() {
-  local archive done
+  local archive
   for archive in "$STATE"/images/*.tar; do
-    done=$disk/imported/$(basename "$archive")
-    [ -e "$done" ] || { ctr -n k8s.io images import "$archive" >>"$logs/images.log" 2>&1 && touch "$done"; }
+    ctr -n k8s.io images import "$archive" >>"$logs/images.log" 2>&1
   done
 }
 

@@ -303,8 +303,8 @@ def left_of(state: Path) -> list[str]:
     if state.parent == Path("/var/tmp"):
         network = Network(int(state.name.removeprefix("alignment-cluster") or 0))
         left += [str(path) for path in Path("/run/netns").glob(f"{network.namespace(0)[:-1]}*")]
-        left += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{network.bridge}")]
-        left += [path.name for path in Path("/sys/class/net").glob(network.bridge)]
+        left += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{network.name}")]
+        left += [path.name for path in Path("/sys/class/net").glob(network.name)]
     return left
 
 
@@ -319,6 +319,38 @@ def processes_of(state: Path) -> list[str]:
         if f"{state}/" in command or f'"{state}"' in command:
             found.append(command)
     return found
+
+
+# ---- the fixtures
+
+
+def run_pytest(test: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One test of this file in a session of its own."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::{test}"]
+    without = {key: value for key, value in os.environ.items() if key not in ("CI", "KUBECONFIG")}
+    return subprocess.run(command, env=without | environment, capture_output=True, text=True, check=False)
+
+
+def test_the_summary_says_that_a_tier_did_not_run(tmp_path: Path) -> None:
+    done = run_pytest("test_audit_events_are_json", ALIGNMENT_CLUSTER_ASSETS=str(tmp_path))
+    assert done.returncode == 0
+    assert "api tier did NOT run" in done.stdout
+    in_ci = run_pytest("test_audit_events_are_json", ALIGNMENT_CLUSTER_ASSETS=str(tmp_path), CI="true")
+    assert in_ci.returncode == 1
+    assert "lacks binaries (etcd, " in in_ci.stdout
+
+
+def test_a_named_context_is_used_and_left_clean(api_cluster: Cluster) -> None:
+    before = {one["metadata"]["name"] for one in api_cluster.items("namespaces")}
+    test = "test_a_namespace_is_restricted_unless_told_otherwise"
+    done = run_pytest(test, KUBECONFIG=str(api_cluster.kubeconfig), ALIGNMENT_TEST_CONTEXT="test")
+    assert done.returncode == 0, done.stdout
+
+    def left() -> set[str]:
+        return {one["metadata"]["name"] for one in api_cluster.items("namespaces")} - before
+
+    assert any(event["verb"] == "delete" for event in api_cluster.audited("admin", ["delete"]))
+    api_cluster.wait(lambda: not left(), 60, "the namespaces of the other session go away")
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
