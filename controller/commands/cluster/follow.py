@@ -10,6 +10,8 @@ from controller.commands.cluster.pods import Pod
 from controller.commands.cluster.reading import Reading, Wanted, is_over, read, why_silent
 
 POLL_SECONDS = 1.0
+TRIES = 5
+"""Before a pod is left for that of the next attempt."""
 OVERLAP_SECONDS = 60
 """A connection that broke is made up for from so long before its last line: a line takes time to get here."""
 
@@ -24,8 +26,13 @@ class Mark:
     """When that was, by the clock here."""
     whole: bool = False
     """Nothing will be added and nothing is missing."""
-    broken: bool = False
-    """The last try to read on failed."""
+    failures: int = 0
+    """Tries to read on that gave nothing."""
+
+    @property
+    def is_done(self) -> bool:
+        """Not worth waiting for: the node of a pod that was lost never answers."""
+        return self.whole or self.failures >= TRIES
 
     @property
     def since_seconds(self) -> int | None:
@@ -46,7 +53,7 @@ def follow_lines(
             mark = marks.setdefault(pod.uid, Mark())
             if not mark.whole:
                 yield from _more(cluster, pod, mark, note)
-            done = mark.whole or mark.broken
+            done = mark.is_done
         else:
             done = True
             if not (marks and reading.gone):
@@ -58,21 +65,19 @@ def follow_lines(
 
 def _unfinished(reading: Reading, marks: Mapping[str, Mark]) -> Pod | None:
     """A pod whose end is still to be read, though the next attempt may have begun."""
-    open_ = (pod for pod in reading.all_pods if pod.uid in marks and not marks[pod.uid].whole)
-    return next((pod for pod in open_ if not marks[pod.uid].broken), None)
+    return next((pod for pod in reading.all_pods if pod.uid in marks and not marks[pod.uid].is_done), None)
 
 
 def _more(cluster: Cluster, pod: Pod, mark: Mark, note: Callable[[str], None]) -> Iterator[str]:
-    mark.broken = False
     # Known before reading: only what had ended before is then read to its end.
     ended = pod.ended
     try:
         yield from _fresh(cluster.log(pod, follow=True, since_seconds=mark.since_seconds), mark)
         mark.whole = ended
     except ClusterError as error:
-        if error.code in (401, 403):
+        if error.code == 403:
             raise
-        mark.broken = True
+        mark.failures += 1
         note(f"the log of pod {pod.name} cannot be read on: {error}")
 
 
@@ -88,5 +93,5 @@ def _fresh(lines: Iterator[bytes], mark: Mark) -> Iterator[str]:
         if again and moment <= mark.last:
             continue
         again = False
-        mark.last, mark.seen = moment, time.monotonic()
+        mark.last, mark.seen, mark.failures = moment, time.monotonic(), 0
         yield text.decode(errors="replace")
