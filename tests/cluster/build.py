@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,15 +59,18 @@ def _complete(assets: Assets, tier: str) -> bool:
 def _build(assets: Assets, tier: str, say: Say) -> None:
     names = [name for name in _COST if name in assets.missing(tier)]
     if names:
-        minutes = sum(_COST[name] for name in names) / 60 / (os.cpu_count() or 1)
-        say(f"building {len(names)} programs from Go modules, once: {minutes:.0f} minutes at most, into {assets.root}")
+        say(f"building {len(names)} programs from Go modules into {assets.root}, once: {_minutes(*names)}")
     for name in names:
-        began = time.monotonic()
+        say(f"building {name}: {_minutes(name)}")
         _build_one(assets, name)
-        say(f"built {name} in {time.monotonic() - began:.0f} s")
     for name in manifests.needed(tier):
         if not assets.manifest(name).exists():
             manifests.render(name, assets, _source(assets, name))
+
+
+def _minutes(*names: str) -> str:
+    minutes = sum(_COST[name] for name in names) / 60 / (os.cpu_count() or 1)
+    return f"about {minutes:.0f} minutes, less if Go has built it before" if minutes >= 1 else "a minute"
 
 
 def _build_one(assets: Assets, name: str) -> None:

@@ -56,8 +56,9 @@ def _keep(spec: Spec) -> None:
         tier.start()
         _publish(state / READY, json.dumps(tier.describe()))
     except Exception as error:
+        traceback.print_exc()
         # The owner reads this and the logs before it ends this process.
-        _publish(state / FAILED, f"{error}\n\n{traceback.format_exc()}")
+        _publish(state / FAILED, f"{type(error).__name__}: {error}")
         signal.pause()
     _serve(state, tier, children)
 
