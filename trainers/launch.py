@@ -94,6 +94,7 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
     """The phase, when its workspace, data or models lie on an object store."""
     from trainers.core.remote import Remote
 
+    file = file.model_copy(update={"output": os.path.abspath(file.output)})
     remote = Remote(kind, file, spec, digest)
     here = parse_spec(kind, remote.file)
     if (result := remote.find_finished()) is not None:
@@ -159,14 +160,22 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Upl
     if workers.is_main:
         text = json.dumps(result.document(), indent=1)
         contract.write_atomic(directory.result, text)
-        checkpoint = getattr(spec, "checkpoint", None)
-        if checkpoint is None or checkpoint.keep_last == 0:  # a phase without the setting has nothing worth keeping
-            shutil.rmtree(directory.checkpoints, ignore_errors=True)
     workers.barrier()
     meter.close()
     if uploads is not None:
         uploads.finish()  # may take long: no other process waits for it
+    if workers.is_main:
+        _drop_checkpoints(spec, directory, uploads)
     return _success(result)
+
+
+def _drop_checkpoints(spec: Any, directory: PhaseDir, uploads: "Uploads | None") -> None:
+    """Once the result stands; a phase without the setting has nothing worth keeping."""
+    checkpoint = getattr(spec, "checkpoint", None)
+    if checkpoint is None or checkpoint.keep_last == 0:
+        shutil.rmtree(directory.checkpoints, ignore_errors=True)
+        if uploads is not None:
+            uploads.drop_checkpoints()
 
 
 def _rank() -> int:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,36 @@ def test_as_many_checkpoints_stay_as_asked_for(in_pod, bucket, stop_after, tiny_
     assert {name.split("/")[0] for name in bucket.names("ws/run/sft/checkpoints")} == left
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_slow_store_changes_nothing(in_pod, bucket, run_phase, tiny_model_dir, tmp_path, monkeypatch, keep):
+    """Files are pruned and replaced here while they are being uploaded."""
+    from trainers.core.store import Store
+
+    rows = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 16}}
+    spec = sft(
+        tiny_model_dir,
+        data={"train": [rows], "eval": [rows], "maxLength": 64},
+        checkpoint={"everySteps": 1, "keepLast": keep},
+        evaluation={"everySteps": 1, "keepBest": True},
+        optim={"lr": 1e-3, "schedule": "constant"},
+    )
+    upload = Store.upload
+
+    def slowly(self, files):
+        time.sleep(0.2)
+        upload(self, files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", slowly)
+        code, result, output = in_pod("sft", spec)
+    assert code == 0
+    _, expected = run_phase("sft", spec, None, tmp_path / "local/run/sft")
+    assert result.artifact_digest == expected.artifact_digest
+    assert weights(bucket.path / "ws/run/sft") == weights(tmp_path / "local/run/sft")
+    kept = {name.split("/")[0] for name in bucket.names("ws/run/sft/checkpoints")}
+    assert kept == ({"step-6", "best"} if keep else set())
+
+
 @pytest.mark.slow
 def test_a_phase_that_is_killed_outright_goes_on_in_another_pod(bucket, tiny_model_dir, tmp_path):
     spec = sft(tiny_model_dir, duration={"maxSteps": 60}, checkpoint={"everySteps": 5})
@@ -95,7 +127,7 @@ def other(path: Path) -> None:
     from fsspec import filesystem
 
     content = path.read_bytes()
-    name = path.as_posix().split("/s30/")[1]
+    name = re.split(r"/s3\d+/", path.as_posix())[1]
     filesystem("s3").pipe_file(name, content[:-1] + bytes([content[-1] ^ 1]))
 
 

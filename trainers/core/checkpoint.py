@@ -134,6 +134,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             weights = {key: tensor.contiguous() for key, tensor in self.trainees[name].trained_weights().items()}
             save_file(weights, temporary / f"{name}.safetensors")
+            self.ctx.before_replacing()
             commit_directory(temporary, self.ctx.dir.checkpoints / "best")
             self.ctx.keep(self.ctx.dir.checkpoints / "best" / f"{name}.safetensors")
         self.ctx.workers.barrier()

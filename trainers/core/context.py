@@ -66,6 +66,11 @@ class PhaseContext:
         if self.uploads is not None:
             self.uploads.keep(path, newest)
 
+    def before_replacing(self) -> None:
+        """Wait for what is being uploaded: what follows replaces a file that was given to :meth:`keep`."""
+        if self.uploads is not None:
+            self.uploads.wait()
+
     def fetch_cell(self, path: Path) -> None:
         """Bring an evaluation's cell that another phase of a remote workspace has measured, if one has."""
         if self.uploads is not None:

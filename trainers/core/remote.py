@@ -68,8 +68,8 @@ class Remote:
     """One phase's data, models, inputs, unfinished work and result, as far as they lie on an object store."""
 
     def __init__(self, kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) -> None:
-        self.kind, self.asked, self.spec, self.digest = kind, file, spec, digest
-        self.dir = PhaseDir(Path(os.path.abspath(file.output)))
+        self.kind, self.spec, self.digest = kind, spec, digest
+        self.dir = PhaseDir(Path(file.output))
         self.workspace = self.dir.root.parent.parent
         self.file = localised(file, spec, self.workspace)
         """The phase file with local paths in the place of addresses."""
@@ -113,7 +113,7 @@ class Remote:
                 self.phase.open()
             contract.open_directory(self.dir, self.digest)
             for name, entry in self.file.inputs.items():
-                self.phase.fetch_input(name, Path(os.path.abspath(entry.path)), self.kind.reads_beside)
+                self.phase.fetch_input(name, Path(entry.path), self.kind.reads_beside)
             self.phase.fetch_unfinished()
         return ""
 
@@ -123,7 +123,7 @@ class Remote:
 
         if self.phase is None or not is_main():
             return None
-        return Uploads(self.phase, tuple(Path(os.path.abspath(entry.path)) for entry in self.file.inputs.values()))
+        return Uploads(self.phase, tuple(Path(entry.path) for entry in self.file.inputs.values()))
 
     def _fetch_files(self, pattern: str) -> None:
         """Data given by address, or by a path in a remote workspace."""
@@ -161,7 +161,9 @@ class RemotePhase:
         self.name = self.name_of(directory.root)
 
     def name_of(self, path: Path) -> str:
-        """The object of a local path, or the folder of a local folder."""
+        """The object of a local path, or the folder of a local folder. Raises BadInput for one outside the workspace."""
+        if not path.is_relative_to(self.workspace):
+            raise BadInput(f"{path} is not in the workspace, {self.workspace}")
         return path.relative_to(self.workspace).as_posix()
 
     # -- results

@@ -48,13 +48,13 @@ class Uploads:
         ``newest``, older checkpoints beside it are deleted there once this one is whole, except for that many.
         Raises what the upload before failed with.
         """
-        self._wait()
+        self.wait()
         self._last = self._thread.submit(self._keep, path, newest)
 
     def flush(self) -> None:
         """Wait until all that was kept, and the metrics, are in the store. Raises what an upload failed with."""
         self.keep(self.dir.metrics)
-        self._wait()
+        self.wait()
 
     def fetch_cell(self, path: Path) -> None:
         """Fetch an evaluation's cell from wherever in the workspace it lies, if it does."""
@@ -66,15 +66,17 @@ class Uploads:
 
     def finish(self) -> None:
         """Put everything into the store that is not there yet, the artifact before the result."""
-        self._wait()
+        self.wait()
         self._upload(list(self._files()))
         self._drop_leftovers()
         self.phase.mark(self.phase.digest, self.phase.name)
         self.store.upload({f"{self.phase.name}/result.json": self.dir.result})
-        if not self.dir.checkpoints.exists():
-            self.store.delete(self.store.find(f"{self.phase.name}/checkpoints"))
 
-    def _wait(self) -> None:
+    def drop_checkpoints(self) -> None:
+        self.store.delete(self.store.find(f"{self.phase.name}/checkpoints"))
+
+    def wait(self) -> None:
+        """Wait for what is under way. Raises what it failed with."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
