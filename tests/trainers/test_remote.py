@@ -86,7 +86,7 @@ def test_a_slow_store_changes_nothing(in_pod, bucket, run_phase, tiny_model_dir,
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "upload", slowly)
-        code, result, output = in_pod("sft", spec)
+        code, result, _ = in_pod("sft", spec)
     assert code == 0
     _, expected = run_phase("sft", spec, None, tmp_path / "local/run/sft")
     assert result.artifact_digest == expected.artifact_digest
