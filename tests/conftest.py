@@ -1,3 +1,3 @@
 """The fixtures of the test clusters, for all tests."""
 
-pytest_plugins = ["cluster.fixtures"]
+pytest_plugins = ["cluster.fixtures", "cluster.installed"]

@@ -41,7 +41,7 @@ class Runs:
         self.cluster.apply(document, self.namespace)
 
     def kubectl(self, *arguments: str, **more: Any) -> str:
-        return self.cluster.kubectl(*arguments, "-n", self.namespace, **more)
+        return self.cluster.kubectl("-n", self.namespace, *arguments, **more)
 
     def status(self, name: str) -> Object:
         return self.cluster.get("arun", name, "-n", self.namespace).get("status", {})
