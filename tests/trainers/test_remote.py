@@ -268,12 +268,11 @@ def test_a_server_that_is_down_is_infrastructure(in_pod, bucket, tiny_model_dir,
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
-    tiny_model_dir, local, run_phase, tmp_path, monkeypatch
-):
+def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(request, tiny_model_dir, tmp_path, monkeypatch):
     root = tmp_path / "s3"
     (root / "bucket").mkdir(parents=True)
     own = serve(root, free_ports(1)[0])
+    request.addfinalizer(own.stop)
     use(monkeypatch, own.endpoint)
     spec = sft(tiny_model_dir, duration={"maxSteps": 400}, checkpoint={"everySteps": 5, "keepLast": 1})
     process = start(tmp_path / "a", spec, "s3://bucket/ws")
@@ -284,6 +283,7 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
     assert process.returncode == 75, out.decode()
     assert "Infrastructure: s3://bucket/ws" in out.decode()
     again = serve(root, own.port)
+    request.addfinalizer(again.stop)
     whole = [path.parent.name for path in folder.glob("*/.manifest.json")]
     assert whole
     process = start(tmp_path / "b", spec, "s3://bucket/ws")
@@ -293,7 +293,6 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out.decode()
     assert min(steps(tmp_path / "b/ws/run/sft")) == 1, "its metrics came along"
-    again.stop()
 
 
 def test_interrupted_work_that_cannot_be_uploaded_is_not_called_saved(
