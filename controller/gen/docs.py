@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from controller.api.run import AlignmentRun, FailurePolicy, ObjectMeta, PhaseEntry, RunSpec, Template
 from controller.gen import NOTICE
+from controller.operator import metrics as operator_metrics
 from trainers.metrics import METRICS, MetricDef
 from trainers.phases import REGISTRY
 from trainers.spec import PhaseSpec, SpecModel
@@ -144,10 +145,16 @@ def metrics_page() -> str:
         "| name | kind | further labels | |",
         "| --- | --- | --- | --- |",
         *map(_metric_row, METRICS),
+        "",
+        "The operator serves these under `/metrics` on its port 8080.",
+        "",
+        "| name | kind | labels | |",
+        "| --- | --- | --- | --- |",
+        *map(_metric_row, operator_metrics.METRICS),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _metric_row(metric: MetricDef) -> str:
+def _metric_row(metric: MetricDef | operator_metrics.MetricDef) -> str:
     labels = ", ".join(f"`{label}`" for label in metric.labels)
     return f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |"

@@ -17,7 +17,7 @@ from controller.gen.structural import NotStructural, structural_schema
 from controller.preflight import load_run
 from trainers.spec import SpecModel
 
-PATHS = ("manifests/crd.yaml", "configs/schema/alignmentrun.json", "configs/schema/fragment.json",
+PATHS = ("manifests/crd.yaml", "manifests/rbac.yaml", "configs/schema/alignmentrun.json", "configs/schema/fragment.json",
          "docs/reference/alignmentrun.md", "docs/reference/metrics.md")  # fmt: skip
 
 
