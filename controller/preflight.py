@@ -15,7 +15,16 @@ from controller.plan.lineage import model_pairs, root
 from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
 from trainers.phases import phase_type
-from trainers.spec import DataSource, ModelRef, RewardModelRef, SpecModel, SyntheticData, TracesRef, find_models
+from trainers.spec import (
+    DataSource,
+    ModelRef,
+    RewardModelRef,
+    SpecModel,
+    SyntheticData,
+    TracesRef,
+    find_models,
+    is_address,
+)
 from trainers.synthetic import TASKS
 
 
@@ -120,6 +129,8 @@ def _data_problems(path: str, source: DataSource, base_dir: Path) -> Iterator[Pr
 
 
 def _missing_files(path: str, pattern: str, base_dir: Path) -> Iterator[Problem]:
+    if is_address(pattern):
+        return  # the phase looks there, with its own credentials
     try:
         source_files(pattern, base_dir)
     except BadInput:

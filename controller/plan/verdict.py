@@ -140,7 +140,9 @@ def _phase_column(status: RunStatus, running: Sequence[PhaseStatus]) -> str:
             return kind
     if running and all(p.queue is not None and p.queue.state != QueueState.ADMITTED for p in running):
         return "Queued"
-    return ",".join(p.name for p in running) or "Waiting"
+    if running:
+        return ",".join(p.name for p in running)
+    return "BackingOff" if any(p.state == PhaseState.BACKING_OFF for p in status.phases) else "Waiting"
 
 
 def duration(seconds: float) -> str:

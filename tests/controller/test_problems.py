@@ -214,3 +214,12 @@ def test_a_broken_graph_is_told_where_tokenizers_are_compared(tmp_path: Path, ph
 def test_a_duplicate_name_is_told_where_tokenizers_are_compared(tmp_path: Path) -> None:
     with pytest.raises(InvalidRun, match="names are unique"):
         load_run(document(BASE, sft("x", "base"), sft("x", "base"), distill({"phase": "x"})), tmp_path)
+
+
+def test_an_object_store_is_left_to_the_phase(here: Path) -> None:
+    """Only the phase has the credentials, and the store may be reachable from pods alone."""
+    phase = {
+        "name": "base",
+        "sft": {"model": {"source": "s3://bucket/model"}, "data": {"train": [{"files": "s3://bucket/a.jsonl"}]}},
+    }
+    assert load_run(document(phase), here).phases[0].name == "base"

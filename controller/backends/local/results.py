@@ -6,7 +6,7 @@ from pathlib import Path
 from controller.plan.observed import ObservedResult, Unfinished
 from trainers.contract import HISTORY, BadInput, PhaseDir, Result
 from trainers.fingerprints import fingerprint
-from trainers.spec import DataSource, PhaseSpec
+from trainers.spec import DataSource, PhaseSpec, is_address
 
 
 class Results:
@@ -69,7 +69,9 @@ class Results:
         sources = dict(spec.data_sources())
         for record in result.data:
             source = sources.get(record.source)
-            if source is not None and self._fingerprint(source) != record.fingerprint:
+            if source is None or (source.files is not None and is_address(source.files)):
+                continue  # what lies in an object store, the phase itself looks at
+            if self._fingerprint(source) != record.fingerprint:
                 return f"data changed: {source.files or record.source}"
         return None
 

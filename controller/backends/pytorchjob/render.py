@@ -25,6 +25,8 @@ PHASE_FOLDER = "/etc/alignment"
 PHASE_FILE = f"{PHASE_FOLDER}/phase.json"
 TERMINATION_LOG = "/dev/termination-log"
 MASTER_PORT = 23456
+GRACE_MARGIN = 5
+"""Seconds of the pod's grace that torchrun keeps for itself."""
 TMP = "/tmp"  # noqa: S108 -- an emptyDir of the pod's own
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 USER = 1000
@@ -172,6 +174,8 @@ def _environment(job: PhaseJob) -> list[Object]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         **_threads(job),
+        # torchrun would kill its workers 30 s after a SIGTERM, in the middle of saving a large model.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(job.template.grace_seconds - GRACE_MARGIN, 1)),
         **{item.name: item.value for item in job.template.env},
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
