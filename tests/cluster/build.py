@@ -69,8 +69,8 @@ def _build(assets: Assets, tier: str, say: Say) -> None:
 
 
 def _minutes(*names: str) -> str:
-    minutes = sum(_COST[name] for name in names) / 60 / (os.cpu_count() or 1)
-    return f"about {minutes:.0f} minutes, less if Go has built it before" if minutes >= 1 else "a minute"
+    minutes = 1 + sum(_COST[name] for name in names) // 60 // (os.cpu_count() or 1)
+    return f"up to {minutes} min, less if Go has built it before"
 
 
 def _build_one(assets: Assets, name: str) -> None:
@@ -94,17 +94,8 @@ def _command(assets: Assets, name: str, scratch: Path) -> list[str]:
         module, flags, package = "kube", "-s -w", "go.etcd.io/etcd/server/v3"
     else:
         module, flags, package = "kube", _KUBE_FLAGS, f"k8s.io/kubernetes/cmd/{name}"
-    return [
-        "-C",
-        str(_module(assets, module)),
-        "build",
-        "-mod=mod",
-        "-ldflags",
-        flags,
-        "-o",
-        str(scratch / name),
-        package,
-    ]
+    at = ["-C", str(_module(assets, module))]
+    return [*at, "build", "-mod=mod", "-ldflags", flags, "-o", str(scratch / name), package]
 
 
 def _module(assets: Assets, name: str) -> Path:
@@ -120,10 +111,8 @@ def _source(assets: Assets, name: str) -> Path:
     if name == "kueue":
         output = _go("-C", str(_module(assets, "kueue")), "mod", "download", "-json", "sigs.k8s.io/kueue")
     else:
-        package = _pins()["training-operator.v1" if name == "training-operator" else name]
-        output = _go(
-            "mod", "download", "-json", package.replace(package[package.index("/cmd/") : package.index("@")], "")
-        )
+        package, version = _pins()["training-operator.v1" if name == "training-operator" else name].split("@")
+        output = _go("mod", "download", "-json", f"{package.split('/cmd/')[0]}@{version}")
     return Path(json.loads(output)["Dir"])
 
 

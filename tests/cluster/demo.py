@@ -1,6 +1,7 @@
 """`make demo-cluster`: real nodes with the operator in a pod, and a namespace in which a run can be tried."""
 
 import json
+import sys
 from pathlib import Path
 
 import yaml
@@ -27,7 +28,13 @@ def install(running: launch.Running, assets: Assets) -> str:
     install_operator(cluster, assets)
     _make_namespace(cluster, assets)
     run = _write_run(running.state / "quickstart.yaml")
-    return _TEXT.format(kubeconfig=cluster.kubeconfig, bin=assets.root / "bin", namespace=NAMESPACE, run=run)
+    return _TEXT.format(
+        kubeconfig=cluster.kubeconfig,
+        bin=assets.root / "bin",
+        venv=Path(sys.executable).parent,
+        namespace=NAMESPACE,
+        run=run,
+    )
 
 
 def install_operator(cluster: Cluster, assets: Assets) -> None:
@@ -64,10 +71,11 @@ def _write_run(out: Path) -> Path:
 _TEXT = """
 The cluster is up, with the operator in the namespace alignment-system. Try:
 
-  export KUBECONFIG={kubeconfig} PATH={bin}:$PATH
+  export KUBECONFIG={kubeconfig} PATH={bin}:{venv}:$PATH
   kubectl apply -n {namespace} -f {run}
   kubectl get alignmentruns -n {namespace} --watch
   kubectl get pytorchjobs,pods -n {namespace}
+  alignctl status -n {namespace} --run quickstart --watch
   kubectl wait -n {namespace} --for=condition=Succeeded alignmentrun/quickstart --timeout=30m
 
 `make cluster-down` takes everything away.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster import build, images, launch, requirements
-from cluster.assets import locate
+from cluster.assets import Assets, locate
 from cluster.client import Cluster
 
 CONTEXT = "ALIGNMENT_TEST_CONTEXT"
@@ -30,7 +30,7 @@ def api_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def kwok_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """The same with a scheduler and ten fake nodes; see cluster.kwok for what their pods do."""
+    """The same with a scheduler and ten fake nodes; see cluster.stages for what their pods do."""
     yield from _cluster("kwok", request.config)
 
 
@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{tier}: uses the {tier} tier of the test cluster (set by its fixture)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for tier in NODES:
@@ -60,14 +61,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     used = [c for tier, c in _started.items() if f"{tier}_cluster" in getattr(item, "fixturenames", ())]
     if report.failed and report.when == "call":
         for cluster in used:
-            report.sections.append(
-                (f"logs of the {cluster.tier} cluster", f"kept in {launch.keep_logs(cluster.state)}")
-            )
+            logs = launch.keep_logs(cluster.state)
+            report.sections.append((f"{cluster.tier} cluster", f"{_unexpected(logs)}its logs are kept in {logs}"))
 
 
 def _unexpected(logs: Path) -> str:
     """What the keeper has to say: servers that ended by themselves."""
-    return (logs / "keeper.log").read_text(errors="replace") if (logs / "keeper.log").exists() else ""
+    log = logs / "keeper.log"
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -102,7 +103,7 @@ def require(tier: str) -> None:
         pytest.skip(message)
 
 
-def _prepare(tier: str) -> build.Assets:
+def _prepare(tier: str) -> Assets:
     assets = build.ensure(tier)
     if tier == "node":
         images.ensure_bases(assets)

@@ -23,7 +23,7 @@ from cluster.build import CannotBuild, Say, announce
 from cluster.locks import exclusive
 
 # Debian's release with each Python: what a virtual environment holds must fit the image's interpreter.
-_RELEASES = {(3, 11): "bookworm", (3, 13): "trixie"}
+RELEASES = {(3, 11): "bookworm", (3, 13): "trixie"}
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _UNWANTED = ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale")
 
@@ -91,9 +91,9 @@ def _fill_pause(folder: Path) -> None:
 
 
 def _fill_python(folder: Path) -> None:
-    release = _RELEASES.get(sys.version_info[:2])
+    release = RELEASES.get(sys.version_info[:2])
     if not release:
-        raise CannotBuild(f"no Debian release has Python {sys.version.split()[0]}; use one of {sorted(_RELEASES)}")
+        raise CannotBuild(f"no Debian release has Python {sys.version.split()[0]}; use one of {sorted(RELEASES)}")
     _run("debootstrap", "--variant=minbase", "--include=python3,ca-certificates,libgomp1", release, str(folder))
     for unwanted in _UNWANTED:
         shutil.rmtree(folder / unwanted, ignore_errors=True)

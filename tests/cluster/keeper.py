@@ -20,7 +20,7 @@ from cluster.assets import locate
 from cluster.machines import remove_cgroups
 from cluster.network import Network
 from cluster.processes import Children, die_with_parent
-from cluster.tiers import TIERS, Spec
+from cluster.tiers import TIERS, ApiTier, Spec
 
 READY, FAILED, DETACHED, CONTROL, LOCK = "ready.json", "failed.txt", "detached", "control", "lock"
 
@@ -28,20 +28,19 @@ READY, FAILED, DETACHED, CONTROL, LOCK = "ready.json", "failed.txt", "detached",
 def main() -> None:
     spec: Spec = json.loads(sys.argv[1])
     owner = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     inner = os.fork()
     if inner == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         die_with_parent()
         _keep(spec)
-    _watch(inner, owner, Path(spec["state"]))
+    _watch(inner, owner, asked, Path(spec["state"]))
     clean_up(spec)
 
 
-def _watch(inner: int, owner: int, state: Path) -> None:
+def _watch(inner: int, owner: int, asked: list[int], state: Path) -> None:
     """Returns when the inner process has ended, which it does at SIGTERM or when the owner of an owned cluster ends."""
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     while os.waitpid(inner, os.WNOHANG) == (0, 0):
         if asked or (os.getppid() != owner and not (state / DETACHED).exists()):
             os.kill(inner, signal.SIGKILL)
@@ -63,7 +62,7 @@ def _keep(spec: Spec) -> None:
     _serve(state, tier, children)
 
 
-def _serve(state: Path, tier: object, children: Children) -> None:
+def _serve(state: Path, tier: ApiTier, children: Children) -> None:
     reported: set[str] = set()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(state / CONTROL))
@@ -77,10 +76,10 @@ def _serve(state: Path, tier: object, children: Children) -> None:
                 reported.add(name)
 
 
-def _answer(connection: socket.socket, tier: object) -> None:
+def _answer(connection: socket.socket, tier: ApiTier) -> None:
     with connection, connection.makefile("rw") as stream:
         try:
-            tier.serve(json.loads(stream.readline()))  # type: ignore[attr-defined]
+            tier.serve(json.loads(stream.readline()))
             answer = {}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -1,6 +1,7 @@
 """Fake nodes by kwok, where thousands of pods are wanted; see cluster.stages for what their pods do."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from cluster.assets import Assets
@@ -16,7 +17,7 @@ def start(place: Place, assets: Assets, children: Children, count: int) -> list[
     config = place.state / "stages.yaml"
     shipped = json.loads(assets.manifest("kwok").read_text())
     config.write_text("\n---\n".join(json.dumps(stage) for stage in [*shipped, *pod_stages()]))
-    command = [
+    command: list[str | Path] = [
         assets.binary("kwok"), f"--kubeconfig={place.kubeconfig}", f"--config={config}", "--manage-all-nodes=false",
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--node-lease-duration-seconds=40",
     ]  # fmt: skip

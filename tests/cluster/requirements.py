@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from cluster.assets import Assets, locate
+from cluster.images import RELEASES
 
 _DEBIAN = {
     "openssl": "openssl", "ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux",
@@ -28,6 +30,8 @@ def missing(tier: str) -> str:
 def _missing_for_nodes(assets: Assets) -> str:
     if os.geteuid() != 0:
         return "root is needed"
+    if not assets.image("python").exists() and sys.version_info[:2] not in RELEASES:
+        return f"the image needs a Debian release with this Python; there are some for {sorted(RELEASES)}"
     programs = ["openssl", "ip", "nsenter", "unshare", "containerd", "ctr", "runc", "iptables", "conntrack"]
     if not all(assets.image(name).exists() for name in ("pause", "python")):
         programs += ["debootstrap", "gcc"]

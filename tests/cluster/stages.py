@@ -34,12 +34,12 @@ def pod_stages() -> list[Stage]:
 
 def _stage(name: str, phase: str, outcome: tuple[str, ...], status: str, of_job: bool = False) -> Stage:
     """Pods in ``phase`` whose outcome is (not) one of some get ``status``; those of a job after their seconds."""
-    matches = [
+    matches: list[dict[str, Any]] = [
         {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"},
         {"key": ".status.phase", "operator": "In", "values": [phase]},
         {"key": _query("outcome"), "operator": outcome[0], "values": list(outcome[1:])},
     ]
-    spec = {"next": {"statusTemplate": status}}
+    spec: dict[str, Any] = {"next": {"statusTemplate": status}}
     if of_job:
         matches.append({"key": ".metadata.ownerReferences.[].kind", "operator": "In", "values": ["Job", "PyTorchJob"]})
         spec["delay"] = {"durationMilliseconds": 1000, "durationFrom": {"expressionFrom": _query("seconds")}}
@@ -47,7 +47,7 @@ def _stage(name: str, phase: str, outcome: tuple[str, ...], status: str, of_job:
 
 
 def _delete_stage() -> Stage:
-    matches = [
+    matches: list[dict[str, Any]] = [
         {"key": ".metadata.deletionTimestamp", "operator": "Exists"},
         {"key": ".metadata.finalizers", "operator": "DoesNotExist"},
         {"key": _query("outcome"), "operator": "NotIn", "values": ["lost"]},
