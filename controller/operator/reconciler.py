@@ -15,7 +15,7 @@ from controller.kube import Api, ApiError, Object
 from controller.operator import events
 from controller.operator.metrics import OperatorMetrics
 from controller.operator.queue import Key
-from controller.plan.decide import reject
+from controller.plan.decide import is_settled, reject
 from controller.reconcile import reconcile
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class Reconciler:
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
         before = run.status or RunStatus()
+        if is_settled(run):
+            self.metrics.run_seen(key, before)
+            return None
 
         async def save(status: RunStatus) -> None:
             await self._write(run, document, before, status)

@@ -67,6 +67,13 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     return Decision(status, actions, None if is_terminal(status) else _requeue(run, status, steps, now))
 
 
+def is_settled(run: AlignmentRun) -> bool:
+    """Whether nothing but an edit can ever change anything, so that nobody has to look at the cluster."""
+    status = run.status or RunStatus()
+    ended = is_terminal(status) and status.observed_generation == run.metadata.generation
+    return ended and run.spec.ttl_seconds_after_finished is None
+
+
 def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: datetime) -> Decision:
     """An end stays. Jobs of a finished run go when their time has come."""
     due = _after(before.finished_at, run.spec.ttl_seconds_after_finished)

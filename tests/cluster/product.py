@@ -14,7 +14,7 @@ from cluster.locks import exclusive
 
 ROOT = Path(__file__).parents[2]
 OPERATOR, TRAINER = "alignment-operator:test", "alignment-trainer:test"
-WORKSPACE_CLAIM, ENVIRONMENT_CLAIM = "workspace", "trainer-environment"
+WORKSPACE_CLAIM, ENVIRONMENT_CLAIM = "alignment", "trainer-environment"
 ENVIRONMENT_PATH = "/opt/environment"
 TEMPLATE = {"image": TRAINER, "claims": [{"claimName": ENVIRONMENT_CLAIM, "mountPath": ENVIRONMENT_PATH}]}
 """For a run's `spec.template`: torch and the rest are too large for an image made anew with each change."""
@@ -24,7 +24,7 @@ _DEPENDENCIES = "/opt/dependencies"
 
 
 def operator_image(assets: Assets, out: Path) -> Path:
-    """Named `OPERATOR`: the locked packages of the extra `controller`, and the source."""
+    """Named `OPERATOR`: the packages of requirements/controller.lock, and the source."""
     layers = [Layer(_dependencies(), _DEPENDENCIES, exclude=()), *_source()]
     env = {"PYTHONPATH": f"{_SOURCE}:{_DEPENDENCIES}", "PYTHONUNBUFFERED": "1"}
     return write_image(OPERATOR, layers, out, assets.image("python"), user="1000", env=env, workdir=_SOURCE)
@@ -72,8 +72,8 @@ def _source() -> list[Layer]:
 
 def _dependencies() -> Path:
     """Installed once for each state of the lock."""
-    lock = ROOT / "requirements" / "dev.lock"
-    key = hashlib.sha256(lock.read_bytes() + (ROOT / "pyproject.toml").read_bytes() + sys.version.encode()).hexdigest()
+    lock = ROOT / "requirements" / "controller.lock"
+    key = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
     folder = cache_home() / "operator-dependencies" / key[:12]
     with exclusive(folder.with_name("lock"), "another process is installing the operator's packages; waiting for it"):
         if not folder.exists():
@@ -88,7 +88,7 @@ def _dependencies() -> Path:
 
 def _install(folder: Path, lock: Path) -> None:
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--target", str(folder)]
-    wanted = ["-r", str(ROOT / "pyproject.toml"), "--extra", "controller", "-c", str(lock)]
+    wanted = ["--no-deps", "--require-hashes", "-r", str(lock)]
     subprocess.run([*uv, "--python", sys.executable, *wanted], check=True)
     # Layers have no modification times, so bytecode must not be compared with them.
     compiled = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(folder)]

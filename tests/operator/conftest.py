@@ -1,18 +1,11 @@
 """An operator with its own rights against a real API server, Training Operator and Kueue."""
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
-from driver import ROOT, Driver, OperatorProcess
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+from driver import ROOT, Driver, OperatorProcess, free_port
 
 
 @pytest.fixture(scope="session")

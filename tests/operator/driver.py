@@ -1,8 +1,11 @@
 """Plays the kubelet where no node runs pods: writes what it would write. Everything else in these tests is real."""
 
 import json
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,6 +166,12 @@ class Driver:
         self.cluster.patch_status("pod", f"{job}-worker-{index}", self.namespace, status)
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -190,9 +199,6 @@ class OperatorProcess:
         return self.process.wait(timeout)
 
     def get(self, path: str) -> tuple[int, str]:
-        import urllib.error
-        import urllib.request
-
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as answer:
                 return answer.status, answer.read().decode()

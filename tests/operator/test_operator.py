@@ -242,6 +242,36 @@ class TestFaults:
 
 
 class TestNamespaces:
+    def test_several_with_rights_in_them_alone(self, driver: Driver, operator, operator_factory):
+        """Role bindings in two namespaces instead of one for the cluster."""
+        operator.stop()
+        second = Driver(driver.cluster, driver.cluster.namespace("second"))
+        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tenant"}}
+        driver.cluster.apply(account, driver.namespace)
+        for namespace, role, kind in (
+            (driver.namespace, "alignment-operator", "ClusterRole"),
+            (second.namespace, "alignment-operator", "ClusterRole"),
+            ("alignment-system", "alignment-operator-leader", "Role"),
+        ):
+            binding = {
+                "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": f"tenant-{driver.namespace}"},
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+                "subjects": [{"kind": "ServiceAccount", "name": "tenant", "namespace": driver.namespace}],
+            }  # fmt: skip
+            driver.cluster.apply(binding, namespace)
+        mine = driver.cluster.service_account_kubeconfig(driver.namespace, "tenant")
+        arguments = ("--namespace", driver.namespace, "--namespace", second.namespace, "--watchdog-seconds", "2")
+        running = operator_factory(*arguments, kubeconfig=mine).start()
+        for one in (driver, second):
+            one.apply(manifest("run", sft()))
+            one.until_job("run-sft-1")
+            one.succeed("run-sft-1")
+            one.until_condition("run", "Succeeded")
+        time.sleep(5)
+        assert running.get("healthz")[0] == 200
+        assert running.stop() == 0
+        operator.start()
+
     def test_only_those_that_are_named(self, driver: Driver, operator, operator_factory):
         operator.stop()
         other = Driver(driver.cluster, driver.cluster.namespace("other"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cluster.installed import Runs
 
 from controller.compose import parse_yaml
 from controller.preflight import load_run
@@ -44,6 +45,31 @@ def test_commands_that_start_nothing_succeed(command):
 @pytest.mark.parametrize("command", sorted({c.split()[1] for c in ALIGNCTL}))
 def test_every_subcommand_has_help(command):
     assert call(f"alignctl {command} --help", ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_kubectl_lines_do_what_they_say_on_a_real_cluster(runs: Runs):
+    """In the order of the page. Only the sample's image and claim are those of the test."""
+    kubectl = [command for command in COMMANDS if command.startswith("kubectl")]
+    assert len(kubectl) > 8
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    config = runs.cluster.state / "readme.kubeconfig"
+    config.write_text(runs.cluster.kubeconfig.read_text())
+    runs.cluster.kubectl(
+        "config", "set-context", "--current", f"--namespace={runs.namespace}", f"--kubeconfig={config}"
+    )
+    environment["KUBECONFIG"] = str(config)
+    for command in kubectl:
+        if "-k manifests" in command:
+            continue  # the fixture has done it, with the image of this tree
+        if "-f manifests/samples/minimal.yaml" in command:
+            spec = yaml.safe_load((ROOT / "manifests/samples/minimal.yaml").read_text())["spec"]
+            del spec["workspace"]
+            runs.apply("minimal", spec)
+            continue
+        line = [str(runs.cluster.kubectl_binary), *shlex.split(command)[1:]]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=660, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])

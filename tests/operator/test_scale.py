@@ -1,0 +1,72 @@
+"""Many runs at once: everything is done once, and the API server is asked no more than it has to be."""
+
+import pytest
+from cluster.client import Cluster
+from driver import ROOT, Driver, OperatorProcess, free_port
+from scale import run_many, scripted
+
+RUNS = 30
+
+
+@pytest.fixture(scope="module")
+def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
+    for name in ("crd", "rbac"):
+        kwok_cluster.apply(ROOT / f"manifests/{name}.yaml")
+    kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
+    mine = kwok_cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
+    operator = OperatorProcess(mine, free_port(), tmp_path_factory.mktemp("operator") / "log").start()
+    kwok_cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 40, "it leads")
+    yield operator
+    operator.stop()
+
+
+def claims(cluster: Cluster, namespace: str) -> None:
+    """Fake pods mount nothing, but the scheduler looks for their claims."""
+    spec = {"accessModes": ["ReadWriteMany"], "storageClassName": "", "resources": {"requests": {"storage": "1Gi"}}}
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": namespace},
+              "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteMany"], "hostPath": {"path": "/nowhere"},
+                       "storageClassName": "", "claimRef": {"namespace": namespace, "name": "work"}}}  # fmt: skip
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "work", "namespace": namespace},
+             "spec": {**spec, "volumeName": namespace}}  # fmt: skip
+    cluster.apply([volume, claim])
+
+
+@pytest.fixture
+def namespace(kwok_cluster: Cluster, fake: OperatorProcess) -> str:
+    name = kwok_cluster.namespace("many")
+    claims(kwok_cluster, name)
+    return name
+
+
+@pytest.mark.slow
+def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
+    figures = run_many(kwok_cluster, fake, namespace, RUNS)
+    print(figures)
+    assert figures.jobs == 2 * RUNS
+    # Two starts, two ends, two that are seen running, and what the pods wait for meanwhile.
+    assert figures.status_writes_per_run < 14
+    assert fake.metric('alignment_operator_reconcile_seconds_count{outcome="bug"}') == 0
+    driver = Driver(kwok_cluster, namespace)
+    assert all(len(p["attempts"]) == 1 for i in range(RUNS) for p in driver.status(f"run-{i}")["phases"])
+
+
+@pytest.mark.slow
+def test_failures_of_every_kind_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
+    """The first attempt of each run ends otherwise; all come to their end."""
+    kinds = {
+        "oom": {"TEST_POD_OUTCOME_1": "fail", "TEST_POD_REASON_1": "OOMKilled", "TEST_POD_EXIT_CODE_1": "137"},
+        "evicted": {"TEST_POD_OUTCOME_1": "evict"},
+        "crash": {"TEST_POD_OUTCOME_1": "fail", "TEST_POD_EXIT_CODE_1": "139"},
+    }
+    for name, script in kinds.items():
+        run = scripted(name)
+        first = run["spec"]["phases"][0]["template"]["env"]
+        first += [{"name": key, "value": value} for key, value in script.items()]
+        kwok_cluster.apply(run, namespace)
+    driver = Driver(kwok_cluster, namespace)
+    driver.until_condition("oom", "Succeeded", timeout=60)
+    driver.until_condition("evicted", "Succeeded", timeout=60)
+    driver.until_condition("crash", "Failed", timeout=60)
+    assert [a.get("failure") for a in driver.phase("oom", "sft")["attempts"]] == ["OutOfMemory", None]
+    assert [a.get("failure") for a in driver.phase("evicted", "sft")["attempts"]] == ["Interrupted", None]
+    assert driver.phase("crash", "sft")["message"] == "crashed with SIGSEGV"
