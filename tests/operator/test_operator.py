@@ -254,7 +254,8 @@ class TestNamespaces:
             ("alignment-system", "alignment-operator-leader", "Role"),
         ):
             binding = {
-                "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": f"tenant-{driver.namespace}"},
+                "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+                "metadata": {"name": f"tenant-{driver.namespace}"},
                 "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
                 "subjects": [{"kind": "ServiceAccount", "name": "tenant", "namespace": driver.namespace}],
             }  # fmt: skip
