@@ -181,6 +181,16 @@ class TestObserve:
         got = self.look(job("Failed", replicas=2), broken)
         assert (got.state, got.failure, got.message) == (JobState.FAILED, FailureClass.BAD_INPUT, "x")
 
+    def test_a_deleted_job_is_gone_when_nothing_of_it_runs(self):
+        """Its pod is on a dead node, and stays Terminating until the node comes back."""
+        lost = pod(running=RUNNING)
+        lost["metadata"]["deletionTimestamp"] = "2026-01-01T00:09:00Z"
+        deleted = job("Running", deletionTimestamp="2026-01-01T00:08:00Z")
+        assert observe.is_leaving(deleted, [lost], NOW)
+        lost["metadata"]["deletionTimestamp"] = "2026-01-01T00:11:00Z"
+        assert not observe.is_leaving(deleted, [lost], NOW)
+        assert not observe.is_leaving(job("Running"), [pod(phase="Failed")], NOW)
+
     def test_a_failed_job_whose_pods_are_gone(self):
         got = self.look(job("Failed"))
         assert (got.state, got.failure) == (JobState.FAILED, FailureClass.INFRASTRUCTURE)

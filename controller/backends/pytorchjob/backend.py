@@ -54,6 +54,7 @@ class PyTorchJobBackend:
                 observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
             )
             for job in sorted(jobs, key=_attempt)
+            if not observe.is_leaving(job, pods.get(_name(job), ()), now)
         ]
         seen += self._refusals(run, seen)
         results = {job.phase: result for job in seen if (result := _result(job, pods.get(job.name, ())))}

@@ -93,6 +93,12 @@ def is_suspended(job: Object) -> bool:
     return bool(job["spec"].get("runPolicy", {}).get("suspend"))
 
 
+def is_leaving(job: Object, pods: Sequence[Object], now: datetime) -> bool:
+    """Deleted, and only its object is left: a pod on a dead node may keep it for ever."""
+    deleted = job["metadata"].get("deletionTimestamp") is not None
+    return deleted and bool(pods) and all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
+
+
 def running_since(job: Object) -> datetime:
     """Since when the job may have pods: its creation, or when its queue let it go."""
     started = job.get("status", {}).get("startTime") or job["metadata"]["creationTimestamp"]

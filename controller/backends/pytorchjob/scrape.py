@@ -1,5 +1,6 @@
 """How far a running phase is: read from the metrics that its rank 0 serves."""
 
+import asyncio
 import math
 import time
 from collections.abc import Mapping
@@ -14,15 +15,21 @@ from trainers.contract import DEFAULT_METRICS_PORT
 from trainers.metrics import PREFIX
 
 TIMEOUT = aiohttp.ClientTimeout(total=3)
+PATIENCE_SECONDS = 0.5
+"""How long a look at a run waits for a pod. A slower one's report is there at the next look: pods that cannot be reached,
+behind a network policy say, must not keep the operator from its other runs."""
 EVERY_SECONDS = 15.0
 """Between two looks at the same pod. A run's status is written no more often for progress alone."""
+FORGET_AFTER = 10
+"""Reports that nobody has asked for during so many intervals are dropped."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     progress: PhaseProgress | None
     read_at: float
     """On the monotonic clock."""
+    reading: asyncio.Task[None] | None = None
 
 
 class Scraper:
@@ -40,17 +47,26 @@ class Scraper:
 
     async def progress(self, uid: str, address: str, since: datetime | None) -> PhaseProgress | None:
         """The pod's last report. ``since`` is when it began to run: before its first step it has been at work since then."""
-        before = self._reports.get(uid)
-        if before is not None and time.monotonic() - before.read_at < self.every:
-            return before.progress
-        report = await self._read(address, since) or (before.progress if before else None)
-        self._reports[uid] = Report(report, time.monotonic())
-        return report
+        report = self._reports.get(uid)
+        if report is None:
+            self._forget()
+            report = self._reports[uid] = Report(None, float("-inf"))
+        if report.reading is None and time.monotonic() - report.read_at >= self.every:
+            report.reading = asyncio.create_task(self._refresh(report, address, since))
+        if report.reading is not None:
+            await asyncio.wait({report.reading}, timeout=PATIENCE_SECONDS)
+        return report.progress
 
-    def forget(self, uids: frozenset[str]) -> None:
+    async def _refresh(self, report: Report, address: str, since: datetime | None) -> None:
+        try:
+            report.progress = await self._read(address, since) or report.progress
+        finally:
+            report.read_at, report.reading = time.monotonic(), None
+
+    def _forget(self) -> None:
         """Drop the reports of pods that are gone."""
-        for uid in uids:
-            self._reports.pop(uid, None)
+        old = time.monotonic() - FORGET_AFTER * self.every
+        self._reports = {uid: r for uid, r in self._reports.items() if r.reading is not None or r.read_at > old}
 
     async def _read(self, address: str, since: datetime | None) -> PhaseProgress | None:
         if self._session is None:
