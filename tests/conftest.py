@@ -10,6 +10,7 @@ FIRST = ("node", "api")
 """The longest groups: they begin first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a cluster, or a file's fixtures, stay together (`pytest -n 3 --dist loadgroup`)."""
     groups = {item: _group(item) for item in items}

@@ -5,6 +5,7 @@ get one made here that is good for 127.0.0.1 as well, and the API server calls t
 """
 
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cluster.assets import Assets
 from cluster.controlplane import Place, apply
 from cluster.processes import Children, free_ports
 
+FRAMEWORKS = "ALIGNMENT_TEST_KUEUE_FRAMEWORKS"
+"""Kueue's integrations, comma-separated: for a test of one that is switched off."""
 # The rotators accept an authority only under their own name for it.
 _AUTHORITIES = ["training-operator-ca", "kueue-ca"]
 _SERVICES = ["training-operator.kubeflow.svc", "kueue-webhook-service.kueue-system.svc"]
@@ -75,7 +78,7 @@ def _start_kueue(place: Place, assets: Assets, children: Children, port: int, he
             "enable": True,
             "webhookServiceName": "kueue-webhook-service", "webhookSecretName": "kueue-webhook-server-cert",
         },
-        "integrations": {"frameworks": ["kubeflow.org/pytorchjob"]},
+        "integrations": {"frameworks": os.environ.get(FRAMEWORKS, "kubeflow.org/pytorchjob").split(",")},
     }  # fmt: skip
     path = place.state / "kueue.json"
     path.write_text(json.dumps(config))

@@ -241,6 +241,17 @@ class TestFaults:
         driver.until_condition("run", "Succeeded", timeout=60)
 
 
+class TestWithoutTheOperator:
+    def test_a_namespace_goes_away(self, driver: Driver, operator):
+        """Nothing of a run waits for an operator that has been uninstalled."""
+        namespace = Driver(driver.cluster, driver.cluster.namespace("leaving"))
+        namespace.apply(manifest("run", sft()))
+        namespace.until_pod("run-sft-1-worker-0")
+        operator.stop()
+        driver.cluster.delete_namespace(namespace.namespace, wait=True)
+        operator.start()
+
+
 class TestNamespaces:
     def test_several_with_rights_in_them_alone(self, driver: Driver, operator, operator_factory):
         """Role bindings in two namespaces instead of one for the cluster."""

@@ -1,6 +1,12 @@
 """Runs that wait in a real Kueue; the kubelet alone is played."""
 
-from driver import Driver, manifest, sft
+import time
+from pathlib import Path
+
+from cluster import launch
+from cluster.client import Cluster
+from cluster.controllers import FRAMEWORKS
+from driver import ROOT, Driver, OperatorProcess, free_port, manifest, sft
 from kueue import quota
 
 ONE_CPU = {"image": "nothing:1", "resources": {"requests": {"cpu": 1}}}
@@ -37,8 +43,6 @@ class TestQuota:
         driver.cluster.apply(quota(driver.namespace, "0"))
         driver.apply(queued("run", failurePolicy={"startupTimeoutSeconds": 2, "retries": {"startupTimeout": 0}}))
         driver.until_condition("run", "Admitted", "False")
-        import time
-
         time.sleep(4)
         assert driver.condition("run", "Failed")["status"] == "False"
 
@@ -79,6 +83,26 @@ class TestQuota:
 
 
 class TestMissing:
+    def test_an_integration_that_is_switched_off(self, prepared, monkeypatch, tmp_path):
+        """As Kueue 0.19 comes: it ignores the queue's label without a word, and the job runs at once."""
+        monkeypatch.setenv(FRAMEWORKS, "batch/job")
+        running = launch.start("api", 0)
+        try:
+            cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
+            for name in ("crd", "rbac"):
+                cluster.apply(ROOT / f"manifests/{name}.yaml")
+            cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
+            mine = cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
+            operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
+            driver = Driver(cluster, cluster.namespace("off"))
+            driver.apply(manifest("run", sft(), queueName="gpus"))
+            told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
+            assert "its integration kubeflow.org/pytorchjob is switched off; it runs unqueued" in told["message"]
+            assert not suspended(driver, "run-sft-1")
+            operator.stop("kill")
+        finally:
+            running.stop()
+
     def test_a_queue_that_does_not_exist(self, driver: Driver):
         driver.apply(manifest("run", sft(), queueName="nowhere"))
         told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=40)
