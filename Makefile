@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint gen verify lock clean cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit test-fast lint gen verify lock clean cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -31,7 +31,17 @@ quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yam
 test: $(VENV)/.dev ## Lint, check the generated files, and run every test that needs no GPU
 	bash tests/system-packages.sh
 	$(MAKE) --no-print-directory lint verify
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target test-node test-api test-unit
+
+# What waits for clusters and what computes, side by side. Each prints what it has to say at its end.
+test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they are compared with
+	$(BIN)/pytest -m "node or pipeline"
+
+test-api: $(VENV)/.dev ## The tests against an API server
+	$(BIN)/pytest -m "(api or kwok) and not node"
+
+test-unit: $(VENV)/.dev ## The tests that need no cluster
+	$(BIN)/pytest -m "not (node or pipeline or api or kwok)"
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
 	$(BIN)/pytest -m "not slow and not browser"

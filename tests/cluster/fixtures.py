@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -70,17 +69,6 @@ def _unexpected(logs: Path) -> str:
     """What the keeper has to say: servers that ended by themselves."""
     log = logs / "keeper.log"
     return log.read_text(errors="replace") if log.exists() else ""
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker process (pytest-xdist) tells its parent, which writes the summary."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tiers_not_run"] = dict(_not_run)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    _not_run.update(getattr(node, "workeroutput", {}).get("tiers_not_run", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

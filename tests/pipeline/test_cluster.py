@@ -12,7 +12,7 @@ from controller.compose import compose, read_document
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
