@@ -106,7 +106,7 @@ class Attempt(StatusModel):
     started_at: datetime | None = None
     """First seen running."""
     finished_at: datetime | None = None
-    """Seen ended."""
+    """Seen ended; of a live attempt, seen to be about to."""
 
 
 class PhaseProgress(StatusModel):

@@ -55,8 +55,9 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
         label = f"phase {after.name}, attempt {attempt.number}"
         if old is None and not attempt.state.ended:
             yield Event("Normal", "AttemptStarted", f"{label} started")
-        failed_now = attempt.state == AttemptState.FAILED and (old is None or not old.state.ended)
-        if failed_now and after.state != PhaseState.FAILED:
+        failed_now = attempt.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
+        told_by_phase = after.state == PhaseState.FAILED and before.state != PhaseState.FAILED
+        if failed_now and not told_by_phase:
             on = f" on node {attempt.node}" if attempt.node else ""
             yield Event("Warning", "AttemptFailed", f"{label} failed{on}: {attempt.failure}: {attempt.message}")
 

@@ -1,14 +1,14 @@
 """What the operator measures of itself and of the runs it looks after."""
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from controller.api import meta
-from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.kube import Call
 from controller.operator.queue import Key
 
@@ -88,16 +88,20 @@ class OperatorMetrics:
             if after.state in (PhaseState.SUCCEEDED, PhaseState.FAILED) and after.started_at and after.finished_at:
                 seconds = (after.finished_at - after.started_at).total_seconds()
                 self._of("phase_duration_seconds", type=after.type, outcome=after.state).observe(seconds)
-        ended = {a.number for a in before.attempts if a.state.ended} if before else set()
-        known = {a.number for a in before.attempts} if before else set()
-        failure = None
+        self._attempts(before.attempts if before else (), after)
+
+    def _attempts(self, before: Sequence[Attempt], after: PhaseStatus) -> None:
+        known = {a.number for a in before}
+        failed = {a.number for a in before if a.state == AttemptState.FAILED}
+        last: Attempt | None = None
         for attempt in after.attempts:
-            if attempt.number not in known and failure is not None:
-                self._of("retries_total", **{"type": after.type, "class": failure}).inc()
-            if attempt.state == AttemptState.FAILED:
-                failure = attempt.failure
-                if attempt.number not in ended:
-                    self._of("attempt_failures_total", **{"type": after.type, "class": failure}).inc()
+            # One that follows a stop, or has other settings, is no retry.
+            again = last is not None and last.state == AttemptState.FAILED and last.digest == attempt.digest
+            if attempt.number not in known and last is not None and again:
+                self._of("retries_total", **{"type": after.type, "class": last.failure}).inc()
+            if attempt.state == AttemptState.FAILED and attempt.number not in failed:
+                self._of("attempt_failures_total", **{"type": after.type, "class": attempt.failure}).inc()
+            last = attempt
 
     # -- the operator itself
 

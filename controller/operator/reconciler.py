@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun
-from controller.api.status import PhaseState, RunStatus
+from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.kube import Api, ApiError, Object
 from controller.operator import events
 from controller.operator.metrics import OperatorMetrics
 from controller.operator.queue import Key
-from controller.plan.decide import is_settled, reject
+from controller.plan.decide import going, is_settled, is_terminal, reject
 from controller.reconcile import reconcile
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,10 @@ class Reconciler:
 
         decision = await reconcile(run, self.backend, self.now(), save)
         self.metrics.run_seen(key, decision.status)
-        running = any(phase.state == PhaseState.RUNNING for phase in decision.status.phases)
-        waits = [wait for wait in (decision.requeue_after, self.poll if running else None) if wait is not None]
+        # Also while something is only on its way out: that a pod will not come back shows by its silence alone.
+        moving = decision.actions or (going(decision.status) and not is_terminal(decision.status))
+        poll = self.poll if moving else None
+        waits = [wait for wait in (decision.requeue_after, poll) if wait is not None]
         return min(waits, default=None)
 
     async def _write(self, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:

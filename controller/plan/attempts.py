@@ -20,7 +20,9 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
     for number, job in seen.items():
         records[number] = _advance(records.get(number), job, now)
     for number, record in records.items():
-        if record.state == AttemptState.STOPPING and number not in seen:
+        # One that was about to fail and is gone has failed: who took its job away took its end with it.
+        leaving = record.state == AttemptState.STOPPING or record.failure is not None
+        if leaving and not record.state.ended and number not in seen:
             records[number] = record.model_copy(update={"state": _after_stopping(record), "finished_at": now})
     return tuple(records[number] for number in sorted(records))
 
@@ -34,31 +36,38 @@ def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt
             "digest": job.digest,
             "job": job.name or before.job,
             "node": job.node or before.node,
-            "started_at": before.started_at or job.started_at or now,
+            # Waiting in a queue is not yet a start.
+            "started_at": before.started_at or job.started_at or job.may_start_since,
         }
     )
     if job.state == JobState.LIVE:
-        return _live(base, job)
+        return _live(base, job, now)
     ended = base.model_copy(update={"finished_at": job.finished_at or now})
     if job.state == JobState.SUCCEEDED:
         return ended.model_copy(
-            update={"state": AttemptState.SUCCEEDED, "failure": None, "message": _short(job.message)}
+            update={"state": AttemptState.SUCCEEDED, "failure": None, "message": short(job.message)}
         )
     if before.state == AttemptState.STOPPING:
         return ended.model_copy(update={"state": _after_stopping(before)})
     return ended.model_copy(update={"state": AttemptState.FAILED, **_reason(before, job)})
 
 
-def _live(before: Attempt, job: ObservedJob) -> Attempt:
+def _live(before: Attempt, job: ObservedJob, now: datetime) -> Attempt:
     """What is said about a job that is about to end stays: its pods may be gone when it has ended."""
     if before.state == AttemptState.STOPPING:
         return before
     said: dict[str, object] = {"state": AttemptState.RUNNING}
     if job.failure is not None:
-        said |= {"failure": job.failure, "message": _short(job.message)}
-    elif before.failure is None:
-        said |= {"message": _short(job.message)}
+        said |= {"failure": job.failure, "message": short(job.message), "finished_at": before.finished_at or now}
+    elif before.failure is None or _goes_on(job):
+        said |= {"failure": None, "message": short(job.message), "finished_at": None}
     return before.model_copy(update=said)
+
+
+def _goes_on(job: ObservedJob) -> bool:
+    """All of it runs, or its queue has taken it back and will start it again: it was not the end."""
+    held = job.queue is not None and job.may_start_since is None
+    return job.running_since is not None or held
 
 
 def _after_stopping(record: Attempt) -> AttemptState:
@@ -69,24 +78,29 @@ def _after_stopping(record: Attempt) -> AttemptState:
 def _reason(before: Attempt, job: ObservedJob) -> dict[str, object]:
     """The best that was ever known of why it failed: at its end, or while it was going down."""
     if job.failure is not None:
-        return {"failure": job.failure, "message": _short(job.message)}
+        return {"failure": job.failure, "message": short(job.message)}
     if before.failure is not None:
         return {}
-    return {"failure": FailureClass.INTERNAL, "message": _short(job.message)}
+    return {"failure": FailureClass.INTERNAL, "message": short(job.message)}
 
 
-def _short(message: str) -> str:
+def short(message: str) -> str:
     return message[:MESSAGE_LIMIT]
 
 
-def without_result(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
-    """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work."""
+def without_result(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
+    """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work.
+
+    One that was started for other settings has done what it was asked for.
+    """
     lost = {
         "state": AttemptState.FAILED,
         "failure": FailureClass.INFRASTRUCTURE,
         "message": "ended without leaving a result for these settings",
     }
-    return tuple(a.model_copy(update=lost) if a.state == AttemptState.SUCCEEDED else a for a in attempts)
+    return tuple(
+        a.model_copy(update=lost) if a.state == AttemptState.SUCCEEDED and a.digest == digest else a for a in attempts
+    )
 
 
 def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:

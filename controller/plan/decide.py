@@ -17,7 +17,7 @@ from controller.plan.job import PhaseJob, build_job
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
 from controller.plan.resolve import ResolvedPhase, resolve
-from controller.plan.verdict import run_claims, summary
+from controller.plan.verdict import MOVING, run_claims, summary
 from trainers.contract import FailureClass
 
 
@@ -54,33 +54,57 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     if is_terminal(before) and before.observed_generation == generation:
         return _at_rest(run, before, observed, now)
     if problems := [*map(str, check_run(run)), *observed.problems]:
-        return Decision(reject(before, "; ".join(problems), generation, now), _end_all(observed))
+        return Decision(reject(_given_up(before), "; ".join(problems), generation, now), _end_live(observed))
     phases = resolve(run)
-    # A run that goes on after its end, because it was edited, has its time anew.
-    started = now if before.started_at is None or is_terminal(before) else before.started_at
+    started = _started(run, before, now)
+    before = _time_anew(before) if is_terminal(before) else before
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
     actions = (*stops, *map(Apply, jobs))
-    return Decision(status, actions, None if is_terminal(status) else _requeue(run, status, steps, now))
+    return Decision(status, actions, _requeue(run, status, steps, now))
 
 
 def is_settled(run: AlignmentRun) -> bool:
     """Whether nothing but an edit can ever change anything, so that nobody has to look at the cluster."""
     status = run.status or RunStatus()
     ended = is_terminal(status) and status.observed_generation == run.metadata.generation
-    return ended and run.spec.ttl_seconds_after_finished is None
+    return ended and run.spec.ttl_seconds_after_finished is None and not going(status)
+
+
+def going(status: RunStatus) -> bool:
+    """Whether an attempt has not been seen to end."""
+    return any(not attempt.state.ended for phase in status.phases for attempt in phase.attempts)
 
 
 def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: datetime) -> Decision:
-    """An end stays. Jobs of a finished run go when their time has come."""
+    """An end stays. Jobs of a finished run go when their time has come; a live one has outlived a lost deletion."""
     due = _after(before.finished_at, run.spec.ttl_seconds_after_finished)
     if due is None or now < due:
-        return Decision(before, requeue_after=due - now if due else None)
+        return Decision(before, _end_live(observed), due - now if due else None)
     jobs = [job for job in observed.jobs if not job.past]
     return Decision(before, tuple(Delete(job.phase, job.attempt) for job in jobs))
+
+
+def _started(run: AlignmentRun, before: RunStatus, now: datetime) -> datetime:
+    """A run that goes on after its end, because it was edited, or after a suspension, has its time anew."""
+    suspension = before.condition(meta.SUSPENDED)
+    slept = suspension is not None and suspension.status == "True" and suspension.reason == meta.RUN_SUSPENDED
+    resumed = slept and not run.spec.suspend
+    return now if before.started_at is None or is_terminal(before) or resumed else before.started_at
+
+
+def _time_anew(before: RunStatus) -> RunStatus:
+    """So have its phases, but for those that failed because they had taken too long."""
+    kept = [
+        p.state == PhaseState.SUCCEEDED or (p.state == PhaseState.FAILED and p.failure is None) for p in before.phases
+    ]
+    phases = [
+        p if keep else p.model_copy(update={"started_at": None}) for p, keep in zip(before.phases, kept, strict=True)
+    ]
+    return before.model_copy(update={"phases": tuple(phases)})
 
 
 def is_terminal(status: RunStatus) -> bool:
@@ -92,6 +116,7 @@ def reject(before: RunStatus, message: str, generation: int | None, now: datetim
     claims = {
         meta.ACCEPTED: Claim(False, meta.INVALID_SPEC, message),
         meta.PROGRESSING: Claim(False, meta.INVALID_SPEC),
+        meta.STALLED: Claim(False, meta.INVALID_SPEC),
         meta.SUCCEEDED: Claim(False, meta.INVALID_SPEC),
         meta.FAILED: Claim(True, meta.INVALID_SPEC, message),
     }
@@ -100,12 +125,28 @@ def reject(before: RunStatus, message: str, generation: int | None, now: datetim
     return before.model_copy(update=changes)
 
 
-def _end_all(observed: Observed) -> tuple[Action, ...]:
+def _given_up(before: RunStatus) -> RunStatus:
+    """What runs is stopped by us: it has not failed when the run goes on after it has been mended."""
+    nothing = dict.fromkeys(("step", "loss", "tokens_per_second", "eta"), "")
+    return before.model_copy(update={"phases": tuple(map(_phase_given_up, before.phases)), **nothing})
+
+
+def _phase_given_up(phase: PhaseStatus) -> PhaseStatus:
+    stopping = {"state": AttemptState.STOPPING}
+    attempts = tuple(a if a.state.ended else a.model_copy(update=stopping) for a in phase.attempts)
+    changes: dict[str, object] = {"attempts": attempts}
+    if phase.state in MOVING:
+        changes |= {"state": PhaseState.WAITING, "message": "the run is invalid"}
+        changes |= {"progress": None, "queue": None, "retry_at": None}
+    return phase.model_copy(update=changes)
+
+
+def _end_live(observed: Observed) -> tuple[Action, ...]:
     return tuple(Delete(job.phase, job.attempt) for job in observed.jobs if job.state == JobState.LIVE)
 
 
 def _run_is_late(run: AlignmentRun, started: datetime, now: datetime) -> bool:
-    limit = run.spec.failure_policy.run_deadline_seconds
+    limit = None if run.spec.suspend else run.spec.failure_policy.run_deadline_seconds
     return limit is not None and now >= started + timedelta(seconds=limit)
 
 
@@ -187,7 +228,7 @@ def _status(
     times: dict[str, datetime | None] = {}
     if is_terminal(status) and is_terminal(before):
         # An edit that changed nothing of what is finished.
-        times = {"started_at": before.started_at, "finished_at": before.finished_at}
+        times = {"started_at": before.started_at or started, "finished_at": before.finished_at or now}
     elif is_terminal(status):
         times = {"finished_at": now}
     return status.model_copy(update={**summary(status), **times})
@@ -196,17 +237,16 @@ def _status(
 def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], now: datetime) -> timedelta | None:
     """Until the next moment at which a wait, a deadline or a stall comes due."""
     policy = run.spec.failure_policy
-    due = [phase.retry_at for phase in status.phases]
-    due += [step.due for step in steps.values()]
-    due += [_after(p.started_at, policy.phase_deadline_seconds) for p in _running(status)]
-    due += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in _running(status) if p.progress]
-    due.append(_after(status.started_at, policy.run_deadline_seconds))
-    ahead = [moment - now for moment in due if moment is not None and moment > now]
+    if is_terminal(status):
+        due = _after(status.finished_at, run.spec.ttl_seconds_after_finished)
+        return max(due - now, timedelta()) if due else None
+    moments = [phase.retry_at for phase in status.phases]
+    moments += [step.due for step in steps.values()]
+    moments += [_after(p.started_at, policy.phase_deadline_seconds) for p in status.phases if p.state in MOVING]
+    moments += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in status.phases if p.progress]
+    moments.append(_after(status.started_at, None if run.spec.suspend else policy.run_deadline_seconds))
+    ahead = [moment - now for moment in moments if moment is not None and moment > now]
     return min(ahead, default=None)
-
-
-def _running(status: RunStatus) -> list[PhaseStatus]:
-    return [phase for phase in status.phases if phase.state == PhaseState.RUNNING]
 
 
 def _after(start: datetime | None, seconds: float | None) -> datetime | None:

@@ -1,5 +1,6 @@
 """One phase's share of a decision."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,7 +11,7 @@ from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseSta
 from controller.plan import attempts as history
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
-from controller.plan.timeouts import overdue, stall_due, startup_due
+from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers.contract import phase_digest
 
 HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
@@ -54,7 +55,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     result = _known_result(digest, before, at.observed.results.get(phase.name))
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
-    return _unfinished(phase, before, history.without_result(records), jobs, digest, at)
+    return _unfinished(phase, before, history.without_result(records, digest), jobs, digest, at)
 
 
 def wanted_digest(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> str | None:
@@ -85,7 +86,7 @@ def _finished(
     digest: str | None, result: ObservedResult, now: datetime,
 ) -> Step:  # fmt: skip
     again = before.state == PhaseState.SUCCEEDED and before.digest == digest
-    records, stop = _stopping(records, jobs, keep=digest)
+    records, stop = _stopping(records, jobs, keep=None)
     last = records[-1] if records else None
     status = PhaseStatus(
         name=phase.name,
@@ -93,7 +94,7 @@ def _finished(
         state=PhaseState.SUCCEEDED,
         digest=digest,
         artifact_digest=result.artifact_digest,
-        metrics=dict(result.metrics),
+        metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
         attempts=history.prune(records, digest),
         started_at=before.started_at if before.digest == digest else (last.started_at if last else None),
         finished_at=before.finished_at if again else (last.finished_at if last else None) or now,
@@ -107,10 +108,10 @@ def _unfinished(
     digest: str | None, at: Situation,
 ) -> Step:  # fmt: skip
     mine = [a for a in records if a.digest == digest]
-    started = before.started_at if before.digest == digest and before.started_at else _first_start(mine)
+    started = _started(phase, before, mine, digest)
     failures = [a for a in mine if a.state == AttemptState.FAILED]
     verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
-    late = _late(started, at)
+    late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)
     records, stop = _stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
     going = [a for a in records if not a.state.ended]
@@ -129,24 +130,28 @@ def _unfinished(
         started_at=started,
         finished_at=_end_of(before, failures, at.now) if state == PhaseState.FAILED else None,
         retry_at=verdict.retry_at if state == PhaseState.BACKING_OFF else None,
-        progress=at.observed.progress.get(phase.name) if state == PhaseState.RUNNING else None,
+        progress=_finite(at.observed.progress.get(phase.name)) if state == PhaseState.RUNNING else None,
         queue=current.queue if current else None,
     )
-    due = _due(current, status.progress, at) if current else None
+    due = _due(going[-1], current, status.progress, phase, at) if current else None
     return Step(status, _next_number(records, jobs), _missing(going, jobs, digest), stop, live, due)
 
 
 def _end_overdue(
     records: tuple[Attempt, ...], jobs: list[ObservedJob], phase: ResolvedPhase, at: Situation
 ) -> tuple[Attempt, ...]:
-    """Attempts that did not begin to run in time, or do not go on, are stopping from now on, and will have failed."""
+    """Attempts that did not begin, go on or end in time are stopping from now on, and will have failed."""
     seen = {job.attempt: job for job in jobs if not job.past}
     progress = at.observed.progress.get(phase.name)
     result = []
     for record in records:
         job = seen.get(record.number)
         late = overdue(job, progress, at.policy, at.now) if job and record.state == AttemptState.RUNNING else None
-        change = {"state": AttemptState.STOPPING, "failure": late[0], "message": late[1]} if late else {}
+        change: dict[str, Any] = {}
+        if late is not None:
+            change = {"state": AttemptState.STOPPING, "failure": late[0], "message": history.short(late[1])}
+        elif (due := ending_due(record, phase.template.grace_seconds)) is not None and at.now >= due:
+            change = {"state": AttemptState.STOPPING}
         result.append(record.model_copy(update=change))
     return tuple(result)
 
@@ -166,8 +171,11 @@ def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | Non
     return next((job for job in jobs if job.attempt == wanted and job.state == JobState.LIVE), None)
 
 
-def _due(job: ObservedJob, progress: PhaseProgress | None, at: Situation) -> datetime | None:
-    moments = (startup_due(job, at.policy), stall_due(job, progress, at.policy))
+def _due(
+    record: Attempt, job: ObservedJob, progress: PhaseProgress | None, phase: ResolvedPhase, at: Situation
+) -> datetime | None:
+    ending = ending_due(record, phase.template.grace_seconds)
+    moments = (startup_due(job, at.policy), stall_due(job, progress, at.policy), ending)
     return min(filter(None, moments), default=None)
 
 
@@ -207,12 +215,12 @@ def _waiting(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> tuple[P
 def _stopping(
     records: tuple[Attempt, ...], jobs: list[ObservedJob], keep: str | None
 ) -> tuple[tuple[Attempt, ...], tuple[int, ...]]:
-    """Attempts for anything but ``keep`` are to end. A stopped one that shows up again was started late: end it again."""
+    """Attempts for anything but ``keep`` are to end. One that is over and shows up again was started late: end it again."""
     unwanted = {
         a.number for a in records if not a.state.ended and (a.digest != keep or a.state == AttemptState.STOPPING)
     }
-    stopped = {a.number for a in records if a.state == AttemptState.STOPPED}
-    unwanted |= {job.attempt for job in jobs if job.state == JobState.LIVE and job.attempt in stopped}
+    over = {a.number for a in records if a.state in (AttemptState.STOPPED, AttemptState.FAILED)}
+    unwanted |= {job.attempt for job in jobs if job.state == JobState.LIVE and job.attempt in over}
     change: dict[str, Any] = {"state": AttemptState.STOPPING}
     marked = tuple(a.model_copy(update=change) if a.number in unwanted and not a.state.ended else a for a in records)
     return marked, tuple(sorted(unwanted))
@@ -233,8 +241,27 @@ def _next_number(records: tuple[Attempt, ...], jobs: list[ObservedJob]) -> int:
     return max([0, *(a.number for a in records), *(job.attempt for job in jobs)]) + 1
 
 
-def _first_start(mine: list[Attempt]) -> datetime | None:
-    return min((a.started_at for a in mine if a.started_at), default=None)
+def _started(phase: ResolvedPhase, before: PhaseStatus, mine: list[Attempt], digest: str | None) -> datetime | None:
+    """Since when the phase is at work. Its time begins anew when it goes on after a suspension, as that of a Job does."""
+    resumed = before.state == PhaseState.SUSPENDED and not phase.suspend
+    if before.digest == digest and before.started_at is not None and not resumed:
+        return before.started_at
+    over = {a.number for a in before.attempts if a.state.ended or a.state == AttemptState.STOPPING}
+    return min((a.started_at for a in mine if a.started_at and a.number not in over), default=None)
+
+
+def _rests(phase: ResolvedPhase, before: PhaseStatus) -> bool:
+    """No time runs while a phase is suspended; but what has failed is not revived by suspending it."""
+    return phase.suspend and before.state != PhaseState.FAILED
+
+
+def _finite(report: PhaseProgress | None) -> PhaseProgress | None:
+    """JSON has no infinities, and a status with NaN in it is never equal to itself."""
+    if report is None:
+        return None
+    figures = {name: getattr(report, name) for name in ("loss", "tokens_per_second", "eta_seconds")}
+    lost = {name: None for name, value in figures.items() if value is not None and not math.isfinite(value)}
+    return report.model_copy(update=lost)
 
 
 def _late(started: datetime | None, at: Situation) -> bool:

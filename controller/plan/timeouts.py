@@ -3,11 +3,14 @@
 from datetime import datetime, timedelta
 
 from controller.api.run import FailurePolicy
-from controller.api.status import PhaseProgress
+from controller.api.status import Attempt, AttemptState, PhaseProgress
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FailureClass
 
 Overdue = tuple[FailureClass, str]
+
+ENDING_SECONDS = 60.0
+"""For a job that is about to end to do so, after the time that it has to save its work."""
 
 
 def overdue(job: ObservedJob, progress: PhaseProgress | None, policy: FailurePolicy, now: datetime) -> Overdue | None:
@@ -23,6 +26,13 @@ def overdue(job: ObservedJob, progress: PhaseProgress | None, policy: FailurePol
         step = f" since step {progress.step}" if progress else ""
         return FailureClass.STALLED, f"no progress for {policy.stall_timeout_seconds:g} s{step}"
     return None
+
+
+def ending_due(record: Attempt, grace_seconds: float) -> datetime | None:
+    """The moment by which an attempt that is about to end has to be gone: some wait for what will never come."""
+    if record.failure is None or record.finished_at is None or record.state != AttemptState.RUNNING:
+        return None
+    return record.finished_at + timedelta(seconds=grace_seconds + ENDING_SECONDS)
 
 
 def startup_due(job: ObservedJob, policy: FailurePolicy) -> datetime | None:

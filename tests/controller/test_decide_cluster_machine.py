@@ -201,10 +201,10 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def an_end_stays_until_an_edit(self) -> None:
-        status = self.run.status
-        if status is not None and status.observed_generation == self.run.metadata.generation:
-            if status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED):
-                assert decide(self.run, self.look(), self.now) == Decision(status)
+        status = self.run.status or RunStatus()
+        ended = status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED)
+        if ended and status.observed_generation == self.run.metadata.generation:
+            assert decide(self.run, self.look(), self.now) == Decision(status)
 
     @precondition(lambda self: self.run.status is not None)
     @invariant()

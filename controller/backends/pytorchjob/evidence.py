@@ -56,7 +56,12 @@ class Evidence:
 def find(pods: Iterable[Object]) -> Evidence | None:
     """The root cause among a job's pods."""
     found = [evidence for pod in pods if (evidence := of_pod(pod)) is not None]
-    return min(found, key=lambda e: (ROOT_CAUSES.index(e.failure), e.at or "~"), default=None)
+    return min(found, key=lambda e: (_rank(e.failure), e.at or "~"), default=None)
+
+
+def _rank(failure: FailureClass) -> int:
+    """A pod's word may be anyone's, so it may also name a class that only an onlooker can tell."""
+    return ROOT_CAUSES.index(failure) if failure in ROOT_CAUSES else len(ROOT_CAUSES)
 
 
 def of_pod(pod: Object) -> Evidence | None:

@@ -28,7 +28,8 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
     base = ObservedJob(
         phase=meta_["labels"][meta.LABEL_PHASE],
         attempt=int(meta_["labels"][meta.LABEL_ATTEMPT]),
-        digest=meta_.get("annotations", {}).get(meta.ANNOTATION_DIGEST, ""),
+        # Never empty: a status leaves out what is empty, and an attempt without a digest could not be read again.
+        digest=meta_.get("annotations", {}).get(meta.ANNOTATION_DIGEST) or "unknown",
         state=JobState.LIVE,
         name=meta_["name"],
         started_at=first_start(pods),
@@ -57,13 +58,13 @@ def _gone(job: Object) -> Evidence:
 
 
 def _live(base: ObservedJob, job: Object, pods: Sequence[Object]) -> ObservedJob:
-    pods = [pod for pod in pods if pod["status"].get("phase") != "Succeeded"]
-    doomed = evidence.find(pods) or evidence.hopeless(pods)
+    at_work = [pod for pod in pods if pod["status"].get("phase") != "Succeeded"]
+    doomed = evidence.find(at_work) or evidence.hopeless(at_work)
     if doomed is not None:
         return replace(base, **_told(doomed))
     running = all_running_since(job, pods)
     since = running_since(job)
-    return replace(base, message=evidence.holdup(pods), may_start_since=since, running_since=running)
+    return replace(base, message=evidence.holdup(at_work), may_start_since=since, running_since=running)
 
 
 def _told(found: Evidence) -> dict[str, Any]:
@@ -106,9 +107,13 @@ def running_since(job: Object) -> datetime:
 
 
 def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
-    """Since when every pod of the job has run; None while one is missing or has not begun."""
+    """Since when every pod of the job has run; None while one is missing or has not begun.
+
+    The pods of a job do not end in the same second: one that has succeeded has run.
+    """
     wanted = job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
-    starts = [evidence.container_state(pod, "running").get("startedAt") for pod in pods]
+    states = [evidence.container_state(pod, "running") or evidence.container_state(pod, "terminated") for pod in pods]
+    starts = [state.get("startedAt") for state in states]
     known = [evidence.timestamp(start) for start in starts if start]
     return max(known) if len(known) == len(pods) and len(pods) >= wanted else None
 
