@@ -184,6 +184,14 @@ class Api:
             Call("update", LEASES), lease["metadata"]["namespace"], lease["metadata"]["name"], lease
         )
 
+    async def serves(self, resource: Resource, namespace: str | None) -> bool:
+        """Whether the API server knows the kind."""
+        try:
+            await self._call(Call("list", resource), namespace, None, query={"limit": "1"})
+        except NotFound:
+            return False
+        return True
+
     async def list_versions(
         self, resource: Resource, namespace: str | None, labels: Mapping[str, str]
     ) -> dict[str, str]:

@@ -16,7 +16,7 @@ from controller.api import meta
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
 from controller.backends.pytorchjob.render import Defaults
 from controller.backends.pytorchjob.scrape import Scraper
-from controller.kube import JOBS, PODS, RUNS, Api, ApiError, Conflict, Resource
+from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.operator import handlers, health
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
@@ -26,6 +26,13 @@ from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
 
 logger = logging.getLogger(__name__)
+
+INSTALL = {
+    RUNS: "apply manifests/crd.yaml",
+    JOBS: "install the Kubeflow Training Operator v1",
+    PODS: "this is no Kubernetes",
+}
+MISSING_SECONDS = 5.0
 
 OURS = {meta.LABEL_MANAGED_BY: meta.PRODUCT}
 
@@ -60,6 +67,8 @@ class Operator:
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
         self.watchdog = Watchdog(self.api, watches, options.namespaces or (None,), options.watchdog_seconds)
         self.watching = asyncio.Event()
+        self.missing: str | None = None
+        """A kind that is not installed."""
         self.port = 0
 
     async def run(self) -> None:
@@ -82,6 +91,7 @@ class Operator:
     async def _watch(self) -> None:
         """Ends on SIGTERM, which kopf listens for."""
         namespaces = self.options.namespaces
+        await self._until_served()
         await kopf.operator(
             registry=handlers.registry(self._notify, self.login),
             settings=handlers.settings(),
@@ -90,6 +100,16 @@ class Operator:
             ready_flag=self.watching,
             standalone=True,
         )
+
+    async def _until_served(self) -> None:
+        """kopf looks for kinds at its start only; those that are installed later would never be watched."""
+        namespace = self.options.namespaces[0] if self.options.namespaces else None
+        for resource in WATCHED:
+            while not await self.api.serves(resource, namespace):
+                self.missing = f"the cluster has no {resource.plural}.{resource.group}: {INSTALL[resource]}"
+                logger.warning("%s", self.missing)
+                await asyncio.sleep(MISSING_SECONDS)
+        self.missing = None
 
     def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
         metadata = document["metadata"]
@@ -107,7 +127,7 @@ class Operator:
         return f"watches are dead: {', '.join(self.watchdog.dead)}" if self.watchdog.dead else None
 
     def _unready(self) -> str | None:
-        return None if self.watching.is_set() else "the watches have not begun"
+        return self.missing or (None if self.watching.is_set() else "the watches have not begun")
 
     # -- what is done
 
@@ -165,5 +185,8 @@ async def main(options: Options, login: Login) -> int:
             await operator.run()
         except LeadershipLost as error:
             logger.error("%s: ending, so that only one replica acts", error)
+            return 1
+        except ApiError as error:
+            logger.error("the API server refuses what the operator needs: %s", error)
             return 1
     return 0

@@ -47,7 +47,7 @@ class LeaderElection:
         self._clock = clock
         self._lease: Object | None = None
         self._record: tuple[object, object] = (None, None)
-        self._changed_at = clock()
+        self._changed_at = self._renewed_at = clock()
 
     async def acquire(self) -> None:
         """Return once this process holds the lease."""
@@ -57,13 +57,14 @@ class LeaderElection:
 
     async def hold(self) -> None:
         """Renew for ever. Raises LeadershipLost."""
-        renewed = self._clock()
-        while True:
-            await asyncio.sleep(self.times.retry)
-            if await self._safely_try():
-                renewed = self._clock()
-            elif self._held_by_another() or self._clock() - renewed > self.times.renew_deadline:
-                raise LeadershipLost(f"lease {self.namespace}/{self.name} was not renewed in time")
+        try:
+            while True:
+                left = self._renewed_at + self.times.renew_deadline - self._clock()
+                # Also an attempt on its way is over by then: its answer may take longer than the others wait.
+                async with asyncio.timeout(left):
+                    await self._renew()
+        except TimeoutError:
+            raise LeadershipLost(f"lease {self.namespace}/{self.name} was not renewed in time") from None
 
     async def release(self) -> None:
         """Let another replica take over at once."""
@@ -73,9 +74,21 @@ class LeaderElection:
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 logger.warning("the lease could not be released: %s", error)
 
+    async def _renew(self) -> None:
+        """Once. Raises LeadershipLost if another one holds the lease."""
+        await asyncio.sleep(self.times.retry)
+        while not await self._safely_try():
+            if self._held_by_another():
+                raise LeadershipLost(f"lease {self.namespace}/{self.name} is held by {self._holder()}")
+            await asyncio.sleep(self.times.retry)
+
     async def _safely_try(self) -> bool:
+        # Others count from the write, which an answer may follow by seconds; so the begin is what counts here.
+        began = self._clock()
         try:
-            return await asyncio.wait_for(self._try(), self.times.renew_deadline / 2)
+            held = await asyncio.wait_for(self._try(), self.times.renew_deadline / 2)
+            self._renewed_at = began if held else self._renewed_at
+            return held
         except Conflict:
             return False
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:

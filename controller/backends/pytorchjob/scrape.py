@@ -73,20 +73,23 @@ class Scraper:
             self._session = aiohttp.ClientSession(timeout=TIMEOUT)
         host = f"[{address}]" if ":" in address else address
         try:
-            async with self._session.get(f"http://{host}:{self.port}/metrics") as response:
+            # What answers may be anyone's program, and must not send the operator elsewhere.
+            address = f"http://{host}:{self.port}/metrics"
+            async with self._session.get(address, allow_redirects=False) as response:
                 return parse(await response.text(), since)
-        except (aiohttp.ClientError, TimeoutError, ValueError):
+        except (aiohttp.ClientError, TimeoutError, ValueError, OverflowError):
             return None
 
 
 def parse(text: str, since: datetime | None) -> PhaseProgress | None:
-    """Progress in a page of metrics; None if it is not a trainer's."""
+    """Progress in a page of metrics; None if it is not a trainer's, or one's that does not know its steps yet."""
     values = {name: value for name, value in _values(text).items() if math.isfinite(value)}
-    if f"{PREFIX}step" not in values:
+    if f"{PREFIX}total_steps" not in values:
         return None
     return PhaseProgress(
-        step=int(values[f"{PREFIX}step"]),
-        total_steps=int(values.get(f"{PREFIX}total_steps", 0)),
+        # Absent before the first step.
+        step=int(values.get(f"{PREFIX}step", 0)),
+        total_steps=int(values[f"{PREFIX}total_steps"]),
         loss=values.get(f"{PREFIX}loss"),
         tokens_per_second=values.get(f"{PREFIX}tokens_per_second") or None,
         eta_seconds=values.get(f"{PREFIX}eta_seconds") or None,
