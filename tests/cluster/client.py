@@ -102,7 +102,7 @@ class Cluster:
         assert self.audit_log, "this cluster has no audit log"
         events = (json.loads(line) for line in self.audit_log.read_text().splitlines())
         wanted = set(verbs)
-        return [e for e in events if user in e["user"]["username"] and (not wanted or e["verb"] in wanted)]
+        return [e for e in events if user in e["user"].get("username", "") and (not wanted or e["verb"] in wanted)]
 
     def kill_node(self, name: str) -> None:
         """Like a loss of power; NotReady after 20 s."""
