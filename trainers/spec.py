@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 class SpecModel(BaseModel):
@@ -23,6 +25,26 @@ class SpecModel(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Fields of which exactly one is set, as in Kubernetes' unions."""
+
+    @model_validator(mode="after")
+    def _one_member_of(self) -> Self:
+        if self.one_of:
+            require_one(self, *self.one_of)
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The same rule for the API server, which refuses the run as soon as it is applied."""
+        schema = handler(core)
+        if cls.one_of:
+            names = [to_camel(name) for name in cls.one_of]
+            given = ", ".join(f"has(self.{name})" for name in names)
+            rule = {"rule": f"[{given}].filter(x, x).size() == 1", "message": f"set exactly one of {', '.join(names)}"}
+            handler.resolve_ref_schema(schema)["x-kubernetes-validations"] = [rule]
+        return schema
 
     def document(self, **kwargs: Any) -> dict[str, Any]:
         """The YAML/JSON form: camelCase keys, unset options left out."""
@@ -50,6 +72,10 @@ def require_one(model: SpecModel, *names: str) -> None:
 # ---------------------------------------------------------------- data
 
 
+MAX_SOURCES = 32
+"""Entries of one list of data; the API server weighs rules by the longest possible input. Shards are one entry: a glob."""
+
+
 class HubDataset(SpecModel):
     name: str = Field(min_length=1)
     """Dataset id on the Hugging Face hub, or a local folder that `datasets` can load."""
@@ -75,6 +101,8 @@ class SyntheticData(SpecModel):
 class DataSource(SpecModel):
     """Where rows come from: exactly one of `files`, `hub`, `synthetic`."""
 
+    one_of: ClassVar[tuple[str, ...]] = ("files", "hub", "synthetic")
+
     files: str | None = None
     """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.jsonl.gz`); relative paths start at the run file. Or an object store address, `s3://bucket/data/train-*.jsonl`."""
     hub: HubDataset | None = None
@@ -86,11 +114,6 @@ class DataSource(SpecModel):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        require_one(self, "files", "hub", "synthetic")
-        return self
-
 
 class RowPolicy(SpecModel):
     """How rows are read, whatever the phase."""
@@ -100,16 +123,16 @@ class RowPolicy(SpecModel):
 
 
 class PromptData(RowPolicy):
-    prompts: tuple[DataSource, ...] = Field(min_length=1)
+    prompts: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Rows `{"prompt"}`; other keys are ignored."""
     max_prompt_length: int = Field(default=512, ge=1)
     """Tokens; longer prompts are dropped and counted."""
 
 
 class TrainData(RowPolicy):
-    train: tuple[DataSource, ...] = Field(min_length=1)
+    train: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Training rows."""
-    eval: tuple[DataSource, ...] = ()
+    eval: tuple[DataSource, ...] = Field(default=(), max_length=MAX_SOURCES)
     """Held-out rows, scored during training and at the end."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens per sequence. Longer ones lose the left end of the prompt, or are dropped and counted when the response alone is too long."""
@@ -125,7 +148,7 @@ ArtifactKind = Literal["model", "reward-model", "traces", "evaluation", "package
 class ScratchTokenizer(SpecModel):
     kind: Literal["word", "bytes"] = "bytes"
     """`word`: one token per space-separated word; `bytes`: byte-level BPE."""
-    train_on: tuple[DataSource, ...] = Field(min_length=1)
+    train_on: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Rows whose texts the vocabulary is learned from."""
     vocab_size: int = Field(default=4096, ge=16)
     """Upper bound on the vocabulary."""
@@ -162,11 +185,6 @@ class ArtifactRef(SpecModel):
 
     phase: str | None = None
     """Name of the phase in this run whose artifact is meant."""
-
-    @model_validator(mode="after")
-    def _one_member(self) -> Self:
-        require_one(self, *self.one_of)
-        return self
 
 
 class ModelRef(ArtifactRef):

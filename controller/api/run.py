@@ -2,13 +2,21 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import RunStatus
 from trainers.contract import PhaseType
 from trainers.phases import REGISTRY, phase_type
-from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set, require_one
+from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set
 
 MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)
 """The members a phase entry can have: one for each phase type."""
@@ -18,10 +26,16 @@ def _quantity(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE]|[eE][0-9]+)?$"
+OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+
 Quantity = Annotated[
     str,
     BeforeValidator(_quantity),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}),
+    StringConstraints(pattern=QUANTITY),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer"}, {"type": "string"}], "pattern": QUANTITY, "x-kubernetes-int-or-string": True}
+    ),
 ]
 """A Kubernetes quantity: `8`, `500m`, `64Gi`."""
 
@@ -50,19 +64,16 @@ class ObjectMeta(SpecModel):
 class Workspace(SpecModel):
     """Where artifacts are kept: exactly one of `claimName`, `uri`. Local runs use a folder instead (`--workspace`)."""
 
-    claim_name: str | None = None
-    """A PersistentVolumeClaim that every pod of the run mounts."""
-    uri: str | None = None
-    """An object store prefix, for example `s3://bucket/prefix`."""
+    one_of: ClassVar[tuple[str, ...]] = ("claim_name", "uri")
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        require_one(self, "claim_name", "uri")
-        return self
+    claim_name: str | None = Field(default=None, pattern=OBJECT_NAME, max_length=253)
+    """A PersistentVolumeClaim that every pod of the run mounts."""
+    uri: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9+.-]*://[^/\s][^\s]*$", max_length=1024)
+    """An object store prefix, for example `s3://bucket/prefix`."""
 
 
 class EnvVar(SpecModel):
-    name: str = Field(min_length=1, max_length=256)
+    name: str = Field(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", max_length=256)
     """Name of the variable."""
     value: str = ""
     """Its value."""
@@ -91,7 +102,7 @@ class Toleration(SpecModel):
 class ClaimMount(SpecModel):
     """A PersistentVolumeClaim that pods see besides the workspace, for example data or a cache of models."""
 
-    claim_name: str = Field(min_length=1, max_length=253)
+    claim_name: str = Field(pattern=OBJECT_NAME, max_length=253)
     """Name of the claim."""
     mount_path: str = Field(pattern=r"^/[^:]+$", max_length=512)
     """Where pods see it."""
@@ -101,10 +112,13 @@ class ClaimMount(SpecModel):
     """Pods cannot write to it."""
 
 
+SecretName = Annotated[str, StringConstraints(pattern=OBJECT_NAME, max_length=253)]
+
+
 class Template(SpecModel):
     """How a phase's processes run. A field set in a phase's own template wins; `env` is merged by name."""
 
-    image: str | None = None
+    image: str | None = Field(default=None, pattern=r"^[^\sA-Z][^\s]*$", max_length=1024)
     """Container image of the trainers; the operator's default unless set. Part of a phase's identity."""
     nodes: int | None = Field(default=None, ge=1, le=4096)
     """Pods (machines) per phase; 1 unless set. Local runs have one."""
@@ -114,7 +128,7 @@ class Template(SpecModel):
     """Requests and limits of each pod."""
     env: tuple[EnvVar, ...] = Field(default=(), max_length=128)
     """Environment variables."""
-    secret_refs: tuple[str, ...] = Field(default=(), max_length=16)
+    secret_refs: tuple[SecretName, ...] = Field(default=(), max_length=16)
     """Secrets whose keys become environment variables (a hub token, object store credentials)."""
     claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16)
     """Claims to mount besides the workspace."""

@@ -58,14 +58,6 @@ def _version() -> dict[str, Any]:
 def _resource_schema() -> Schema:
     rules = [
         {
-            "rule": f"size(self.metadata.name) <= {meta.RUN_NAME_LENGTH}",
-            "message": f"metadata.name has at most {meta.RUN_NAME_LENGTH} characters: job names are built from it",
-        },
-        {
-            "rule": "!self.metadata.name.contains('.')",
-            "message": "metadata.name has no dots: job names and labels are built from it",
-        },
-        {
             # What is finished lies there, and nobody would find it at the new place.
             "rule": "!has(oldSelf.status) || !has(oldSelf.status.startedAt) || "
             "(has(self.spec.workspace) == has(oldSelf.spec.workspace) && "
@@ -81,7 +73,12 @@ def _resource_schema() -> Schema:
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
-            "metadata": {"type": "object"},
+            "metadata": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "maxLength": meta.RUN_NAME_LENGTH, "pattern": meta.DNS_LABEL},
+                },
+            },
             "spec": spec_schema(),
             "status": _status_schema(),
         },

@@ -12,7 +12,18 @@ from pydantic import BaseModel
 Schema = dict[str, Any]
 
 COPIED = frozenset(
-    {"type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "format"}
+    {
+        "type",
+        "description",
+        "enum",
+        "pattern",
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "format",
+        "x-kubernetes-validations",
+    }
 )
 DROPPED = frozenset(
     {"title", "default", "additionalProperties", "required", "properties", "items", "$ref", "anyOf", "const"}
@@ -85,7 +96,8 @@ class _Converter:
         nullable = {"nullable": True} if len(options) < len(node["anyOf"]) else {}
         beside = {key: node[key] for key in ("description",) if key in node} | _default(node)
         if node.get("x-kubernetes-int-or-string"):
-            return {"anyOf": options, "x-kubernetes-int-or-string": True} | beside | nullable
+            pattern = {"pattern": node["pattern"]} if "pattern" in node else {}
+            return {"anyOf": options, "x-kubernetes-int-or-string": True} | pattern | beside | nullable
         if len(options) != 1:
             raise NotStructural(
                 path, f"a union of {len(options)} types is not structural; use one optional field per type"

@@ -85,7 +85,8 @@ def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event
         return
     if kind in BAD_NEWS:
         status, reason = BAD_NEWS[kind]
-        if new.status == status:
+        # A rejected run has failed too; that is one piece of news.
+        if new.status == status and not (kind == meta.FAILED and new.reason == meta.INVALID_SPEC):
             yield Event("Warning", reason, new.message)
     elif kind == meta.ADMITTED:
         yield Event("Normal", f"Queue{new.reason}", new.message)

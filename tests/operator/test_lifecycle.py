@@ -296,6 +296,35 @@ class TestRefusals:
             driver.apply(manifest("run", sft(), phase))
         assert message in str(caught.value)
 
+    SPECS = {
+        "a quantity that is none": (
+            {"template": {"resources": {"limits": {"memory": "64 GB"}}}},
+            "template.resources.limits.memory",
+        ),
+        "a variable that cannot be": ({"template": {"env": [{"name": "A B", "value": "x"}]}}, "template.env[0].name"),
+        "an image that cannot be": ({"template": {"image": "My Image"}}, "template.image"),
+        "no address": ({"workspace": {"uri": "bucket/prefix"}}, "workspace.uri"),
+        "two workspaces": ({"workspace": {"uri": "s3://b/p", "claimName": "c"}}, "set exactly one of claimName, uri"),
+        "no source of rows": (
+            {"phases": [sft(data={"train": [{"limit": 3}]})]},
+            "set exactly one of files, hub, synthetic",
+        ),
+        "no source of a model": ({"model": {"revision": "main"}}, "set exactly one of phase, source, scratch"),
+        "no pods": ({"template": {"nodes": 0}}, "template.nodes"),
+    }
+
+    @pytest.mark.parametrize("name", SPECS)
+    def test_at_apply_outside_the_phases(self, driver: Driver, name: str):
+        spec, message = self.SPECS[name]
+        with pytest.raises(KubectlError) as caught:
+            driver.apply(manifest("run", sft(), **spec))
+        assert message in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["a.b", "Upper", "x" * 41])
+    def test_names_that_jobs_cannot_be_named_after(self, driver: Driver, name: str):
+        with pytest.raises(KubectlError, match=r"metadata\.name"):
+            driver.apply(manifest(name, sft()))
+
     def test_an_unknown_field_is_refused(self, driver: Driver):
         run = json.dumps(manifest("run", sft("x", learningRate=1)))
         with pytest.raises(KubectlError, match="learningRate"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from trainers.phases.evaluate.metric import Metric
-from trainers.spec import DataSource, RowPolicy, Sampling, SpecModel
+from trainers.spec import MAX_SOURCES, DataSource, RowPolicy, Sampling, SpecModel
 
 if TYPE_CHECKING:
     from trainers.phases.evaluate.bench import Bench
@@ -31,7 +31,7 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 class BenchmarkRows(RowPolicy):
     """Held-out rows."""
 
-    rows: tuple[DataSource, ...] = Field(min_length=1)
+    rows: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Rows with the keys that the benchmark needs: `prompt` (or chat `messages`) and, by benchmark, more."""
     max_prompt_length: int = Field(default=512, ge=1)
     """Tokens; a longer prompt loses its left end, so that all models answer the same rows."""

@@ -86,7 +86,7 @@ class EvaluateSpec(PhaseSpec):
     """Rows of the benchmarks that set none of their own."""
     sampling: Sampling = Sampling()
     """Generation settings of the benchmarks that set none of their own."""
-    benchmarks: tuple[BenchmarkEntry, ...] = ()
+    benchmarks: tuple[BenchmarkEntry, ...] = Field(default=(), max_length=32)
     """What is measured."""
     latency: LatencySpec = LatencySpec()
     """How speed is measured."""
