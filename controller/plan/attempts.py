@@ -17,8 +17,11 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
     """Attempts by number. An end once seen stands, so stale, repeated and lost observations do no harm."""
     records = {attempt.number: attempt for attempt in before}
     seen = {job.attempt: job for job in jobs if not job.past}
+    newest = max(records, default=0)
     for number, job in seen.items():
-        records[number] = _advance(records.get(number), job, now)
+        # The job of an attempt that has been pruned: whatever it was, it has been dealt with.
+        if number in records or number > newest or job.state == JobState.LIVE:
+            records[number] = _advance(records.get(number), job, now)
     for number, record in records.items():
         # One that was about to fail and is gone has failed: who took its job away took its end with it.
         leaving = record.state == AttemptState.STOPPING or record.failure is not None
@@ -88,19 +91,27 @@ def short(message: str) -> str:
     return message[:MESSAGE_LIMIT]
 
 
-def without_result(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
+def without_result(attempts: Sequence[Attempt], before: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
     """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work.
 
-    One that was started for other settings has done what it was asked for.
+    One that was started for other settings has done what it was asked for, and one that we had asked to stop has stopped.
     """
+    asked_to_stop = {a.number: a for a in before if a.state == AttemptState.STOPPING}
+    return tuple(
+        _lost(a, asked_to_stop.get(a.number)) if a.state == AttemptState.SUCCEEDED and a.digest == digest else a
+        for a in attempts
+    )
+
+
+def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:
+    if stopping is not None:
+        return stopping.model_copy(update={"state": _after_stopping(stopping), "finished_at": record.finished_at})
     lost = {
         "state": AttemptState.FAILED,
         "failure": FailureClass.INFRASTRUCTURE,
         "message": "ended without leaving a result for these settings",
     }
-    return tuple(
-        a.model_copy(update=lost) if a.state == AttemptState.SUCCEEDED and a.digest == digest else a for a in attempts
-    )
+    return record.model_copy(update=lost)
 
 
 def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:

@@ -55,7 +55,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     result = _known_result(digest, before, at.observed.results.get(phase.name))
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
-    return _unfinished(phase, before, history.without_result(records, digest), jobs, digest, at)
+    return _unfinished(phase, before, history.without_result(records, before.attempts, digest), jobs, digest, at)
 
 
 def wanted_digest(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> str | None:
