@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from textwrap import shorten
 
 from rich.console import Console
 from rich.live import Live
@@ -21,6 +22,8 @@ COLOURS = {
     PhaseState.SUSPENDED: "yellow",
 }
 
+REMARK_WIDTH = 90
+"""Characters of the last column; a longer one would take the others' room."""
 PROGRESS_EVERY_SECONDS = 10.0
 
 
@@ -48,7 +51,7 @@ def status_table(status: RunStatus, now: datetime) -> Table:
             state,
             *figures(phase.progress),
             duration(spent) if spent is not None else "",
-            escape(remark(phase)),
+            escape(shorten(remark(phase), REMARK_WIDTH, placeholder=" …")),
         )
     return table
 

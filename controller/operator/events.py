@@ -94,7 +94,7 @@ def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event
         yield Event("Normal", "RunSucceeded", "all phases succeeded")
     elif kind == meta.SUSPENDED and (new.status == "True" or (old is not None and old.status == "True")):
         reason = "RunSuspended" if new.status == "True" else "RunResumed"
-        yield Event("Normal", reason, new.message or new.reason)
+        yield Event("Normal", reason, new.message or "nothing of the run is suspended any more")
 
 
 def render(event: Event, run: AlignmentRun, instance: str, now: datetime) -> dict[str, Any]:

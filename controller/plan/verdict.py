@@ -54,7 +54,7 @@ def _told(phase: PhaseStatus) -> str:
 def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | None:
     names = [p.name for p in phases if p.state == PhaseState.SUSPENDED]
     if run.spec.suspend:
-        return Claim(True, meta.RUN_SUSPENDED)
+        return Claim(True, meta.RUN_SUSPENDED, "spec.suspend is true")
     if names and not any(p.state in MOVING for p in phases):
         return Claim(True, meta.PHASES_SUSPENDED, f"suspended: {', '.join(names)}")
     return None

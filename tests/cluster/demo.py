@@ -1,6 +1,7 @@
 """`make demo-cluster`: real nodes with the operator in a pod, and a namespace in which a run can be tried."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def _write_run(out: Path) -> Path:
     """The quickstart's run, placed in this cluster."""
     run = yaml.safe_load((product.ROOT / "configs" / "quickstart.yaml").read_text())
     run["spec"]["workspace"] = {"claimName": product.WORKSPACE_CLAIM}
-    run["spec"]["template"] = run["spec"].get("template", {}) | product.TEMPLATE
+    # One pod on each node at a time: they share this machine's cores.
+    resources = {"requests": {"cpu": f"{0.75 * (os.cpu_count() or 1):g}"}}
+    run["spec"]["template"] = run["spec"].get("template", {}) | product.TEMPLATE | {"resources": resources}
     out.write_text(json.dumps(run, indent=1))
     return out
 
