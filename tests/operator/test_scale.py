@@ -1,11 +1,13 @@
 """Many runs at once: everything is done once, and the API server is asked no more than it has to be."""
 
+import os
+
 import pytest
 from cluster.client import Cluster
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
 
-RUNS = 30
+RUNS = int(os.environ.get("RUNS", "30"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def namespace(kwok_cluster: Cluster, fake: OperatorProcess) -> str:
 
 @pytest.mark.slow
 def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
-    figures = run_many(kwok_cluster, fake, namespace, RUNS)
+    figures = run_many(kwok_cluster, fake, namespace, RUNS, timeout=60 + 5 * RUNS)
     print(figures)
     assert figures.jobs == 2 * RUNS
     # Two starts, two ends, two that are seen running, and what the pods wait for meanwhile.
