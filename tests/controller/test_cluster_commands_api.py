@@ -84,7 +84,9 @@ class Bench:
         return code, captured.out + captured.err
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", "-c", PROGRAM, *self.arguments(*arguments)]
+        # A shell's background jobs ignore SIGINT, and so would all that they start: as at a terminal, it counts here.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        command = [sys.executable, "-P", "-c", heed + PROGRAM, *self.arguments(*arguments)]
         return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

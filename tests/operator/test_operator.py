@@ -42,7 +42,9 @@ class TestRights:
         }
         made = [e for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource")]
         assert {asked(e) for e in made} <= granted
-        assert not [e["requestURI"] for e in made if e["responseStatus"]["code"] in (401, 403)]
+        # Forbidden by a quota or by a namespace that goes away is no question of rights.
+        refused = [e for e in made if e.get("annotations", {}).get("authorization.k8s.io/decision") != "allow"]
+        assert not [e["requestURI"] for e in refused]
 
     def test_every_right_is_used(self, driver: Driver):
         """Least privilege: a right that is never needed is taken away. Lists and watches are kopf's."""
