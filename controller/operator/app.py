@@ -169,7 +169,7 @@ class Operator:
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
             outcome = "api"
             wait = self.queue.retry(key, getattr(error, "retry_after", None) or 0.0)
-            logger.warning("%s/%s: %s; again in %.1f s", *key, error or type(error).__name__, wait)
+            logger.warning("%s/%s: %s; again in %.1f s", *key, str(error) or type(error).__name__, wait)
         except Exception:  # a bug met with one run must not stop the others
             outcome = "bug"
             logger.exception("%s/%s: unexpected error; again in %.1f s", *key, self.queue.retry(key))

@@ -86,13 +86,15 @@ class LeaderElection:
         # Others count from the write, which an answer may follow by seconds; so the begin is what counts here.
         began = self._clock()
         try:
-            held = await asyncio.wait_for(self._try(), self.times.renew_deadline / 2)
+            # Not wait_for, which may swallow a cancellation (python/cpython#86296): then nobody would give up in time.
+            async with asyncio.timeout(self.times.renew_deadline / 2):
+                held = await self._try()
             self._renewed_at = began if held else self._renewed_at
             return held
         except Conflict:
             return False
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
-            logger.warning("lease %s/%s: %s", self.namespace, self.name, error or type(error).__name__)
+            logger.warning("lease %s/%s: %s", self.namespace, self.name, str(error) or type(error).__name__)
             return False
 
     async def _try(self) -> bool:

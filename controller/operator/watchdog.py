@@ -66,7 +66,7 @@ class Watchdog:
                 self.dead = tuple([w.resource.plural for w in self.watches.values() if not await self._lives(w)])
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 # The API server is away: the watches cannot be blamed for that.
-                logger.warning("the watches could not be checked: %s", error or type(error).__name__)
+                logger.warning("the watches could not be checked: %s", str(error) or type(error).__name__)
                 continue
             if self.dead:
                 logger.error("watches are dead: %s", ", ".join(self.dead))
