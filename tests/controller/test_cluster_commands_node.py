@@ -86,7 +86,7 @@ def test_a_log_is_followed_live_over_broken_connections_and_attempts(bench: Benc
     output += rest
     assert process.returncode == 0
     assert [numbers(output, 1), numbers(output, 2)] == [list(range(LINES))] * 2, output
-    assert output.endswith("the end")
+    assert "the end" in output  # what was said about the connection may follow it
 
 
 def test_logs_of_pods_that_have_ended_or_cannot_start(bench: Bench) -> None:
