@@ -63,7 +63,7 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
 
 
 def _metrics(phase: PhaseStatus) -> str:
-    shown = [f"{name} {value:.4g}" for name, value in list(phase.metrics.items())[:SHOWN_METRICS]]
+    shown = [f"{name} {value:.6g}" for name, value in list(phase.metrics.items())[:SHOWN_METRICS]]
     return f": {', '.join(shown)}" if shown else ""
 
 
