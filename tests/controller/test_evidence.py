@@ -96,6 +96,13 @@ def test_every_class_that_a_process_can_end_with_has_its_place_among_causes():
     assert set(evidence.ROOT_CAUSES) == {f for f, known in FAILURES.items() if known.code is not None}
 
 
+def test_a_pod_may_say_what_only_an_onlooker_can_tell():
+    """Its image is the user's, and its word must not stop the operator."""
+    claims = pod(0, "Failed", terminated=terminated(1, said("Stalled", "so it says")))
+    assert evidence.find([claims]).failure == FailureClass.STALLED
+    assert evidence.find([claims, pod(1, "Failed", terminated=terminated(2, BAD))]).failure == FailureClass.BAD_INPUT
+
+
 HOLDUPS = {
     "no room": (
         pod(phase="Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",

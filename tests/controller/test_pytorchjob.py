@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pods import job, pod, said, terminated
 
 from controller.api.run import PHASE_NAME_LENGTH, RUN_NAME_LENGTH, Workspace
-from controller.api.status import QueueState
+from controller.api.status import QueueState, RunStatus
 from controller.backends.pytorchjob import observe
 from controller.backends.pytorchjob.render import Defaults, Owner, render
 from controller.plan.decide import Apply, decide
@@ -205,6 +205,20 @@ class TestObserve:
             job("Running", replicas=2), pod(0, "Succeeded", terminated=terminated(0)), pod(1, running=RUNNING)
         )
         assert (got.state, got.failure) == (JobState.LIVE, None)
+
+    def test_pods_that_end_one_after_the_other_have_all_run(self):
+        """Else a job of several pods had started too late as soon as its first pod had succeeded."""
+        first = pod(0, "Succeeded", terminated=terminated(0))
+        got = self.look(job("Running", replicas=2), first, pod(1, running=RUNNING))
+        assert got.running_since == datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+        assert self.look(job("Running", replicas=2), first).running_since is None, "its peer has not begun"
+
+    @pytest.mark.parametrize("annotations", [{}, {"alignment.dev/digest": ""}])
+    def test_a_job_that_has_lost_its_digest_can_be_written_down(self, annotations):
+        """A status leaves out what is empty, and one without a digest could not be read again: the run would be refused."""
+        got = self.look(job("Running", annotations=annotations), pod(running=RUNNING))
+        decision = decide(make_run({**sft("sft")}), seen(got), START)
+        assert RunStatus.model_validate(decision.status.document()) == decision.status
 
     def test_the_result_is_rank_0s_word(self):
         good = said(None, digest="d", artifactDigest="a", metrics={"loss": 1.5, "bad": float("nan")})

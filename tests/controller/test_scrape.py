@@ -2,12 +2,19 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
+import pytest
 from aiohttp import web
+from prometheus_client import generate_latest
 
 from controller.backends.pytorchjob import scrape
 from controller.backends.pytorchjob.scrape import Scraper
+from trainers.contract import PhaseDir
+from trainers.metrics import PREFIX, Meter
+from trainers.spec import Tracking
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -87,3 +94,96 @@ def test_pods_that_are_gone_are_forgotten():
 def test_before_the_first_step_a_pod_has_been_at_work_since_it_runs():
     assert scrape.parse(page(0), SINCE).updated_at == SINCE
     assert scrape.parse("python_info 1\n", SINCE) is None
+
+
+def test_a_pod_cannot_send_the_operator_elsewhere():
+    """Its image is the user's, and the operator may reach what the user may not."""
+    reached = []
+
+    async def secret(_):
+        reached.append(1)
+        return web.Response(text=page(3))
+
+    async def go():
+        other, elsewhere = await serve(secret)
+
+        async def sends_on(_):
+            raise web.HTTPFound(f"http://127.0.0.1:{elsewhere}/metrics")
+
+        runner, port = await serve(sends_on)
+        scraper = Scraper(port)
+        found = await scraper.progress("pod", "127.0.0.1", SINCE)
+        await scraper.close()
+        await asyncio.gather(runner.cleanup(), other.cleanup())
+        return found
+
+    assert asyncio.run(go()) is None
+    assert not reached
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no metrics at all\n", "x{ 1\n", page(1) + f"{PREFIX}last_update_seconds 1e300\n"]
+)
+def test_a_page_that_is_no_trainers_is_no_error(text):
+    async def answer(_):
+        return web.Response(text=text)
+
+    async def go():
+        runner, port = await serve(answer)
+        scraper = Scraper(port)
+        found = await scraper.progress("pod", "127.0.0.1", SINCE)
+        await scraper.close()
+        await runner.cleanup()
+        return found
+
+    assert asyncio.run(go()) is None
+
+
+# ---------------------------------------------------------------- what the trainers really serve
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> Iterator[Meter]:
+    made = Meter(PhaseDir(tmp_path), {"run": "r", "phase": "p", "type": "sft", "rank": "0"}, 0, Tracking())
+    yield made
+    made.close()
+
+
+def served(meter: Meter) -> str:
+    return generate_latest(meter.registry).decode()
+
+
+def test_a_trainers_own_page(meter: Meter):
+    meter.begin(0, 40)
+    for step in (1, 2):
+        meter.count(tokens=1000, samples=4)
+        time.sleep(0.01)
+        meter.log(step, loss=2.5, learning_rate=1e-4)
+    found = scrape.parse(served(meter), SINCE)
+    assert found is not None
+    assert (found.step, found.total_steps, found.loss) == (2, 40, 2.5)
+    assert found.tokens_per_second == pytest.approx(meter._rate)
+    assert found.eta_seconds is not None
+    assert found.eta_seconds > 0
+    assert found.updated_at is not None
+    assert abs((datetime.now(UTC) - found.updated_at).total_seconds()) < 5
+
+
+def test_a_trainer_that_has_not_finished_a_step_has_no_progress(meter: Meter):
+    assert scrape.parse(served(meter), SINCE) is None
+
+
+def test_a_loss_that_is_no_number_is_left_out(meter: Meter):
+    meter.begin(0, 4)
+    meter.log(1, loss=float("nan"), grad_norm=float("inf"))
+    found = scrape.parse(served(meter), SINCE)
+    assert found is not None
+    assert (found.step, found.loss) == (1, None)
+
+
+def test_the_last_step_leaves_no_time(meter: Meter):
+    meter.begin(3, 4)
+    meter.log(4, loss=1.0)
+    found = scrape.parse(served(meter), SINCE)
+    assert found is not None
+    assert (found.step, found.eta_seconds) == (4, None)

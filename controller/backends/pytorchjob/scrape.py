@@ -82,14 +82,16 @@ class Scraper:
 
 
 def parse(text: str, since: datetime | None) -> PhaseProgress | None:
-    """Progress in a page of metrics; None if it is not a trainer's, or one's that does not know its steps yet."""
+    """Progress in a page of metrics; None if it is not a trainer's, or one's that has not finished a step.
+
+    How many steps there will be is known earlier, but it is no sign of life: a long loading before it would be a stall.
+    """
     values = {name: value for name, value in _values(text).items() if math.isfinite(value)}
-    if f"{PREFIX}total_steps" not in values:
+    if f"{PREFIX}step" not in values:
         return None
     return PhaseProgress(
-        # Absent before the first step.
-        step=int(values.get(f"{PREFIX}step", 0)),
-        total_steps=int(values[f"{PREFIX}total_steps"]),
+        step=int(values[f"{PREFIX}step"]),
+        total_steps=int(values.get(f"{PREFIX}total_steps", 0)),
         loss=values.get(f"{PREFIX}loss"),
         tokens_per_second=values.get(f"{PREFIX}tokens_per_second") or None,
         eta_seconds=values.get(f"{PREFIX}eta_seconds") or None,

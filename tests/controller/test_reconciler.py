@@ -1,0 +1,181 @@
+"""One look at one run, with an API server and a backend that only remember what they were told."""
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from builders import START, after, document, job, make_run, results, seen, sft
+
+from controller.api.run import AlignmentRun
+from controller.api.status import RunStatus
+from controller.kube import RUNS, ApiError, Call, Conflict
+from controller.operator.metrics import OperatorMetrics
+from controller.operator.queue import Key
+from controller.operator.reconciler import POLL, Reconciler
+from controller.plan.job import PhaseJob
+from controller.plan.observed import JobState, Observed
+from trainers.contract import FailureClass
+
+KEY = Key("ns", "test")
+RUN = make_run(sft("base"))
+
+
+@dataclass
+class Server:
+    stored: dict[str, Any] | None
+    said: list[str] = field(default_factory=list)
+    refusal: ApiError | None = None
+    events: list[str] = field(default_factory=list)
+
+    async def get_run(self, namespace: str, name: str) -> dict[str, Any] | None:
+        return self.stored
+
+    async def write_run_status(self, run: dict[str, Any], status: dict[str, Any]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.said.append("status")
+        self.stored = {**run, "status": status}
+
+    async def create_event(self, event: dict[str, Any]) -> None:
+        self.events.append(event["reason"])
+        raise ApiError(Call("create", RUNS), "event", 403, "events may not be written here")
+
+
+@dataclass
+class Backend:
+    server: Server
+    view: Observed = field(default_factory=Observed)
+    looks: int = 0
+    lost: bool = False
+
+    async def observe(self, run: AlignmentRun) -> Observed:
+        self.looks += 1
+        return self.view
+
+    async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
+        self.server.said.append(f"apply {job.phase}-{job.attempt}")
+
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
+        if self.lost:
+            raise TimeoutError
+        self.server.said.append(f"delete {phase}-{attempt}")
+
+
+class Desk:
+    """A run, and looks at it."""
+
+    def __init__(self, **spec: Any) -> None:
+        stored = document(sft("base"), **spec)
+        stored["metadata"] |= {"namespace": "ns", "uid": "u", "generation": 1, "resourceVersion": "1"}
+        self.server = Server(stored)
+        self.backend = Backend(self.server)
+        self.now = START
+        self.reconciler = Reconciler(
+            self.server, self.backend, OperatorMetrics(), "me", now=self.clock  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def clock(self) -> datetime:
+        return self.now
+
+    def look(self, view: Observed | None = None, at: float = 0) -> timedelta | None:
+        self.now, self.backend.view = after(at), view or self.backend.view
+        return asyncio.run(self.reconciler.look(KEY))
+
+    def edit(self, **spec: Any) -> None:
+        assert self.server.stored is not None
+        metadata = self.server.stored["metadata"]
+        self.server.stored = {
+            **self.server.stored,
+            "metadata": {**metadata, "generation": metadata["generation"] + 1},
+            "spec": {**self.server.stored["spec"], **spec},
+        }
+
+    @property
+    def status(self) -> RunStatus:
+        assert self.server.stored is not None
+        return RunStatus.model_validate(self.server.stored.get("status", {}))
+
+
+def test_the_status_is_saved_before_anything_is_done_and_only_when_it_changes():
+    desk = Desk()
+    desk.look()
+    assert desk.server.said == ["status", "apply base-1"]
+    desk.server.said.clear()
+    desk.look(seen(job(RUN, "base")), at=1)
+    desk.look(seen(job(RUN, "base")), at=2)
+    assert desk.server.said == ["status"]
+    assert desk.server.events == ["AttemptStarted"], "and an event that is refused is no matter"
+
+
+def test_a_run_that_was_edited_meanwhile_is_left_alone():
+    desk = Desk()
+    desk.server.refusal = Conflict(Call("update", RUNS), "test", 409, "modified")
+    with pytest.raises(Conflict):
+        desk.look()
+    assert desk.server.said == []
+
+
+def test_what_runs_and_what_is_on_its_way_out_is_looked_at_again():
+    """A pod on a dead node says no more: that its time is over shows only when someone looks."""
+    desk = Desk()
+    desk.look()
+    live = seen(job(RUN, "base"))
+    assert desk.look(live, at=1) == POLL
+    desk.edit(suspend=True)
+    assert desk.look(live, at=2) == POLL
+    assert desk.look(live, at=3) == POLL
+    assert desk.look(seen(), at=4) is None
+
+
+def test_the_planners_own_time_counts_if_it_is_sooner():
+    desk = Desk(failurePolicy={"backoff": {"initialSeconds": 1}})
+    desk.look()
+    failed = job(RUN, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(1))
+    wait = desk.look(seen(failed), at=1)
+    assert wait is not None
+    assert timedelta(seconds=1) <= wait <= timedelta(seconds=1.25)
+
+
+def test_a_run_at_rest_costs_one_call():
+    desk = Desk()
+    desk.look(seen(results=results(RUN, "base")))
+    assert desk.backend.looks == 1
+    assert desk.look(at=1) is None
+    assert (desk.backend.looks, desk.server.said) == (1, ["status"])
+
+
+def test_a_rejected_runs_job_is_deleted_though_the_first_call_failed():
+    desk = Desk()
+    live = seen(job(RUN, "base"), problems=("spec.workspace: is not set",))
+    desk.look(seen())
+    desk.edit(seed=1)
+    desk.backend.lost = True
+    with pytest.raises(TimeoutError):
+        desk.look(live, at=1)
+    assert desk.status.phase == "Invalid"
+    desk.backend.lost = False
+    assert desk.look(live, at=2) == POLL
+    assert desk.server.said[-1] == "delete base-1"
+    assert desk.look(seen(), at=20) is None
+
+
+def test_a_run_that_cannot_be_read_is_told_so_once():
+    desk = Desk(nonsense=1)
+    assert desk.look() is None
+    assert desk.look() is None
+    assert desk.server.said == ["status"]
+    failed = desk.status.condition("Failed")
+    assert failed is not None
+    assert "nonsense" in failed.message
+
+
+def test_a_run_that_is_gone_or_going_is_nobodys_business():
+    desk = Desk()
+    assert desk.server.stored is not None
+    desk.server.stored["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert desk.look() is None
+    desk.server.stored = None
+    assert desk.look() is None
+    assert desk.backend.looks == 0
