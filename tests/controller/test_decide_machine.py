@@ -84,6 +84,7 @@ class World(RuleBasedStateMachine):
         self.over: set[Key] = set()
         """Attempts that the status has forgotten."""
         self.old: Observed | None = None
+        self.problems: tuple[str, ...] = ()
 
     @property
     def run(self) -> AlignmentRun:
@@ -99,6 +100,7 @@ class World(RuleBasedStateMachine):
             results={job.phase: ObservedResult(job.digest, artifact(job), {"loss": 0.5}) for job in words},
             progress=dict(self.progress),
             capacity=CAPACITY,
+            problems=self.problems,
         )
 
     def live(self) -> list[ObservedJob]:
@@ -215,6 +217,12 @@ class World(RuleBasedStateMachine):
     def the_user_raises_the_budgets(self) -> None:
         self.edit((*self.spec[:3], self.spec[3] + 1))
 
+    @rule()
+    def the_backend_cannot_do_it_or_can_again(self) -> None:
+        """Seen at the next edit if the run has ended by then."""
+        self.problems = () if self.problems else ("spec.workspace: is not set",)
+        self.old = None
+
     # -- the world
 
     def put(self, job: ObservedJob, **changes: object) -> None:
@@ -313,6 +321,7 @@ class World(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With nobody but the planner left to act, events and its own clock bring the run to an end."""
+        self.problems = ()
         self.edit((self.spec[0], (), False, self.spec[3]))
         for _ in range(400):
             decision = self.step(self.look())
