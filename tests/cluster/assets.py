@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PINS = ("pins.txt", "kube/go.mod", "kube/go.sum", "kueue/go.mod", "kueue/go.sum")
+MODULES = ("kube", "kueue", "prometheus-operator")
+PINS = ("pins.txt", *(f"{module}/go.{kind}" for module in MODULES for kind in ("mod", "sum")))
 FORMAT = b"1"  # raise it when build.py or manifests.py write something else for the same pins
 GIVEN = "ALIGNMENT_CLUSTER_ASSETS"
 
@@ -16,6 +17,7 @@ BINARIES = {
     "kwok": (*API, "kube-scheduler", "kwok"),
     "node": (*API, "kube-scheduler", "kubelet", "kube-proxy", "coredns"),
     "s3": ("versitygw",),
+    "monitoring": ("prometheus-operator",),
 }
 
 

@@ -25,7 +25,13 @@ _KUBE_FLAGS = (
 _COST = {
     "kube-apiserver": 450, "kubectl": 90, "etcd": 40, "training-operator.v1": 240, "kube-controller-manager": 150,
     "kueue": 490, "kube-scheduler": 40, "kwok": 240, "kubelet": 150, "kube-proxy": 30, "coredns": 300, "versitygw": 150,
+    "prometheus-operator": 200,
 }  # fmt: skip
+# `go install` refuses these: one has no version list and a module unknown to the checksum database, one replaces modules.
+_OWN_MODULES = {
+    "kueue": "sigs.k8s.io/kueue/cmd/kueue",
+    "prometheus-operator": "github.com/prometheus-operator/prometheus-operator/cmd/operator",
+}
 
 Say = Callable[[str], None]
 
@@ -87,9 +93,8 @@ def _command(assets: Assets, name: str, scratch: Path) -> list[str]:
     pins = _pins()
     if name in pins:
         return ["install", "-ldflags", "-s -w", pins[name]]
-    if name == "kueue":
-        # The proxy serves no version list for it, so `go install` is refused, and the checksum database lacks a module.
-        module, flags, package = "kueue", "-s -w", "sigs.k8s.io/kueue/cmd/kueue"
+    if name in _OWN_MODULES:
+        module, flags, package = name, "-s -w", _OWN_MODULES[name]
     elif name == "etcd":
         module, flags, package = "kube", "-s -w", "go.etcd.io/etcd/server/v3"
     else:
@@ -108,8 +113,8 @@ def _module(assets: Assets, name: str) -> Path:
 
 def _source(assets: Assets, name: str) -> Path:
     """The module's source in Go's module cache, for the manifests in it."""
-    if name == "kueue":
-        output = _go("-C", str(_module(assets, "kueue")), "mod", "download", "-json", "sigs.k8s.io/kueue")
+    if name in _OWN_MODULES:
+        output = _go("-C", str(_module(assets, name)), "mod", "download", "-json", _OWN_MODULES[name].split("/cmd/")[0])
     else:
         package, version = _pins()["training-operator.v1" if name == "training-operator" else name].split("@")
         output = _go("mod", "download", "-json", f"{package.split('/cmd/')[0]}@{version}")

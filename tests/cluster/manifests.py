@@ -16,28 +16,38 @@ _NOT_FOR_PROCESSES = {
     "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding",
 }  # fmt: skip
 _OTHER_JOBS = {f"{kind}jobs.kubeflow.org" for kind in ("jax", "mpi", "paddle", "tf", "xgboost")}
-_STAGES = (
-    "node/fast/node-initialize",
-    "node/heartbeat-with-lease/node-heartbeat-with-lease",
-)
+_FILES = {
+    "kwok": (
+        "kustomize/stage/node/fast/node-initialize.yaml",
+        "kustomize/stage/node/heartbeat-with-lease/node-heartbeat-with-lease.yaml",
+    ),
+    "prometheus-operator": ("example/prometheus-operator-crd/*.yaml",),
+}
 
 Document = dict[str, Any]
 
 
+class _Loader(yaml.CSafeLoader):
+    """Reads a plain ``=`` as the text it is: PyYAML knows no value for it, and matchers have it."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:value", yaml.CSafeLoader.construct_yaml_str)
+
+
 def needed(tier: str) -> list[str]:
-    if tier == "s3":
-        return []
-    return ["training-operator", "kueue", *(["kwok"] if tier == "kwok" else [])]
+    alone = {"s3": [], "monitoring": ["prometheus-operator"]}
+    return alone.get(tier, ["training-operator", "kueue", *(["kwok"] if tier == "kwok" else [])])
 
 
 def render(name: str, assets: Assets, source: Path) -> None:
     """Written as JSON, which loads in a fraction of the time that YAML takes."""
-    if name == "kwok":
-        text = "\n---\n".join((source / "kustomize" / "stage" / f"{stage}.yaml").read_text() for stage in _STAGES)
+    if name in _FILES:
+        files = [file for pattern in _FILES[name] for file in sorted(source.glob(pattern))]
+        text = "\n---\n".join(file.read_text() for file in files)
     else:
         command = [str(assets.binary("kubectl")), "kustomize", str(source / _FOLDERS[name])]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    documents = [document for document in yaml.safe_load_all(text) if document]
+    documents = [document for document in yaml.load_all(text, _Loader) if document]
     out = assets.manifest(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
