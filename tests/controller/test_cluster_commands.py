@@ -88,7 +88,7 @@ def test_without_the_package_a_line_says_what_to_install(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert "pip install 'distributed-llm-alignment[controller]'" in capsys.readouterr().err
+    assert "pip install 'distributed-llm-alignment[cluster]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- kubeconfigs

@@ -22,7 +22,7 @@ def connect(place: Place) -> tuple["ApiClient", str]:
         import urllib3
         from kubernetes.client import ApiClient, Configuration
     except ImportError as error:
-        text = "is needed to talk to a cluster and not installed: pip install 'distributed-llm-alignment[controller]'"
+        text = "is needed to talk to a cluster and not installed: pip install 'distributed-llm-alignment[cluster]'"
         raise InvalidRun([Problem("the package kubernetes", text)]) from error
     configuration = Configuration()
     # Retries are ours (`patience.py`): urllib3's say nothing for a minute, then print warnings.
