@@ -18,6 +18,7 @@ BINARIES = {
     "node": (*API, "kube-scheduler", "kubelet", "kube-proxy", "coredns"),
     "s3": ("versitygw",),
     "monitoring": ("prometheus-operator",),
+    "chart": ("helm",),
 }
 
 

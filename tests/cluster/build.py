@@ -25,7 +25,7 @@ _KUBE_FLAGS = (
 _COST = {
     "kube-apiserver": 450, "kubectl": 90, "etcd": 40, "training-operator.v1": 240, "kube-controller-manager": 150,
     "kueue": 490, "kube-scheduler": 40, "kwok": 240, "kubelet": 150, "kube-proxy": 30, "coredns": 300, "versitygw": 150,
-    "prometheus-operator": 200,
+    "prometheus-operator": 200, "helm": 310,
 }  # fmt: skip
 # `go install` refuses these: one has no version list and a module unknown to the checksum database, one replaces modules.
 _OWN_MODULES = {

@@ -35,7 +35,7 @@ _Loader.add_constructor("tag:yaml.org,2002:value", yaml.CSafeLoader.construct_ya
 
 
 def needed(tier: str) -> list[str]:
-    alone = {"s3": [], "monitoring": ["prometheus-operator"]}
+    alone = {"s3": [], "chart": [], "monitoring": ["prometheus-operator"]}
     return alone.get(tier, ["training-operator", "kueue", *(["kwok"] if tier == "kwok" else [])])
 
 
