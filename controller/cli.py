@@ -1,6 +1,5 @@
 """`alignctl`: one resource, run on one machine or applied to a cluster."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from controller import workspace
 from controller.api.problems import InvalidRun
 from controller.commands import where
 from controller.commands.cluster.errors import ClusterError
+from trainers import __version__
 
 app = typer.Typer(
     help="Run alignment pipelines: supervised fine-tuning, reward models, DPO, PPO, distillation, evaluation.",
@@ -115,7 +115,7 @@ Kubeconfig = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"alignctl {version('distributed-llm-alignment')}")
+        typer.echo(f"alignctl {__version__}")
         raise typer.Exit
 
 

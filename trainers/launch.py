@@ -137,8 +137,9 @@ def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: s
 
 def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Uploads | None" = None) -> Termination:
     from trainers.core.context import PhaseContext
+    from trainers.core.device import device_name, peak_flops, sensors
     from trainers.core.parallel import Workers
-    from trainers.metrics import Meter
+    from trainers.meter import Meter
 
     directory = PhaseDir(Path(file.output))
     workers = Workers(spec.parallel)
@@ -148,6 +149,8 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Upl
     started = datetime.now(UTC).isoformat(timespec="seconds")
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
     meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
+    device = device_name(workers.device)
+    meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
     ctx = PhaseContext(file, kind, spec, directory, workers, meter, uploads)
     ctx.listen()
     meter.stage("loading")

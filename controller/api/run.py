@@ -1,5 +1,6 @@
 """What a user writes: the AlignmentRun's metadata and spec."""
 
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
@@ -59,6 +60,8 @@ class ObjectMeta(SpecModel):
     """Set by the server: who this is, even if another one gets its name later."""
     resource_version: str | None = None
     """Set by the server: changes with every write."""
+    creation_timestamp: datetime | None = None
+    """Set by the server."""
 
 
 class Workspace(SpecModel):

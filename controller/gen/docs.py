@@ -155,6 +155,6 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _metric_row(metric: MetricDef | operator_metrics.MetricDef) -> str:
+def _metric_row(metric: MetricDef) -> str:
     labels = ", ".join(f"`{label}`" for label in metric.labels)
     return f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |"

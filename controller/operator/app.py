@@ -20,7 +20,7 @@ from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, 
 from controller.operator import handlers, health
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
-from controller.operator.metrics import OperatorMetrics
+from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key, WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
@@ -65,7 +65,9 @@ class Operator:
         self.reconciler = Reconciler(self.api, backend, self.metrics, options.identity, options.poll)
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
-        self.watchdog = Watchdog(self.api, watches, options.namespaces or (None,), options.watchdog_seconds)
+        self.watchdog = Watchdog(
+            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches
+        )
         self.watching = asyncio.Event()
         self.missing: str | None = None
         """A kind that is not installed."""

@@ -1,5 +1,6 @@
 """`/healthz`, `/readyz` and `/metrics`."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -16,7 +17,8 @@ async def serve(port: int, healthy: Check, ready: Check, metrics: Callable[[], b
     app.router.add_get("/readyz", _probe(ready))
 
     async def page(_: web.Request) -> web.Response:
-        return web.Response(body=metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        # With a thousand runs a page takes a moment to write, and probes and looks must not wait for it.
+        return web.Response(body=await asyncio.to_thread(metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.router.add_get("/metrics", page)
     runner = web.AppRunner(app, access_log=None)

@@ -13,7 +13,7 @@ from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.kube import Api, ApiError, Object
 from controller.operator import events
-from controller.operator.metrics import OperatorMetrics
+from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.plan.decide import going, is_settled, is_terminal, reject
 from controller.reconcile import reconcile
@@ -51,31 +51,31 @@ class Reconciler:
         try:
             run = AlignmentRun.model_validate(document)
         except ValidationError as error:
-            await self._refuse(document, error)
+            await self._refuse(key, document, error)
             return None
         return await self._reconcile(key, run, document)
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
         before = run.status or RunStatus()
         if is_settled(run):
-            self.metrics.run_seen(key, before)
+            self.metrics.run_seen(key, run, before)
             return None
 
         async def save(status: RunStatus) -> None:
-            await self._write(run, document, before, status)
+            await self._write(key, run, document, before, status)
 
         decision = await reconcile(run, self.backend, self.now(), save)
-        self.metrics.run_seen(key, decision.status)
+        self.metrics.run_seen(key, run, decision.status)
         # Also while something is only on its way out: that a pod will not come back shows by its silence alone.
         moving = decision.actions or (going(decision.status) and not is_terminal(decision.status))
         poll = self.poll if moving else None
         waits = [wait for wait in (decision.requeue_after, poll) if wait is not None]
         return min(waits, default=None)
 
-    async def _write(self, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
+    async def _write(self, key: Key, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
         """The write fails if the run has changed since it was read: then all of it is done anew."""
         await self.api.write_run_status(document, after.document())
-        self.metrics.transition(before, after)
+        self.metrics.transition(key, run, before, after)
         for event in events.transitions(before, after):
             log = logger.warning if event.type == "Warning" else logger.info
             log("%s", event.note, extra={"namespace": run.metadata.namespace, "run": run.name, "reason": event.reason})
@@ -88,7 +88,7 @@ class Reconciler:
             # Events are for people; the status, which is written, has it too.
             logger.debug("event not written: %s", error)
 
-    async def _refuse(self, document: Object, error: ValidationError) -> None:
+    async def _refuse(self, key: Key, document: Object, error: ValidationError) -> None:
         """A run that the CRD let through and the models do not: an older CRD, or what a schema cannot say."""
         message = "; ".join(str(problem) for problem in from_validation(error, AlignmentRun, document))
         try:
@@ -98,3 +98,4 @@ class Reconciler:
         status = reject(before, message, document["metadata"].get("generation"), self.now())
         if status != before:
             await self.api.write_run_status(document, status.document())
+        self.metrics.run_seen(key, None, status)

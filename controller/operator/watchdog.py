@@ -7,7 +7,7 @@ changed before the last comparison and of which the watch has said nothing since
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -46,12 +46,16 @@ class Watchdog:
     def __init__(
         self, api: Api, watches: Sequence[Watch], namespaces: Sequence[str | None], every: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        told: Callable[[Iterable[str], Iterable[str]], None] = lambda watches, dead: None,
     ) -> None:  # fmt: skip
+        """``told`` is called with all watches and the dead ones after each comparison."""
         self.api = api
         self.watches = {watch.resource.plural: watch for watch in watches}
         self.namespaces = namespaces
         self.every = every
         self._clock = clock
+        self._told = told
+        told(self.watches, ())
         self.dead: tuple[str, ...] = ()
         """Watches that deliver nothing any more."""
 
@@ -68,6 +72,7 @@ class Watchdog:
                 # The API server is away: the watches cannot be blamed for that.
                 logger.warning("the watches could not be checked: %s", str(error) or type(error).__name__)
                 continue
+            self._told(self.watches, self.dead)
             if self.dead:
                 logger.error("watches are dead: %s", ", ".join(self.dead))
 

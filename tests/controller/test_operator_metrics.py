@@ -1,6 +1,7 @@
 """The operator's own figures: names as Prometheus wants them, labels that cannot grow, counts that count once."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +15,16 @@ from controller.api import meta
 from controller.api.status import Attempt, AttemptState, Condition, PhaseState, PhaseStatus, RunStatus
 from controller.kube import CALLS, LEASE_CALLS
 from controller.operator import metrics
-from controller.operator.metrics import METRICS, PREFIX, RUN_STATES, OperatorMetrics, state_of
+from controller.operator.meter import OperatorMetrics, state_of
+from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.queue import Key
-from controller.plan.decide import decide
+from controller.plan.decide import decide, reject
 from controller.plan.observed import JobState
 from trainers.contract import FailureClass
 
 INFRA = FailureClass.INFRASTRUCTURE
 RUN = make_run(sft("base"))
+KEY = Key("ns", "a")
 
 
 def samples(measured: OperatorMetrics) -> dict[tuple[str, ...], float]:
@@ -38,17 +41,25 @@ def samples(measured: OperatorMetrics) -> dict[tuple[str, ...], float]:
 def used() -> OperatorMetrics:
     """Every figure has been touched once."""
     measured = OperatorMetrics()
-    measured.run_seen(Key("ns", "a"), RunStatus())
     phase = PhaseStatus(name="base", type="sft", state=PhaseState.FAILED, started_at=after(0), finished_at=after(9))
-    fell = Attempt(number=1, digest="d", state=AttemptState.FAILED, failure=INFRA)
+    fell = Attempt(
+        number=1, digest="d", state=AttemptState.FAILED, failure=INFRA, started_at=after(0), finished_at=after(9)
+    )
     again = Attempt(number=2, digest="d", state=AttemptState.ASKED)
-    measured.transition(RunStatus(), RunStatus(phases=(phase.model_copy(update={"attempts": (fell, again)}),)))
+    started = again.model_copy(update={"state": AttemptState.RUNNING, "started_at": after(20)})
+    born = RUN.model_copy(update={"metadata": RUN.metadata.model_copy(update={"creation_timestamp": after(-5)})})
+    asked = RunStatus(phases=(phase.model_copy(update={"attempts": (fell, again)}),))
+    gone_on = RunStatus(phases=(phase.model_copy(update={"attempts": (fell, started), "metrics": {"x": 1.0}}),))
+    measured.transition(KEY, RUN, RunStatus(), asked)
+    measured.transition(KEY, RUN, asked, gone_on)
+    measured.run_seen(KEY, born, RunStatus(started_at=after(0), finished_at=after(9), phases=gone_on.phases))
     measured.reconciled("ok", 0.1)
     measured.waited(0.1, 3)
     for call in (*CALLS, *LEASE_CALLS):
         measured.called(call, "200", 0.01)
     measured.leads(True)
     measured.watched("pods")
+    measured.watches(["pods"], [])
     return measured
 
 
@@ -79,7 +90,7 @@ def test_names_are_as_promtool_wants_them(metric):
 
 
 def test_no_series_says_when_a_counter_began():
-    assert "_created" not in used().page().decode()
+    assert not re.search(r"_created[ {]", used().page().decode())
 
 
 # ---------------------------------------------------------------- labels
@@ -101,9 +112,15 @@ def test_a_run_is_in_one_of_few_states_whatever_its_phases_are_called(held: dict
     assert state_of(RunStatus(phase=word, conditions=conditions)) in RUN_STATES
 
 
-def test_no_label_has_a_runs_or_a_phases_name():
-    names = {name for metric in METRICS for name in metric.labels}
-    assert names == {"namespace", "state", "type", "outcome", "from", "to", "class", "verb", "resource", "code"}
+def test_only_series_that_end_with_their_run_have_its_name():
+    """Others would grow for ever."""
+    names = {name for metric in METRICS if metric not in RUN_METRICS for name in metric.labels}
+    few = {"namespace", "state", "type", "outcome", "from", "to", "class", "verb", "resource", "code", "version"}
+    assert names == few
+    measured = used()
+    measured.run_gone(KEY)
+    ours = {metric.name.removeprefix(PREFIX) for metric in RUN_METRICS}
+    assert not ours & {name for name, *_ in samples(measured)}
 
 
 # ---------------------------------------------------------------- counts
@@ -114,8 +131,8 @@ def counted(*looks: tuple[Any, float]) -> dict[tuple[str, ...], float]:
     measured, status = OperatorMetrics(), RunStatus()
     for observed, at in looks:
         decision = decide(RUN.model_copy(update={"status": status}), observed, after(at))
-        measured.transition(status, decision.status)
-        measured.transition(decision.status, decision.status)
+        measured.transition(KEY, RUN, status, decision.status)
+        measured.transition(KEY, RUN, decision.status, decision.status)
         status = decision.status
     return samples(measured)
 
@@ -158,16 +175,16 @@ RETRIES = {
 def test_what_is_a_retry(sentence):
     before, now, count = RETRIES[sentence]
     measured = OperatorMetrics()
-    measured.transition(attempts(*before), attempts(*now))
+    measured.transition(KEY, RUN, attempts(*before), attempts(*now))
     assert samples(measured).get(("retries_total", "sft", "Infrastructure"), 0) == count
 
 
 def test_runs_are_counted_by_their_state_and_gone_ones_are_not():
     measured = OperatorMetrics()
     for name in ("a", "b"):
-        measured.run_seen(Key("ns", name), RunStatus(phase="base"))
-        measured.run_seen(Key("ns", name), RunStatus(phase="base"))
-    measured.run_seen(Key("ns", "b"), RunStatus(phase="Queued"))
+        measured.run_seen(Key("ns", name), RUN, RunStatus(phase="base"))
+        measured.run_seen(Key("ns", name), RUN, RunStatus(phase="base"))
+    measured.run_seen(Key("ns", "b"), RUN, RunStatus(phase="Queued"))
     found = samples(measured)
     assert (found["runs", "ns", "Running"], found["runs", "ns", "Queued"]) == (1, 1)
     measured.run_gone(Key("ns", "a"))
@@ -179,3 +196,90 @@ def test_runs_are_counted_by_their_state_and_gone_ones_are_not():
 def test_the_states_of_runs_are_documented_words():
     assert set(RUN_STATES) >= {state_of(RunStatus()), "Running", "Succeeded", "Failed", "Suspended", "Stalled"}
     assert metrics.PREFIX == "alignment_operator_"
+
+
+# ---------------------------------------------------------------- series of a run
+
+
+def shown(run: Any, status: RunStatus) -> dict[tuple[str, ...], float]:
+    measured = OperatorMetrics()
+    measured.run_seen(KEY, run, status)
+    return samples(measured)
+
+
+def test_a_state_has_one_series_and_the_state_before_has_none():
+    measured = OperatorMetrics()
+    measured.run_seen(KEY, RUN, RunStatus(phase="Queued"))
+    measured.run_seen(KEY, RUN, RunStatus(phase="base"))
+    states = [key for key in samples(measured) if key[0] == "run_state"]
+    assert states == [("run_state", "ns", "Running", "a")]
+
+
+def test_an_invalid_run_has_failed():
+    """It cannot be read, so there is nothing to say of its phases."""
+    invalid = reject(RunStatus(), "no such field", 1, after(0))
+    found = shown(None, invalid)
+    assert found["run_state", "ns", "Failed", "a"] == 1
+    assert not {name for name, *_ in found} & {"phase_state", "run_info"}
+
+
+def test_gpus_are_those_of_all_pods_while_they_are_at_work():
+    limits = {"nvidia.com/gpu": "8", "cpu": "64", "memory": "1Ti"}
+    run = make_run(sft("base"), template={"nodes": 2, "resources": {"limits": limits}})
+    waiting = PhaseStatus(name="base", type="sft", state=PhaseState.RUNNING, attempts=(attempt(1, AttemptState.ASKED),))
+    running = waiting.model_copy(update={"attempts": (attempt(1, AttemptState.RUNNING, started_at=after(0)),)})
+    assert shown(run, RunStatus(phases=(waiting,)))["phase_gpus", "ns", "sft", "a", "base"] == 0
+    assert shown(run, RunStatus(phases=(running,)))["phase_gpus", "ns", "sft", "a", "base"] == 16
+    measured = OperatorMetrics()
+    stopped = attempt(1, AttemptState.STOPPED, started_at=after(0), finished_at=after(100))
+    ended = running.model_copy(update={"attempts": (stopped,)})
+    measured.transition(KEY, run, RunStatus(phases=(running,)), RunStatus(phases=(ended,)))
+    measured.transition(KEY, run, RunStatus(phases=(ended,)), RunStatus(phases=(ended,)))
+    assert samples(measured)["gpu_seconds_total", "ns", "sft", "Stopped"] == 1600
+
+
+def attempt(number: int, state: AttemptState, **more: Any) -> Attempt:
+    return Attempt(number=number, digest="d", state=state, **more)
+
+
+def test_retries_used_are_the_failures_of_what_is_asked_for_now():
+    old = Attempt(number=1, digest="old", state=AttemptState.FAILED, failure=INFRA)
+    new = [attempt(n, AttemptState.FAILED, failure=INFRA) for n in (2, 3)]
+    full = attempt(4, AttemptState.FAILED, failure=FailureClass.OUT_OF_MEMORY)
+    phase = PhaseStatus(name="base", type="sft", digest="d", state=PhaseState.BACKING_OFF, attempts=(old, *new, full))
+    run = make_run(sft("base"), failurePolicy={"retries": {"infrastructure": 3}})
+    found = shown(run, RunStatus(phases=(phase,)))
+    told = {(key[0], key[3]): value for key, value in found.items() if key[0].startswith("phase_retries")}
+    assert told == {
+        ("phase_retries_used", "Infrastructure"): 2, ("phase_retries_allowed", "Infrastructure"): 3,
+        ("phase_retries_used", "OutOfMemory"): 1, ("phase_retries_allowed", "OutOfMemory"): 1,
+    }  # fmt: skip
+
+
+def test_the_wait_for_the_queue_is_measured_once():
+    def status(*attempts: Attempt) -> RunStatus:
+        return RunStatus(phases=(PhaseStatus(name="base", type="sft", state=PhaseState.RUNNING, attempts=attempts),))
+
+    measured, now = OperatorMetrics(), datetime.now(UTC)
+    looks = [status(), status(attempt(1, AttemptState.ASKED)), status(attempt(1, AttemptState.RUNNING)),
+             status(attempt(1, AttemptState.RUNNING, started_at=now + timedelta(seconds=40))),
+             status(attempt(1, AttemptState.SUCCEEDED, started_at=now + timedelta(seconds=40)))]  # fmt: skip
+    for before, after_it in pairwise(looks):
+        measured.transition(KEY, RUN, before, after_it)
+    found = samples(measured)
+    assert found["attempt_wait_seconds_count", "sft"] == 1
+    assert found["attempt_wait_seconds_sum", "sft"] == pytest.approx(40, abs=1)
+
+
+def test_a_thousand_runs_make_a_page_in_moderate_time_and_size():
+    """Eight phases each; what Prometheus takes in every half minute."""
+    phases = tuple(
+        PhaseStatus(name=f"p{i}", type="sft", state=PhaseState.SUCCEEDED, started_at=after(0), finished_at=after(9))
+        for i in range(8)
+    )
+    measured = OperatorMetrics()
+    for i in range(1000):
+        measured.run_seen(Key("ns", f"run-{i}"), RUN, RunStatus(started_at=after(0), phases=phases))
+    page = measured.page()
+    assert page.count(b"alignment_operator_phase_state{") == 8000
+    assert len(page) < 8e6

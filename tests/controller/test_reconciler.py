@@ -11,7 +11,7 @@ from builders import START, after, document, job, make_run, results, seen, sft
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.kube import RUNS, ApiError, Call, Conflict
-from controller.operator.metrics import OperatorMetrics
+from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.operator.reconciler import POLL, Reconciler
 from controller.plan.job import PhaseJob

@@ -13,7 +13,8 @@ from prometheus_client import generate_latest
 from controller.backends.pytorchjob import scrape
 from controller.backends.pytorchjob.scrape import Scraper
 from trainers.contract import PhaseDir
-from trainers.metrics import PREFIX, Meter
+from trainers.meter import Meter
+from trainers.metrics import PREFIX
 from trainers.spec import Tracking
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -122,7 +123,7 @@ def test_a_pod_cannot_send_the_operator_elsewhere():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no metrics at all\n", "x{ 1\n", page(1) + f"{PREFIX}last_update_seconds 1e300\n"]
+    "text", ["", "no metrics at all\n", "x{ 1\n", page(1) + f"{PREFIX}last_step_timestamp_seconds 1e300\n"]
 )
 def test_a_page_that_is_no_trainers_is_no_error(text):
     async def answer(_):

@@ -39,10 +39,10 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint. Returns the number of finished steps, 0 without one."""
-        for step in reversed(self._shared_steps()):
-            if not self.ctx.workers.any(not self._loads(step)):
-                return step
-        return 0
+        found = (step for step in reversed(self._shared_steps()) if not self.ctx.workers.any(not self._loads(step)))
+        newest = next(found, 0)
+        self.ctx.meter.will_checkpoint(newest)
+        return newest
 
     def _shared_steps(self) -> list[int]:
         """Steps whose checkpoints all processes have: nodes with folders of their own might have fetched different ones."""
@@ -100,6 +100,7 @@ class Checkpoints:
                 self._prune()
             self.ctx.workers.barrier()
         self._saved_at, self._saved_step = time.monotonic(), step
+        self.ctx.meter.checkpointed(step)
 
     def _write(self, step: int) -> None:
         root = self.ctx.dir.checkpoints

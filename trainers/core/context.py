@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
-from trainers.metrics import Meter
+from trainers.meter import Meter
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def _container(job: PhaseJob, defaults: Defaults) -> Object:
         "command": _command(job),
         "env": _environment(job),
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
-        "ports": [{"name": "metrics", "containerPort": DEFAULT_METRICS_PORT}],
+        "ports": _ports(job.procs_per_node),
         "resources": resources.document() if resources else {},
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -156,6 +156,14 @@ def _container(job: PhaseJob, defaults: Defaults) -> Object:
         },
         "volumeMounts": _mounts(job),
     }
+
+
+def _ports(processes: int) -> list[Object]:
+    """Every process of a pod serves its own metrics, on the ports from the first one on."""
+    return [
+        {"name": f"metrics-{i}" if i else "metrics", "containerPort": DEFAULT_METRICS_PORT + i}
+        for i in range(processes)
+    ]
 
 
 def _command(job: PhaseJob) -> list[str]:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -86,22 +85,20 @@ def parse(text: str, since: datetime | None) -> PhaseProgress | None:
 
     How many steps there will be is known earlier, but it is no sign of life: a long loading before it would be a stall.
     """
-    values = {name: value for name, value in _values(text).items() if math.isfinite(value)}
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    values = {s.name: s.value for s in samples if math.isfinite(s.value)}
     if f"{PREFIX}step" not in values:
         return None
+    # Processes share the work evenly; this one knows its own part.
+    processes = next((int(s.labels["processes"]) for s in samples if s.name == f"{PREFIX}info"), 1)
     return PhaseProgress(
         step=int(values[f"{PREFIX}step"]),
         total_steps=int(values.get(f"{PREFIX}total_steps", 0)),
         loss=values.get(f"{PREFIX}loss"),
-        tokens_per_second=values.get(f"{PREFIX}tokens_per_second") or None,
+        tokens_per_second=values.get(f"{PREFIX}tokens_per_second", 0.0) * processes or None,
         eta_seconds=values.get(f"{PREFIX}eta_seconds") or None,
-        updated_at=_updated(values.get(f"{PREFIX}last_update_seconds", 0.0), since),
+        updated_at=_updated(values.get(f"{PREFIX}last_step_timestamp_seconds", 0.0), since),
     )
-
-
-def _values(text: str) -> Mapping[str, float]:
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    return {s.name: s.value for s in samples}
 
 
 def _updated(seconds: float, since: datetime | None) -> datetime | None:

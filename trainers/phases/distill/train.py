@@ -18,6 +18,7 @@ from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.data import Row, Rows, encode_rows, joined, prompt_ids, read_rows
+from trainers.core.flops import model_flops
 from trainers.core.models import (
     LoadedModel,
     load_causal_lm,
@@ -56,6 +57,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, order.total_steps)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
+    flops = model_flops(student.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
@@ -86,7 +88,8 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
                 loss = (shares[micro.segment] * terms[:, 0]).sum()
                 trainee.backward(loss, last=i == len(micro_batches) - 1)
                 sums += torch.stack([loss.detach(), terms[:, 1].detach().sum() / int(lengths.sum())])
-                ctx.meter.count(sum(map(len, sequences)), len(sequences))
+                cost = flops.training(map(len, sequences), sum(s.num_scored for s in sequences))
+                ctx.meter.count(sum(map(len, sequences)), len(sequences), cost)
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         loss_value, kl = ctx.workers.sum(sums).tolist()

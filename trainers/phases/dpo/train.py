@@ -10,6 +10,7 @@ from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.data import Pair, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm, save_model
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.trainee import Trainee, seed_step
@@ -33,6 +34,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
+    flops = model_flops(loaded.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
@@ -56,7 +58,9 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
                     loss = loss - spec.nll_weight * logprobs[:, 0].sum() / num_tokens
                 trainee.backward(loss, last=i == len(micro_batches) - 1)
                 sums += measures
-                ctx.meter.count(sum(sum(pair.lengths) for pair in pairs), len(pairs))
+                lengths = [length for pair in pairs for length in pair.lengths]
+                num_scored = sum(pair.chosen.num_scored + pair.rejected.num_scored for pair in pairs)
+                ctx.meter.count(sum(lengths), len(pairs), flops.training(lengths, num_scored))
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **_means(spec, ctx.workers.sum(sums), len(batch), num_tokens), **update)

@@ -242,7 +242,8 @@ class Bench:
             prompts = [Prompt(row, self._prompt(row, min(limit, room))) for row in rows]
             keys = [(ctx.seed, first + i) for i in range(len(rows))]
             samples = respond(ctx.workers, self.loaded, prompts, sampling, keys)
-            ctx.meter.count(sum(len(s.ids) for s in samples), len(samples))
+            mine = samples[ctx.workers.rank :: ctx.workers.world]
+            ctx.meter.count(sum(len(s.ids) for s in mine), len(mine))
         return [asdict(Reply(s.text, s.ids, s.ended)) for s in samples]
 
     def _score(self, answered: list[tuple[Row, Reply]]) -> list[float]:

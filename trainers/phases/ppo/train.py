@@ -4,6 +4,7 @@ A step is a round: respond to a batch of prompts, score the responses, then seve
 All ranks hold the whole round's numbers, so advantages are whitened over all of it and every reduction is global.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from trainers.contract import BadInput
 from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
+from trainers.core.flops import ModelFlops, model_flops
 from trainers.core.models import LoadedModel, load_causal_lm, load_reward_model, same_tokens, save_model
 from trainers.core.rollouts import check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
@@ -41,6 +43,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     checkpoints.state = {"kl_coef": spec.kl.coef}
     first = checkpoints.restore()
     state = checkpoints.state
+    flops = (model_flops(loaded.model), model_flops(critic_model.model))
     ctx.meter.begin(first, spec.iterations, spec.document())
 
     # ---- loop
@@ -60,7 +63,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
                 _frozen(ctx, logprobs_of(Scorer(reference.model), spec.sampling.temperature)),
                 critic.module,
             )
-        losses = optimise(spec, ctx, policy, critic, experience, iteration)
+        losses = optimise(spec, ctx, policy, critic, experience, iteration, flops)
         summary = _summary(experience)
         ctx.meter.log(iteration + 1, **losses, **summary, kl_coef=state["kl_coef"])
         state.setdefault("rewardFirst", summary["reward"])
@@ -94,7 +97,13 @@ def updates_per_round(spec: PpoSpec) -> int:
 
 
 def optimise(
-    spec: PpoSpec, ctx: PhaseContext, policy: Trainee, critic: Trainee, experience: Experience, iteration: int
+    spec: PpoSpec,
+    ctx: PhaseContext,
+    policy: Trainee,
+    critic: Trainee,
+    experience: Experience,
+    iteration: int,
+    flops: Sequence[ModelFlops],
 ) -> dict[str, float]:
     """The round's updates of policy and critic. Returns the means of their metrics over the updates made."""
     size = spec.mini_batch_size or spec.batch_size
@@ -102,7 +111,8 @@ def optimise(
     for epoch in range(spec.ppo_epochs):
         shuffled = np.random.default_rng([ctx.seed, iteration, epoch]).permutation(spec.batch_size)
         for start in range(0, spec.batch_size, size):
-            sums = _gradients(spec, ctx, policy, critic, experience, shuffled[start : start + size].tolist())
+            mini = shuffled[start : start + size].tolist()
+            sums = _gradients(spec, ctx, policy, critic, experience, mini, flops)
             if spec.max_kl_per_update is not None and sums["approx_kl"] > spec.max_kl_per_update:
                 policy.discard_gradients()
                 critic.discard_gradients()
@@ -116,7 +126,13 @@ def optimise(
 
 
 def _gradients(
-    spec: PpoSpec, ctx: PhaseContext, policy: Trainee, critic: Trainee, experience: Experience, mini: list[int]
+    spec: PpoSpec,
+    ctx: PhaseContext,
+    policy: Trainee,
+    critic: Trainee,
+    experience: Experience,
+    mini: list[int],
+    flops: Sequence[ModelFlops],
 ) -> dict[str, float]:
     """Gradients of a mini-batch's mean losses over its tokens, all ranks together. Returns the means."""
     sequences = [experience.sequences[i] for i in mini]
@@ -144,7 +160,9 @@ def _gradients(
                 moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
                 outside = clipped(logprobs, old, spec.clip_range).sum() / num_tokens
                 sums += torch.stack([policy_term, value_term, moved, outside])
-            ctx.meter.count(batch.num_tokens if chosen else 0, len(chosen))
+            used = [experience.sequences[j] for j in chosen]
+            cost = sum(f.training(map(len, used), sum(s.num_scored for s in used)) for f in flops)
+            ctx.meter.count(sum(map(len, used)), len(used), cost)
     policy_mean, value_mean, approx_kl, clip_fraction = ctx.workers.sum(sums).tolist()
     return {
         "loss": policy_mean + value_mean,

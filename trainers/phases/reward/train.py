@@ -15,6 +15,7 @@ from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.data import Pair, Row, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, new_reward_model, save_model
 from trainers.core.rewards import check_reward_scoring, head_scores, score_sequences
 from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
@@ -51,6 +52,7 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
+    flops = model_flops(loaded.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
@@ -71,7 +73,8 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
                 step_loss, measures = _loss(spec, pairs, scores, logprobs, len(batch), num_tokens)
                 trainee.backward(step_loss, last=i == len(micro_batches) - 1)
                 sums += measures
-                ctx.meter.count(sum(sum(pair.lengths) for pair in pairs), len(pairs))
+                lengths = [length for pair in pairs for length in pair.lengths]
+                ctx.meter.count(sum(lengths), len(pairs), flops.training(lengths, 0))
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         measured = dict(zip(("loss", "accuracy", "reward"), ctx.workers.sum(sums).tolist(), strict=True))

@@ -34,6 +34,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     total_steps = -(-len(wanted) // size)
     ctx.workers.barrier()
     ctx.meter.begin(len(rows) // size, total_steps, spec.document())
+    ctx.meter.will_checkpoint(len(rows) // size)
 
     # ---- loop
     while (first := len(rows)) < len(wanted):
@@ -46,13 +47,16 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
             )
         done = [_row(sample) for sample in samples]
         rows += done
+        step = -(-len(rows) // size)
         if ctx.workers.is_main:
             with ctx.meter.part("checkpoint"):
                 ctx.keep(parts.write(first, done))
-        ctx.meter.count(sum(row["tokens"] for row in done), len(done))
+        ctx.meter.checkpointed(step)
+        mine = done[ctx.workers.rank :: ctx.workers.world]
+        ctx.meter.count(sum(row["tokens"] for row in mine), len(mine))
         summary = _summary(done)
         ctx.meter.log(
-            -(-len(rows) // size),
+            step,
             reward=summary["rewardMean"],
             response_length=summary["tokensMean"],
             ended_share=summary["endedShare"],

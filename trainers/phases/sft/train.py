@@ -12,6 +12,7 @@ from trainers.core.batch import BatchOrder, Sequence, collate, plan_micro_batche
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.data import Rows, encode_rows, read_rows, sft_sequence
+from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm, save_model
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.trainee import Trainee, seed_step
@@ -28,6 +29,7 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
+    flops = model_flops(loaded.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
@@ -47,7 +49,8 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
                 loss = -trainee.module(micro, target_logprobs(micro)).sum() / num_scored
                 trainee.backward(loss, last=i == len(micro_batches) - 1)
                 loss_sum += loss.detach()
-                ctx.meter.count(sum(map(len, sequences)), len(sequences))
+                cost = flops.training(map(len, sequences), sum(s.num_scored for s in sequences))
+                ctx.meter.count(sum(map(len, sequences)), len(sequences), cost)
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, loss=ctx.workers.sum(loss_sum).item(), **update)

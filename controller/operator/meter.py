@@ -1,0 +1,151 @@
+"""Counting what the operator does, for /metrics."""
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.kube import Call
+from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
+from controller.operator.queue import Key
+from controller.operator.run_series import RunSeries, gpus_of
+from trainers import __version__
+from trainers.metrics import MetricDef
+
+# Otherwise every counter has a series beside it that says when it began.
+disable_created_metrics()
+
+KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+
+class OperatorMetrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = [metric for metric in METRICS if metric not in RUN_METRICS]
+        self._collectors: dict[str, Any] = {m.name: _collector(m, self.registry) for m in own}
+        self._states: dict[Key, str] = {}
+        self._series = RunSeries()
+        self._asked: dict[tuple[Key, str, int], float] = {}
+        """Attempts that wait for their queue, with the time at which they were asked for."""
+        self.registry.register(self._series)
+        self._of("info", version=__version__).set(1)
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # -- runs
+
+    def run_seen(self, key: Key, run: AlignmentRun | None, status: RunStatus) -> None:
+        """``run`` is None for one that could not be read."""
+        before, after = self._states.get(key), state_of(status)
+        self._series.seen(key, after, run, status)
+        if before != after:
+            self._states[key] = after
+            self._count_runs({key.namespace})
+
+    def run_gone(self, key: Key) -> None:
+        self._series.gone(key)
+        self._asked = {which: at for which, at in self._asked.items() if which[0] != key}
+        if self._states.pop(key, None) is not None:
+            self._count_runs({key.namespace})
+
+    def _count_runs(self, namespaces: Iterable[str]) -> None:
+        for namespace in namespaces:
+            tally = Tally(state for key, state in self._states.items() if key.namespace == namespace)
+            for state in RUN_STATES:
+                self._of("runs", namespace=namespace, state=state).set(tally[state])
+
+    def transition(self, key: Key, run: AlignmentRun, before: RunStatus, after: RunStatus) -> None:
+        """Count what has changed between two statuses of one run."""
+        for phase in after.phases:
+            was = before.phase_status(phase.name)
+            self._phase(was, phase)
+            ended = {a.number for a in was.attempts if a.state.ended} if was else set()
+            for attempt in phase.attempts:
+                self._waited(key, phase, attempt)
+                if attempt.state.ended and attempt.number not in ended:
+                    self._used(key, run, phase, attempt)
+
+    def _phase(self, before: PhaseStatus | None, after: PhaseStatus) -> None:
+        old = before.state if before else PhaseState.WAITING
+        if old != after.state:
+            self._of("phase_transitions_total", **{"type": after.type, "from": old, "to": after.state}).inc()
+            if after.state in (PhaseState.SUCCEEDED, PhaseState.FAILED) and after.started_at and after.finished_at:
+                seconds = (after.finished_at - after.started_at).total_seconds()
+                self._of("phase_duration_seconds", type=after.type, outcome=after.state).observe(seconds)
+        self._attempts(before.attempts if before else (), after)
+
+    def _attempts(self, before: Sequence[Attempt], after: PhaseStatus) -> None:
+        known = {a.number for a in before}
+        failed = {a.number for a in before if a.state == AttemptState.FAILED}
+        last: Attempt | None = None
+        for attempt in after.attempts:
+            # One that follows a stop, or has other settings, is no retry.
+            again = last is not None and last.state == AttemptState.FAILED and last.digest == attempt.digest
+            if attempt.number not in known and last is not None and again:
+                self._of("retries_total", **{"type": after.type, "class": last.failure}).inc()
+            if attempt.state == AttemptState.FAILED and attempt.number not in failed:
+                self._of("attempt_failures_total", **{"type": after.type, "class": attempt.failure}).inc()
+            last = attempt
+
+    def _waited(self, key: Key, phase: PhaseStatus, attempt: Attempt) -> None:
+        which = (key, phase.name, attempt.number)
+        if attempt.started_at is None and not attempt.state.ended:
+            self._asked.setdefault(which, time.time())
+        elif (asked := self._asked.pop(which, None)) is not None and attempt.started_at is not None:
+            # The server's times have whole seconds.
+            self._of("attempt_wait_seconds", type=phase.type).observe(max(attempt.started_at.timestamp() - asked, 0.0))
+
+    def _used(self, key: Key, run: AlignmentRun, phase: PhaseStatus, attempt: Attempt) -> None:
+        if attempt.started_at is not None and attempt.finished_at is not None:
+            seconds = gpus_of(run, phase.name) * (attempt.finished_at - attempt.started_at).total_seconds()
+            labels = {"namespace": key.namespace, "type": phase.type, "outcome": attempt.state}
+            self._of("gpu_seconds_total", **labels).inc(max(seconds, 0.0))
+
+    # -- the operator itself
+
+    def reconciled(self, outcome: str, seconds: float) -> None:
+        self._of("reconcile_seconds", outcome=outcome).observe(seconds)
+
+    def waited(self, seconds: float, depth: int) -> None:
+        self._of("workqueue_wait_seconds").observe(seconds)
+        self._of("workqueue_depth").set(depth)
+
+    def called(self, call: Call, code: str, seconds: float) -> None:
+        resource = call.resource.plural + (f"/{call.resource.subresource}" if call.resource.subresource else "")
+        self._of("api_requests_total", verb=call.verb, resource=resource, code=code).inc()
+        self._of("api_request_seconds", verb=call.verb, resource=resource).observe(seconds)
+
+    def leads(self, leads: bool) -> None:
+        self._of("leader").set(leads)
+
+    def watched(self, resource: str) -> None:
+        self._of("watch_events_total", resource=resource).inc()
+
+    def watches(self, resources: Iterable[str], dead: Iterable[str]) -> None:
+        for resource in resources:
+            self._of("watch_dead", resource=resource).set(resource in dead)
+
+    def _of(self, name: str, **labels: object) -> Any:
+        collector = self._collectors[PREFIX + name]
+        return collector.labels(**{key: str(value) for key, value in labels.items()}) if labels else collector
+
+
+def state_of(status: RunStatus) -> str:
+    """One of :data:`RUN_STATES`."""
+    for kind in (meta.SUCCEEDED, meta.FAILED, meta.SUSPENDED, meta.STALLED):
+        if status.is_true(kind):
+            return kind
+    if status.phase in ("Queued", "Waiting", ""):
+        return status.phase or "Waiting"
+    return "Running"
+
+
+def _collector(metric: MetricDef, registry: CollectorRegistry) -> Any:
+    extra = {"buckets": metric.buckets} if metric.buckets else {}
+    return KINDS[metric.kind](metric.name, metric.help, metric.labels, registry=registry, **extra)

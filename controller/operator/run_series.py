@@ -1,0 +1,95 @@
+"""Series of each run, as kube-state-metrics has them for Kubernetes' own kinds: what the last look has seen."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState, PhaseStatus, RunStatus
+from controller.operator.metrics import PREFIX, RUN_METRICS
+from controller.operator.queue import Key
+from controller.plan.attempts import budget
+from controller.plan.resolve import merge_templates
+from trainers.contract import FailureClass
+
+Sample = tuple[str, tuple[str, ...], float]
+"""A metric's name without its prefix, its label values, its value."""
+
+
+class RunSeries(Collector):
+    def __init__(self) -> None:
+        self._samples: dict[Key, list[Sample]] = {}
+
+    def seen(self, key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> None:
+        """``run`` is None for one that could not be read."""
+        self._samples[key] = [*_run_samples(key, state, run, status), *(_phases(key, run, status) if run else ())]
+
+    def gone(self, key: Key) -> None:
+        self._samples.pop(key, None)
+
+    def collect(self) -> Iterator[Metric]:
+        found = defaultdict(list)
+        for samples in list(self._samples.values()):
+            for name, labels, value in samples:
+                found[PREFIX + name].append((labels, value))
+        for metric in RUN_METRICS:
+            family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+            for labels, value in found[metric.name]:
+                family.add_metric(labels, value)
+            yield family
+
+
+def gpus_of(run: AlignmentRun, phase: str) -> int:
+    """GPUs of a phase's job: what its pods' limits ask for."""
+    entry = next((e for e in run.phases if e.name == phase), None)
+    if entry is None:
+        return 0
+    template = merge_templates(run.spec.template, entry.template)
+    limits = template.resources.limits if template.resources else {}
+    return (template.nodes or 1) * sum(int(n) for name, n in limits.items() if name.endswith("/gpu") and n.isdigit())
+
+
+def _run_samples(key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> Iterator[Sample]:
+    yield "run_state", (*key, state), 1.0
+    yield "run_progress_ratio", key, status.percent / 100
+    yield from _times("run", key, status.started_at, status.finished_at)
+    if run is not None:
+        yield "run_info", (*key, run.metadata.uid or "", run.spec.queue_name or ""), 1.0
+        yield from _time("run_created", key, run.metadata.creation_timestamp)
+
+
+def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
+    for phase in status.phases:
+        labels = (*key, phase.name, phase.type)
+        yield "phase_state", (*labels, phase.state), 1.0
+        yield from _times("phase", labels, phase.started_at, phase.finished_at)
+        yield "phase_attempts", labels, len(phase.attempts)
+        at_work = any(a.state in (AttemptState.RUNNING, AttemptState.STOPPING) and a.started_at for a in phase.attempts)
+        yield "phase_gpus", labels, gpus_of(run, phase.name) if at_work else 0
+        for failure, count in _failures(phase).items():
+            yield "phase_retries_used", (*labels, failure), count
+            yield "phase_retries_allowed", (*labels, failure), budget(run.spec.failure_policy.retries, failure)
+        for metric, value in phase.metrics.items():
+            yield "phase_result", (*labels, metric), value
+
+
+def _failures(phase: PhaseStatus) -> Counter[FailureClass]:
+    """Of what is asked for now: earlier settings' failures do not count."""
+    return Counter(
+        a.failure
+        for a in phase.attempts
+        if a.state == AttemptState.FAILED and a.failure is not None and phase.digest in (a.digest, None)
+    )
+
+
+def _times(what: str, labels: tuple[str, ...], start: datetime | None, end: datetime | None) -> Iterator[Sample]:
+    yield from _time(f"{what}_start", labels, start)
+    yield from _time(f"{what}_end", labels, end)
+
+
+def _time(what: str, labels: tuple[str, ...], moment: datetime | None) -> Iterator[Sample]:
+    if moment is not None:
+        yield f"{what}_timestamp_seconds", labels, moment.timestamp()

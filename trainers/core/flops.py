@@ -1,0 +1,75 @@
+"""How many floating-point operations a model needs: what MFU (model FLOPs utilisation, PaLM, arXiv:2204.02311) counts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """A multiplication and an addition are two operations; recomputation and padding do not count.
+
+    Counted are products with weights and causal attention; what grows with the width alone (norms, activations) is
+    left out, as in PaLM's formula.
+    """
+
+    body: int
+    """Weights that every token is multiplied with."""
+    head: int
+    """Weights that scored positions alone are multiplied with."""
+    trained: float
+    """Share of the weights that get gradients: with low-rank adapters nearly none."""
+    attention: int
+    """Layers times heads times a head's width."""
+
+    def forward(self, lengths: Iterable[int], scored: int) -> float:
+        """``lengths`` of the sequences in tokens; ``scored`` positions go through the head."""
+        tokens, pairs = 0, 0
+        for length in lengths:
+            tokens += length
+            pairs += length * (length + 1)  # twice the pairs of a query and a key that it sees
+        return 2.0 * (self.body * tokens + self.head * scored) + 2.0 * self.attention * pairs
+
+    def training(self, lengths: Iterable[int], scored: int) -> float:
+        """Forward and backward. Going back costs the forward pass for activations, and for trained weights once more."""
+        lengths = tuple(lengths)
+        weights = 2.0 * (self.body * sum(lengths) + self.head * scored)
+        attention = self.forward(lengths, scored) - weights
+        return weights * (2.0 + self.trained) + 3.0 * attention
+
+
+def model_flops(model: Any) -> ModelFlops:
+    """Of a transformers model, with or without adapters and a language head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_size = head.weight.numel() if head is not None else 0
+    config = model.config.get_text_config()
+    active = _active_share(config)
+    body = trained = 0
+    for module in model.modules():
+        if module is head or isinstance(module, nn.Embedding):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim < 2:
+                continue
+            expert = weight.ndim == 3 or "expert" in name
+            size = int(weight.numel() * (active if expert else 1))
+            body += size
+            trained += size if weight.requires_grad else 0
+    if head is not None and head.weight.requires_grad:
+        trained += head_size
+    return ModelFlops(body, head_size, trained / max(body + head_size, 1), _attention_width(config))
+
+
+def _active_share(config: Any) -> float:
+    """Share of a layer's experts that a token visits. Experts' weights are stacked: (experts, in, out)."""
+    named = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next(filter(None, named), 1)
+    return (getattr(config, "num_experts_per_tok", None) or experts) / experts
+
+
+def _attention_width(config: Any) -> int:
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
+    return int(getattr(config, "num_hidden_layers", 0) * heads * width)

@@ -1,0 +1,265 @@
+"""What a phase measures, and where it goes: /metrics, metrics.jsonl, progress.json, a progress bar, wandb.
+
+Imports no torch.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client.registry import Collector
+
+from trainers import __version__
+from trainers.contract import PhaseDir, Progress, write_atomic
+from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX, MetricDef
+from trainers.spec import Tracking
+
+# Otherwise every counter has a series beside it that says when it began.
+disable_created_metrics()
+
+KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+
+class Meter:
+    """One phase's measurements on one rank. Only rank 0 writes files and draws a bar."""
+
+    def __init__(self, directory: PhaseDir, labels: Mapping[str, str], port: int, tracking: Tracking) -> None:
+        self.directory = directory
+        self.labels = dict(labels)
+        self.rank = int(labels["rank"])
+        self.tracking = tracking
+        self.registry = CollectorRegistry()
+        self._collectors = {m.name: _collector(m, self.registry) for m in METRICS}
+        self.port = self._serve(port)
+        self.step = 0
+        self.total_steps = 0
+        self.seconds_before = 0.0
+        self._started = time.monotonic()
+        self._first_step = 0
+        self._processes = 1
+        self._parts: dict[str, float] = {}
+        self._tokens = 0
+        self._samples = 0
+        self._rate: float | None = None
+        self._mark = time.monotonic()
+        self._progress = Progress(metrics_port=self.port)
+        self._progress_at = 0.0
+        self._file: Any = None
+        self._bar: Any = None
+        self._wandb: Any = None
+
+    # -- the phase's view
+
+    def describe(self, device: str, processes: int, peak_flops: float | None, sensors: Collector | None) -> None:
+        """What this process runs on. ``peak_flops``: of its device, per second; ``sensors``: further figures of it."""
+        self._processes = processes
+        self._of("info", __version__, device, str(processes)).set(1)
+        if peak_flops is not None:
+            self._of("peak_flops_per_second").set(peak_flops)
+        if sensors is not None:
+            self.registry.register(sensors)
+
+    def begin(self, step: int, total_steps: int, settings: Mapping[str, Any] | None = None) -> None:
+        """Start, or go on, at ``step``. Lines of steps that will be repeated are dropped from metrics.jsonl."""
+        self.step, self.total_steps, self._first_step = step, total_steps, step
+        self._mark = self._loop_started = time.monotonic()
+        self._of("total_steps").set(total_steps)
+        if self.rank == 0:
+            _rewind(self.directory, step)
+            self._file = self.directory.metrics.open("a")
+            self._bar = _progress_bar(step, total_steps, self.labels["phase"])
+            self._wandb = _wandb_run(self.tracking, self.labels, settings or {})
+        self.stage("")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of the step (one of :data:`PARTS`)."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._parts[name] = self._parts.get(name, 0.0) + seconds
+            self._of("part_seconds_total", name).inc(seconds)
+
+    def count(self, tokens: int, samples: int, flops: float = 0.0) -> None:
+        """Work of this process alone."""
+        self._tokens += tokens
+        self._samples += samples
+        self._of("tokens_total").inc(tokens)
+        self._of("samples_total").inc(samples)
+        if flops:
+            self._of("model_flops_total").inc(flops)
+
+    def checkpointed(self, step: int) -> None:
+        self._of("checkpoints_total").inc()
+        self._checkpoint(step)
+
+    def will_checkpoint(self, step: int) -> None:
+        """From now on checkpoints may be expected; the newest is that of ``step``, 0 for none."""
+        self._of("checkpoints_total")
+        self._checkpoint(step)
+
+    def log(self, step: int, **values: float) -> None:
+        """Finish a step: ``step`` counts finished steps, ``values`` are this step's metrics."""
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._mark, 1e-9)
+        self._rate = rate if self._rate is None else 0.8 * self._rate + 0.2 * rate
+        self._of("step_seconds").observe(now - self._mark)
+        self.step, self._mark = step, now
+        self._update_gauges(values)
+        if self.rank == 0:
+            self._write(step, values)
+        self._parts, self._tokens, self._samples = {}, 0, 0
+
+    def record(self, step: int, **values: float) -> None:
+        """Write an extra line (an evaluation) without finishing a step."""
+        self._set_gauges(values)
+        if self.rank == 0 and self._file is not None:
+            self._write_line({"step": step, **values})
+            if self._wandb is not None:
+                self._wandb.log(values, step=step)
+
+    def stage(self, text: str) -> None:
+        """Say what goes on outside the steps; empty while stepping."""
+        self._progress = self._progress.model_copy(update={"stage": text})
+        self._publish(force=True)
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of work, earlier attempts included."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def close(self) -> None:
+        for closable in (self._file, self._bar):
+            if closable is not None:
+                closable.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    # -- details
+
+    def _update_gauges(self, values: Mapping[str, float]) -> None:
+        self._set_gauges(values)
+        self._of("step").set(self.step)
+        self._of("progress_ratio").set(self.step / max(self.total_steps, 1))
+        self._of("tokens_per_second").set(self._rate or 0.0)
+        self._of("eta_seconds").set(self._eta())
+        self._of("last_step_timestamp_seconds").set(time.time())
+        for kind, size in _memory().items():
+            self._of("memory_bytes", kind).set(size)
+
+    def _set_gauges(self, values: Mapping[str, float]) -> None:
+        for key, name in GAUGES_FROM_LOG.items():
+            if key in values:
+                margin = name == "reward" and self.labels["type"] in PAIRWISE
+                self._of("reward_margin" if margin else name).set(values[key])
+
+    def _checkpoint(self, step: int) -> None:
+        self._of("checkpoint_step").set(step)
+        self._of("last_checkpoint_timestamp_seconds").set(time.time())
+
+    def _eta(self) -> float:
+        done = self.step - self._first_step
+        elapsed = time.monotonic() - self._loop_started
+        return elapsed / done * (self.total_steps - self.step) if done else 0.0
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if step % self.tracking.log_every == 0 or step == self.total_steps:
+            line = {"step": step, "time": round(time.time(), 3), "tokens": self._tokens, "samples": self._samples}
+            parts = {f"seconds_{name}": round(seconds, 6) for name, seconds in self._parts.items()}
+            self._write_line({**line, **values, **parts})
+            if self._wandb is not None:
+                self._wandb.log(dict(values), step=step)
+        self._progress = self._progress.model_copy(
+            update={
+                "step": step,
+                "total_steps": self.total_steps,
+                "loss": values.get("loss", self._progress.loss),
+                # Of all processes, which share the work evenly; this one knows its own.
+                "tokens_per_second": self._rate * self._processes if self._rate is not None else None,
+                "eta_seconds": self._eta(),
+            }
+        )
+        self._publish()
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def _publish(self, force: bool = False) -> None:
+        if self.rank or not (force or time.monotonic() - self._progress_at > 0.5):
+            return
+        self._progress_at = time.monotonic()
+        update = {"updated_at": time.time(), "step": self.step, "total_steps": self.total_steps}
+        self._progress = self._progress.model_copy(update=update)
+        write_atomic(self.directory.progress, json.dumps(self._progress.document()))
+
+    def _serve(self, port: int) -> int:
+        """Serve /metrics. A port of its own choice (0) is for this machine only; a taken one is not worth failing for."""
+        try:
+            server, _ = start_http_server(port, "0.0.0.0" if port else "127.0.0.1", registry=self.registry)  # noqa: S104
+        except OSError as error:
+            print(f"metrics: port {port} cannot be used ({error.strerror}), taking another", file=sys.stderr)
+            server, _ = start_http_server(0, "127.0.0.1", registry=self.registry)
+        return int(server.server_port)
+
+    def _of(self, name: str, *more: str) -> Any:
+        """The series of a metric; ``more`` are the values of its further labels."""
+        return self._collectors[PREFIX + name].labels(*(self.labels[label] for label in COMMON_LABELS), *more)
+
+
+def _collector(metric: MetricDef, registry: CollectorRegistry) -> Any:
+    extra = {"buckets": metric.buckets} if metric.buckets else {}
+    return KINDS[metric.kind](metric.name, metric.help, COMMON_LABELS + metric.labels, registry=registry, **extra)
+
+
+def _rewind(directory: PhaseDir, step: int) -> None:
+    """Drop lines after ``step``, and a torn last line that a kill left."""
+    if not directory.metrics.exists():
+        return
+    kept = []
+    for line in directory.metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    write_atomic(directory.metrics, "".join(kept))
+
+
+def _progress_bar(step: int, total: int, name: str) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(initial=step, total=total, desc=name, unit="step")
+
+
+def _wandb_run(tracking: Tracking, labels: Mapping[str, str], settings: Mapping[str, Any]) -> Any:
+    """A wandb run if a project is set and the package is there; metrics.jsonl is written in any case."""
+    if tracking.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        print("wandb is not installed: metrics go to metrics.jsonl only", file=sys.stderr)
+        return None
+    name = f"{labels['run']}-{labels['phase']}"
+    return wandb.init(project=tracking.wandb_project, name=name, id=name, resume="allow", config=dict(settings))
+
+
+def _memory() -> dict[str, int]:
+    sizes = {"resident": psutil.Process(os.getpid()).memory_info().rss}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        sizes["device"] = torch.cuda.memory_allocated()
+        sizes["device_peak"] = torch.cuda.max_memory_allocated()
+    return sizes
