@@ -106,6 +106,10 @@ def installed(node_cluster: Cluster) -> Cluster:
 
 @pytest.fixture
 def runs(installed: Cluster) -> Iterator[Runs]:
+    yield from place_for_runs(installed)
+
+
+def place_for_runs(installed: Cluster) -> Iterator[Runs]:
     namespace = installed.namespace("run")
     workspace = installed.state / "workspaces" / namespace
     installed.apply(product.claims(namespace, workspace))
