@@ -7,7 +7,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MODULES = ("kube", "kueue", "prometheus-operator")
-PINS = ("pins.txt", *(f"{module}/go.{kind}" for module in MODULES for kind in ("mod", "sum")))
+PINS = (
+    "pins.txt",
+    *(f"{module}/go.{kind}" for module in MODULES for kind in ("mod", "sum")),
+    "prometheus-operator/discovery/main.go",
+)
 FORMAT = b"1"  # raise it when build.py or manifests.py write something else for the same pins
 GIVEN = "ALIGNMENT_CLUSTER_ASSETS"
 
@@ -17,7 +21,7 @@ BINARIES = {
     "kwok": (*API, "kube-scheduler", "kwok"),
     "node": (*API, "kube-scheduler", "kubelet", "kube-proxy", "coredns"),
     "s3": ("versitygw",),
-    "monitoring": ("prometheus-operator",),
+    "monitoring": ("prometheus-operator", "prometheus-discovery"),
     "chart": ("helm",),
 }
 

@@ -25,12 +25,13 @@ _KUBE_FLAGS = (
 _COST = {
     "kube-apiserver": 450, "kubectl": 90, "etcd": 40, "training-operator.v1": 240, "kube-controller-manager": 150,
     "kueue": 490, "kube-scheduler": 40, "kwok": 240, "kubelet": 150, "kube-proxy": 30, "coredns": 300, "versitygw": 150,
-    "prometheus-operator": 200, "helm": 310,
+    "prometheus-operator": 200, "prometheus-discovery": 10, "helm": 310,
 }  # fmt: skip
 # `go install` refuses these: one has no version list and a module unknown to the checksum database, one replaces modules.
 _OWN_MODULES = {
-    "kueue": "sigs.k8s.io/kueue/cmd/kueue",
-    "prometheus-operator": "github.com/prometheus-operator/prometheus-operator/cmd/operator",
+    "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue"),
+    "prometheus-operator": ("prometheus-operator", "github.com/prometheus-operator/prometheus-operator/cmd/operator"),
+    "prometheus-discovery": ("prometheus-operator", "./discovery"),
 }
 
 Say = Callable[[str], None]
@@ -94,7 +95,7 @@ def _command(assets: Assets, name: str, scratch: Path) -> list[str]:
     if name in pins:
         return ["install", "-ldflags", "-s -w", pins[name]]
     if name in _OWN_MODULES:
-        module, flags, package = name, "-s -w", _OWN_MODULES[name]
+        (module, package), flags = _OWN_MODULES[name], "-s -w"
     elif name == "etcd":
         module, flags, package = "kube", "-s -w", "go.etcd.io/etcd/server/v3"
     else:
@@ -114,7 +115,9 @@ def _module(assets: Assets, name: str) -> Path:
 def _source(assets: Assets, name: str) -> Path:
     """The module's source in Go's module cache, for the manifests in it."""
     if name in _OWN_MODULES:
-        output = _go("-C", str(_module(assets, name)), "mod", "download", "-json", _OWN_MODULES[name].split("/cmd/")[0])
+        module, package = _OWN_MODULES[name]
+        at = ["-C", str(_module(assets, module))]
+        output = _go(*at, "mod", "download", "-json", package.split("/cmd/")[0])
     else:
         package, version = _pins()["training-operator.v1" if name == "training-operator" else name].split("@")
         output = _go("mod", "download", "-json", f"{package.split('/cmd/')[0]}@{version}")
