@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,11 @@ def installed(node_cluster: Cluster) -> Cluster:
 
 @pytest.fixture
 def runs(installed: Cluster) -> Iterator[Runs]:
-    yield from place_for_runs(installed)
+    with place_for_runs(installed) as place:
+        yield place
 
 
+@contextmanager
 def place_for_runs(installed: Cluster) -> Iterator[Runs]:
     namespace = installed.namespace("run")
     workspace = installed.state / "workspaces" / namespace
