@@ -6,6 +6,7 @@ import typer
 
 from controller.gen import COMMAND
 from controller.gen.crd import crd_yaml
+from controller.gen.dashboards import dashboard_files
 from controller.gen.docs import metrics_page, run_page
 from controller.gen.rbac import rbac_yaml
 from controller.gen.schema import fragment_schema, run_schema, schema_json
@@ -22,6 +23,7 @@ def generated() -> dict[str, str]:
         "configs/schema/fragment.json": schema_json(fragment_schema()),
         "docs/reference/alignmentrun.md": run_page(),
         "docs/reference/metrics.md": metrics_page(),
+        **dashboard_files(),
     }
 
 

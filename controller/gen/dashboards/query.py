@@ -1,0 +1,79 @@
+"""Queries of panels, variables and annotations, and the PromQL that several panels share."""
+
+from typing import Any
+
+from controller.operator import metrics as operator_metrics
+from trainers import metrics as trainer_metrics
+
+Object = dict[str, Any]
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def line(expr: str, legend: str) -> Object:
+    """Values over the time range; ``legend`` names each series."""
+    return {"expr": expr, "legendFormat": legend, "range": True, "instant": False, "format": "time_series"}
+
+
+def now(expr: str, legend: str) -> Object:
+    """Values at the end of the time range."""
+    return {"expr": expr, "legendFormat": legend, "range": False, "instant": True, "format": "time_series"}
+
+
+def rows(expr: str) -> Object:
+    """Values at the end of the time range as a table: a column per label, and the value."""
+    return {"expr": expr, "legendFormat": "", "range": False, "instant": True, "format": "table"}
+
+
+def operator(name: str, selector: str = "") -> str:
+    """A series of the operator's table, whose prefix the dashboards do not repeat."""
+    return _series(operator_metrics.PREFIX + name, selector)
+
+
+def trainer(name: str, selector: str = "") -> str:
+    return _series(trainer_metrics.PREFIX + name, selector)
+
+
+def _series(name: str, selector: str) -> str:
+    return f"{name}{{{selector}}}" if selector else name
+
+
+def rate(series: str, by: str) -> str:
+    return f"sum by ({by}) (rate({series}[$__rate_interval]))"
+
+
+def increase(series: str, by: str) -> str:
+    """Within the whole time range. ``by`` may be empty."""
+    return f"sum by ({by}) (increase({series}[$__range]))"
+
+
+def quantile(q: float, histogram: str, by: str = "", window: str = "$__rate_interval") -> str:
+    """Of a histogram's buckets; ``by`` further labels that stay apart."""
+    labels = ", ".join(label for label in ("le", by) if label)
+    return f"histogram_quantile({q:g}, sum by ({labels}) (rate({histogram}[{window}])))"
+
+
+def latest(expr: str) -> str:
+    """The last value within the time range, of series that may have ended since."""
+    return f"last_over_time(({expr})[$__range:$__interval])"
+
+
+def newest_first(expr: str, by: str, rank: str, limit: int) -> str:
+    """``expr`` for the ``limit`` label sets that rank highest."""
+    return f"({expr}) and on ({by}) topk({limit}, {rank})"
+
+
+def gpu_hours(series: str, by: str) -> str:
+    """GPUs at work, added up over the time range: attempts that still run count too."""
+    total = f"sum by ({by}) (max by (namespace, run, phase) ({series}))"
+    return f"sum_over_time(({total})[$__range:$__interval]) * $__interval_ms / 3.6e6"
+
+
+def over_progress(expr: str, progress: str) -> str:
+    """``expr``'s mean in each 5 % of ``progress`` as label ``progress``, both by namespace and run.
+
+    So runs of different days and speeds lie over each other.
+    """
+    steps = f'count_values by (namespace, run) ("progress", floor(20 * ({progress})) * 5)'
+    values = f"{steps} * on (namespace, run) group_left () ({expr})"
+    mean = f"avg_over_time(({values})[$__range:$__interval])"
+    return f'label_join({mean}, "run", "/", "namespace", "run")'
