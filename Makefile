@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen verify lock clean cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen manifests verify lock clean cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -57,6 +57,9 @@ lint: $(VENV)/.dev ## Style, types, import layers
 
 gen: $(VENV)/.dev ## Write the files generated from the models: CRD, JSON schema, reference
 	$(BIN)/alignctl gen
+
+manifests: $(VENV)/.dev ## Write what manifests/ has from the chart
+	PYTHONPATH=tests $(BIN)/python -m chart.manifests
 
 verify: $(VENV)/.dev ## Fail if a generated file is out of date
 	$(BIN)/alignctl gen --check

@@ -73,6 +73,9 @@ CALLS = (
 LEASE_CALLS = (Call("get", LEASES), Call("create", LEASES), Call("update", LEASES))
 """In the operator's own namespace."""
 
+SMOKE_CALLS = (Call("create", RUNS), Call("delete", RUNS), Call("get", RUNS))
+"""Of :mod:`controller.operator.smoke`, which has rights of its own."""
+
 METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 
 
@@ -127,6 +130,13 @@ class Api:
 
     async def get_run(self, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", RUNS), namespace, name))
+
+    async def create_run(self, run: Object) -> Object:
+        metadata = run["metadata"]
+        return await self._call(Call("create", RUNS), metadata["namespace"], metadata["name"], run)
+
+    async def delete_run(self, namespace: str, name: str) -> None:
+        await _absent_is_none(self._call(Call("delete", RUNS), namespace, name))
 
     async def write_run_status(self, run: Object, status: Object) -> Object:
         """Replace the status. Raises Conflict if the run has changed since it was read."""

@@ -5,6 +5,8 @@ from pathlib import Path
 import typer
 
 from controller.gen import COMMAND
+from controller.gen.alerts import alerts_yaml
+from controller.gen.chart import chart_files
 from controller.gen.crd import crd_yaml
 from controller.gen.dashboards import dashboard_files
 from controller.gen.docs import metrics_page, run_page
@@ -12,13 +14,17 @@ from controller.gen.rbac import rbac_yaml
 from controller.gen.schema import fragment_schema, run_schema, schema_json
 
 ROOT = Path(__file__).resolve().parents[2]
+CHART = "helm/alignment-operator"
 
 
 def generated() -> dict[str, str]:
     """Path in the repository to content."""
     return {
-        "manifests/crd.yaml": crd_yaml(),
-        "manifests/rbac.yaml": rbac_yaml(),
+        "manifests/base/crd.yaml": crd_yaml(),
+        f"{CHART}/files/crd.yaml": crd_yaml(),
+        f"{CHART}/files/rbac.yaml": rbac_yaml(),
+        f"{CHART}/files/alerts.yaml": alerts_yaml(),
+        **{f"{CHART}/{path}": text for path, text in chart_files(ROOT / CHART).items()},
         "configs/schema/alignmentrun.json": schema_json(run_schema()),
         "configs/schema/fragment.json": schema_json(fragment_schema()),
         "docs/reference/alignmentrun.md": run_page(),

@@ -28,7 +28,7 @@ from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
 logger = logging.getLogger(__name__)
 
 INSTALL = {
-    RUNS: "apply manifests/crd.yaml",
+    RUNS: "apply manifests/base/crd.yaml",
     JOBS: "install the Kubeflow Training Operator v1",
     PODS: "this is no Kubernetes",
 }

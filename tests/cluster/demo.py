@@ -12,6 +12,7 @@ from cluster.assets import Assets
 from cluster.client import Cluster
 
 NAMESPACE = "demo"
+MANIFESTS = product.ROOT / "manifests" / "base"
 
 
 class NotPossible(Exception):
@@ -19,8 +20,8 @@ class NotPossible(Exception):
 
 
 def check() -> None:
-    if not (product.ROOT / "manifests" / "operator.yaml").exists():
-        raise NotPossible("manifests/operator.yaml is missing")
+    if not (MANIFESTS / "operator.yaml").exists():
+        raise NotPossible("manifests/base/operator.yaml is missing")
 
 
 def install(running: launch.Running, assets: Assets) -> str:
@@ -41,12 +42,13 @@ def install(running: launch.Running, assets: Assets) -> str:
 def install_operator(cluster: Cluster, assets: Assets) -> None:
     """The manifests as shipped, with an image of the working tree; returns when a replica is ready."""
     cluster.load_image(product.operator_image(assets, cluster.state / "images" / "operator.tar"))
-    for name in ("crd", "rbac"):
-        cluster.apply(product.ROOT / "manifests" / f"{name}.yaml")
+    for name in ("namespace", "crd", "rbac"):
+        cluster.apply(MANIFESTS / f"{name}.yaml")
     cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
-    text = (product.ROOT / "manifests" / "operator.yaml").read_text()
-    documents = list(yaml.safe_load_all(text))
+    documents = list(yaml.safe_load_all((MANIFESTS / "operator.yaml").read_text()))
     for document in documents:
+        if document["kind"] != "Deployment":
+            continue
         for container in document["spec"]["template"]["spec"]["containers"]:
             container["image"] = product.OPERATOR
     cluster.apply(documents)

@@ -1,16 +1,15 @@
 """The product on a test cluster: its images from the working tree, and the volumes that its runs use."""
 
-import hashlib
-import shutil
-import subprocess
-import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.assets import Assets, cache_home
+from cluster import buildah
+from cluster.assets import Assets
 from cluster.images import Layer, write_image
-from cluster.locks import exclusive
+from trainers import __version__
 
 ROOT = Path(__file__).parents[2]
 OPERATOR, TRAINER = "alignment-operator:test", "alignment-trainer:test"
@@ -20,14 +19,20 @@ TEMPLATE = {"image": TRAINER, "claims": [{"claimName": ENVIRONMENT_CLAIM, "mount
 """For a run's `spec.template`: torch and the rest are too large for an image made anew with each change."""
 
 _SOURCE = "/opt/alignment"
-_DEPENDENCIES = "/opt/dependencies"
 
 
 def operator_image(assets: Assets, out: Path) -> Path:
-    """Named `OPERATOR`: the packages of requirements/controller.lock, and the source."""
-    layers = [Layer(_dependencies(), _DEPENDENCIES, exclude=()), *_source()]
-    env = {"PYTHONPATH": f"{_SOURCE}:{_DEPENDENCIES}", "PYTHONUNBUFFERED": "1"}
-    return write_image(OPERATOR, layers, out, assets.image("python"), user="1000", env=env, workdir=_SOURCE)
+    """Named `OPERATOR`, from controller/Dockerfile."""
+    with operator_store(assets) as store:
+        return store.export(OPERATOR, out)
+
+
+@contextmanager
+def operator_store(assets: Assets) -> Iterator[buildah.Store]:
+    """With the image `OPERATOR` of the working tree in it."""
+    with buildah.store("operator", assets.image("python"), ["build", "controller"]) as store:
+        store.build("controller/Dockerfile", OPERATOR, VERSION=__version__)
+        yield store
 
 
 def trainer_image(assets: Assets, out: Path) -> Path:
@@ -68,28 +73,3 @@ def _claim(namespace: str, name: str, folder: Path, mode: str) -> list[dict[str,
 
 def _source() -> list[Layer]:
     return [Layer(ROOT / package, f"{_SOURCE}/{package}") for package in ("controller", "trainers")]
-
-
-def _dependencies() -> Path:
-    """Installed once for each state of the lock."""
-    lock = ROOT / "requirements" / "controller.lock"
-    key = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
-    folder = cache_home() / "operator-dependencies" / key[:12]
-    with exclusive(folder.with_name("lock"), "another process is installing the operator's packages; waiting for it"):
-        if not folder.exists():
-            for old in folder.parent.glob("[0-9a-f]*"):
-                shutil.rmtree(old)
-            scratch = folder.with_name("part")
-            shutil.rmtree(scratch, ignore_errors=True)
-            _install(scratch, lock)
-            scratch.rename(folder)
-    return folder
-
-
-def _install(folder: Path, lock: Path) -> None:
-    uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--target", str(folder)]
-    wanted = ["--no-deps", "--require-hashes", "-r", str(lock)]
-    subprocess.run([*uv, "--python", sys.executable, *wanted], check=True)
-    # Layers have no modification times, so bytecode must not be compared with them.
-    compiled = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(folder)]
-    subprocess.run([sys.executable, *compiled], check=False, stdout=subprocess.DEVNULL)

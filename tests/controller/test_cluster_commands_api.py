@@ -36,7 +36,7 @@ class Bench:
         self.kubeconfig = cluster.kubeconfig
 
     def define_runs(self) -> None:
-        self.cluster.apply(ROOT / "manifests/crd.yaml")
+        self.cluster.apply(ROOT / "manifests/base/crd.yaml")
         get = ("get", "alignmentruns", "-n", self.namespace)
         self.cluster.wait(lambda: "No resources" in self.cluster.kubectl(*get, check=False), what="runs are served")
 

@@ -178,7 +178,7 @@ def now() -> str:
 
 @dataclass
 class OperatorProcess:
-    """`python -m controller` outside pods, with the rights that manifests/rbac.yaml gives it."""
+    """`python -m controller` outside pods, with the rights that manifests/base/rbac.yaml gives it."""
 
     kubeconfig: Path
     port: int

@@ -89,13 +89,14 @@ class TestMissing:
         running = launch.start("api", 0)
         try:
             cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
-            cluster.apply(ROOT / "manifests/rbac.yaml")
+            for name in ("namespace", "rbac"):
+                cluster.apply(ROOT / f"manifests/base/{name}.yaml")
             mine = cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
             operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
             # Started too early: it says what is missing, and goes on by itself once that is there.
-            missing = "the cluster has no alignmentruns.alignment.dev: apply manifests/crd.yaml"
+            missing = "the cluster has no alignmentruns.alignment.dev: apply manifests/base/crd.yaml"
             cluster.wait(lambda: missing in operator.get("readyz")[1], 30, missing)
-            cluster.apply(ROOT / "manifests/crd.yaml")
+            cluster.apply(ROOT / "manifests/base/crd.yaml")
             cluster.wait(lambda: operator.get("readyz")[0] == 200, 30, "the operator is ready")
             driver = Driver(cluster, cluster.namespace("off"))
             driver.apply(manifest("run", sft(), queueName="gpus"))

@@ -45,9 +45,9 @@ def test_a_real_api_server_takes_it(driver: Driver, path: Path):
 
 
 def test_the_kustomization_holds_all_that_is_installed(driver: Driver):
-    """`kubectl apply --server-side -k manifests`, as the README has it, again and again."""
+    """`kubectl apply --server-side -k manifests/base`, as the README has it, again and again."""
     for _ in range(2):
-        said = driver.cluster.kubectl("apply", "--server-side", "-k", str(ROOT / "manifests"))
+        said = driver.cluster.kubectl("apply", "--server-side", "-k", str(ROOT / "manifests/base"))
     assert "deployment.apps/alignment-operator serverside-applied" in said
     assert "customresourcedefinition.apiextensions.k8s.io/alignmentruns.alignment.dev" in said
     driver.cluster.kubectl("delete", "deployment", "alignment-operator", "-n", "alignment-system")

@@ -12,8 +12,8 @@ RUNS = int(os.environ.get("RUNS", "30"))
 
 @pytest.fixture(scope="module")
 def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
-    for name in ("crd", "rbac"):
-        kwok_cluster.apply(ROOT / f"manifests/{name}.yaml")
+    for name in ("namespace", "crd", "rbac"):
+        kwok_cluster.apply(ROOT / f"manifests/base/{name}.yaml")
     kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
     mine = kwok_cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
     operator = OperatorProcess(mine, free_port(), tmp_path_factory.mktemp("operator") / "log").start()

@@ -60,7 +60,7 @@ def test_kubectl_lines_do_what_they_say_on_a_real_cluster(runs: Runs):
     )
     environment["KUBECONFIG"] = str(config)
     for command in kubectl:
-        if "-k manifests" in command:
+        if "-k manifests/base" in command:
             continue  # the fixture has done it, with the image of this tree
         if "-f manifests/samples/minimal.yaml" in command:
             spec = yaml.safe_load((ROOT / "manifests/samples/minimal.yaml").read_text())["spec"]

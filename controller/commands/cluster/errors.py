@@ -30,7 +30,7 @@ def refused(server: str, code: int, reason: str, body: str | None) -> ClusterErr
     elif code == 403:
         text = f"not allowed: {said}"
     elif code == 404 and _message(body) is None:
-        text = f"{server} knows no AlignmentRuns: install the operator (or just manifests/crd.yaml) first"
+        text = f"{server} knows no AlignmentRuns: install the operator (or just manifests/base/crd.yaml) first"
     else:
         text = f"{server}: {said}"
     return ClusterError(text, code, passing=code in PASSING)
