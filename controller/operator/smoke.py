@@ -13,7 +13,6 @@ import yaml
 from controller.api import meta
 from controller.api.status import RunStatus
 from controller.kube import Api, ApiError, NotFound
-from controller.operator.login import NoCredentials, login_of
 
 EVERY_SECONDS = 2.0
 
@@ -31,6 +30,8 @@ def smoke(
     kubeconfig: Annotated[Path | None, typer.Option(help="Run outside a cluster with these credentials.")] = None,
 ) -> None:
     """Apply a run, wait until it has succeeded, and delete it. One that has not is kept, to be looked at."""
+    from controller.operator.login import NoCredentials, login_of
+
     document = yaml.safe_load(run.read_text())
     metadata = document["metadata"]
     where = f"alignmentrun {metadata['name']} in namespace {metadata['namespace']}"
