@@ -35,6 +35,10 @@ Claim = Annotated[
     str | None,
     typer.Option(envvar="DEFAULT_WORKSPACE_CLAIM", help="Workspace of runs that name none.", show_default=False),
 ]
+Queue = Annotated[
+    str | None,
+    typer.Option(envvar="DEFAULT_QUEUE", help="Kueue LocalQueue of runs that name none.", show_default=False),
+]
 LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
 Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
@@ -49,6 +53,7 @@ def operator(
     kubeconfig: Kubeconfig = None,
     default_image: Image = None,
     default_claim: Claim = None,
+    default_queue: Queue = None,
     lease_namespace: LeaseNamespace = "default",
     port: Port = 8080,
     workers: Workers = 8,
@@ -73,6 +78,7 @@ def operator(
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
         defaults=Defaults(default_image, Workspace(claim_name=default_claim) if default_claim else None),
+        queue=default_queue or None,
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

@@ -251,7 +251,7 @@ class RunSpec(SpecModel):
     template: Template = Template()
     """How processes run, for all phases."""
     queue_name: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
-    """Kueue queue (LocalQueue) that the run's jobs wait in."""
+    """Kueue queue (LocalQueue) that the run's jobs wait in; on a cluster the operator's default unless set, if it has one."""
     queue_priority: str | None = Field(default=None, max_length=63)
     """Kueue priority (WorkloadPriorityClass) of the run's jobs."""
     failure_policy: FailurePolicy = FailurePolicy()

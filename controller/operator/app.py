@@ -45,6 +45,8 @@ class Options:
     namespaces: tuple[str, ...] = ()
     """Those that are watched; all unless set."""
     defaults: Defaults = field(default_factory=Defaults)
+    queue: str | None = None
+    """The LocalQueue of runs that name none."""
     port: int = 8080
     workers: int = 8
     """Runs that are looked at side by side."""
@@ -62,7 +64,9 @@ class Operator:
         self.queue = WorkQueue()
         self.scraper = Scraper(every=options.poll.total_seconds())
         backend = PyTorchJobBackend(self.api, self.scraper, options.defaults)
-        self.reconciler = Reconciler(self.api, backend, self.metrics, options.identity, options.poll)
+        self.reconciler = Reconciler(
+            self.api, backend, self.metrics, options.identity, options.poll, queue=options.queue
+        )
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
         self.watchdog = Watchdog(

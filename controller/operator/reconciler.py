@@ -32,7 +32,7 @@ def _now() -> datetime:
 class Reconciler:
     def __init__(
         self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
-        now: Callable[[], datetime] = _now,
+        now: Callable[[], datetime] = _now, queue: str | None = None,
     ) -> None:  # fmt: skip
         self.api = api
         self.backend = backend
@@ -40,6 +40,8 @@ class Reconciler:
         self.instance = instance
         self.poll = poll
         self.now = now
+        self.queue = queue
+        """Of runs that name none."""
 
     async def look(self, key: Key) -> timedelta | None:
         """Returns when to look again, if nothing happens before. Raises what the API server says, to be tried again."""
@@ -53,7 +55,13 @@ class Reconciler:
         except ValidationError as error:
             await self._refuse(key, document, error)
             return None
-        return await self._reconcile(key, run, document)
+        return await self._reconcile(key, self._queued(run), document)
+
+    def _queued(self, run: AlignmentRun) -> AlignmentRun:
+        """Only for this look: what is written back is the run's status, never its spec."""
+        if run.spec.queue_name is not None or self.queue is None:
+            return run
+        return run.model_copy(update={"spec": run.spec.model_copy(update={"queue_name": self.queue})})
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
         before = run.status or RunStatus()

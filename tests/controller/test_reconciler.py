@@ -9,7 +9,7 @@ import pytest
 from builders import START, after, document, job, make_run, results, seen, sft
 
 from controller.api.run import AlignmentRun
-from controller.api.status import RunStatus
+from controller.api.status import QueueState, QueueStatus, RunStatus
 from controller.kube import RUNS, ApiError, Call, Conflict
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
@@ -49,6 +49,7 @@ class Backend:
     view: Observed = field(default_factory=Observed)
     looks: int = 0
     lost: bool = False
+    queues: list[str | None] = field(default_factory=list)
 
     async def observe(self, run: AlignmentRun) -> Observed:
         self.looks += 1
@@ -56,6 +57,7 @@ class Backend:
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         self.server.said.append(f"apply {job.phase}-{job.attempt}")
+        self.queues.append(job.queue_name)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
         if self.lost:
@@ -66,14 +68,14 @@ class Backend:
 class Desk:
     """A run, and looks at it."""
 
-    def __init__(self, **spec: Any) -> None:
+    def __init__(self, operators_queue: str | None = None, **spec: Any) -> None:
         stored = document(sft("base"), **spec)
         stored["metadata"] |= {"namespace": "ns", "uid": "u", "generation": 1, "resourceVersion": "1"}
         self.server = Server(stored)
         self.backend = Backend(self.server)
         self.now = START
         self.reconciler = Reconciler(
-            self.server, self.backend, OperatorMetrics(), "me", now=self.clock  # type: ignore[arg-type]
+            self.server, self.backend, OperatorMetrics(), "me", now=self.clock, queue=operators_queue  # type: ignore[arg-type]
         )  # fmt: skip
 
     def clock(self) -> datetime:
@@ -179,3 +181,17 @@ def test_a_run_that_is_gone_or_going_is_nobodys_business():
     desk.server.stored = None
     assert desk.look() is None
     assert desk.backend.looks == 0
+
+
+@pytest.mark.parametrize(
+    ("operators", "runs", "used"), [("gpus", None, "gpus"), ("gpus", "mine", "mine"), (None, None, None)]
+)
+def test_the_operators_queue_is_for_runs_that_name_none(operators: str | None, runs: str | None, used: str | None):
+    desk = Desk(operators, **({"queueName": runs} if runs else {}))
+    desk.look()
+    assert desk.backend.queues == [used]
+    waits = job(RUN, "base", queue=QueueStatus(state=QueueState.PENDING, message="no room"))
+    desk.look(seen(waits if used else job(RUN, "base")), at=1)
+    assert (desk.status.condition("Admitted") is not None) == (used is not None)
+    assert desk.server.stored is not None
+    assert desk.server.stored["spec"].get("queueName") == runs, "the run's own document stays as it was written"
