@@ -53,6 +53,7 @@ RULES: dict[str, Schema] = {
     # Empty: there is no default.
     "trainerImage.repository": {**REPOSITORY, "pattern": f"^$|{REPOSITORY['pattern']}"},
     "tag": TAG,
+    "runbooks": {"type": "string", "pattern": "^(https?://.+)?$"},
     "digest": DIGEST,
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "watchNamespaces": {"type": "array", "uniqueItems": True, "items": LABEL_NAME},
