@@ -23,6 +23,7 @@ need conntrack conntrack
 need procps ps sysctl
 need util-linux nsenter unshare
 need debootstrap debootstrap
+need buildah buildah
 need prometheus prometheus promtool
 need gcc gcc
 need libc6-dev /usr/include/stdlib.h

@@ -14,6 +14,7 @@ from trainers import __version__
 ROOT = Path(__file__).parents[2]
 OPERATOR, TRAINER = "alignment-operator:test", "alignment-trainer:test"
 WORKSPACE_CLAIM, ENVIRONMENT_CLAIM = "alignment", "trainer-environment"
+SHIPPED_TRAINER = f"alignment-trainer:{__version__}"
 ENVIRONMENT_PATH = "/opt/environment"
 TEMPLATE = {"image": TRAINER, "claims": [{"claimName": ENVIRONMENT_CLAIM, "mountPath": ENVIRONMENT_PATH}]}
 """For a run's `spec.template`: torch and the rest are too large for an image made anew with each change."""
@@ -32,6 +33,14 @@ def operator_store(assets: Assets) -> Iterator[buildah.Store]:
     """With the image `OPERATOR` of the working tree in it."""
     with buildah.store("operator", assets.image("python"), ["build", "controller"]) as store:
         store.build("controller/Dockerfile", OPERATOR, VERSION=__version__)
+        yield store
+
+
+@contextmanager
+def trainers_store(assets: Assets) -> Iterator[buildah.Store]:
+    """With `SHIPPED_TRAINER` in it, from trainers/Dockerfile: several GB, so only for the trial of that image."""
+    with buildah.store("trainers", assets.image("python"), ["build", "torch", "runtime"]) as store:
+        store.build("trainers/Dockerfile", SHIPPED_TRAINER, VERSION=__version__)
         yield store
 
 

@@ -11,7 +11,7 @@ from cluster.images import RELEASES
 _DEBIAN = {
     "openssl": "openssl", "ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux",
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "iptables": "iptables", "conntrack": "conntrack",
-    "debootstrap": "debootstrap", "gcc": "gcc",
+    "debootstrap": "debootstrap", "gcc": "gcc", "buildah": "buildah",
 }  # fmt: skip
 _CNI = Path("/usr/lib/cni/bridge")
 
@@ -32,7 +32,7 @@ def _missing_for_nodes(assets: Assets) -> str:
         return "root is needed"
     if not assets.image("python").exists() and sys.version_info[:2] not in RELEASES:
         return f"the image needs a Debian release with this Python; there are some for {sorted(RELEASES)}"
-    programs = ["openssl", "ip", "nsenter", "unshare", "containerd", "ctr", "runc", "iptables", "conntrack"]
+    programs = ["openssl", "ip", "nsenter", "unshare", "containerd", "ctr", "runc", "iptables", "conntrack", "buildah"]
     if not all(assets.image(name).exists() for name in ("pause", "python")):
         programs += ["debootstrap", "gcc"]
     return _packages(programs, [] if _CNI.exists() else ["containernetworking-plugins"])
