@@ -1,3 +1,3 @@
-"""The fixtures of the test clusters, for all tests."""
+"""The fixtures of the test clusters, and of what Prometheus sees of them, for all tests."""
 
-pytest_plugins = ["cluster.fixtures", "cluster.installed"]
+pytest_plugins = ["cluster.fixtures", "cluster.installed", "monitoring.observed"]

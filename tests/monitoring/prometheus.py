@@ -123,6 +123,11 @@ def promtool(*arguments: str, text: str | None = None, cwd: Path | None = None) 
     return done.stdout + done.stderr
 
 
+def version() -> str:
+    """Of the installed Prometheus, as an image's tag has it."""
+    return f"v{promtool('--version').split()[2].partition('+')[0]}"
+
+
 def require(programs: Sequence[str] = PROGRAMS) -> None:
     """Skips the test where Prometheus is not installed; with CI=true it fails."""
     if all(shutil.which(program) for program in programs):
