@@ -112,7 +112,7 @@ def _members(node: yaml.MappingNode, defaults: dict[str, Any], lines: list[str],
 
 
 def _is_group(node: yaml.MappingNode, lines: list[str]) -> bool:
-    return any(_comment(lines, key.start_mark.line) for key, _ in node.value)
+    return not node.flow_style and any(_comment(lines, key.start_mark.line) for key, _ in node.value)
 
 
 def _comment(lines: list[str], line: int) -> str:

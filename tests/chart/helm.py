@@ -1,6 +1,7 @@
 """Helm 4 itself, on this project's chart."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,15 @@ Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "alignment-operator"
 NAME, NAMESPACE = "alignment-operator", "alignment-system"
+
+
+class Loader(yaml.CSafeLoader):
+    """Numbers as Helm writes and Kubernetes reads them: 2e-05 is a text for PyYAML."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"-?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$"), list("-0123456789")
+)
 
 
 class HelmError(Exception):
@@ -50,7 +60,7 @@ def template(
     """The objects that the chart makes of ``values``."""
     flags = [name, str(CHART), "--namespace", namespace, "--values", "-", *arguments]
     text = helm("template", *flags, text=yaml.safe_dump(values or {}))
-    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
+    return [document for document in yaml.load_all(text, Loader) if document]
 
 
 def one(objects: list[Object], kind: str, name: str | None = None) -> Object:
