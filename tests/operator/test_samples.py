@@ -12,7 +12,13 @@ from cluster.installed import Runs
 from driver import ROOT, Driver
 from kueue import quota
 
+from controller.preflight import load_run
+
 SAMPLES = sorted((ROOT / "manifests/samples").glob("*.yaml"))
+ELSEWHERE = ("object-store", "queued", "suspended")
+"""Have tests of their own."""
+NOT_HERE = ("sft-only", "distill", "gpus")
+"""Need GPUs and models from the hub: only the API server and the models look at them."""
 KEYS = {"AWS_ACCESS_KEY_ID": "alignment", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-test"}
 RESTRICTED = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
 EXAMPLES = [ROOT / "configs/quickstart.yaml", *(ROOT / "configs/examples").glob("*.yaml")]
@@ -42,6 +48,7 @@ def test_a_real_api_server_takes_it(driver: Driver, path: Path):
         input=path.read_text(),
     )
     assert json.loads(dry)["spec"]["phases"]
+    load_run(read(path))
 
 
 def test_the_kustomization_holds_all_that_is_installed(driver: Driver):
@@ -143,12 +150,21 @@ def _phase(runs: Runs, name: str) -> str:
 @pytest.mark.slow
 class TestSamplesRun:
     @pytest.mark.parametrize(
-        "path", [p for p in SAMPLES if p.stem not in ("object-store", "queued")], ids=lambda p: p.stem
+        "path", [p for p in SAMPLES if p.stem not in (*ELSEWHERE, *NOT_HERE)], ids=lambda p: p.stem
     )
     def test_on_a_claim(self, runs: Runs, path: Path):
         self.apply(runs, path)
         runs.until_succeeded(path.stem)
         assert runs.result(path.stem, "sft")["steps"] == 40
+
+    def test_two_seeds_once_they_are_let_go(self, runs: Runs):
+        self.apply(runs, ROOT / "manifests/samples/suspended.yaml")
+        runs.kubectl("wait", "arun/suspended", "--for=condition=Suspended", "--timeout=30s")
+        assert runs.kubectl("get", "pytorchjobs", "-o", "name") == ""
+        runs.kubectl("patch", "alignmentrun", "suspended", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+        runs.until_succeeded("suspended")
+        models = {runs.result("suspended", name)["artifacts"]["model"]["digest"] for name in ("seed-1", "seed-2")}
+        assert len(models) == 2
 
     def test_in_a_queue(self, runs: Runs):
         runs.cluster.apply(quota(runs.namespace, "4"))
