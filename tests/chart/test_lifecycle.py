@@ -166,7 +166,7 @@ def test_life_cycle(prepared: Cluster, runs: Runs, tmp_path: Path):
     release.helm("install", str(new), values={**chosen, "crds": {"keep": False}})
     cluster.wait(release.holder, 60, "a replica acts")
     assert [len(phase["attempts"]) for phase in runs.status("upgraded")["phases"]] == [1, 1]
-    # As the README has it: Kubernetes' garbage collector may miss runs that go together with their kind, and keep their jobs.
+    # As the README has it. The garbage collector's watch has just broken with the change of the kind, for seconds.
     cluster.kubectl("delete", "alignmentruns", "--all", "--all-namespaces", "--cascade=foreground", timeout=120)
     release.helm("uninstall")
     assert gone(cluster, inventory(cluster) - before)
