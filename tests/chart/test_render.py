@@ -1,5 +1,6 @@
 """What Helm makes of the chart: valid for every Kubernetes it is meant for, and what each value changes."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,50 @@ def walk(values: list[Value]) -> Any:
 VALUES = list(walk(read_values((CHART / "values.yaml").read_text())))
 
 
+OTHER: dict[str, Any] = {
+    **dict.fromkeys(("interval", "scrapeTimeout"), "7s"),
+    **{key: [{"name": "x"}] for key in ("imagePullSecrets", "extraEnv")},
+    **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings", "from")},
+    "topologySpreadConstraints": [],
+    "pullPolicy": "Never", "digest": DIGEST, "logFormat": "text", "logLevel": "debug", "size": "9Gi",
+    "runbooks": "https://example.com", "apiServerPorts": [1], "watchNamespaces": ["a"], "run": {"seed": 7},
+    "resources": {"limits": {"cpu": 1}}, "extraObjects": ["{kind: X, metadata: {name: x}}"],
+}  # fmt: skip
+"""By the value's name; others are turned, counted up, or made `x`."""
+
+
+def other(value: Value) -> Any:
+    name, default = value.path.rpartition(".")[2], value.default
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    return "x" if isinstance(default, str) else {"x": "y"}
+
+
+def text_of(*layers: Object) -> str:
+    flags = [
+        flag for layer in layers for flag in ("--set-json", ",".join(f"{k}={json.dumps(v)}" for k, v in layer.items()))
+    ]
+    return helm("template", NAME, str(CHART), *flags)
+
+
+def switched(path: str) -> Object:
+    """What has to be on for a value to matter; the two ways to scrape the operator are never on at once."""
+    way = "serviceMonitor" if "serviceMonitor" in path else "podMonitor"
+    monitors = (way, "trainersPodMonitor", "prometheusRule", "dashboards")
+    return {
+        **{f"monitoring.{name}.enabled": True for name in monitors if f"monitoring.{name}.enabled" != path},
+        **({} if path == "networkPolicy.egress.restrict" else {"networkPolicy.egress.restrict": True}),
+    }
+
+
 @pytest.mark.parametrize("value", [v for v in VALUES if not v.members], ids=lambda v: v.path)
-def test_every_value_is_used_by_a_template(value: Value) -> None:
-    """Those of monitors through the helper that all of them share."""
-    texts = [path.read_text() for path in (CHART / "templates").rglob("*.*")]
-    name = value.path.rpartition(".")[2]
-    assert any(re.search(rf"\.{name}\b", text) for text in texts), value.path
+def test_every_value_changes_something(value: Value) -> None:
+    switches = switched(value.path)
+    assert text_of(switches, {value.path: other(value)}) != text_of(switches)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: v.path)
@@ -367,8 +406,6 @@ def test_dashboards_are_the_generated_ones() -> None:
 @pytest.mark.parametrize("case", ["everything", "monitors", "service"])
 def test_monitors_are_of_the_prometheus_operators_kinds(case: str) -> None:
     """Its own CRDs' schemas, in which unknown fields are errors here."""
-    import json
-
     kinds = {
         k["spec"]["names"]["kind"]: k["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
         for k in json.loads(build.ensure("monitoring").manifest("prometheus-operator").read_text())
