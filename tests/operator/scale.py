@@ -14,6 +14,8 @@ from controller.api.run import AlignmentRun
 from controller.plan.resolve import resolve
 from trainers.contract import phase_digest
 
+BATCH = 100
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -56,7 +58,9 @@ def run_many(cluster: Cluster, operator: OperatorProcess, namespace: str, count:
     process = psutil.Process(operator.process.pid)
     cpu, before = sum(process.cpu_times()[:2]), _counters(operator)
     started = time.monotonic()
-    cluster.apply([scripted(f"run-{i}") for i in range(count)], namespace)
+    runs = [scripted(f"run-{i}") for i in range(count)]
+    for first in range(0, count, BATCH):  # one call of kubectl has a minute
+        cluster.apply(runs[first : first + BATCH], namespace)
     cluster.wait(lambda: _succeeded(cluster, namespace) == count, timeout, f"{count} runs succeed", every=1.0)
     seconds = time.monotonic() - started
     spent = {name: after - before[name] for name, after in _counters(operator).items()}
