@@ -193,7 +193,7 @@ def _results() -> list[Object]:
         matrix(
             "Final training loss", "The last value within the time range, phases down, runs across. Losses are comparable "
             "within a row.",
-            rows(_named(latest(f"max by (namespace, run, phase) ({trainer('loss', _ALL_PHASES)})"))), column="who", row="phase",
+            rows(_named(latest("loss", _ALL_PHASES, "namespace, run, phase"))), column="who", row="phase",
             width=12, decimals=3, noValue="–",
         ),
     ]  # fmt: skip

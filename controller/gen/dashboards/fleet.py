@@ -23,6 +23,7 @@ from controller.gen.dashboards.panels import (
 from controller.gen.dashboards.query import (
     Object,
     gpu_hours,
+    gpus_at_work,
     increase,
     line,
     now,
@@ -39,6 +40,8 @@ LIMIT = 100
 """Rows of the table of runs."""
 TOP = 10
 """Namespaces that are lines of their own."""
+COARSE = 200
+"""Points over the time range where thousands of series are looked at for each."""
 NAMESPACE = 'namespace=~"$namespace"'
 RUNS = f'{NAMESPACE}, run=~".*${{search:regex}}.*"'
 
@@ -86,7 +89,7 @@ def _now() -> list[Object]:
         ),
         stat(
             "GPUs at work", "GPUs of attempts that run now.",
-            now(f"sum(max by (namespace, run, phase) ({operator('phase_gpus', NAMESPACE)}))", ""),
+            now(f"sum({gpus_at_work(operator('phase_gpus', NAMESPACE))})", ""),
             thresholds=steps((None, BLUE)), noValue="0",
         ),
         stat(
@@ -133,7 +136,7 @@ def _runs() -> Object:
         of(f"max {by_run} ({operator('run_progress_ratio', RUNS)})"),
         of(f"max {by_run} ({operator('run_created_timestamp_seconds', RUNS)}) * 1000"),
         of(f"{ended} - {begun}"),
-        of(f"sum {by_run} (max by (namespace, run, phase) ({operator('phase_gpus', RUNS)}))"),
+        of(f"sum {by_run} ({gpus_at_work(operator('phase_gpus', RUNS))})"),
         of(f"sum {by_run} (max by (namespace, run, phase, class) ({operator('phase_retries_used', RUNS)}))"),
         of(f"max by (namespace, run, queue) ({operator('run_info', RUNS)})"),
         transformations=columns(
@@ -176,7 +179,7 @@ def _phases() -> Object:
     running = operator("phase_state", f'{NAMESPACE}, state="Running"')
     expr = f"count by (type) (max by (namespace, run, phase, type) ({running}))"
     return lines(
-        "Running phases", "Phases that run, by type.", line(expr, "{{type}}"), width=12, stacked=True, min=0,
+        "Running phases", "Phases that run, by type.", line(expr, "{{type}}"), width=12, stacked=True, min=0, points=COARSE,
         noValue="No phase runs",
     )  # fmt: skip
 
@@ -244,13 +247,14 @@ def _transitions() -> Object:
 
 def _gpus() -> list[Object]:
     gpus = operator("phase_gpus", NAMESPACE)
-    by_namespace = f"sum by (namespace) (max by (namespace, run, phase) ({gpus}))"
+    by_namespace = f"sum by (namespace) ({gpus_at_work(gpus)})"
     ended = f"{increase(operator('gpu_seconds_total', NAMESPACE), 'namespace, outcome')} / 3600"
     busy = trainer("gpu_utilization_ratio", NAMESPACE)
     return [
         lines(
             f"GPUs at work (top {TOP} namespaces)", f"GPUs of attempts that run, of the {TOP} namespaces with the most.",
-            line(f"topk({TOP}, {by_namespace} > 0)", "{{namespace}}"), stacked=True, min=0, noValue="No GPU is at work",
+            line(f"topk({TOP}, {by_namespace})", "{{namespace}}"),
+            points=COARSE, stacked=True, min=0, noValue="No GPU is at work",
         ),
         bars(
             f"GPU hours (top {TOP} namespaces)",
@@ -287,8 +291,8 @@ def _gpus() -> list[Object]:
 def _queues() -> list[Object]:
     wait = operator("attempt_wait_seconds_bucket")
     queued = operator("run_state", f'{NAMESPACE}, state="Queued"')
-    queue_of = f"max by (namespace, run, queue) ({operator('run_info', NAMESPACE)})"
-    by_queue = f"count by (namespace, queue) ({queue_of} and on (namespace, run) {queued})"
+    waiting = f"{operator('run_info', NAMESPACE)} and on (namespace, run) {queued}"
+    by_queue = f"count by (namespace, queue) (max by (namespace, run, queue) ({waiting}))"
     return [
         lines(
             "Wait for a start", "From asking for an attempt until it may start; half and 95 % waited at most this long. "
@@ -299,6 +303,7 @@ def _queues() -> list[Object]:
         lines(
             f"Queued runs (top {TOP} queues)", f"Runs that wait for their queue, of the {TOP} queues with the most.",
             line(f"topk({TOP}, {by_queue})", "{{namespace}} · {{queue}}"), width=12, stacked=True, min=0, decimals=0,
+            points=COARSE,
             noValue="No run is queued",
         ),
     ]  # fmt: skip
@@ -376,6 +381,6 @@ def _failed_runs() -> Object:
 
 
 def _new_leader() -> Object:
-    leader = f"max by (pod) ({operator('leader')})"
-    expr = f"{leader} == 1 unless ({leader} offset 30s) == 1"
+    leader = operator("leader")
+    expr = f"max by (pod) ({leader}) == 1 unless max by (pod) ({leader} offset 30s) == 1"
     return annotation("Change of the acting replica", expr, "{{pod}} acts now", YELLOW)

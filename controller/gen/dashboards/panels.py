@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from controller.gen.dashboards.query import DATASOURCE, Object
 
+AT_END, OVER_PROGRESS = 200, 2000
+"""Points within the time range that a query may look at, where Grafana's default, one per pixel, is not right."""
 GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "#5794f2", "text"
 
 
@@ -22,7 +24,7 @@ def stat(
         "showPercentChange": False,
         "percentChangeColorMode": "standard",
     }
-    panel = _panel("stat", title, description, targets, options, _defaults(field), width=width, height=4)
+    panel = _panel("stat", title, description, targets, options, _defaults(field), width, height=4, points=AT_END)
     panel["fieldConfig"]["overrides"] = list(overrides)
     return panel
 
@@ -36,6 +38,7 @@ def lines(
     stacked: bool = False,
     bars: bool = False,
     logarithmic: bool = False,
+    points: int | None = None,
     overrides: Sequence[Object] = (),
     **field: object,
 ) -> Object:
@@ -54,7 +57,7 @@ def lines(
     }
     defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
     defaults["custom"] = {key: value for key, value in custom.items() if value is not None}
-    panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width=width)
+    panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width, points=points)
     panel["fieldConfig"]["overrides"] = list(overrides)
     return panel
 
@@ -64,9 +67,8 @@ def trend(title: str, description: str, target: Object, x: str, width: int = 8, 
     defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
     defaults["custom"] = {"lineWidth": 2, "showPoints": "auto", "pointSize": 4, "spanNulls": True}
     corner = f"{x}\\run"
-    panel = _panel(
-        "trend", title, description, [target], {**_xy_options(("lastNotNull",)), "xField": x}, defaults, width
-    )
+    options = {**_xy_options(("lastNotNull",)), "xField": x}
+    panel = _panel("trend", title, description, [target], options, defaults, width, points=OVER_PROGRESS)
     panel["transformations"] = [
         transform("groupingToMatrix", columnField="run", rowField=x, valueField="Value", emptyValue="null"),
         transform("convertFieldType", conversions=[{"targetField": corner, "destinationType": "number"}], fields={}),
@@ -92,7 +94,7 @@ def bars(title: str, description: str, *targets: Object, width: int = 8, height:
         "maxVizHeight": 40,
         "legend": {"showLegend": False, "displayMode": "hidden", "placement": "bottom", "calcs": []},
     }
-    return _panel("bargauge", title, description, targets, options, _defaults(field), width, height)
+    return _panel("bargauge", title, description, targets, options, _defaults(field), width, height, AT_END)
 
 
 def timeline(title: str, description: str, target: Object, mappings: list[Object], height: int = 8) -> Object:
@@ -130,7 +132,7 @@ def table(
     }
     defaults = _defaults(field)
     defaults["custom"] = {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True}
-    panel = _panel("table", title, description, targets, options, defaults, width, height)
+    panel = _panel("table", title, description, targets, options, defaults, width, height, AT_END)
     panel["transformations"] = list(transformations)
     panel["fieldConfig"]["overrides"] = list(overrides)
     return panel
@@ -214,6 +216,7 @@ def _panel(
     defaults: Object,
     width: int,
     height: int = 8,
+    points: int | None = None,
 ) -> Object:
     """Where it lies is the dashboard's business: of the position it knows its size only."""
     named = [{"refId": chr(ord("A") + i), "datasource": DATASOURCE, **target} for i, target in enumerate(targets)]
@@ -226,4 +229,5 @@ def _panel(
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": options,
         "gridPos": {"w": width, "h": height},
+        **({"maxDataPoints": points} if points else {}),
     }

@@ -52,19 +52,21 @@ def quantile(q: float, histogram: str, by: str = "", window: str = "$__rate_inte
     return f"histogram_quantile({q:g}, sum by ({labels}) (rate({histogram}[{window}])))"
 
 
-def latest(expr: str) -> str:
-    """The last value within the time range, of series that may have ended since."""
-    return f"last_over_time(({expr})[$__range:$__interval])"
+def latest(name: str, selector: str, by: str) -> str:
+    """The last value within the time range that the newest attempt said, which may have ended since."""
+    stepped = trainer("last_step_timestamp_seconds", selector)
+    newest = f"topk by ({by}) (1, last_over_time({stepped}[$__range]))"
+    return f"max by ({by}) (last_over_time({trainer(name, selector)}[$__range]) and on ({by}, pod) {newest})"
 
 
-def newest_first(expr: str, by: str, rank: str, limit: int) -> str:
-    """``expr`` for the ``limit`` label sets that rank highest."""
-    return f"({expr}) and on ({by}) topk({limit}, {rank})"
+def gpus_at_work(series: str) -> str:
+    """Per phase. Idle phases, most of them, are left out first: grouping is what costs."""
+    return f"max by (namespace, run, phase) ({series} > 0)"
 
 
 def gpu_hours(series: str, by: str) -> str:
     """GPUs at work, added up over the time range: attempts that still run count too."""
-    total = f"sum by ({by}) (max by (namespace, run, phase) ({series}))"
+    total = f"sum by ({by}) ({gpus_at_work(series)})"
     return f"sum_over_time(({total})[$__range:$__interval]) * $__interval_ms / 3.6e6"
 
 

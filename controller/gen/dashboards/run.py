@@ -19,7 +19,18 @@ from controller.gen.dashboards.panels import (
     timeline,
     transform,
 )
-from controller.gen.dashboards.query import Object, gpu_hours, line, now, operator, quantile, rate, rows, trainer
+from controller.gen.dashboards.query import (
+    Object,
+    gpu_hours,
+    latest,
+    line,
+    now,
+    operator,
+    quantile,
+    rate,
+    rows,
+    trainer,
+)
 from controller.gen.dashboards.states import PHASE_NUMBERS, PHASE_TEXTS, RUN_NUMBERS, numbered, state_of
 
 IN_NAMESPACE = 'namespace="$namespace"'
@@ -91,7 +102,7 @@ def _summary() -> list[Object]:
         ),
         stat(
             "GPU hours", "GPUs at work, added up over the time range.",
-            now(f"sum({gpu_hours(operator('phase_gpus', ONE), 'run')})", ""), unit="h", decimals=1, noValue="–",
+            now(f"sum({gpu_hours(operator('phase_gpus', ONE), 'run')})", ""), unit="h", decimals=1, noValue="0",
         ),
         stat(
             "Tokens", "Tokens processed within the time range by trainers, padding not counted.",
@@ -119,15 +130,13 @@ def _phases() -> Object:
     by = "by (phase, type)"
     start, end = (operator(f"phase_{which}_timestamp_seconds", PHASES) for which in ("start", "end"))
     ended = f"(max {by} ({end}) or max {by} ({start}) * 0 + time())"
-    last_step = f"last_over_time({trainer('step', SAID)}[$__range])"
-    of_steps = f"last_over_time({trainer('total_steps', SAID)}[$__range])"
     return table(
         "Phases",
         "Each phase: its state, steps of its newest attempt, when it began and how long it took, attempts that count, "
         "and those of them that failed.",
         rows(f"max by (phase, type, state) ({operator('phase_state', PHASES)})"),
-        rows(f"max {by} ({last_step})"),
-        rows(f"max {by} ({of_steps})"),
+        rows(latest("step", SAID, "phase, type")),
+        rows(latest("total_steps", SAID, "phase, type")),
         rows(f"max {by} ({start}) * 1000"),
         rows(f"{ended} - max {by} ({start})"),
         rows(f"max {by} ({operator('phase_attempts', PHASES)})"),
@@ -403,8 +412,9 @@ def _annotations() -> list[Object]:
         state_now = operator("phase_state", f'{PHASES}, state="{state}"')
         return f"{times} * 1000" + (f" and on (phase) {state_now}" if state else "")
 
-    failures = f"max by (phase, class) ({operator('phase_retries_used', PHASES)})"
-    grown = f"{failures} > {failures} offset 30s or ({failures} unless {failures} offset 30s)"
+    by, failures = "max by (phase, class)", operator("phase_retries_used", PHASES)
+    after, before = f"{by} ({failures})", f"{by} ({failures} offset 30s)"
+    grown = f"{after} > {before} or ({after} unless {before})"
     return [
         annotation("Phases begin", at("start"), "{{phase}} begins", BLUE, at_value=True),
         annotation("Phases succeed", at("end", "Succeeded"), "{{phase}} has succeeded", GREEN, at_value=True),

@@ -1,0 +1,58 @@
+"""What every panel shows of real runs: each query is put to the Prometheus that watched them, and must have data."""
+
+import re
+
+import pytest
+from monitoring.observed import Observed
+
+from dashboards.ask import answer, values_of
+from dashboards.boards import BOARDS, Query, Scope, queries
+
+pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
+
+NOTHING = {
+    # There is no GPU here.
+    "gpu_utilization_ratio": "no GPU", "gpu_memory": "no GPU", "gpu_power": "no GPU", "peak_flops": "no GPU",
+    'kind="device': "no GPU", "gpu_seconds_total": "no GPU", "phase_gpus": "no GPU",
+}  # fmt: skip
+"""Parts of queries that have no answer on these machines, and why."""
+
+
+def scope(name: str, observed: Observed) -> Scope:
+    namespace = observed.runs.namespace
+    values = {
+        "fleet": {"namespace": "$__all", "state": "$__all", "search": ""},
+        "run": {"namespace": namespace, "run": "quickstart", "phase": "$__all"},
+        "compare": {"namespace": namespace, "run": ["quickstart", "retried"], "phase": "sft", "model": "$__all"},
+    }
+    return Scope(values[name], observed.begin, observed.end, scrape=1)
+
+
+def excused(query: Query) -> bool:
+    return any(part in query.expr for part in NOTHING)
+
+
+@pytest.mark.parametrize(
+    "query", [(name, q) for name in BOARDS for q in queries(name)], ids=lambda found: found[1].place
+)
+def test_there_is_data_where_data_must_be(observed: Observed, query: tuple[str, Query]):
+    name, asked = query
+    got = answer(observed.prometheus, asked, scope(name, observed))
+    if not excused(asked):
+        assert got.numbers > 0, f"nothing for {scope(name, observed).fill(asked)}"
+
+
+def test_the_variables_offer_what_ran(observed: Observed):
+    own = scope("run", observed)
+    assert observed.runs.namespace in values_of(observed.prometheus, "run", "namespace", own)
+    assert {"quickstart", "bad", "retried", "queued", "suspended"} <= set(
+        values_of(observed.prometheus, "run", "run", own)
+    )
+
+
+def test_what_is_excused_is_about_gpus_alone():
+    """An excuse must not hide the rest of a dashboard."""
+    every = [query for name in BOARDS for query in queries(name)]
+    free = [query for query in every if excused(query)]
+    assert all(re.search(r"gpu|flops|device", query.expr) for query in free)
+    assert len(free) < len(every) / 5
