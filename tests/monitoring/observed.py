@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster import product
 from cluster.client import Cluster
 from cluster.installed import Runs, place_for_runs
 
@@ -100,14 +101,14 @@ def observed(monitored: Prometheus, installed: Cluster) -> Iterator[Observed]:
         begin = time.time()
         watch = Watch(monitored, installed, [runs.namespace, "alignment-system"])
         _start_all(runs)
-        _see(watch, runs, "work is saved", lambda: runs.checkpoints("retried", "sft"), 300)
+        _see(watch, runs, "work is saved", lambda: runs.checkpoints("retried", "sft"), 600)
         runs.kubectl("delete", "pod", "retried-sft-1-worker-0", "--wait=false")
-        _see(watch, runs, "all runs have ended", lambda: _ended(runs, {"quickstart", "retried", "bad"}), 900)
+        _see(watch, runs, "all runs have ended", lambda: _ended(runs, {"quickstart", "retried", "bad"}), 1500)
         yield Observed(monitored, runs, watch, begin, time.time())
 
 
 def _start_all(runs: Runs) -> None:
-    runs.cluster.apply(_empty_queue(runs.namespace))
+    runs.cluster.apply([*_empty_queue(runs.namespace), _stranger()], runs.namespace)
     runs.apply("queued", {**_training(), "queueName": QUEUE})
     runs.apply("suspended", {**_training(), "suspend": True})
     runs.apply("bad", _training(data={"train": [{"files": "nothing/*.jsonl"}]}))
@@ -139,6 +140,20 @@ def _empty_queue(namespace: str) -> list[Object]:
         {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": metadata,
          "spec": {"clusterQueue": f"none-{namespace}"}},
     ]  # fmt: skip
+
+
+def _stranger() -> Object:
+    """A pod with a metrics port that is not of a run."""
+    container = {
+        "name": "pytorch", "image": product.TRAINER, "command": ["sleep", "infinity"],
+        "ports": [{"name": "metrics", "containerPort": 9400}],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }  # fmt: skip
+    security = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    return {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "stranger", "labels": {"app": "stranger"}},
+        "spec": {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 0},
+    }  # fmt: skip
 
 
 def _see(watch: Watch, runs: Runs, what: str, predicate: Any, timeout: float = 120) -> None:

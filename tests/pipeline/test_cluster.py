@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from cluster.installed import Runs
+from monitoring.observed import Observed
 
-from controller.compose import compose, read_document
+from controller.api.meta import LABEL_RUN
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,15 +22,12 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result["metrics"].items() if not any(word in name for word in timed)}
 
 
-def test_the_quickstart_succeeds_with_the_local_runs_results(runs: Runs, workspace: Path):
-    fragment = read_document(ROOT / "tests/pipeline/short.yaml")
-    spec = compose(read_document(ROOT / "configs/quickstart.yaml"), [fragment])["spec"]
-    del spec["workspace"]  # another claim, here
-    runs.apply("quickstart", spec)
-    runs.kubectl("wait", "arun/quickstart", "--for=condition=Succeeded", "--timeout=900s", timeout=910)
+def test_the_quickstart_succeeds_with_the_local_runs_results(observed: Observed, workspace: Path):
+    runs = observed.runs
     status = runs.status("quickstart")
     assert status["progress"] == "12/12 (100%)"
-    nodes = {p["spec"]["nodeName"] for p in runs.cluster.items("pods", "-n", runs.namespace)}
+    pods = runs.cluster.items("pods", "-n", runs.namespace, "-l", f"{LABEL_RUN}=quickstart")
+    nodes = {pod["spec"]["nodeName"] for pod in pods}
     assert nodes == {"node-1", "node-2"}
     for phase in status["phases"]:
         here = json.loads((workspace / "quickstart" / phase["name"] / "result.json").read_text())
@@ -41,10 +39,10 @@ def test_the_quickstart_succeeds_with_the_local_runs_results(runs: Runs, workspa
             assert digests(there) == digests(here), phase["name"]
     report = runs.workspace / "quickstart/package/report.html"
     assert "quickstart" in report.read_text()
-    jobs = {job["metadata"]["name"] for job in runs.cluster.items("pytorchjobs", "-n", runs.namespace)}
+    jobs = runs.cluster.items("pytorchjobs", "-n", runs.namespace, "-l", f"{LABEL_RUN}=quickstart")
     assert len(jobs) == 12
     # The table that a user sees.
-    columns = runs.kubectl("get", "alignmentruns").splitlines()
+    columns = runs.kubectl("get", "alignmentruns", "quickstart").splitlines()
     assert columns[0].split() == ["NAME", "PHASE", "PROGRESS", "STEP", "LOSS", "TOKENS/S", "ETA", "AGE"]
     assert columns[1].split()[:4] == ["quickstart", "Succeeded", "12/12", "(100%)"]
 
