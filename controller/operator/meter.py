@@ -3,6 +3,7 @@
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -15,7 +16,9 @@ from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.queue import Key
 from controller.operator.run_series import RunSeries, gpus_of
 from trainers import __version__
+from trainers.contract import FailureClass
 from trainers.metrics import MetricDef
+from trainers.phases import REGISTRY
 
 # Otherwise every counter has a series beside it that says when it began.
 disable_created_metrics()
@@ -34,6 +37,13 @@ class OperatorMetrics:
         """Attempts that wait for their queue, with the time at which they were asked for."""
         self.registry.register(self._series)
         self._of("info", version=__version__).set(1)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A counter that appears with its first failure has not increased in Prometheus' eyes."""
+        for name, failure in product((entry.name for entry in REGISTRY), FailureClass):
+            for counter in ("attempt_failures_total", "retries_total"):
+                self._of(counter, **{"type": name, "class": failure})
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

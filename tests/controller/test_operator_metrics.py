@@ -171,6 +171,13 @@ RETRIES = {
 }
 
 
+def test_failures_count_from_zero():
+    """A counter that appears with its first failure has not increased in Prometheus' eyes."""
+    found = samples(OperatorMetrics())
+    for failure in FailureClass:
+        assert found["attempt_failures_total", "ppo", failure] == found["retries_total", "ppo", failure] == 0
+
+
 @pytest.mark.parametrize("sentence", RETRIES)
 def test_what_is_a_retry(sentence):
     before, now, count = RETRIES[sentence]
