@@ -75,7 +75,7 @@ GAUGES_FROM_LOG = {
     "clip_fraction": "clip_ratio",
     "response_length": "response_length_tokens",
     "ended_share": "ended_ratio",
-    "ess": "effective_sample_ratio",
+    "ess_share": "effective_sample_ratio",
     "eval_loss": "eval_loss",
     "eval_accuracy": "eval_accuracy_ratio",
 }

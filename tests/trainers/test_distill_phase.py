@@ -97,6 +97,7 @@ def test_metrics(reference):
     assert [line["on_policy"] for line in lines(output)] == [0, 1, 0, 1, 0, 1]
     assert result.metrics["parameters"] < result.metrics["teacherParameters"]
     assert all(1 <= line["ess"] <= 8 and line["kl"] > 0 for line in lines(output))
+    assert all(line["ess_share"] == line["ess"] / 8 for line in lines(output))
     assert result.metrics["onPolicyKlLast"] == lines(output)[-1]["kl"]
 
 

@@ -116,7 +116,7 @@ def _runs() -> Object:
         ],
         height=7,
         sort=("Began", False),
-        noValue="–",
+        noValue="No run is chosen",
     )  # fmt: skip
 
 
@@ -152,17 +152,17 @@ def _speed() -> list[Object]:
     return [
         lines(
             "Tokens per second", "Of all processes; padding not counted. At the time of day.",
-            line(f"sum {BY_RUN} ({trainer('tokens_per_second', PHASE)})", NAME), calcs=("mean", "max"), min=0, noValue=NO_TRAINER,
+            line(f"sum {BY_RUN} ({trainer('tokens_per_second', PHASE)})", NAME), min=0, noValue=NO_TRAINER,
         ),
         lines(
             "Model FLOPs utilisation (MFU)", "Operations that the model needs, of those that the devices could do.",
-            line(f"{flops} / {peak}", NAME), unit="percentunit", min=0, calcs=("mean", "max"),
+            line(f"{flops} / {peak}", NAME), unit="percentunit", min=0,
             noValue="The devices' peak is not known (CPU)",
         ),
         lines(
             "GPU utilisation", "Share of the time in which the GPUs compute (NVML).",
             line(f"avg {BY_RUN} ({trainer('gpu_utilization_ratio', PHASE)})", NAME), unit="percentunit", min=0, max=1,
-            calcs=("mean",), noValue="No trainer with a GPU was scraped",
+            noValue="No trainer with a GPU was scraped",
         ),
     ]  # fmt: skip
 
@@ -183,18 +183,18 @@ def _results() -> list[Object]:
             "Evaluation", "Figures of the chosen models, `<model>/<benchmark>/<metric>`, a column per run. Only what is "
             "measured on the same data can be compared.",
             rows(f"max by (who, metric) ({_named(_evaluated('.+/.+'))})"), column="who", row="metric", width=16, height=14,
-            decimals=3, noValue="–",
+            decimals=3, noValue="Not evaluated yet",
         ),
         matrix(
             "Final figures of ${phase}", "What the phase says of itself at its end, a column per run.",
             rows(f"max by (who, metric) ({_named(operator('phase_result', _OWN))})"), column="who", row="metric", width=12,
-            decimals=3, noValue="–",
+            decimals=3, noValue="The phase has not ended",
         ),
         matrix(
             "Final training loss", "The last value within the time range, phases down, runs across. Losses are comparable "
             "within a row.",
             rows(_named(latest("loss", _ALL_PHASES, "namespace, run, phase"))), column="who", row="phase",
-            width=12, decimals=3, noValue="–",
+            width=12, decimals=3, noValue=NO_TRAINER,
         ),
     ]  # fmt: skip
 
@@ -225,17 +225,17 @@ def _cost() -> list[Object]:
     return [
         matrix(
             "Duration of the phases", "From the first start to the end of phases that have ended, a column per run.",
-            rows(_named(spans)), column="who", row="phase", unit="s", width=12, height=10, noValue="–",
+            rows(_named(spans)), column="who", row="phase", unit="s", height=10, noValue="No phase has ended",
         ),
         bars(
             "GPU hours", "GPUs at work, added up over the time range. The 20 largest.",
             now(f"topk(20, {gpu_hours(operator('phase_gpus', RUNS), 'namespace, run')} > 0)", NAME), unit="h", decimals=2, min=0,
-            thresholds=steps((None, BLUE)), width=6, height=10, noValue="No GPU was at work",
+            thresholds=steps((None, BLUE)), width=12, height=6, noValue="No GPU was at work",
         ),
         bars(
             "Failed attempts", "That count against the retries, by class. The 20 most frequent.",
             now(f"topk(20, sum by (namespace, run, class) ({operator('phase_retries_used', RUNS)}))", f"{NAME} · {{{{class}}}}"),
-            min=0, decimals=0, thresholds=steps((None, ORANGE)), width=6, height=10, noValue="No attempt has failed",
+            min=0, decimals=0, thresholds=steps((None, ORANGE)), width=12, height=6, noValue="No attempt has failed",
         ),
     ]  # fmt: skip
 

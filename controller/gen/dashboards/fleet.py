@@ -159,7 +159,7 @@ def _runs() -> Object:
         ],
         height=10,
         sort=("Created", True),
-        noValue="–",
+        noValue="No run fits the choices above",
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _durations() -> Object:
         ],
         width=12,
         sort=("Type", False),
-        noValue="–",
+        noValue="No phase has ended",
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def lines(
     description: str,
     *targets: Object,
     width: int = 8,
-    calcs: Sequence[str] = ("lastNotNull",),
+    calcs: Sequence[str] = (),
     stacked: bool = False,
     bars: bool = False,
     logarithmic: bool = False,
@@ -42,7 +42,7 @@ def lines(
     overrides: Sequence[Object] = (),
     **field: object,
 ) -> Object:
-    """Values over time. ``calcs``: columns of the legend."""
+    """Values over time. With ``calcs`` the legend is a table at the right, for wide panels."""
     custom = {
         "drawStyle": "bars" if bars else "line",
         "lineWidth": 1 if stacked or bars else 2,
@@ -55,7 +55,8 @@ def lines(
         "axisSoftMin": 0 if bars or stacked else None,
         "scaleDistribution": {"type": "log", "log": 10} if logarithmic else {"type": "linear"},
     }
-    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
+    # By name, so that a phase or a run has one colour in all panels.
+    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
     defaults["custom"] = {key: value for key, value in custom.items() if value is not None}
     panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width, points=points)
     panel["fieldConfig"]["overrides"] = list(overrides)
@@ -64,10 +65,10 @@ def lines(
 
 def trend(title: str, description: str, target: Object, x: str, width: int = 8, **field: object) -> Object:
     """Lines over a number: ``target`` is a table of ``run``, ``x`` and a value."""
-    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
     defaults["custom"] = {"lineWidth": 2, "showPoints": "auto", "pointSize": 4, "spanNulls": True}
     corner = f"{x}\\run"
-    options = {**_xy_options(("lastNotNull",)), "xField": x}
+    options = {**_xy_options(()), "xField": x}
     panel = _panel("trend", title, description, [target], options, defaults, width, points=OVER_PROGRESS)
     panel["transformations"] = [
         transform("groupingToMatrix", columnField="run", rowField=x, valueField="Value", emptyValue="null"),
@@ -134,7 +135,7 @@ def table(
     defaults["custom"] = {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True}
     panel = _panel("table", title, description, targets, options, defaults, width, height, AT_END)
     panel["transformations"] = list(transformations)
-    panel["fieldConfig"]["overrides"] = list(overrides)
+    panel["fieldConfig"]["overrides"] = [_EMPTY_CELL, *overrides]
     return panel
 
 
@@ -155,6 +156,10 @@ def matrix(title: str, description: str, target: Object, *, column: str, row: st
         sort=(row, False),
         **more,  # type: ignore[arg-type]
     )
+
+
+_EMPTY_CELL = {"matcher": {"id": "byType", "options": "number"}, "properties": [{"id": "noValue", "value": "–"}]}
+"""The panel's own text for no value is for a table without rows."""
 
 
 # -- parts
@@ -195,8 +200,9 @@ def link(title: str, url: str) -> Object:
 
 
 def _xy_options(calcs: Sequence[str]) -> Object:
+    shape = {"displayMode": "table", "placement": "right"} if calcs else {"displayMode": "list", "placement": "bottom"}
     return {
-        "legend": {"showLegend": True, "displayMode": "table", "placement": "bottom", "calcs": list(calcs)},
+        "legend": {"showLegend": True, "calcs": list(calcs), **shape},
         "tooltip": {"mode": "multi", "sort": "desc"},
     }
 

@@ -92,8 +92,7 @@ def _summary() -> list[Object]:
         ),
         stat(
             "Time left", "Estimated time to the end of the phases that run now; what comes after them is not in it.",
-            now(f"max({trainer('eta_seconds', FIRST_RANK)})", ""), unit="s", decimals=0,
-            noValue="No phase runs",
+            now(f"max({trainer('eta_seconds', FIRST_RANK)})", ""), unit="s", decimals=0, noValue="–",
         ),
         stat(
             "Duration", "From the begin of work to the end, or until now.",
@@ -152,6 +151,7 @@ def _phases() -> Object:
         ),
         overrides=[
             override("State", mappings=PHASE_TEXTS, **{"custom.cellOptions": {"type": "color-text"}}),
+            *(override(name, **{"custom.width": 90}) for name in ("Step", "Of", "Attempts", "Failed", "GPUs")),
             override("Began", unit="dateTimeAsIso"),
             override("Duration", unit="s"),
             override("Failed", noValue="0", thresholds=steps((None, GREY), (1, ORANGE)),
@@ -159,7 +159,7 @@ def _phases() -> Object:
         ],
         height=11,
         sort=("Began", False),
-        noValue="–",
+        noValue="Unknown run",
     )  # fmt: skip
 
 
@@ -175,28 +175,28 @@ def _training() -> list[Object]:
     return [
         lines(
             "Loss", "Training loss of the last step. Types of phases have losses of different kinds.", _said("loss"),
-            calcs=("lastNotNull", "min"), noValue=NOT_RUNNING,
+            noValue=NOT_RUNNING,
         ),
         lines(
             "Loss on held-out data", "Of phases that have such data (sft, reward, dpo), when it was last looked at.",
-            _said("eval_loss"), calcs=("lastNotNull", "min"), noValue="No phase with held-out data was scraped",
+            _said("eval_loss"), noValue="No phase with held-out data was scraped",
         ),
         lines(
             "Gradient norm", "Before clipping, logarithmic. A jump by orders of magnitude comes before a divergence.",
-            _said("grad_norm"), calcs=("lastNotNull", "max"), logarithmic=True, noValue=NOT_RUNNING,
+            _said("grad_norm"), logarithmic=True, noValue=NOT_RUNNING,
         ),
         lines(
-            "Learning rate", "Of the last step.", _said("learning_rate"), unit="sci", noValue=NOT_RUNNING,
+            "Learning rate", "Of the last step.", _said("learning_rate"), unit="sci", decimals=1, noValue=NOT_RUNNING,
         ),
         lines(
             "Pairs ranked right", "Share of the last step's pairs, and of held-out pairs, in which the chosen response "
             "is ranked before the rejected one (reward, dpo). 50 % is chance.",
             _said("accuracy_ratio"), _said("eval_accuracy_ratio", "{{phase}}, held out"), unit="percentunit",
-            calcs=("lastNotNull", "max"), noValue="No phase of type reward or dpo was scraped",
+            noValue="No phase of type reward or dpo was scraped",
         ),
         lines(
             "Reward margin", "Mean reward of chosen responses less that of rejected ones (reward, dpo).",
-            _said("reward_margin"), calcs=("lastNotNull", "max"), noValue="No phase of type reward or dpo was scraped",
+            _said("reward_margin"), noValue="No phase of type reward or dpo was scraped",
         ),
     ]  # fmt: skip
 
@@ -206,25 +206,25 @@ def _policies() -> list[Object]:
     return [
         lines(
             "Reward", "Mean reward of the last step's responses (ppo, rollout, distill).", _said("reward"),
-            calcs=("lastNotNull", "max"), noValue=sampled,
+            noValue=sampled,
         ),
         lines(
             "KL divergence", "Per token, from the reference (ppo) or the teacher (distill). "
             "A policy whose reward rises while this runs away exploits the reward model.",
-            _said("kl_nats"), calcs=("lastNotNull", "max"), unit="suffix: nats", min=0, noValue=sampled,
+            _said("kl_nats"), unit="suffix: nats", min=0, noValue=sampled,
         ),
         lines(
             "Entropy", "Per sampled token (ppo). Near 0 the policy says the same thing whenever it is asked.",
-            _said("entropy_nats"), calcs=("lastNotNull", "min"), unit="suffix: nats", min=0,
+            _said("entropy_nats"), unit="suffix: nats", min=0,
             noValue="No phase of type ppo was scraped",
         ),
         lines(
             "Response length", "Mean length of sampled responses (ppo, rollout, distill).",
-            _said("response_length_tokens"), unit="suffix: tokens", calcs=("lastNotNull", "max"), min=0, noValue=sampled,
+            _said("response_length_tokens"), unit="suffix: tokens", min=0, noValue=sampled,
         ),
         lines(
             "Responses that end by themselves", "Share of sampled responses that end before the limit (ppo, rollout).",
-            _said("ended_ratio"), unit="percentunit", min=0, max=1, calcs=("lastNotNull", "min"), noValue=sampled,
+            _said("ended_ratio"), unit="percentunit", min=0, max=1, noValue=sampled,
         ),
         lines(
             "Clipped tokens and effective samples", "Share of tokens whose policy ratio was clipped (ppo); "
@@ -247,12 +247,12 @@ def _speed() -> list[Object]:
     return [
         lines(
             "Tokens per second", "Of all processes of a phase, over its last steps; padding not counted.",
-            line(f"sum by (phase) ({tokens})", "{{phase}}"), calcs=("mean", "max"), min=0, noValue=NOT_RUNNING,
+            line(f"sum by (phase) ({tokens})", "{{phase}}"), min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Where the time goes", "Share of the measured time that each part of the step takes.",
             line(f"{parts} / ignoring (part) group_left () sum({parts})", "{{part}}"), unit="percentunit", max=1,
-            calcs=("mean",), stacked=True, min=0, noValue=NOT_RUNNING,
+            stacked=True, min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Step duration", "Half of the steps took at most this long, and 95 % of them. Estimated from buckets.",
@@ -262,16 +262,16 @@ def _speed() -> list[Object]:
         lines(
             "Model FLOPs utilisation (MFU)", "Operations that the model needs, of those that the devices could do "
             "(dense bf16). Recomputation and padding do not count.",
-            line(f"{flops} / {peak}", "{{phase}}"), unit="percentunit", min=0, calcs=("mean", "max"),
+            line(f"{flops} / {peak}", "{{phase}}"), unit="percentunit", min=0,
             noValue="The devices' peak is not known (CPU)",
         ),
         lines(
             "Model FLOPs per second", "Operations per second that the model needs for the tokens processed.",
-            line(flops, "{{phase}}"), unit="flops", min=0, calcs=("mean", "max"), noValue=NOT_RUNNING,
+            line(flops, "{{phase}}"), unit="flops", min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Examples per second", "Of all processes of a phase.",
-            line(rate(trainer("samples_total", PHASES), "phase"), "{{phase}}"), min=0, calcs=("mean", "max"),
+            line(rate(trainer("samples_total", PHASES), "phase"), "{{phase}}"), min=0,
             noValue=NOT_RUNNING,
         ),
     ]  # fmt: skip
@@ -285,27 +285,27 @@ def _devices() -> list[Object]:
             "GPU utilisation", "Share of the time in which the GPU computes: the mean of a phase's GPUs, and the idlest.",
             line(f"avg by (phase) ({trainer('gpu_utilization_ratio', PHASES)})", "{{phase}}"),
             line(f"min by (phase) ({trainer('gpu_utilization_ratio', PHASES)})", "{{phase}}, idlest"),
-            unit="percentunit", min=0, max=1, calcs=("mean",), noValue=on_gpu,
+            unit="percentunit", min=0, max=1, noValue=on_gpu,
         ),
         lines(
             "GPU memory", "In use on the fullest GPU of a phase, by any process, and what a GPU has.",
             line(f"max by (phase) ({used})", "{{phase}}"), line(f"max({total})", "size of a GPU"),
-            unit="bytes", min=0, calcs=("max",), noValue=on_gpu,
+            unit="bytes", min=0, noValue=on_gpu,
         ),
         lines(
             "GPU power", "Of all GPUs of a phase.", line(f"sum by (phase) ({trainer('gpu_power_watts', PHASES)})", "{{phase}}"),
-            unit="watt", min=0, calcs=("mean", "max"), noValue=on_gpu,
+            unit="watt", min=0, noValue=on_gpu,
         ),
         lines(
             "Memory of the processes", "Resident memory of a phase's largest process. Compare it with the pods' limit.",
             line(f"max by (phase) ({trainer('memory_bytes', _kind('resident'))})", "{{phase}}"),
-            unit="bytes", min=0, calcs=("max",), noValue=NOT_RUNNING,
+            unit="bytes", min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Memory allocated on the device", "By tensors of a phase's fullest process, now and at its peak.",
             line(f"max by (phase) ({trainer('memory_bytes', _kind('device'))})", "{{phase}}"),
             line(f"max by (phase) ({trainer('memory_bytes', _kind('device_peak'))})", "{{phase}}, peak"),
-            unit="bytes", min=0, calcs=("max",), noValue=on_gpu,
+            unit="bytes", min=0, noValue=on_gpu,
         ),
         table(
             "Processes", "What trained within the time range: how many processes on what, with which version.",
@@ -340,15 +340,15 @@ def _checkpoints() -> list[Object]:
         ),
         lines(
             "Newest checkpoint", "Step of the newest checkpoint: what an attempt that fails now would go on from.",
-            _said("checkpoint_step"), calcs=("lastNotNull",), min=0, noValue=NOT_RUNNING,
+            _said("checkpoint_step"), min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Age of the newest checkpoint", "Work that would be lost now, in seconds.",
-            line(f"time() - max by (phase) ({saved_at})", "{{phase}}"), unit="s", min=0, calcs=("max",), noValue=NOT_RUNNING,
+            line(f"time() - max by (phase) ({saved_at})", "{{phase}}"), unit="s", min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Since the last step", "Seconds since the last finished step. One that only grows has stalled.",
-            line(f"time() - max by (phase) ({step_at} > 0)", "{{phase}}"), unit="s", min=0, calcs=("max",),
+            line(f"time() - max by (phase) ({step_at} > 0)", "{{phase}}"), unit="s", min=0,
             noValue=NOT_RUNNING,
         ),
         bars(
@@ -383,12 +383,12 @@ def _results() -> list[Object]:
         matrix(
             "Models by what was measured", "Every figure of the evaluations: teacher, student and all others side by side.",
             rows(f"max by (model, measure) ({_results_like('.+/.+/.+')})"), column="model", row="measure", width=16,
-            decimals=3, height=12, noValue="–",
+            decimals=3, height=12, noValue="Not evaluated yet",
         ),
         matrix(
             "Final figures of the phases", "What each phase says of itself at its end, as in the run's status.",
             rows(f'max by (phase, metric) ({operator("phase_result", f"{PHASES}, {_PLAIN}")})'), column="phase", row="metric",
-            decimals=3, height=10, noValue="–",
+            decimals=3, height=10, noValue="No phase has ended",
         ),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from controller.operator.metrics import RUN_STATES
 COLORS = {
     "Waiting": "#6e7687",
     "Ready": "#8ab8ff",
-    "Queued": "blue",
+    "Queued": "yellow",
     "Running": "#5794f2",
     "BackingOff": "orange",
     "Suspended": "purple",

@@ -102,6 +102,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
             on_policy=float(on_policy),
             response_length=float(lengths.double().mean()),
             ess=weights.effective_size,
+            ess_share=weights.effective_size / len(weights.values),
             weights_clipped=weights.clipped,
             weight_length_correlation=correlation(weights.values, lengths),
             **update,
