@@ -13,6 +13,7 @@ need() { # PACKAGE PROGRAM...: the package, unless all its programs are there
 }
 
 need chromium chromium
+need npm node npm
 need openssl openssl
 need containerd containerd ctr
 need runc runc

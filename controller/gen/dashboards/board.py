@@ -63,8 +63,7 @@ def variable(
         "sort": 1,
         "multi": many,
         "includeAll": every,
-        "allValue": ".*" if every else None,
-        "current": ALL if every else {},
+        **({"allValue": ".*", "current": ALL} if every else {}),
         "options": [],
         "hide": 0,
     }
@@ -114,7 +113,7 @@ def address(uid: str, variables: str) -> str:
 def _datasource() -> Object:
     return {
         "type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus", "regex": "",
-        "refresh": 1, "current": {}, "options": [], "hide": 0, "multi": False, "includeAll": False,
+        "refresh": 1, "options": [], "hide": 0, "multi": False, "includeAll": False,
     }  # fmt: skip
 
 
