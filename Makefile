@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen manifests verify lock clean cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -87,6 +87,35 @@ cluster-down: $(VENV)/.dev ## End it; nothing is left
 demo-cluster: $(VENV)/.dev ## Start it with the operator, and say what to try
 	bash tests/system-packages.sh
 	@$(CLUSTER) demo --nodes $(NODES)
+
+# Dockerfiles say what their arguments mean. With REGISTRY=, the names are what `BUILDER push` wants.
+BUILDER  ?= $(firstword $(foreach name,buildah podman docker,$(if $(shell command -v $(name) 2>/dev/null),$(name))))
+VERSION   = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainers/__init__.py)
+REGISTRY ?=
+TAG      ?= $(VERSION)
+VARIANT  ?= cuda
+CA_BUNDLE ?=
+NETRC    ?=
+BUILD_FLAGS ?=
+OPERATOR_IMAGE = $(REGISTRY:%=%/)alignment-operator:$(TAG)
+TRAINER_IMAGE  = $(REGISTRY:%=%/)alignment-trainer:$(TAG)$(if $(filter cpu,$(VARIANT)),-cpu)
+BUILD = BUILDAH_LAYERS=true $(or $(BUILDER),$(error Building images needs buildah, podman or docker)) build $(BUILD_FLAGS) \
+  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(or $(shell git rev-parse HEAD 2>/dev/null),unknown) \
+  $(foreach name,BASE_IMAGE PACKAGE_INDEX,$(if $($(name)),--build-arg $(name)="$($(name))")) \
+  $(CA_BUNDLE:%=--secret id=ca,src=%) $(NETRC:%=--secret id=netrc,src=%)
+
+images: operator-image trainer-image ## Build both images: REGISTRY= TAG= VARIANT=cpu BASE_IMAGE= PACKAGE_INDEX= CA_BUNDLE=
+
+operator-image: ## Build the operator's image, 60 MB on top of Debian's
+	$(BUILD) --file controller/Dockerfile --tag $(OPERATOR_IMAGE) .
+
+trainer-image: ## Build the trainers' image, 5.6 GB with CUDA
+	$(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") \
+	  --file trainers/Dockerfile --tag $(TRAINER_IMAGE) .
+
+test-images: $(VENV)/.dev ## Build the trainers' image and carry out runs in pods of it; 45 GB of disk, half an hour
+	bash tests/system-packages.sh
+	$(BIN)/pytest -s tests/images/trial_of_trainers.py
 
 clean: ## Remove the environment; runs/ stays
 	rm -rf $(VENV)

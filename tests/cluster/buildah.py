@@ -1,4 +1,4 @@
-"""Images from Dockerfiles, built with buildah into a store of the tests' own.
+"""Images from Dockerfiles, built by `make images` with buildah into a store of the tests' own.
 
 Each buildah is process 1 of its own mount and PID namespaces: nothing of it runs or stays mounted when it ends, however
 it ends, and it ends with the process that asked for it.
@@ -32,13 +32,13 @@ class Store:
 
     folder: Path
 
-    def build(self, dockerfile: str, name: str, **arguments: str) -> None:
-        """From the working tree. Layers are kept, and of each name the newest image only."""
+    def build(self, what: str, name: str) -> None:
+        """`make operator-image` or `trainer-image`, from the working tree. Keeps layers, and of each name the newest image."""
         before = self._identity(name)
-        options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
-        self.run(
-            "build", "--layers", "--pull-never", *_trust(), f"--build-arg=BASE_IMAGE={_BASE}", *options,
-            "--file", dockerfile, "--tag", name, str(ROOT),
+        bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
+        self._alone(
+            "make", f"{what}-image", f"BUILDER={' '.join(self._buildah)}", "BUILD_FLAGS=--pull-never", f"BASE_IMAGE={_BASE}",
+            f"TAG={name.partition(':')[2]}", *([f"CA_BUNDLE={bundle}"] if bundle.exists() else []),
         )  # fmt: skip
         if before not in ("", self._identity(name)):
             self.run("rmi", before)
@@ -59,14 +59,22 @@ class Store:
 
     def run(self, *arguments: str) -> str:
         """buildah's output. Raises CannotBuild."""
-        place = [f"--root={self.folder}/images", f"--runroot={self.folder}/run"]
+        return self._alone(*self._buildah, *arguments)
+
+    @property
+    def _buildah(self) -> tuple[str, ...]:
+        return ("buildah", f"--root={self.folder}/images", f"--runroot={self.folder}/run")
+
+    def _alone(self, *command: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        # runc and crun want control groups that a container often may not make.
+        environment |= {"BUILDAH_ISOLATION": "chroot"}
         done = subprocess.run(
-            [*_ALONE, "buildah", *place, *arguments], capture_output=True, text=True, check=False,
-            # runc and crun want control groups that a container often may not make.
-            env=os.environ | {"BUILDAH_ISOLATION": "chroot"}, preexec_fn=die_with_parent,
+            [*_ALONE, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         if done.returncode:
-            raise CannotBuild(f"buildah {arguments[0]}: {(done.stdout + done.stderr)[-3000:]}")
+            raise CannotBuild(f"{command[0]} failed: {(done.stdout + done.stderr)[-3000:]}")
         return done.stdout
 
     def _identity(self, name: str) -> str:
@@ -98,9 +106,3 @@ def _key(base: Path, locks: Sequence[str]) -> str:
     for lock in locks:
         digest.update((ROOT / "requirements" / f"{lock}.lock").read_bytes())
     return digest.hexdigest()
-
-
-def _trust() -> list[str]:
-    """The build trusts whom this machine trusts."""
-    bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
-    return [f"--secret=id=ca,src={bundle}"] if bundle.exists() else []

@@ -32,7 +32,7 @@ def operator_image(assets: Assets, out: Path) -> Path:
 def operator_store(assets: Assets) -> Iterator[buildah.Store]:
     """With the image `OPERATOR` of the working tree in it."""
     with buildah.store("operator", assets.image("python"), ["build", "controller"]) as store:
-        store.build("controller/Dockerfile", OPERATOR, VERSION=__version__)
+        store.build("operator", OPERATOR)
         yield store
 
 
@@ -40,7 +40,7 @@ def operator_store(assets: Assets) -> Iterator[buildah.Store]:
 def trainers_store(assets: Assets) -> Iterator[buildah.Store]:
     """With `SHIPPED_TRAINER` in it, from trainers/Dockerfile: several GB, so only for the trial of that image."""
     with buildah.store("trainers", assets.image("python"), ["build", "torch", "runtime"]) as store:
-        store.build("trainers/Dockerfile", SHIPPED_TRAINER, VERSION=__version__)
+        store.build("trainer", SHIPPED_TRAINER)
         yield store
 
 
