@@ -25,19 +25,19 @@ _started: dict[str, Cluster] = {}
 @pytest.fixture(scope="session")
 def api_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A control plane with Training Operator and Kueue; no scheduler, so pods stay Pending."""
-    yield from _cluster("api", request.config)
+    yield from cluster_of("api", request.config)
 
 
 @pytest.fixture(scope="session")
 def kwok_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The same with a scheduler and ten fake nodes; see cluster.stages for what their pods do."""
-    yield from _cluster("kwok", request.config)
+    yield from cluster_of("kwok", request.config)
 
 
 @pytest.fixture(scope="session")
 def node_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Two real nodes that run containers. Needs root."""
-    yield from _cluster("node", request.config)
+    yield from cluster_of("node", request.config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,20 +76,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{tier} tier did NOT run: {reason}", red=True, bold=True)
 
 
-def _cluster(tier: str, config: pytest.Config) -> Iterator[Cluster]:
+def cluster_of(tier: str, config: pytest.Config, nodes: int | None = None) -> Iterator[Cluster]:
+    """For fixtures. Not as many ``nodes`` as `NODES` says where images are too large for that."""
     if context := os.environ.get(CONTEXT):
         yield from _existing(tier, context)
         return
     require(tier)
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         assets = _prepare(tier)
-        running = launch.start(tier, NODES[tier])
+        running = launch.start(tier, NODES[tier] if nodes is None else nodes)
     info = running.info
-    cluster = Cluster(
+    started = Cluster(
         tier, Path(info["kubeconfig"]), assets.binary("kubectl"), running.state, Path(info["audit_log"]), info["nodes"]
     )
-    _started[tier] = cluster
-    yield cluster
+    _started[tier] = started
+    yield started
     running.stop()
 
 
