@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit bench-operator test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -76,6 +76,11 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 # A real Kubernetes on this machine, as root: tests/cluster/README.md.
 NODES  ?= 2
 CLUSTER = PYTHONPATH=tests $(BIN)/python -m cluster
+
+dashboard-pictures: $(VENV)/.dev ## Draw docs/dashboards anew from real runs, with Grafana's components; a quarter of an hour
+	bash tests/system-packages.sh
+	cd tests/dashboards/render && npm ci --legacy-peer-deps --ignore-scripts --no-audit --no-fund && npm run --silent build
+	$(BIN)/pytest -s tests/dashboards/pictures_of_runs.py
 
 cluster-up: $(VENV)/.dev ## Start a Kubernetes of NODES=2 real nodes on this machine
 	bash tests/system-packages.sh

@@ -44,6 +44,10 @@ class OperatorMetrics:
         for name, failure in product((entry.name for entry in REGISTRY), FailureClass):
             for counter in ("attempt_failures_total", "retries_total"):
                 self._of(counter, **{"type": name, "class": failure})
+        for entry in REGISTRY:
+            self._of("attempt_wait_seconds", type=entry.name)
+            for outcome in (PhaseState.SUCCEEDED, PhaseState.FAILED):
+                self._of("phase_duration_seconds", type=entry.name, outcome=outcome)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

@@ -234,7 +234,7 @@ def _cost() -> list[Object]:
         ),
         bars(
             "Failed attempts", "That count against the retries, by class. The 20 most frequent.",
-            now(f"topk(20, sum by (namespace, run, class) ({operator('phase_retries_used', RUNS)}))", f"{NAME} · {{{{class}}}}"),
+            now(f"topk(20, sum by (namespace, run, class) ({operator('phase_retries_used', RUNS)}))", "{{run}} · {{class}}"),
             min=0, decimals=0, thresholds=steps((None, ORANGE)), width=12, height=6, noValue="No attempt has failed",
         ),
     ]  # fmt: skip

@@ -55,8 +55,7 @@ def lines(
         "axisSoftMin": 0 if bars or stacked else None,
         "scaleDistribution": {"type": "log", "log": 10} if logarithmic else {"type": "linear"},
     }
-    # By name, so that a phase or a run has one colour in all panels.
-    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
     defaults["custom"] = {key: value for key, value in custom.items() if value is not None}
     panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width, points=points)
     panel["fieldConfig"]["overrides"] = list(overrides)
@@ -65,7 +64,7 @@ def lines(
 
 def trend(title: str, description: str, target: Object, x: str, width: int = 8, **field: object) -> Object:
     """Lines over a number: ``target`` is a table of ``run``, ``x`` and a value."""
-    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
     defaults["custom"] = {"lineWidth": 2, "showPoints": "auto", "pointSize": 4, "spanNulls": True}
     corner = f"{x}\\run"
     options = {**_xy_options(()), "xField": x}
@@ -135,7 +134,7 @@ def table(
     defaults["custom"] = {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True}
     panel = _panel("table", title, description, targets, options, defaults, width, height, AT_END)
     panel["transformations"] = list(transformations)
-    panel["fieldConfig"]["overrides"] = [_EMPTY_CELL, *overrides]
+    panel["fieldConfig"]["overrides"] = [*_EMPTY_CELLS, *overrides]
     return panel
 
 
@@ -158,7 +157,10 @@ def matrix(title: str, description: str, target: Object, *, column: str, row: st
     )
 
 
-_EMPTY_CELL = {"matcher": {"id": "byType", "options": "number"}, "properties": [{"id": "noValue", "value": "–"}]}
+_EMPTY_CELLS = [
+    {"matcher": {"id": "byType", "options": kind}, "properties": [{"id": "noValue", "value": "–"}]}
+    for kind in ("number", "string")
+]
 """The panel's own text for no value is for a table without rows."""
 
 

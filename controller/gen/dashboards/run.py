@@ -255,9 +255,10 @@ def _speed() -> list[Object]:
             stacked=True, min=0, noValue=NOT_RUNNING,
         ),
         lines(
-            "Step duration", "Half of the steps took at most this long, and 95 % of them. Estimated from buckets.",
-            line(f"{quantile(0.5, steps_of, 'phase')} >= 0", "{{phase}}, median"),
-            line(f"{quantile(0.95, steps_of, 'phase')} >= 0", "{{phase}}, 95 %"), unit="s", min=0, noValue=NOT_RUNNING,
+            "Step duration", "Half of a phase's steps took at most this long; 95 % of the steps of all phases. Estimated from "
+            "buckets.",
+            line(f"{quantile(0.5, steps_of, 'phase')} >= 0", "{{phase}}"),
+            line(f"{quantile(0.95, steps_of)} >= 0", "95 % of all"), unit="s", min=0, noValue=NOT_RUNNING,
         ),
         lines(
             "Model FLOPs utilisation (MFU)", "Operations that the model needs, of those that the devices could do "
