@@ -23,7 +23,7 @@ from cluster.processes import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 _ALONE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc")
-_BASE = "localhost/local/python:1"
+BASE = "localhost/local/python:1"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Store:
         before = self._identity(name)
         bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
         self._alone(
-            "make", f"{what}-image", f"BUILDER={' '.join(self._buildah)}", "BUILD_FLAGS=--pull-never", f"BASE_IMAGE={_BASE}",
+            "make", f"{what}-image", f"BUILDER={' '.join(self._buildah)}", "BUILD_FLAGS=--pull-never", f"BASE_IMAGE={BASE}",
             f"TAG={name.partition(':')[2]}", *([f"CA_BUNDLE={bundle}"] if bundle.exists() else []),
         )  # fmt: skip
         if before not in ("", self._identity(name)):
