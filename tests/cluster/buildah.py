@@ -32,14 +32,15 @@ class Store:
 
     folder: Path
 
-    def build(self, what: str, name: str) -> None:
+    def build(self, what: str, name: str, flags: str = "", **variables: str) -> None:
         """`make operator-image` or `trainer-image`, from the working tree. Keeps layers, and of each name the newest image."""
         before = self._identity(name)
         bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
-        self._alone(
-            "make", f"{what}-image", f"BUILDER={' '.join(self._buildah)}", "BUILD_FLAGS=--pull-never", f"BASE_IMAGE={BASE}",
-            f"TAG={name.partition(':')[2]}", *([f"CA_BUNDLE={bundle}"] if bundle.exists() else []),
-        )  # fmt: skip
+        variables |= {
+            "BUILDER": " ".join(self._buildah), "BUILD_FLAGS": f"--pull-never {flags}", "BASE_IMAGE": BASE,
+            "TAG": name.partition(":")[2], **({"CA_BUNDLE": str(bundle)} if bundle.exists() else {}),
+        }  # fmt: skip
+        self._alone("make", f"{what}-image", *(f"{key}={value}" for key, value in variables.items()))
         if before not in ("", self._identity(name)):
             self.run("rmi", before)
 

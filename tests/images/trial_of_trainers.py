@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import another_index
 import pytest
 import yaml
-from cluster import fixtures, product
+from cluster import buildah, fixtures, product
 from cluster.assets import cache_home, locate
 from cluster.client import Cluster
 from cluster.demo import install_operator
@@ -148,3 +149,24 @@ def test_the_entry_point_stops_training(place: Runs, user: int, group: int) -> N
     assert zombies_of_an_orphan(place.cluster, place.namespace, "direct", "it") == 0
     place.kubectl("delete", "pod", "direct", timeout=90)
     assert len(list(out.glob("checkpoints/step-*"))) == 1
+
+
+def test_the_cpu_variant_is_from_another_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the stage that has torch: chosen by arguments, with a password that no layer has."""
+    base = locate().image("python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login {another_index.USER} password {another_index.PASSWORD}\n")
+    with another_index.served(tmp_path / "index", "2.13.0+cpu") as address, buildah.store("cpu", base, []) as store:
+        options = {"VARIANT": "cpu", "TORCH_INDEX": address, "NETRC": str(netrc)}
+        store.build("trainer", "alignment-trainer:trial", flags="--target=torch", **options)
+        name = "alignment-trainer:trial-cpu"
+        code = "import sys; sys.path.insert(0, '/opt/torch'); import torch; print(torch.__version__)"
+        store.run("from", "--name=it", name)
+        assert store.run("run", "it", "--", "python3", "-c", code).strip() == "2.13.0+cpu"
+        assert store.run("run", "it", "--", "ls", "/opt/torch").split() == ["torch", "torch-2.13.0+cpu.dist-info"]
+        assert another_index.PASSWORD not in store.run("inspect", "--type=image", name)
+        found = store.run(
+            "run", "it", "--", "sh", "-c", f"grep -rlI {another_index.PASSWORD} /etc /opt /root /run /tmp || true"
+        )
+        assert found == ""
