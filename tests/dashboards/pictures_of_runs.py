@@ -10,6 +10,7 @@ from cluster.client import Cluster
 from cluster.installed import Runs, place_for_runs
 from monitoring.prometheus import Prometheus
 
+from controller.api import meta
 from controller.compose import compose, read_document
 from dashboards.boards import ROOT, Scope, Value
 from dashboards.picture import Object, Server, draw
@@ -63,7 +64,7 @@ def _quickstart(*changes: Object) -> Object:
 def _lose_a_pod(runs: Runs) -> None:
     """A failure of a class that is tried again."""
     runs.wait("work is saved", lambda: runs.checkpoints("helpful-v1", "sft"), 1200)
-    runs.kubectl("delete", "pod", "helpful-v1-sft-1-worker-0", "--wait=false")
+    runs.kubectl("delete", "pods", "-l", f"{meta.LABEL_RUN}=helpful-v1,{meta.LABEL_PHASE}=sft", "--wait=false")
 
 
 def _draw(prometheus: Prometheus, runs: Runs, begin: float) -> None:
