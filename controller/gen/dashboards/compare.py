@@ -137,9 +137,9 @@ def _training() -> list[Object]:
         over("Gradient norm", "Before clipping.", "grad_norm"),
         over("Reward", "ppo, rollout and distill.", "reward", no_value=other_type),
         over("KL divergence", "Per token, from the reference (ppo) or the teacher (distill).", "kl_nats",
-             unit="suffix: nats", no_value=other_type),
+             unit="suffix:nats", no_value=other_type),
         over("Response length", "ppo, rollout and distill.", "response_length_tokens",
-             unit="suffix: tokens", no_value=other_type),
+             unit="suffix:tokens", no_value=other_type),
         over("Pairs ranked right", "reward and dpo.", "accuracy_ratio", unit="percentunit", no_value=other_type),
         over("Held-out pairs ranked right", "reward and dpo.", "eval_accuracy_ratio", unit="percentunit", no_value=other_type),
         over("Reward margin", "reward and dpo.", "reward_margin", no_value=other_type),
@@ -175,7 +175,7 @@ def _results() -> list[Object]:
         bars(
             "Win rate against the run's baseline", "Share of prompts on which the reward model prefers the model's response "
             "to that of the run's own baseline. 50 % is a draw. The 40 highest.",
-            now(f"topk(40, max by (who) ({_named(_evaluated('.+/winRate'), 'model')}))", "{{who}}"),
+            now(f"topk(40, max by (namespace, run, model) ({_with_model(_evaluated('.+/winRate'))}))", "{{run}} · {{model}}"),
             unit="percentunit", min=0, max=1, thresholds=steps((None, ORANGE), (0.5, GREEN)), height=14,
             noValue="Not evaluated yet",
         ),
@@ -207,12 +207,13 @@ def _evaluated(rest: str) -> str:
     return operator("phase_result", f'{RUNS}, metric=~"$model/{rest}"')
 
 
-def _named(expr: str, *also: str) -> str:
+def _with_model(expr: str) -> str:
+    return f'label_replace({expr}, "model", "$1", "metric", "([^/]+)/.+")'
+
+
+def _named(expr: str) -> str:
     """With a label ``who``: namespace and run, which together name one."""
-    if also:
-        expr = f'label_replace({expr}, "model", "$1", "metric", "([^/]+)/.+")'
-    labels = ", ".join(f'"{label}"' for label in ("namespace", "run", *also))
-    return f'label_join({expr}, "who", "/", {labels})'
+    return f'label_join({expr}, "who", "/", "namespace", "run")'
 
 
 # -- cost

@@ -228,9 +228,9 @@ def _failures() -> Object:
 def _retries() -> Object:
     return lines(
         "Failures and retries", "Attempts that failed and attempts that followed one, per hour, by class of failure.",
-        line(f"{rate(operator('attempt_failures_total'), 'class')} * 3600", "failed: {{class}}"),
-        line(f"{rate(operator('retries_total'), 'class')} * 3600", "tried again: {{class}}"),
-        width=12, min=0, calcs=("max",), noValue="No attempt has failed",
+        line(f"{rate(operator('attempt_failures_total'), 'class')} * 3600 > 0", "failed: {{class}}"),
+        line(f"{rate(operator('retries_total'), 'class')} * 3600 > 0", "tried again: {{class}}"),
+        width=12, min=0, calcs=("max",), bars=True, noValue="No attempt has failed",
     )  # fmt: skip
 
 

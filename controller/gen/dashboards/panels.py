@@ -145,7 +145,7 @@ def matrix(title: str, description: str, target: Object, *, column: str, row: st
         transform("groupingToMatrix", columnField=column, rowField=row, valueField="Value", emptyValue="null"),
         transform("organize", renameByName={corner: row}, excludeByName={}, indexByName={}),
     ]
-    overrides = [override(row, **{"custom.width": 300})]
+    overrides = [override(row, **{"custom.width": 230})]
     return table(
         title,
         description,

@@ -211,16 +211,16 @@ def _policies() -> list[Object]:
         lines(
             "KL divergence", "Per token, from the reference (ppo) or the teacher (distill). "
             "A policy whose reward rises while this runs away exploits the reward model.",
-            _said("kl_nats"), unit="suffix: nats", min=0, noValue=sampled,
+            _said("kl_nats"), unit="suffix:nats", min=0, noValue=sampled,
         ),
         lines(
             "Entropy", "Per sampled token (ppo). Near 0 the policy says the same thing whenever it is asked.",
-            _said("entropy_nats"), unit="suffix: nats", min=0,
+            _said("entropy_nats"), unit="suffix:nats", min=0,
             noValue="No phase of type ppo was scraped",
         ),
         lines(
             "Response length", "Mean length of sampled responses (ppo, rollout, distill).",
-            _said("response_length_tokens"), unit="suffix: tokens", min=0, noValue=sampled,
+            _said("response_length_tokens"), unit="suffix:tokens", min=0, noValue=sampled,
         ),
         lines(
             "Responses that end by themselves", "Share of sampled responses that end before the limit (ppo, rollout).",
@@ -362,7 +362,7 @@ def _checkpoints() -> list[Object]:
             rows(f"max by (phase, class) ({operator('phase_retries_used', PHASES)})"),
             rows(f"max by (phase, class) ({operator('phase_retries_allowed', PHASES)})"),
             transformations=columns([
-                ("phase", "Phase"), ("class", "Class"), ("Value #A", "Failed"), ("Value #B", "Retries allowed"),
+                ("phase", "Phase"), ("class", "Class"), ("Value #A", "Failed"), ("Value #B", "Allowed"),
             ]),
             width=8, noValue="No attempt has failed",
         ),
