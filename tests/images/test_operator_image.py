@@ -10,7 +10,7 @@ from cluster import product
 from cluster.client import Cluster
 from cluster.installed import Runs
 from contents import Image, check, labels
-from pods import pod, until_ended, until_running, zombies_of_an_orphan
+from strict_pods import pod, until_ended, until_running, zombies_of_an_orphan
 
 from trainers import __version__
 

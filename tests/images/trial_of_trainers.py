@@ -19,7 +19,7 @@ from cluster.client import Cluster
 from cluster.demo import install_operator
 from cluster.installed import Runs
 from contents import Image, check, labels
-from pods import pod, until_ended, zombies_of_an_orphan
+from strict_pods import pod, until_ended, zombies_of_an_orphan
 
 from controller.compose import compose, read_document
 from trainers import __version__
