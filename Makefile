@@ -118,7 +118,7 @@ trainer-image: ## Build the trainers' image, 5.6 GB with CUDA
 	$(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") \
 	  --file trainers/Dockerfile --tag $(TRAINER_IMAGE) .
 
-test-images: $(VENV)/.dev ## Build the trainers' image and carry out runs in pods of it; 45 GB of disk, half an hour
+test-images: $(VENV)/.dev ## Build the trainers' image and carry out runs in pods of it; 40 GB of disk, half an hour
 	bash tests/system-packages.sh
 	$(BIN)/pytest -s tests/images/trial_of_trainers.py
 
