@@ -12,18 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.registry import Collector
 
 from trainers import __version__
 from trainers.contract import PhaseDir, Progress, write_atomic
-from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX, MetricDef
+from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
 from trainers.spec import Tracking
-
-# Otherwise every counter has a series beside it that says when it began.
-disable_created_metrics()
-
-KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Meter:
@@ -35,7 +30,7 @@ class Meter:
         self.rank = int(labels["rank"])
         self.tracking = tracking
         self.registry = CollectorRegistry()
-        self._collectors = {m.name: _collector(m, self.registry) for m in METRICS}
+        self._collectors = {m.name: m.collector(self.registry, COMMON_LABELS) for m in METRICS}
         self.port = self._serve(port)
         self.step = 0
         self.total_steps = 0
@@ -214,11 +209,6 @@ class Meter:
     def _of(self, name: str, *more: str) -> Any:
         """The series of a metric; ``more`` are the values of its further labels."""
         return self._collectors[PREFIX + name].labels(*(self.labels[label] for label in COMMON_LABELS), *more)
-
-
-def _collector(metric: MetricDef, registry: CollectorRegistry) -> Any:
-    extra = {"buckets": metric.buckets} if metric.buckets else {}
-    return KINDS[metric.kind](metric.name, metric.help, COMMON_LABELS + metric.labels, registry=registry, **extra)
 
 
 def _rewind(directory: PhaseDir, step: int) -> None:

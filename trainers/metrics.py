@@ -1,7 +1,12 @@
 """What trainers measure: the one table of names that /metrics, dashboards, alerts and docs are made from."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+# Otherwise every counter has a series beside it that says when it began.
+disable_created_metrics()
 
 PREFIX = "alignment_trainer_"
 COMMON_LABELS = ("run", "phase", "type", "rank")
@@ -15,6 +20,12 @@ class MetricDef:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+
+    def collector(self, registry: CollectorRegistry, common: tuple[str, ...] = ()) -> Any:
+        """What counts it; its labels are ``common`` and then its own."""
+        kind = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}[self.kind]
+        extra = {"buckets": self.buckets} if self.buckets else {}
+        return kind(self.name, self.help, common + self.labels, registry=registry, **extra)
 
 
 STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
@@ -17,20 +17,14 @@ from controller.operator.queue import Key
 from controller.operator.run_series import RunSeries, gpus_of
 from trainers import __version__
 from trainers.contract import FailureClass
-from trainers.metrics import MetricDef
 from trainers.phases import REGISTRY
-
-# Otherwise every counter has a series beside it that says when it began.
-disable_created_metrics()
-
-KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class OperatorMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own = [metric for metric in METRICS if metric not in RUN_METRICS]
-        self._collectors: dict[str, Any] = {m.name: _collector(m, self.registry) for m in own}
+        self._collectors: dict[str, Any] = {m.name: m.collector(self.registry) for m in own}
         self._states: dict[Key, str] = {}
         self._series = RunSeries()
         self._asked: dict[tuple[Key, str, int], float] = {}
@@ -158,8 +152,3 @@ def state_of(status: RunStatus) -> str:
     if status.phase in ("Queued", "Waiting", ""):
         return status.phase or "Waiting"
     return "Running"
-
-
-def _collector(metric: MetricDef, registry: CollectorRegistry) -> Any:
-    extra = {"buckets": metric.buckets} if metric.buckets else {}
-    return KINDS[metric.kind](metric.name, metric.help, metric.labels, registry=registry, **extra)

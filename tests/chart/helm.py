@@ -7,9 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
-from cluster import build
+from cluster import build, requirements
 from cluster.assets import locate
 
 Object = dict[str, Any]
@@ -47,10 +46,7 @@ def binary() -> Path:
     """Built once. Where it cannot be, the test is skipped; with CI=true it fails."""
     assets = locate()
     if assets.missing("chart") and (assets.given or not shutil.which("go")):
-        message = "helm: neither Go to build it nor ALIGNMENT_CLUSTER_ASSETS with it"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+        requirements.not_here("helm: neither Go to build it nor ALIGNMENT_CLUSTER_ASSETS with it")
     return build.ensure("chart").binary("helm")
 
 

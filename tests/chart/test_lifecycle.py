@@ -3,7 +3,6 @@
 All namespaces enforce the restricted Pod Security level.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import build, product
+from cluster import product
 from cluster.client import Cluster, KubectlError
 from cluster.installed import ONE_THREAD, Runs, place_for_runs
+from monitoring import prometheus_operator
 
 from chart.helm import CHART, ROOT, HelmError, Object, helm
 from chart.inventory import inventory
@@ -106,9 +106,7 @@ def spec_fields(crd: Object) -> Object:
 @pytest.fixture(scope="module")
 def prepared(fresh_cluster: Cluster) -> Cluster:
     """With the kinds of the Prometheus Operator, and nothing of ours."""
-    kinds = json.loads(build.ensure("monitoring").manifest("prometheus-operator").read_text())
-    fresh_cluster.apply([k for k in kinds if k["spec"]["names"]["plural"] in ("podmonitors", "prometheusrules")])
-    fresh_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s", timeout=70)
+    fresh_cluster.define(prometheus_operator.kinds())
     return fresh_cluster
 
 

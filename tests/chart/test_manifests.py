@@ -1,13 +1,12 @@
 """manifests/ is what the chart makes, and real kubectl and a real API server take all of it."""
 
-import json
 import subprocess
-from typing import Any
 
 import pytest
 import yaml
 from cluster import build
 from cluster.client import Cluster
+from monitoring import prometheus_operator
 
 from chart.helm import NAMESPACE, Loader, Object, one, template
 from chart.manifests import MANIFESTS, rendered, without_helm
@@ -110,9 +109,7 @@ def apply(cluster: Cluster, path: str, *more: str) -> str:
 
 @pytest.fixture
 def with_monitors(api_cluster: Cluster) -> Cluster:
-    kinds: list[Any] = json.loads(build.ensure("monitoring").manifest("prometheus-operator").read_text())
-    api_cluster.apply([k for k in kinds if k["spec"]["names"]["plural"] in ("podmonitors", "prometheusrules")])
-    api_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s", timeout=70)
+    api_cluster.define(prometheus_operator.kinds())
     return api_cluster
 
 

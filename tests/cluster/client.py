@@ -61,6 +61,14 @@ class Cluster:
     def create(self, manifest: Manifest, namespace: str = "") -> str:
         return self.kubectl("create", *_in(namespace), "-f", "-", input=_text(manifest))
 
+    def define(self, kinds: Manifest) -> None:
+        """Apply CustomResourceDefinitions, and wait until all of the cluster are served.
+
+        kubectl's own wait fails on one that has no status yet.
+        """
+        self.apply(kinds)
+        self.wait(lambda: all(_holds(kind, "Established") for kind in self.items("crd")), 60, "the kinds are served")
+
     def patch_status(self, kind: str, name: str, namespace: str, status: dict[str, Any]) -> str:
         """What a kubelet or controller would write: ends pods by hand where no node runs them."""
         patch = json.dumps({"status": status})
@@ -94,8 +102,7 @@ class Cluster:
         return wait_for(predicate, timeout, what, every)
 
     def condition(self, kind: str, name: str, namespace: str, type_: str) -> bool:
-        conditions = self.get(kind, name, "-n", namespace).get("status", {}).get("conditions", [])
-        return any(one["type"] == type_ and one["status"] == "True" for one in conditions)
+        return _holds(self.get(kind, name, "-n", namespace), type_)
 
     def audited(self, user: str = "", verbs: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Audit events in order, of a user whose name contains ``user`` and with one of ``verbs``."""
@@ -125,6 +132,11 @@ class Cluster:
         """Deletes the namespaces made here: for clusters that stay."""
         for name in self.created:
             self.delete_namespace(name)
+
+
+def _holds(item: dict[str, Any], type_: str) -> bool:
+    conditions = item.get("status", {}).get("conditions") or []
+    return any(one["type"] == type_ and one["status"] == "True" for one in conditions)
 
 
 def _in(namespace: str) -> list[str]:

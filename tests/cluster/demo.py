@@ -42,9 +42,9 @@ def install(running: launch.Running, assets: Assets) -> str:
 def install_operator(cluster: Cluster, assets: Assets) -> None:
     """The manifests as shipped, with an image of the working tree; returns when a replica is ready."""
     cluster.load_image(product.operator_image(assets, cluster.state / "images" / "operator.tar"))
-    for name in ("namespace", "crd", "rbac"):
+    cluster.define(MANIFESTS / "crd.yaml")
+    for name in ("namespace", "rbac"):
         cluster.apply(MANIFESTS / f"{name}.yaml")
-    cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
     documents = list(yaml.safe_load_all((MANIFESTS / "operator.yaml").read_text()))
     for document in documents:
         if document["kind"] != "Deployment":

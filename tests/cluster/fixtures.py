@@ -98,10 +98,7 @@ def require(tier: str) -> None:
     """Skips the test, or with CI=true fails it, where the tier cannot run."""
     if reason := requirements.missing(tier):
         _not_run[tier] = reason
-        message = f"{tier} tier: {reason}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+        requirements.not_here(f"{tier} tier: {reason}")
 
 
 def _prepare(tier: str) -> Assets:

@@ -4,6 +4,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from cluster.assets import Assets, locate
 from cluster.images import RELEASES
@@ -14,6 +17,13 @@ _DEBIAN = {
     "debootstrap": "debootstrap", "gcc": "gcc", "buildah": "buildah",
 }  # fmt: skip
 _CNI = Path("/usr/lib/cni/bridge")
+
+
+def not_here(message: str) -> NoReturn:
+    """Skips the test; with CI=true fails it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
 
 
 def missing(tier: str) -> str:

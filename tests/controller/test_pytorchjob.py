@@ -64,6 +64,11 @@ class TestRender:
         rank = next(e for e in container(document)["env"] if e["name"] == "PET_NODE_RANK")
         assert "replica-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
 
+    def test_every_process_of_a_pod_has_a_port_for_its_metrics(self):
+        document = rendered(make_run(sft("base"), template={"procsPerNode": 3}))
+        ports = [(port["name"], port["containerPort"]) for port in container(document)["ports"]]
+        assert ports == [("metrics", 9400), ("metrics-1", 9401), ("metrics-2", 9402)]
+
     def test_only_workers_and_never_restarted_by_the_training_operator(self):
         document = rendered(make_run(sft("base")))
         assert list(document["spec"]["pytorchReplicaSpecs"]) == ["Worker"]

@@ -11,7 +11,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from controller.backends.pytorchjob import scrape
-from controller.backends.pytorchjob.scrape import Scraper
+from controller.backends.pytorchjob.scrape import Scraper, parse
 from trainers.contract import PhaseDir
 from trainers.meter import Meter
 from trainers.metrics import PREFIX
@@ -32,6 +32,15 @@ async def serve(answer) -> tuple[web.AppRunner, int]:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     return runner, runner.addresses[0][1]
+
+
+def test_the_rate_is_that_of_all_processes():
+    """Each knows its own part; they share the work evenly."""
+    rate = 'alignment_trainer_tokens_per_second{rank="0"} 100\n'
+    info = 'alignment_trainer_info{device="cpu",processes="4",rank="0",version="1"} 1\n'
+    assert parse(page(1) + rate, None).tokens_per_second == 100
+    assert parse(page(1) + rate + info, None).tokens_per_second == 400
+    assert parse(page(1) + info, None).tokens_per_second is None
 
 
 def test_a_report_is_read_again_only_after_some_time():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from virtual_time import run
 
 from controller.kube import PODS, RUNS, Resource
+from controller.operator.meter import OperatorMetrics
 from controller.operator.watchdog import Watch, Watchdog
 
 Listing = dict[str, str]
@@ -106,14 +107,16 @@ class Lister:
 
 def test_the_guard_names_the_dead_and_takes_it_back():
     async def go():
-        api = Lister()
-        dog = Watchdog(api, [Watch(RUNS), Watch(PODS)], ["one", "two"], every=60)  # type: ignore[arg-type]
+        api, measured = Lister(), OperatorMetrics()
+        watches, places = [Watch(RUNS), Watch(PODS)], ["one", "two"]
+        dog = Watchdog(api, watches, places, every=60, told=measured.watches)  # type: ignore[arg-type]
         guard = asyncio.create_task(dog.guard())
         api.versions["pods"]["p"] = "1"
         await asyncio.sleep(90)
         assert dog.dead == ()
         await asyncio.sleep(60)
         assert dog.dead == ("pods",)
+        assert (served(measured, "alignmentruns"), served(measured, "pods")) == (0, 1)
         assert set(api.asked) == {"one", "two"}
         api.away = True
         await asyncio.sleep(120)
@@ -122,9 +125,14 @@ def test_the_guard_names_the_dead_and_takes_it_back():
         dog.event("pods", "ADDED", "p", "1")
         await asyncio.sleep(60)
         assert dog.dead == ()
+        assert served(measured, "pods") == 0
         guard.cancel()
 
     run(go())
+
+
+def served(measured: OperatorMetrics, resource: str) -> float | None:
+    return measured.registry.get_sample_value("alignment_operator_watch_dead", {"resource": resource})
 
 
 def test_an_api_server_that_is_away_is_not_the_watches_fault():

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import requirements
 from cluster.locks import exclusive
 
 from dashboards.boards import BOARDS
@@ -25,10 +25,7 @@ OPTIONS = {
 def compiler() -> Path:
     """tsc, with the types beside it."""
     if not shutil.which("npm"):
-        message = "npm is missing: the dashboards' types are not checked (apt-get install npm)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+        requirements.not_here("npm is missing: the dashboards' types are not checked (apt-get install npm)")
     installed = TYPES / "node_modules" / ".package-lock.json"
     lock = TYPES / "package-lock.json"
     with exclusive(TYPES / ".lock", "another process is installing Grafana's types; waiting for it"):

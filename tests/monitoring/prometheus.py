@@ -1,7 +1,6 @@
 """A real Prometheus with its own port and data folder, which ends with the process that started it."""
 
 import json
-import os
 import shutil
 import subprocess
 import urllib.error
@@ -11,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from cluster import requirements
 from cluster.processes import Children, free_ports
 
 Labels = dict[str, str]
@@ -130,9 +129,5 @@ def version() -> str:
 
 def require(programs: Sequence[str] = PROGRAMS) -> None:
     """Skips the test where Prometheus is not installed; with CI=true it fails."""
-    if all(shutil.which(program) for program in programs):
-        return
-    message = "prometheus and promtool are missing; apt-get install prometheus"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message, pytrace=False)
-    pytest.skip(message)
+    if not all(shutil.which(program) for program in programs):
+        requirements.not_here("prometheus and promtool are missing; apt-get install prometheus")

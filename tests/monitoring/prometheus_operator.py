@@ -7,7 +7,6 @@ configuration and the rights of the ServiceAccount that such a pod would have.
 import base64
 import gzip
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ class PrometheusOperator:
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder = cluster, folder
         self._assets = assets = build.ensure("monitoring")
-        cluster.apply([d for d in json.loads(assets.manifest("prometheus-operator").read_text()) if _is_needed(d)])
-        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s", timeout=70)
+        cluster.define(kinds())
         self._children = Children(folder)
         self._children.start(
             "prometheus-operator",
@@ -100,8 +98,10 @@ class PrometheusOperator:
             self._children.kill(name)
 
 
-def _is_needed(definition: Mapping[str, Any]) -> bool:
-    return definition["spec"]["names"]["plural"] in _KINDS
+def kinds() -> list[Object]:
+    """The CustomResourceDefinitions that the Prometheus Operator cannot be without."""
+    every = json.loads(build.ensure("monitoring").manifest("prometheus-operator").read_text())
+    return [kind for kind in every if kind["spec"]["names"]["plural"] in _KINDS]
 
 
 def _instance() -> list[Object]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from chart import helm
-from cluster import build, product
+from cluster import product
 from cluster.client import Cluster
 from cluster.installed import ONE_THREAD
+from monitoring import prometheus_operator
 
 from operations.page import ROOT, RUNBOOKS, blocks, files, inline, runbook_commands, sections
 
@@ -35,9 +36,7 @@ WORDS = {"NAMESPACE": "team-a", "RUN": "minimal", "PHASE": "sft", "POD": "minima
 @pytest.fixture
 def cluster(fresh_cluster: Cluster) -> Cluster:
     """With the kinds of the Prometheus Operator."""
-    kinds = json.loads(build.ensure("monitoring").manifest("prometheus-operator").read_text())
-    fresh_cluster.apply([k for k in kinds if k["spec"]["names"]["plural"] in ("podmonitors", "prometheusrules")])
-    fresh_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s", timeout=70)
+    fresh_cluster.define(prometheus_operator.kinds())
     return fresh_cluster
 
 

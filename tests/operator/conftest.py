@@ -11,9 +11,9 @@ from driver import ROOT, Driver, OperatorProcess, free_port
 @pytest.fixture(scope="session")
 def prepared(api_cluster: Cluster) -> Cluster:
     """The CRD and the operator's rights, as shipped."""
-    for name in ("namespace", "crd", "rbac"):
+    api_cluster.define(ROOT / "manifests/base/crd.yaml")
+    for name in ("namespace", "rbac"):
         api_cluster.apply(ROOT / f"manifests/base/{name}.yaml")
-    api_cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
     return api_cluster
 
 

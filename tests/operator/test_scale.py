@@ -12,9 +12,9 @@ RUNS = int(os.environ.get("RUNS", "30"))
 
 @pytest.fixture(scope="module")
 def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
-    for name in ("namespace", "crd", "rbac"):
+    kwok_cluster.define(ROOT / "manifests/base/crd.yaml")
+    for name in ("namespace", "rbac"):
         kwok_cluster.apply(ROOT / f"manifests/base/{name}.yaml")
-    kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/alignmentruns.alignment.dev", "--timeout=30s")
     mine = kwok_cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
     operator = OperatorProcess(mine, free_port(), tmp_path_factory.mktemp("operator") / "log").start()
     kwok_cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 40, "it leads")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from trainers.core.device import PEAK_FLOPS, peak_flops
-from trainers.core.flops import model_flops
+from trainers.core.flops import ModelFlops, model_flops
 
 LENGTH = 24
 SMALL = {"vocab_size": 96, "max_position_embeddings": 64}
@@ -39,9 +39,9 @@ def counted(model: torch.nn.Module, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def square(flops: object, passes: int) -> int:
+def square(flops: ModelFlops, passes: int) -> int:
     """What torch counts above ours: the half of the attention's square that causal models mask, less the diagonal."""
-    return passes * 2 * flops.attention * (LENGTH * LENGTH - LENGTH)  # type: ignore[attr-defined]
+    return passes * 2 * flops.attention * (LENGTH * LENGTH - LENGTH)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.contract import PhaseDir
+from trainers.meter import Meter
 
 DEMONSTRATIONS = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 48}}
 
@@ -59,6 +60,16 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_model(reference):
     assert sum(p.numel() for p in model.parameters()) == result.metrics["parameters"]
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-6"]
+
+
+def test_checkpoints_are_told_from_the_start(run_phase, tiny_model_dir, tmp_path, monkeypatch):
+    """An alert counts from the attempt's begin, then from the newest checkpoint."""
+    told: list[tuple[str, int]] = []
+    for name in ("will_checkpoint", "checkpointed"):
+        monkeypatch.setattr(Meter, name, lambda self, step, name=name: told.append((name, step)))
+    spec, output = spec_for(tiny_model_dir, checkpoint={"everySteps": 2}), tmp_path / "run" / "sft"
+    run_phase("sft", spec, None, output)
+    assert told == [("will_checkpoint", 0), ("checkpointed", 2), ("checkpointed", 4), ("checkpointed", 6)]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, None), (1, {"step-6"}), (3, {"step-4", "step-5", "step-6"})])

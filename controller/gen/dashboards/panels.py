@@ -1,6 +1,7 @@
 """Panels as Grafana's dashboard JSON has them, one function per kind."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from controller.gen.dashboards.query import DATASOURCE, Object
 
@@ -138,7 +139,7 @@ def table(
     return panel
 
 
-def matrix(title: str, description: str, target: Object, *, column: str, row: str, **more: object) -> Object:
+def matrix(title: str, description: str, target: Object, *, column: str, row: str, **more: Any) -> Object:
     """``target`` is a table with labels ``column`` and ``row`` and one value; the last column holds rows' names."""
     corner = f"{row}\\{column}"
     transformations = [
@@ -153,7 +154,7 @@ def matrix(title: str, description: str, target: Object, *, column: str, row: st
         transformations=transformations,
         overrides=overrides,
         sort=(row, False),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
