@@ -22,6 +22,8 @@ NOT_RUN = {
     "kubectl align stop": "words of an explanation: the run has ended, and tests/controller stops one",
     "kubectl align stop --run RUN -n NAMESPACE": "the same",
     "kubectl apply --server-side -k": "the README's command, with its folder; tests/cluster installs so",
+    "make images": "words of an explanation; tests/images builds one so, `make test-images` the other",
+    "make images REGISTRY=ADDRESS": "the same",
     "make bench-operator RUNS=n": "tests/operator/test_scale.py is what it runs, with fewer runs",
     "kubectl delete pod": "part of a sentence",
     "kubectl describe": "part of a sentence",
@@ -43,7 +45,7 @@ def cluster(fresh_cluster: Cluster) -> Cluster:
 @pytest.fixture
 def desk(cluster: Cluster, tmp_path: Path) -> Path:
     """The folder in which somebody types: the repository's, with files of their own."""
-    for name in ("helm", "manifests", "docs"):
+    for name in ("helm", "manifests", "docs", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / "bin"
     programs.mkdir()

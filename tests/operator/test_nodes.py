@@ -63,8 +63,12 @@ def attempts(runs: Runs, name: str) -> list[tuple[str, str | None]]:
 def test_two_pods_on_two_nodes_train_one_model(runs: Runs, tmp_path: Path):
     spec = {**TRAINING, "phases": [{"name": "sft", "sft": {**PHASE, "duration": {"maxSteps": 30}}}]}
     runs.apply("two", spec, nodes=2)
-    runs.wait("both pods have a node", lambda: all(runs.pod("two-sft-1", i)["spec"].get("nodeName") for i in (0, 1)))
-    assert {runs.pod("two-sft-1", i)["spec"]["nodeName"] for i in (0, 1)} == {"node-1", "node-2"}
+
+    def placed() -> list[str] | None:
+        found = [pod["spec"].get("nodeName") for pod in runs.cluster.items("pods", "-n", runs.namespace)]
+        return found if len(found) == 2 and all(found) else None
+
+    assert set(runs.wait("both pods have a node", placed)) == {"node-1", "node-2"}
     runs.until_succeeded("two")
     on_one_machine = local(tmp_path, {**spec, "template": {"procsPerNode": 2}})
     assert weights(runs.result("two", "sft")) == weights(on_one_machine)
