@@ -52,6 +52,7 @@ class OperatorMetrics:
         """``run`` is None for one that could not be read."""
         before, after = self._states.get(key), state_of(status)
         self._series.seen(key, after, run, status)
+        self._gpu_seconds_begin_at_zero(key, status)
         if before != after:
             self._states[key] = after
             self._count_runs({key.namespace})
@@ -61,6 +62,11 @@ class OperatorMetrics:
         self._asked = {which: at for which, at in self._asked.items() if which[0] != key}
         if self._states.pop(key, None) is not None:
             self._count_runs({key.namespace})
+
+    def _gpu_seconds_begin_at_zero(self, key: Key, status: RunStatus) -> None:
+        """As with failures; which namespaces there are is only known now."""
+        for kind, outcome in product({phase.type for phase in status.phases}, (s for s in AttemptState if s.ended)):
+            self._of("gpu_seconds_total", namespace=key.namespace, type=kind, outcome=outcome)
 
     def _count_runs(self, namespaces: Iterable[str]) -> None:
         for namespace in namespaces:

@@ -25,7 +25,7 @@ RUN_METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "phase_gpus", "gauge", "GPUs of the attempt that runs; 0 when none runs.", PHASE),
     MetricDef(PREFIX + "phase_retries_used", "gauge", "Failed attempts of a class; only of classes that the phase has met.", (*PHASE, "class")),
     MetricDef(PREFIX + "phase_retries_allowed", "gauge", "Retries that the run allows for that class.", (*PHASE, "class")),
-    MetricDef(PREFIX + "phase_result", "gauge", "A final metric of a finished phase, as in the run's status.", (*PHASE, "metric")),
+    MetricDef(PREFIX + "phase_result", "gauge", "A final metric of a finished phase, as in the run's status; of the newest runs, up to 20,000 figures.", (*PHASE, "metric")),
 )  # fmt: skip
 """Of each run. Only the replica that acts has these, and only while the run exists."""
 

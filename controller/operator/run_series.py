@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,28 +19,49 @@ from trainers.contract import FailureClass
 Sample = tuple[str, tuple[str, ...], float]
 """A metric's name without its prefix, its label values, its value."""
 
+RESULTS = 20_000
+"""Final figures that are shown at most. One evaluation of many models has two hundred, and runs stay for months;
+what falls out was scraped while it was shown."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    started: float
+    samples: list[Sample]
+    results: list[Sample]
+
 
 class RunSeries(Collector):
     def __init__(self) -> None:
-        self._samples: dict[Key, list[Sample]] = {}
+        self._seen: dict[Key, _Seen] = {}
 
     def seen(self, key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> None:
         """``run`` is None for one that could not be read."""
-        self._samples[key] = [*_run_samples(key, state, run, status), *(_phases(key, run, status) if run else ())]
+        samples = [*_run_samples(key, state, run, status), *(_phases(key, run, status) if run else ())]
+        started = status.started_at.timestamp() if status.started_at else 0.0
+        self._seen[key] = _Seen(started, samples, list(_results(key, status)))
 
     def gone(self, key: Key) -> None:
-        self._samples.pop(key, None)
+        self._seen.pop(key, None)
 
     def collect(self) -> Iterator[Metric]:
         found = defaultdict(list)
-        for samples in list(self._samples.values()):
-            for name, labels, value in samples:
-                found[PREFIX + name].append((labels, value))
+        for name, labels, value in self._shown():
+            found[PREFIX + name].append((labels, value))
         for metric in RUN_METRICS:
             family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
             for labels, value in found[metric.name]:
                 family.add_metric(labels, value)
             yield family
+
+    def _shown(self) -> Iterator[Sample]:
+        """All samples; of the results those of the newest runs, of each run all or none."""
+        room = RESULTS
+        for seen in sorted(self._seen.values(), key=lambda seen: seen.started, reverse=True):
+            yield from seen.samples
+            room -= len(seen.results)
+            if room >= 0:
+                yield from seen.results
 
 
 def gpus_of(run: AlignmentRun, phase: str) -> int:
@@ -72,8 +94,12 @@ def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
         for failure, count in _failures(phase).items():
             yield "phase_retries_used", (*labels, failure), count
             yield "phase_retries_allowed", (*labels, failure), budget(run.spec.failure_policy.retries, failure)
+
+
+def _results(key: Key, status: RunStatus) -> Iterator[Sample]:
+    for phase in status.phases:
         for metric, value in phase.metrics.items():
-            yield "phase_result", (*labels, metric), value
+            yield "phase_result", (*key, phase.name, phase.type, metric), value
 
 
 def _failures(phase: PhaseStatus) -> Counter[FailureClass]:

@@ -1,6 +1,7 @@
 """The operator's own figures: names as Prometheus wants them, labels that cannot grow, counts that count once."""
 
 import re
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from controller.operator import metrics
 from controller.operator.meter import OperatorMetrics, state_of
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.queue import Key
+from controller.operator.run_series import RESULTS
 from controller.plan.decide import decide, reject
 from controller.plan.observed import JobState
 from trainers.contract import FailureClass
@@ -290,3 +292,24 @@ def test_a_thousand_runs_make_a_page_in_moderate_time_and_size():
     page = measured.page()
     assert page.count(b"alignment_operator_phase_state{") == 8000
     assert len(page) < 8e6
+
+
+def test_final_figures_are_bounded_and_those_of_the_newest_runs_stay():
+    """Two hundred of one evaluation, times runs that stay for months, would be more than all other series."""
+    figures = {f"model/quality/{i}": 0.5 for i in range(200)}
+    measured = OperatorMetrics()
+    for i in range(150):
+        phase = PhaseStatus(name="eval", type="evaluate", state=PhaseState.SUCCEEDED, metrics=figures)
+        measured.run_seen(Key("ns", f"run-{i}"), RUN, RunStatus(started_at=after(i), phases=(phase,)))
+    found = samples(measured)
+    told = Counter(key[3] for key in found if key[0] == "phase_result")
+    assert sum(told.values()) == RESULTS == 20_000
+    assert told == {f"run-{i}": 200 for i in range(50, 150)}
+    assert len([key for key in found if key[0] == "run_state"]) == 150
+
+
+def test_gpu_seconds_count_from_zero():
+    """A day's attempt is counted at its end: without the zero before, an increase() would not see it."""
+    measured = OperatorMetrics()
+    measured.run_seen(KEY, RUN, attempts(("d", AttemptState.RUNNING)))
+    assert samples(measured)["gpu_seconds_total", "ns", "sft", "Succeeded"] == 0

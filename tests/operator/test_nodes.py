@@ -62,7 +62,7 @@ def attempts(runs: Runs, name: str) -> list[tuple[str, str | None]]:
 
 def test_two_pods_on_two_nodes_train_one_model(runs: Runs, tmp_path: Path):
     spec = {**TRAINING, "phases": [{"name": "sft", "sft": {**PHASE, "duration": {"maxSteps": 30}}}]}
-    runs.apply("two", spec, nodes=2)
+    runs.apply("two", spec, nodes=2, resources={"requests": {"cpu": _more_than_half(runs)}})
 
     def placed() -> list[str] | None:
         found = [pod["spec"].get("nodeName") for pod in runs.cluster.items("pods", "-n", runs.namespace)]
@@ -72,6 +72,11 @@ def test_two_pods_on_two_nodes_train_one_model(runs: Runs, tmp_path: Path):
     runs.until_succeeded("two")
     on_one_machine = local(tmp_path, {**spec, "template": {"procsPerNode": 2}})
     assert weights(runs.result("two", "sft")) == weights(on_one_machine)
+
+
+def _more_than_half(runs: Runs) -> str:
+    """Of a node's processors, so that a second pod has to take another node, as with GPUs."""
+    return f"{min(int(node['status']['allocatable']['cpu']) for node in runs.cluster.items('nodes')) * 600}m"
 
 
 def test_progress_is_shown_while_a_run_trains(runs: Runs, undisturbed: dict[str, Any]):
