@@ -40,6 +40,8 @@ class OperatorMetrics:
                 self._of(counter, **{"type": name, "class": failure})
         for entry in REGISTRY:
             self._of("attempt_wait_seconds", type=entry.name)
+            for state in PhaseState:
+                self._of("phase_transitions_total", type=entry.name, state=state)
             for outcome in (PhaseState.SUCCEEDED, PhaseState.FAILED):
                 self._of("phase_duration_seconds", type=entry.name, outcome=outcome)
 
@@ -88,7 +90,7 @@ class OperatorMetrics:
     def _phase(self, before: PhaseStatus | None, after: PhaseStatus) -> None:
         old = before.state if before else PhaseState.WAITING
         if old != after.state:
-            self._of("phase_transitions_total", **{"type": after.type, "from": old, "to": after.state}).inc()
+            self._of("phase_transitions_total", type=after.type, state=after.state).inc()
             if after.state in (PhaseState.SUCCEEDED, PhaseState.FAILED) and after.started_at and after.finished_at:
                 seconds = (after.finished_at - after.started_at).total_seconds()
                 self._of("phase_duration_seconds", type=after.type, outcome=after.state).observe(seconds)

@@ -34,7 +34,7 @@ METRICS: tuple[MetricDef, ...] = (
     # -- runs together
     MetricDef(PREFIX + "runs", "gauge", "Runs by state.", ("namespace", "state")),
     MetricDef(PREFIX + "phase_duration_seconds", "histogram", "First start of a phase to its end.", ("type", "outcome"), LONG),
-    MetricDef(PREFIX + "phase_transitions_total", "counter", "Changes of phases' states.", ("type", "from", "to")),
+    MetricDef(PREFIX + "phase_transitions_total", "counter", "Phases that came into a state.", ("type", "state")),
     MetricDef(PREFIX + "attempt_failures_total", "counter", "Attempts that failed, by class of failure.", ("type", "class")),
     MetricDef(PREFIX + "attempt_wait_seconds", "histogram", "From asking for an attempt until its queue lets it start; 0 without a queue.", ("type",), LONG),
     MetricDef(PREFIX + "retries_total", "counter", "Further attempts, by the class of failure before.", ("type", "class")),

@@ -54,8 +54,6 @@ VALUES = {
     "part": set(trainer_metrics.PARTS),
     "class": {str(one) for one in FailureClass},
     "rank": {"0", "1"},
-    "from": {str(one) for one in PhaseState},
-    "to": {str(one) for one in PhaseState},
     "outcome": {*map(str, PhaseState), *map(str, AttemptState), "ok", "conflict", "api", "bug"},
     "state": {*map(str, PhaseState), *operator_metrics.RUN_STATES},
 }

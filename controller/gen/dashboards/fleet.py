@@ -22,6 +22,7 @@ from controller.gen.dashboards.panels import (
 )
 from controller.gen.dashboards.query import (
     Object,
+    counts,
     gpu_hours,
     gpus_at_work,
     increase,
@@ -227,17 +228,18 @@ def _failures() -> Object:
 
 def _retries() -> Object:
     return lines(
-        "Failures and retries", "Attempts that failed and attempts that followed one, per hour, by class of failure.",
-        line(f"{rate(operator('attempt_failures_total'), 'class')} * 3600 > 0", "failed: {{class}}"),
-        line(f"{rate(operator('retries_total'), 'class')} * 3600 > 0", "tried again: {{class}}"),
+        "Failures and retries", "Attempts that failed and attempts that followed one, by class of failure, in the time "
+        "around each point.",
+        line(f"{counts(operator('attempt_failures_total'), 'class')} > 0", "failed: {{class}}"),
+        line(f"{counts(operator('retries_total'), 'class')} > 0", "tried again: {{class}}"),
         width=12, min=0, calcs=("max",), bars=True, noValue="No attempt has failed",
     )  # fmt: skip
 
 
 def _transitions() -> Object:
     return lines(
-        "Phases' changes of state", "Phases that came into a state, per hour.",
-        line(f"{rate(operator('phase_transitions_total'), 'to')} * 3600", "{{to}}"),
+        "Phases' changes of state", "Phases that came into a state in the time around each point.",
+        line(f"{counts(operator('phase_transitions_total'), 'state')}", "{{state}}"),
         width=12, min=0, calcs=("max",), overrides=colored(PhaseState), noValue="No phase has changed its state",
     )  # fmt: skip
 

@@ -41,6 +41,11 @@ def rate(series: str, by: str) -> str:
     return f"sum by ({by}) (rate({series}[$__rate_interval]))"
 
 
+def counts(series: str, by: str) -> str:
+    """Whole numbers: Prometheus stretches the increase between a window's samples to the window's ends."""
+    return f"round(sum by ({by}) (increase({series}[$__rate_interval])))"
+
+
 def increase(series: str, by: str) -> str:
     """Within the whole time range. ``by`` may be empty."""
     return f"sum by ({by}) (increase({series}[$__range]))"
