@@ -19,6 +19,9 @@ Object = dict[str, Any]
 RUNBOOKS = "RUNBOOKS"
 """Stands for the address of the folder with the runbooks, which only an installation knows."""
 
+OPERATOR_NAMESPACE = "OPERATOR_NAMESPACE"
+"""Stands for the namespace of the installation: there may be several, and one that lives must not hide one that does not."""
+
 RUN = "run {{ $labels.namespace }}/{{ $labels.run }}"
 PHASE = f"phase {{{{ $labels.phase }}}} of {RUN}"
 
@@ -58,8 +61,14 @@ def recent(metric: str) -> str:
     return f"max by (namespace, run, phase, type, pod) (quantile_over_time(0.5, {metric}[10m]) and {metric})"
 
 
-def earlier(metric: str, hours: int = 1) -> str:
-    return f"max by (namespace, run, phase, type, pod) (quantile_over_time(0.5, {metric}[{hours}h] offset 10m))"
+def earlier(metric: str) -> str:
+    return f"max by (namespace, run, phase, type, pod) (quantile_over_time(0.5, {metric}[6h] offset 10m))"
+
+
+def lowest(metric: str) -> str:
+    """Of the hourly medians of half a day: against the last hour alone, what stays exploded would soon look normal."""
+    medians = f"quantile_over_time(0.5, {metric}[1h])[12h:10m]"
+    return f"max by (namespace, run, phase, type, pod) (min_over_time({medians} offset 10m))"
 
 
 def not_finite(metric: str) -> str:
@@ -70,6 +79,8 @@ def not_finite(metric: str) -> str:
 LOSS = 'alignment_trainer_loss{rank="0", type!="ppo"}'
 """That of PPO is a sum of terms around zero, so its size says nothing."""
 KL = 'alignment_trainer_kl_nats{rank="0"}'
+POLICY_KL = 'alignment_trainer_kl_nats{rank="0", type!="distill"}'
+"""A policy begins at its reference; a student begins as far from its teacher as it is."""
 REWARD = 'alignment_trainer_reward{rank="0", type="ppo"}'
 LENGTH = 'alignment_trainer_response_length_tokens{rank="0", type="ppo"}'
 ANY_LENGTH = 'alignment_trainer_response_length_tokens{rank="0"}'
@@ -145,7 +156,7 @@ RUNS = (
           max by (namespace, run, phase) (alignment_operator_phase_state{state=~"Running|Ready|BackingOff"})
         """,
         f"{first_up(PHASE)} has {{{{ $value }}}} retries left after failures of class {{{{ $labels.class }}}}",
-        """The {{ $labels.type }} phase keeps failing with {{ $labels.class }}. When its budget for that class
+        """The {{ $labels.type }} phase has failed with {{ $labels.class }}. When its budget for that class
         (failurePolicy.retries) is used up, the next such failure ends it for good.""",
     ),
     Alert(
@@ -168,16 +179,16 @@ TRAINING = (
         f"""
         (
           {recent(LOSS)}
-            > 2 * {earlier(LOSS)}
+            > 2 * {lowest(LOSS)}
           and
           {recent(LOSS)}
-            - {earlier(LOSS)} > 0.5
+            - {lowest(LOSS)} > 0.5
         )
         or {not_finite('alignment_trainer_loss{rank="0"}')}
         """,
         f"The loss of {PHASE} has risen to {{{{ $value | humanize }}}}",
         """The median loss of the last ten minutes in pod {{ $labels.pod }} ({{ $labels.type }}) is more than
-        twice that of the hour before, or not finite.""",
+        twice the lowest hourly median of the last twelve hours, or not finite.""",
     ),
     Alert(
         "AlignmentKlExploded",
@@ -186,16 +197,16 @@ TRAINING = (
         f"""
         (
           {recent(KL)}
-            > 3 * {earlier(KL)}
+            > 3 * {lowest(KL)}
           and {recent(KL)} > 1
         )
-        or {recent(KL)} > 5
+        or {recent(POLICY_KL)} > 5
         or {not_finite(KL)}
         """,
         f"The KL divergence of {PHASE} has reached {{{{ $value | humanize }}}} nats per token",
         """The model in pod {{ $labels.pod }} ({{ $labels.type }}) has left its reference, or a student its
-        teacher: the median of the last ten minutes is above 1 and three times that of the hour before, above
-        5, or not finite.""",
+        teacher: the median of the last ten minutes is above 1 and three times the lowest hourly median of the
+        last twelve hours, above 5 in another phase than distill, or not finite.""",
     ),
     Alert(
         "AlignmentRewardOveroptimized",
@@ -203,17 +214,17 @@ TRAINING = (
         "15m",
         f"""
         {recent(REWARD)}
-          > {earlier(REWARD, 6)}
+          > {earlier(REWARD)}
         and
         (
           (
             {recent(KL)}
-              > 2 * {earlier(KL, 6)}
+              > 2 * {earlier(KL)}
             and {recent(KL)} > 0.5
           )
           or
           {recent(LENGTH)}
-            > 1.5 * {earlier(LENGTH, 6)}
+            > 1.5 * {earlier(LENGTH)}
         )
         """,
         f"{first_up(PHASE)} may be exploiting its reward model",
@@ -241,12 +252,12 @@ TRAINING = (
         f"""
         (
           {recent(SPEED)}
-          < 0.5 * {earlier(SPEED, 6)}
+          < 0.5 * {earlier(SPEED)}
         )
         unless on (namespace, run, phase, pod)
         (
           {recent(ANY_LENGTH)}
-          < 0.75 * {earlier(ANY_LENGTH, 6)}
+          < 0.75 * {earlier(ANY_LENGTH)}
         )
         """,
         f"{first_up(PHASE)} is half as fast as it was",
@@ -273,8 +284,8 @@ OPERATOR = (
         "AlignmentOperatorDown",
         "critical",
         "5m",
-        "absent(alignment_operator_info)",
-        "The alignment operator is down",
+        f'absent(alignment_operator_info{{namespace="{OPERATOR_NAMESPACE}"}})',
+        "The alignment operator in {{ $labels.namespace }} is down",
         """Prometheus sees no replica of the operator. Trainers that run go on; nothing new starts, nothing is
         retried, and no status changes.""",
     ),

@@ -12,7 +12,15 @@ from controller.gen import NOTICE
 
 Schema = dict[str, Any]
 
-STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+QUALIFIED = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+"""Names of labels and annotations."""
+STRINGS: Schema = {
+    "type": "object",
+    "patternProperties": {QUALIFIED: {"type": "string"}},
+    "additionalProperties": False,
+}
+LABEL: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"}
+LABELS: Schema = {"type": "object", "patternProperties": {QUALIFIED: LABEL}, "additionalProperties": False}
 FREE: Schema = {"type": "object"}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 NAME: Schema = {"type": "string", "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", "maxLength": 253}
@@ -22,6 +30,11 @@ DURATION: Schema = {"type": "string", "pattern": "^(([0-9]+)(ms|[smhdwy]))*$"}
 DIGEST: Schema = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}
 # Neither a tag nor a registry: each has a value of its own.
 REPOSITORY: Schema = {"type": "string", "pattern": "^[a-z0-9]+([._/-]+[a-z0-9]+)*$"}
+# An address of registry and folder, as in an image's name, so without https://.
+REGISTRY: Schema = {
+    "type": "string",
+    "pattern": "^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?)?$",
+}
 TAG: Schema = {"type": "string", "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"}
 ENV: Schema = {
     "type": "array",
@@ -38,8 +51,13 @@ RULES: dict[str, Schema] = {
         "type": "array",
         "items": {"type": "object", "required": ["name"], "properties": {"name": NAME}, "additionalProperties": False},
     },
-    **dict.fromkeys(("labels", "annotations", "commonLabels", "podLabels", "podAnnotations"), STRINGS),
-    **dict.fromkeys(("deploymentAnnotations", "nodeSelector"), STRINGS),
+    **dict.fromkeys(("labels", "commonLabels", "podLabels", "nodeSelector"), LABELS),
+    **dict.fromkeys(("annotations", "podAnnotations", "deploymentAnnotations"), STRINGS),
+    **dict.fromkeys(("imageRegistry", "registry"), REGISTRY),
+    **{
+        key: {**LABEL_NAME, "pattern": f"^$|{LABEL_NAME['pattern']}"}
+        for key in ("nameOverride", "fullnameOverride", "queue")
+    },
     **dict.fromkeys(("podSecurityContext", "securityContext", "affinity", "run"), FREE),
     "resources": {
         "type": "object",
@@ -57,7 +75,6 @@ RULES: dict[str, Schema] = {
     "digest": DIGEST,
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "watchNamespaces": {"type": "array", "uniqueItems": True, "items": LABEL_NAME},
-    "queue": {**LABEL_NAME, "pattern": f"^$|{LABEL_NAME['pattern']}"},
     "logFormat": {"enum": ["json", "text"]},
     "logLevel": {"enum": ["debug", "info", "warning", "error"]},
     "workers": {"type": "integer", "minimum": 1},

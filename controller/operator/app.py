@@ -62,6 +62,7 @@ class Operator:
         self.metrics = OperatorMetrics()
         self.api = Api(login, self.metrics.called)
         self.queue = WorkQueue()
+        self.metrics.queue(self.queue)
         self.scraper = Scraper(every=options.poll.total_seconds())
         backend = PyTorchJobBackend(self.api, self.scraper, options.defaults)
         self.reconciler = Reconciler(
@@ -154,7 +155,7 @@ class Operator:
     async def _work(self) -> None:
         while True:
             key, waited = await self.queue.get()
-            self.metrics.waited(waited, len(self.queue))
+            self.metrics.waited(waited)
             try:
                 await self._look(key)
             finally:

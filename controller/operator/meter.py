@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from itertools import product
 from typing import Any
 
@@ -128,9 +128,12 @@ class OperatorMetrics:
     def reconciled(self, outcome: str, seconds: float) -> None:
         self._of("reconcile_seconds", outcome=outcome).observe(seconds)
 
-    def waited(self, seconds: float, depth: int) -> None:
+    def waited(self, seconds: float) -> None:
         self._of("workqueue_wait_seconds").observe(seconds)
-        self._of("workqueue_depth").set(depth)
+
+    def queue(self, queue: Sized) -> None:
+        """Measured when it is asked for: when all workers hang nothing else would tell."""
+        self._of("workqueue_depth").set_function(lambda: len(queue))
 
     def called(self, call: Call, code: str, seconds: float) -> None:
         resource = call.resource.plural + (f"/{call.resource.subresource}" if call.resource.subresource else "")

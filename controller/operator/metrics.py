@@ -4,8 +4,9 @@ from trainers.metrics import MetricDef
 
 PREFIX = "alignment_operator_"
 RUN_STATES = ("Waiting", "Queued", "Running", "Suspended", "Stalled", "Succeeded", "Failed")
-LONG = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0, 259200.0)
-"""Buckets for what takes minutes to days."""
+LONG = (1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 57600.0, 86400.0,
+        172800.0, 345600.0)  # fmt: skip
+"""Buckets for what takes seconds to days."""
 SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 RUN = ("namespace", "run")

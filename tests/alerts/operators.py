@@ -1,14 +1,25 @@
 """Scenarios of the alerts about the operator itself."""
 
-from alerts.scenario import LEADER, OTHER, Fires, Scenario, healthy_operator, operator, running, silent, training
+from alerts.scenario import (
+    LEADER,
+    OTHER,
+    Fires,
+    Scenario,
+    Series,
+    healthy_operator,
+    operator,
+    running,
+    silent,
+    training,
+)
 
 SYSTEM = {"namespace": "alignment-system"}
 WATCH = {"resource": "pytorchjobs"}
 
 DOWN = Fires(
     "AlignmentOperatorDown",
-    {},
-    "The alignment operator is down",
+    SYSTEM,
+    "The alignment operator in alignment-system is down",
     "Prometheus sees no replica of the operator. Trainers that run go on; nothing new starts, nothing is retried, and no "
     "status changes.",
 )
@@ -71,12 +82,23 @@ def looks(values: str, outcome: str = "ok", pod: str = LEADER):
     return operator("reconcile_seconds_count", values, pod=pod, outcome=outcome)
 
 
+def elsewhere(series: Series) -> Series:
+    """The same in another namespace."""
+    return {name.replace("alignment-", "elsewhere-"): values for name, values in series.items()}
+
+
 def replica(minutes: str, pod: str, leader: str):
     return {**operator("info", minutes, pod=pod, version="0.1.0"), **leads(leader, pod)}
 
 
 REPLICAS = (
     Scenario("both replicas are gone", {}, {3: (), 6: (DOWN,), 60: (DOWN,)}, operator=False),
+    Scenario(
+        "another installation is well, this one is gone",
+        elsewhere(healthy_operator(60)),
+        {3: (), 6: (DOWN,), 60: (DOWN,)},
+        operator=False,
+    ),
     Scenario(
         "one of two replicas is gone, and the other acts",
         {**replica("1x9 stale", LEADER, "1x9 stale"), **replica("1x60", OTHER, "0x10 1x50")},
@@ -116,8 +138,7 @@ REPLICAS = (
     ),
     Scenario(
         "two installations, each with namespaces of its own",
-        {name.replace("alignment-", "elsewhere-").replace("elsewhere-operator_", "alignment-operator_"): v
-         for name, v in healthy_operator(60).items()},
+        elsewhere(healthy_operator(60)),
         silent(5, 60),
         nearly=("AlignmentOperatorTwoLeaders",),
     ),

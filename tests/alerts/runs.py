@@ -242,7 +242,7 @@ def budget_low(left: str, name: str) -> Fires:
         "AlignmentRetryBudgetLow",
         {**PHASE, "class": name},
         f"Phase dpo of run team-a/helpful has {left} retries left after failures of class {name}",
-        f"The dpo phase keeps failing with {name}. When its budget for that class (failurePolicy.retries) is used up, the "
+        f"The dpo phase has failed with {name}. When its budget for that class (failurePolicy.retries) is used up, the "
         "next such failure ends it for good.",
     )
 

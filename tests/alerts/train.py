@@ -25,8 +25,8 @@ def loss(labels, value: str) -> Fires:
         "AlignmentLossExploded",
         {**labels, "pod": pod(labels)},
         f"The loss of phase {labels['phase']} of run team-a/helpful has risen to {value}",
-        f"The median loss of the last ten minutes in pod {pod(labels)} ({labels['type']}) is more than twice that of the hour "
-        "before, or not finite.",
+        f"The median loss of the last ten minutes in pod {pod(labels)} ({labels['type']}) is more than twice the lowest "
+        "hourly median of the last twelve hours, or not finite.",
     )
 
 
@@ -35,6 +35,11 @@ LOSSES = (
         "a language model's loss goes from 2 to 9",
         {**running(), **of(SFT, "loss", "2x60 9x120")},
         {59: (), 75: (loss(SFT, "9"),)},
+    ),
+    Scenario(
+        "the loss goes up and stays there: nobody is told that it is well again",
+        {**running(), **of(SFT, "loss", "2x60 50x240")},
+        {59: (), 90: (loss(SFT, "50"),), 200: (loss(SFT, "50"),), 299: (loss(SFT, "50"),)},
     ),
     Scenario(
         "it ends with that; its mean over time would go on",
@@ -87,7 +92,8 @@ def kl(labels, value: str) -> Fires:
         {**labels, "pod": pod(labels)},
         f"The KL divergence of phase {labels['phase']} of run team-a/helpful has reached {value} nats per token",
         f"The model in pod {pod(labels)} ({labels['type']}) has left its reference, or a student its teacher: the median of the "
-        "last ten minutes is above 1 and three times that of the hour before, above 5, or not finite.",
+        "last ten minutes is above 1 and three times the lowest hourly median of the last twelve hours, above 5 in another phase "
+        "than distill, or not finite.",
     )
 
 
@@ -126,6 +132,12 @@ REWARDS = (
         "a student begins far from its teacher and comes nearer",
         {**running(), **of(DISTILL, "kl_nats", "4-0.03x120"), **of(DISTILL, "reward", "0+0.01x120")},
         silent(5, 20, 60, 119),
+        nearly=("AlignmentKlExploded",),
+    ),
+    Scenario(
+        "a student without pretraining begins as far from its teacher as can be",
+        {**running(), **of(DISTILL, "kl_nats", "9-0.05x120"), **of(DISTILL, "reward", "0+0.01x120")},
+        silent(5, 20, 30, 60, 119),
         nearly=("AlignmentKlExploded",),
     ),
     Scenario(

@@ -1,6 +1,8 @@
 """manifests/ is what the chart makes, and real kubectl and a real API server take all of it."""
 
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,7 +35,7 @@ OVERLAYS: dict[str, Object] = {
 """Each overlay, and the chart's values that say the same."""
 
 
-def kustomize(path: str) -> list[Object]:
+def kustomize(path: str | Path) -> list[Object]:
     kubectl = build.ensure("api").binary("kubectl")
     command = [str(kubectl), "kustomize", str(MANIFESTS / path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -84,7 +86,21 @@ def test_an_overlay_says_what_the_charts_values_say(overlay: str) -> None:
 
 
 def test_every_folder_of_overlays_is_looked_at() -> None:
-    assert {path.name for path in (MANIFESTS / "overlays").iterdir()} == set(OVERLAYS)
+    for folder in ("overlays", "components"):
+        assert {path.name for path in (MANIFESTS / folder).iterdir()} == set(OVERLAYS)
+
+
+def test_overlays_components_can_be_had_together(tmp_path: Path) -> None:
+    def address(name: str) -> str:
+        return os.path.relpath((MANIFESTS / name).resolve(), tmp_path.resolve())
+
+    together = ["gpu", "kueue", "air-gapped"]
+    mine = {"resources": [address("base")], "components": [address(f"components/{name}") for name in together]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(mine))
+    found = by_name(kustomize(tmp_path))
+    expected = from_chart({key: value for name in together for key, value in OVERLAYS[name].items()})
+    assert found["Deployment", "alignment-operator"] == expected["Deployment", "alignment-operator"]
+    assert ("ClusterQueue", "alignment") in found
 
 
 def test_monitoring_is_the_charts() -> None:
@@ -119,7 +135,7 @@ def test_a_real_api_server_takes_all_of_it(with_monitors: Cluster) -> None:
     for overlay in OVERLAYS:
         assert "deployment.apps/alignment-operator serverside-applied" in apply(cluster, f"overlays/{overlay}")
     cluster.kubectl(
-        "apply", "--server-side", "-n", cluster.namespace(), "-f", str(MANIFESTS / "overlays/kueue/local-queue.yaml")
+        "apply", "--server-side", "-n", cluster.namespace(), "-f", str(MANIFESTS / "components/kueue/local-queue.yaml")
     )
     assert "podmonitor.monitoring.coreos.com/alignment-operator-trainers" in apply(cluster, "monitoring")
     # Other tests have an operator outside pods here.

@@ -15,6 +15,7 @@ from cluster.assets import locate
 from chart.helm import CHART, NAME, NAMESPACE, HelmError, Object, helm, one, template
 from controller.api import meta
 from controller.api.run import AlignmentRun
+from controller.gen.alerts import OPERATOR_NAMESPACE
 from controller.gen.chart import Undocumented, Value, read_values, values_schema
 from controller.gen.crd import crd
 from controller.gen.rbac import granted
@@ -209,6 +210,15 @@ BAD = {
     "a text for a list": ({"watchNamespaces": "a,b"}, "at '/watchNamespaces': got string, want array"),
     "a label that is a number": ({"commonLabels": {"a": 1}}, "at '/commonLabels/a': got number, want string"),
     "a tag in the repository": ({"image": {"repository": "x:1"}}, "at '/image/repository': 'x:1' does not match"),
+    "a registry with a protocol": (
+        {"global": {"imageRegistry": "https://x.example"}}, "at '/global/imageRegistry': 'https://x.example' does not match"
+    ),
+    "a name that cannot be": ({"nameOverride": "Bad_Name"}, "at '/nameOverride': 'Bad_Name' does not match"),
+    "another": ({"fullnameOverride": "UPPER"}, "at '/fullnameOverride': 'UPPER' does not match"),
+    "a label with a space": (
+        {"commonLabels": {"foo bar": "x"}}, "at '/commonLabels': additional properties 'foo bar' not allowed"
+    ),
+    "a label's value with a space": ({"podLabels": {"x": "a b"}}, "at '/podLabels/x': 'a b' does not match"),
     "half a digest": ({"image": {"digest": "sha256:12"}}, "at '/image/digest': 'sha256:12' does not match"),
     "a variable without a name": ({"extraEnv": [{"value": "x"}]}, "at '/extraEnv/0': missing property 'name'"),
     "variables as a map": ({"extraEnv": {"A": "b"}}, "at '/extraEnv': got object, want array"),
@@ -377,7 +387,8 @@ def test_a_rename_does_not_change_who_is_selected_by_the_trainers_monitor() -> N
 
 
 def test_alerts_are_the_generated_ones_and_link_to_the_runbooks() -> None:
-    groups = yaml.safe_load((CHART / "files/alerts.yaml").read_text())["groups"]
+    text = (CHART / "files/alerts.yaml").read_text()
+    groups = yaml.safe_load(text.replace(OPERATOR_NAMESPACE, "alignment-system"))["groups"]
     linked = one(template(EVERYTHING), "PrometheusRule")["spec"]["groups"]
     alerts = [rule for group in linked for rule in group["rules"] if "alert" in rule]
     assert alerts

@@ -18,7 +18,7 @@ from controller.kube import CALLS, LEASE_CALLS
 from controller.operator import metrics
 from controller.operator.meter import OperatorMetrics, state_of
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
-from controller.operator.queue import Key
+from controller.operator.queue import Key, WorkQueue
 from controller.operator.run_series import RESULTS
 from controller.plan.decide import decide, reject
 from controller.plan.observed import JobState
@@ -56,7 +56,8 @@ def used() -> OperatorMetrics:
     measured.transition(KEY, RUN, asked, gone_on)
     measured.run_seen(KEY, born, RunStatus(started_at=after(0), finished_at=after(9), phases=gone_on.phases))
     measured.reconciled("ok", 0.1)
-    measured.waited(0.1, 3)
+    measured.waited(0.1)
+    measured.queue([])
     for call in (*CALLS, *LEASE_CALLS):
         measured.called(call, "200", 0.01)
     measured.leads(True)
@@ -306,6 +307,13 @@ def test_final_figures_are_bounded_and_those_of_the_newest_runs_stay():
     assert sum(told.values()) == RESULTS == 20_000
     assert told == {f"run-{i}": 200 for i in range(50, 150)}
     assert len([key for key in found if key[0] == "run_state"]) == 150
+
+
+def test_runs_that_wait_are_seen_when_nothing_takes_them():
+    measured, queue = OperatorMetrics(), WorkQueue()
+    measured.queue(queue)
+    queue.add(KEY)
+    assert samples(measured)["workqueue_depth",] == 1
 
 
 def test_gpu_seconds_count_from_zero():

@@ -94,7 +94,7 @@ def _runs() -> Object:
         rows(f"(max {BY_RUN} ({end}) or {begun} * 0 + time()) - {begun}"),
         rows(gpu_hours(operator("phase_gpus", RUNS), "namespace, run")),
         rows(f"sum {BY_RUN} (increase({trainer('tokens_total', RUNS)}[$__range]))"),
-        rows(f"sum {BY_RUN} (max by (namespace, run, phase, class) ({operator('phase_retries_used', RUNS)}))"),
+        rows(f"sum {BY_RUN} ({_RETRIES_USED})"),
         transformations=columns(
             [
                 ("namespace", "Namespace"), ("run", "Run"), ("state", "State"), ("Value #B", "Progress"),
@@ -199,6 +199,7 @@ def _results() -> list[Object]:
     ]  # fmt: skip
 
 
+_RETRIES_USED = f"max by (namespace, run, phase, class) ({operator('phase_retries_used', RUNS)})"
 _OWN = f'{PHASE}, metric!~".+/.+"'
 _ALL_PHASES = f'{RUNS}, rank="0"'
 
@@ -235,7 +236,7 @@ def _cost() -> list[Object]:
         ),
         bars(
             "Failed attempts", "That count against the retries, by class. The 20 most frequent.",
-            now(f"topk(20, sum by (namespace, run, class) ({operator('phase_retries_used', RUNS)}))", "{{run}} · {{class}}"),
+            now(f"topk(20, sum by (namespace, run, class) ({_RETRIES_USED}))", "{{run}} · {{class}}"),
             min=0, decimals=0, thresholds=steps((None, ORANGE)), width=12, height=6, noValue="No attempt has failed",
         ),
     ]  # fmt: skip

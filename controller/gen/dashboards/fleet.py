@@ -99,8 +99,9 @@ def _now() -> list[Object]:
             unit="h", decimals=1, thresholds=steps((None, BLUE)), noValue="0",
         ),
         stat(
-            "Acting operator", "Replicas that hold the Lease. One is right; none means that nothing is looked after.",
-            now(f"sum({operator('leader')})", ""),
+            "Acting operator", "Replicas that hold the Lease, of each installation. One is right; none means that nothing is "
+            "looked after.",
+            now(f"sum by (namespace) (max by (namespace, pod) ({operator('leader')}))", "{{namespace}}"),
             thresholds=steps((None, RED), (1, GREEN), (2, RED)), noValue="None is scraped",
         ),
     ]  # fmt: skip

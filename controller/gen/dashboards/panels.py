@@ -56,7 +56,7 @@ def lines(
         "axisSoftMin": 0 if bars or stacked else None,
         "scaleDistribution": {"type": "log", "log": 10} if logarithmic else {"type": "linear"},
     }
-    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
     defaults["custom"] = {key: value for key, value in custom.items() if value is not None}
     panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width, points=points)
     panel["fieldConfig"]["overrides"] = list(overrides)
@@ -65,7 +65,7 @@ def lines(
 
 def trend(title: str, description: str, target: Object, x: str, width: int = 8, **field: object) -> Object:
     """Lines over a number: ``target`` is a table of ``run``, ``x`` and a value."""
-    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
     defaults["custom"] = {"lineWidth": 2, "showPoints": "auto", "pointSize": 4, "spanNulls": True}
     corner = f"{x}\\run"
     options = {**_xy_options(()), "xField": x}

@@ -353,7 +353,7 @@ def _checkpoints() -> list[Object]:
             noValue=NOT_RUNNING,
         ),
         bars(
-            "Checkpoints written", "Within the time range, by all attempts.",
+            "Checkpoints written", "Since their begin, by all attempts that were there within the time range.",
             now(f"round(sum by (phase) (max_over_time({written}[$__range])))", "{{phase}}"),
             min=0, decimals=0, thresholds=steps((None, BLUE)), noValue=NOT_RUNNING,
         ),
