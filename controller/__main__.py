@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from controller.api.run import Workspace
+from controller.api.workspace import Workspace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,8 +62,8 @@ def operator(
     log_level: LogLevel = "info",
 ) -> None:
     """Watch AlignmentRuns and carry them out as PyTorchJobs."""
-    from controller.backends.pytorchjob.render import Defaults
     from controller.operator.app import Options, main
+    from controller.operator.defaults import Defaults
     from controller.operator.login import NoCredentials, login_of
     from controller.operator.logs import configure
 
@@ -77,8 +77,8 @@ def operator(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
-        defaults=Defaults(default_image, Workspace(claim_name=default_claim) if default_claim else None),
-        queue=default_queue or None,
+        image=default_image or None,
+        defaults=Defaults(Workspace(claim_name=default_claim) if default_claim else None, default_queue or None),
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

@@ -15,6 +15,7 @@ from pydantic import (
 
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import RunStatus
+from controller.api.workspace import OBJECT_NAME, Workspace
 from trainers.contract import PhaseType
 from trainers.phases import REGISTRY, phase_type
 from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set
@@ -28,7 +29,6 @@ def _quantity(value: object) -> object:
 
 
 QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE]|[eE][0-9]+)?$"
-OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 
 Quantity = Annotated[
     str,
@@ -62,17 +62,6 @@ class ObjectMeta(SpecModel):
     """Set by the server: changes with every write."""
     creation_timestamp: datetime | None = None
     """Set by the server."""
-
-
-class Workspace(SpecModel):
-    """Where artifacts are kept: exactly one of `claimName`, `uri`. Local runs use a folder instead (`--workspace`)."""
-
-    one_of: ClassVar[tuple[str, ...]] = ("claim_name", "uri")
-
-    claim_name: str | None = Field(default=None, pattern=OBJECT_NAME, max_length=253)
-    """A PersistentVolumeClaim that every pod of the run mounts."""
-    uri: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9+.-]*://[^/\s][^\s]*$", max_length=1024)
-    """An object store prefix, for example `s3://bucket/prefix`."""
 
 
 class EnvVar(SpecModel):

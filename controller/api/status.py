@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from controller.api.workspace import Workspace
 from trainers.contract import FailureClass
 from trainers.spec import SpecModel
 
@@ -197,6 +198,8 @@ class RunStatus(StatusModel):
     """When work began."""
     finished_at: datetime | None = None
     """When the run ended."""
+    workspace: Workspace | None = None
+    """Where its artifacts are, once work has begun: as the run says, or the operator's default at that time."""
     phases: tuple[PhaseStatus, ...] = ()
     """One for each phase, in the run's order."""
     conditions: tuple[Condition, ...] = ()

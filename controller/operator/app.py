@@ -14,10 +14,10 @@ import kopf
 
 from controller.api import meta
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
-from controller.backends.pytorchjob.render import Defaults
 from controller.backends.pytorchjob.scrape import Scraper
 from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.operator import handlers, health
+from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
@@ -44,9 +44,9 @@ class Options:
     lease_namespace: str
     namespaces: tuple[str, ...] = ()
     """Those that are watched; all unless set."""
+    image: str | None = None
+    """The trainers' of runs that name none."""
     defaults: Defaults = field(default_factory=Defaults)
-    queue: str | None = None
-    """The LocalQueue of runs that name none."""
     port: int = 8080
     workers: int = 8
     """Runs that are looked at side by side."""
@@ -64,9 +64,9 @@ class Operator:
         self.queue = WorkQueue()
         self.metrics.queue(self.queue)
         self.scraper = Scraper(every=options.poll.total_seconds())
-        backend = PyTorchJobBackend(self.api, self.scraper, options.defaults)
+        backend = PyTorchJobBackend(self.api, self.scraper, options.image)
         self.reconciler = Reconciler(
-            self.api, backend, self.metrics, options.identity, options.poll, queue=options.queue
+            self.api, backend, self.metrics, options.identity, options.poll, defaults=options.defaults
         )
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))

@@ -13,6 +13,7 @@ from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.kube import Api, ApiError, Object
 from controller.operator import events
+from controller.operator.defaults import Defaults, remembering
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.plan.decide import going, is_settled, is_terminal, reject
@@ -20,6 +21,7 @@ from controller.reconcile import reconcile
 
 logger = logging.getLogger(__name__)
 
+NONE = Defaults()
 POLL = timedelta(seconds=15)
 """Between two looks at a run in which something runs: for its progress."""
 
@@ -32,7 +34,7 @@ def _now() -> datetime:
 class Reconciler:
     def __init__(
         self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
-        now: Callable[[], datetime] = _now, queue: str | None = None,
+        now: Callable[[], datetime] = _now, defaults: Defaults = NONE,
     ) -> None:  # fmt: skip
         self.api = api
         self.backend = backend
@@ -40,8 +42,7 @@ class Reconciler:
         self.instance = instance
         self.poll = poll
         self.now = now
-        self.queue = queue
-        """Of runs that name none."""
+        self.defaults = defaults
 
     async def look(self, key: Key) -> timedelta | None:
         """Returns when to look again, if nothing happens before. Raises what the API server says, to be tried again."""
@@ -55,13 +56,7 @@ class Reconciler:
         except ValidationError as error:
             await self._refuse(key, document, error)
             return None
-        return await self._reconcile(key, self._queued(run), document)
-
-    def _queued(self, run: AlignmentRun) -> AlignmentRun:
-        """Only for this look: what is written back is the run's status, never its spec."""
-        if run.spec.queue_name is not None or self.queue is None:
-            return run
-        return run.model_copy(update={"spec": run.spec.model_copy(update={"queue_name": self.queue})})
+        return await self._reconcile(key, self.defaults.applied(run), document)
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
         before = run.status or RunStatus()
@@ -70,7 +65,7 @@ class Reconciler:
             return None
 
         async def save(status: RunStatus) -> None:
-            await self._write(key, run, document, before, status)
+            await self._write(key, run, document, before, remembering(status, run))
 
         decision = await reconcile(run, self.backend, self.now(), save)
         self.metrics.run_seen(key, run, decision.status)

@@ -222,6 +222,7 @@ def _status(
     status = RunStatus(
         observed_generation=generation,
         started_at=started,
+        workspace=before.workspace,
         phases=phases,
         conditions=update(before.conditions, claims, generation, now),
     )

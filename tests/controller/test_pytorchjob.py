@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pods import job, pod, said, terminated
 
-from controller.api.run import PHASE_NAME_LENGTH, RUN_NAME_LENGTH, Workspace
+from controller.api.run import PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import QueueState, RunStatus
+from controller.api.workspace import Workspace
 from controller.backends.pytorchjob import observe
-from controller.backends.pytorchjob.render import Defaults, Owner, render
+from controller.backends.pytorchjob.render import Owner, render
+from controller.operator.defaults import Defaults
 from controller.plan.decide import Apply, decide
 from controller.plan.job import job_name
 from controller.plan.observed import JobState
@@ -22,13 +24,13 @@ from trainers.phases import phase_type
 
 NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
 OWNER = Owner("default", "test", "uid-1")
-DEFAULTS = Defaults(image="trainer:1", workspace=Workspace(claim_name="work"))
+WORK = Defaults(workspace=Workspace(claim_name="work"))
 RUNNING = {"startedAt": "2026-01-01T00:01:00Z"}
 
 
-def rendered(run, defaults=DEFAULTS):
-    [action] = [a for a in decide(run, seen(), START).actions if isinstance(a, Apply)]
-    return render(action.job, OWNER, defaults)
+def rendered(run):
+    [action] = [a for a in decide(WORK.applied(run), seen(), START).actions if isinstance(a, Apply)]
+    return render(action.job, OWNER, "trainer:1")
 
 
 def worker(document):

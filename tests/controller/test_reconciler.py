@@ -10,10 +10,12 @@ from builders import START, after, document, job, make_run, results, seen, sft
 
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus, RunStatus
+from controller.api.workspace import Workspace
 from controller.kube import RUNS, ApiError, Call, Conflict
+from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
-from controller.operator.reconciler import POLL, Reconciler
+from controller.operator.reconciler import NONE, POLL, Reconciler
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed
 from trainers.contract import FailureClass
@@ -50,6 +52,7 @@ class Backend:
     looks: int = 0
     lost: bool = False
     queues: list[str | None] = field(default_factory=list)
+    workspaces: list[Workspace | None] = field(default_factory=list)
 
     async def observe(self, run: AlignmentRun) -> Observed:
         self.looks += 1
@@ -58,6 +61,7 @@ class Backend:
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         self.server.said.append(f"apply {job.phase}-{job.attempt}")
         self.queues.append(job.queue_name)
+        self.workspaces.append(job.workspace)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
         if self.lost:
@@ -68,14 +72,15 @@ class Backend:
 class Desk:
     """A run, and looks at it."""
 
-    def __init__(self, operators_queue: str | None = None, **spec: Any) -> None:
+    def __init__(self, defaults: Defaults = NONE, **spec: Any) -> None:
+        self.defaults = defaults
         stored = document(sft("base"), **spec)
         stored["metadata"] |= {"namespace": "ns", "uid": "u", "generation": 1, "resourceVersion": "1"}
         self.server = Server(stored)
         self.backend = Backend(self.server)
         self.now = START
         self.reconciler = Reconciler(
-            self.server, self.backend, OperatorMetrics(), "me", now=self.clock, queue=operators_queue  # type: ignore[arg-type]
+            self.server, self.backend, OperatorMetrics(), "me", now=self.clock, defaults=self.defaults  # type: ignore[arg-type]
         )  # fmt: skip
 
     def clock(self) -> datetime:
@@ -183,11 +188,53 @@ def test_a_run_that_is_gone_or_going_is_nobodys_business():
     assert desk.backend.looks == 0
 
 
+def at(claim: str) -> Defaults:
+    return Defaults(workspace=Workspace(claim_name=claim))
+
+
+def test_a_run_stays_in_the_workspace_in_which_it_began_whatever_the_default_is_later():
+    """Its checkpoint and the models of its phases are there."""
+    desk = Desk(at("old"))
+    desk.look(seen())
+    assert desk.backend.workspaces == [Workspace(claim_name="old")]
+    desk.reconciler.defaults = at("new")
+    failed = job(RUN, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(5))
+    desk.look(seen(failed), at=10)
+    writes = len(desk.server.said)
+    desk.look(seen(failed), at=500)
+    assert desk.backend.workspaces == [Workspace(claim_name="old")] * 2
+    assert desk.status.workspace == Workspace(claim_name="old")
+    assert len(desk.server.said) > writes
+
+
+def test_a_run_that_says_where_is_asked_and_one_that_has_not_begun_takes_todays_default():
+    desk = Desk(at("old"), workspace={"claimName": "mine"})
+    desk.look(seen())
+    assert desk.backend.workspaces == [Workspace(claim_name="mine")]
+    waiting = Desk(at("old"), suspend=True)
+    waiting.look(seen())
+    assert waiting.status.workspace is None
+    waiting.reconciler.defaults = at("new")
+    waiting.edit(suspend=False)
+    waiting.look(seen(), at=1)
+    assert waiting.backend.workspaces == [Workspace(claim_name="new")]
+
+
+def test_what_is_remembered_is_no_reason_to_write():
+    desk = Desk(at("old"))
+    desk.look(seen())
+    running = seen(job(RUN, "base", started_at=after(0)))
+    desk.look(running, at=1)
+    writes = list(desk.server.said)
+    desk.look(running, at=2)
+    assert desk.server.said == writes
+
+
 @pytest.mark.parametrize(
     ("operators", "runs", "used"), [("gpus", None, "gpus"), ("gpus", "mine", "mine"), (None, None, None)]
 )
 def test_the_operators_queue_is_for_runs_that_name_none(operators: str | None, runs: str | None, used: str | None):
-    desk = Desk(operators, **({"queueName": runs} if runs else {}))
+    desk = Desk(Defaults(queue=operators), **({"queueName": runs} if runs else {}))
     desk.look()
     assert desk.backend.queues == [used]
     waits = job(RUN, "base", queue=QueueStatus(state=QueueState.PENDING, message="no room"))

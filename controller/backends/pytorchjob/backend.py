@@ -9,7 +9,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
 from controller.backends.pytorchjob import evidence, observe
-from controller.backends.pytorchjob.render import Defaults, Owner, render
+from controller.backends.pytorchjob.render import Owner, render
 from controller.backends.pytorchjob.scrape import Scraper
 from controller.kube import Api, ApiError, Conflict
 from controller.plan.job import PhaseJob, job_name
@@ -32,10 +32,11 @@ WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 class PyTorchJobBackend:
-    def __init__(self, api: Api, scraper: Scraper, defaults: Defaults) -> None:
+    def __init__(self, api: Api, scraper: Scraper, image: str | None) -> None:
+        """``image``: the trainers' of runs that name none."""
         self.api = api
         self.scraper = scraper
-        self.defaults = defaults
+        self.image = image
         self._refused: dict[tuple[str, str], ObservedJob] = {}
         """Jobs that the API server did not take, by the run's uid and their name, until the run's status says so."""
 
@@ -68,7 +69,7 @@ class PyTorchJobBackend:
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         """A job of this name that is someone else's, or an earlier run's on its way out, is waited for."""
         try:
-            await self.api.create_job(render(job, _owner(run), self.defaults))
+            await self.api.create_job(render(job, _owner(run), self.image))
         except Conflict:
             return
         except ApiError as error:
@@ -112,11 +113,11 @@ class PyTorchJobBackend:
 
     def _problems(self, run: AlignmentRun) -> list[str]:
         found = []
-        if run.spec.workspace is None and self.defaults.workspace is None:
+        if run.spec.workspace is None:
             found.append("spec.workspace: is not set: on a cluster name a claimName or a uri to keep artifacts in")
         for entry in run.phases:
             own = entry.template.image if entry.template else None
-            if not (own or run.spec.template.image or self.defaults.image):
+            if not (own or run.spec.template.image or self.image):
                 found.append(
                     f"spec.phases[{entry.name}].template.image: is not set, neither is spec.template.image, "
                     "and this operator has no default"

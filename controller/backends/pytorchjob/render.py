@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.api import meta
-from controller.api.run import Template, Workspace
+from controller.api.run import Template
+from controller.api.workspace import Workspace
 from controller.plan.job import PhaseJob
 from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
 
@@ -44,16 +45,8 @@ class Owner:
     uid: str
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """For runs that do not say."""
-
-    image: str | None = None
-    workspace: Workspace | None = None
-
-
-def render(job: PhaseJob, owner: Owner, defaults: Defaults) -> Object:
-    """The PyTorchJob for one attempt."""
+def render(job: PhaseJob, owner: Owner, image: str | None) -> Object:
+    """The PyTorchJob for one attempt; ``image`` if the run names none."""
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -69,7 +62,7 @@ def render(job: PhaseJob, owner: Owner, defaults: Defaults) -> Object:
             # Running: pods that have ended stay, to be read; others do not keep their GPUs.
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
-                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, defaults)}
+                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, image)}
             },
         },
     }
@@ -92,12 +85,12 @@ def _queue_labels(job: PhaseJob) -> dict[str, str]:
     return {QUEUE_LABEL: job.queue_name, **priority}
 
 
-def _pod(job: PhaseJob, defaults: Defaults) -> Object:
+def _pod(job: PhaseJob, image: str | None) -> Object:
     return {
         "metadata": {
             "labels": dict(job.labels),
             "annotations": {
-                meta.ANNOTATION_PHASE_FILE: phase_file(job, defaults),
+                meta.ANNOTATION_PHASE_FILE: phase_file(job),
                 # A sidecar never ends, so the job would not either.
                 "sidecar.istio.io/inject": "false",
             },
@@ -115,33 +108,32 @@ def _pod(job: PhaseJob, defaults: Defaults) -> Object:
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "containers": [_container(job, defaults)],
-            "volumes": _volumes(job, _workspace(job, defaults)),
+            "containers": [_container(job, image)],
+            "volumes": _volumes(job, _workspace(job)),
             **_placement(job),
         },
     }
 
 
-def _workspace(job: PhaseJob, defaults: Defaults) -> Workspace:
-    workspace = job.workspace or defaults.workspace
-    assert workspace is not None, "a run without a workspace is rejected before this"
-    return workspace
+def _workspace(job: PhaseJob) -> Workspace:
+    assert job.workspace is not None, "a run without a workspace is rejected before this"
+    return job.workspace
 
 
-def phase_file(job: PhaseJob, defaults: Defaults) -> str:
+def phase_file(job: PhaseJob) -> str:
     """What the phase program reads, as JSON."""
     file: PhaseFile = job.phase_file(WORKSPACE, WORKSPACE)
-    uri = _workspace(job, defaults).uri
+    uri = _workspace(job).uri
     if uri is not None:
         file = file.model_copy(update={"remote": uri.rstrip("/")})
     return file.model_dump_json(by_alias=True)
 
 
-def _container(job: PhaseJob, defaults: Defaults) -> Object:
+def _container(job: PhaseJob, image: str | None) -> Object:
     resources = job.template.resources
     return {
         "name": CONTAINER,
-        "image": job.image or defaults.image,
+        "image": job.image or image,
         "command": _command(job),
         "env": _environment(job),
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
