@@ -36,6 +36,16 @@ REGISTRY: Schema = {
     "pattern": "^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?)?$",
 }
 TAG: Schema = {"type": "string", "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"}
+QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i?|[kmun]|e[0-9]+)?$"
+QUANTITIES: Schema = {
+    "type": "object",
+    "patternProperties": {
+        "^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMG]i|[a-z0-9.-]+/[A-Za-z0-9._-]+)$": {
+            "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": QUANTITY}]
+        }
+    },
+    "additionalProperties": False,
+}
 ENV: Schema = {
     "type": "array",
     "items": {
@@ -61,7 +71,7 @@ RULES: dict[str, Schema] = {
     **dict.fromkeys(("podSecurityContext", "securityContext", "affinity", "run"), FREE),
     "resources": {
         "type": "object",
-        "properties": dict.fromkeys(("requests", "limits"), FREE) | {"claims": OBJECTS},
+        "properties": dict.fromkeys(("requests", "limits"), QUANTITIES) | {"claims": OBJECTS},
         "additionalProperties": False,
     },
     **dict.fromkeys(("tolerations", "topologySpreadConstraints", "from", "relabelings", "metricRelabelings"), OBJECTS),
@@ -82,10 +92,10 @@ RULES: dict[str, Schema] = {
     "extraEnv": ENV,
     "replicaCount": {"type": "integer", "minimum": 0},
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 0},
-    "maxUnavailable": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+%$"}]},
+    "maxUnavailable": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]|[1-9][0-9]|100)%$"}]},
     "apiServerPorts": {"type": "array", "minItems": 1, "items": PORT},
     "timeoutSeconds": {"type": "integer", "minimum": 1},
-    "size": {"type": "string", "pattern": r"^[0-9]+(\.[0-9]*)?([KMGTPE]i?|k)?$"},
+    "size": {"type": "string", "pattern": QUANTITY},
     "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
 }
 """By the value's name, or its last two names where one is ambiguous. Others have the type of their default."""

@@ -36,13 +36,20 @@ def granted() -> Object:
     """Rules by whom they are for. People's are joined to Kubernetes' own roles: whoever edits a namespace may run in it."""
     return {
         "operator": rules(CALLS),
-        "leader": rules(LEASE_CALLS),
+        "leader": _leader(),
         "test": rules(SMOKE_CALLS),
         "people": {
             "view": {"joins": ["view", "edit", "admin"], "rules": [_runs(VIEWER_VERBS)]},
             "edit": {"joins": ["edit", "admin"], "rules": [_runs(EDITOR_VERBS)]},
         },
     }
+
+
+def _leader() -> list[Object]:
+    """The one Lease; what is created has no name yet when Kubernetes looks."""
+    create = [call for call in LEASE_CALLS if call.verb == "create"]
+    named = rules(call for call in LEASE_CALLS if call.verb != "create")
+    return [*rules(create), *({**rule, "resourceNames": [meta.PRODUCT]} for rule in named)]
 
 
 def _runs(verbs: list[str]) -> Object:

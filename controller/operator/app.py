@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
+from controller.operator.namespaces import NamespaceIsBack, readable, until_back
 from controller.operator.queue import Key, WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
@@ -79,10 +80,15 @@ class Operator:
         self.port = 0
 
     async def run(self) -> None:
-        """Until SIGTERM, or until something that must go on ends. Raises LeadershipLost."""
+        """Until SIGTERM, or until something that must go on ends. Raises LeadershipLost, NamespaceIsBack."""
         server, self.port = await health.serve(self.options.port, self._unhealthy, self._unready, self.metrics.page)
-        tasks = [asyncio.create_task(work) for work in (self._watch(), self._act(), self.watchdog.guard())]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            namespaces = await readable(self.api, self.options.namespaces)
+            self.watchdog.namespaces = namespaces or (None,)
+            absent = [namespace for namespace in self.options.namespaces if namespace not in namespaces]
+            works = (self._watch(namespaces), self._act(), self.watchdog.guard(), until_back(self.api, absent))
+            tasks = [asyncio.create_task(work) for work in works]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -95,10 +101,9 @@ class Operator:
 
     # -- what is watched
 
-    async def _watch(self) -> None:
+    async def _watch(self, namespaces: Sequence[str]) -> None:
         """Ends on SIGTERM, which kopf listens for."""
-        namespaces = self.options.namespaces
-        await self._until_served()
+        await self._until_served(namespaces[0] if namespaces else None)
         await kopf.operator(
             registry=handlers.registry(self._notify, self.login),
             settings=handlers.settings(),
@@ -108,9 +113,8 @@ class Operator:
             standalone=True,
         )
 
-    async def _until_served(self) -> None:
+    async def _until_served(self, namespace: str | None) -> None:
         """kopf looks for kinds at its start only; those that are installed later would never be watched."""
-        namespace = self.options.namespaces[0] if self.options.namespaces else None
         for resource in WATCHED:
             while not await self.api.serves(resource, namespace):
                 self.missing = f"the cluster has no {resource.plural}.{resource.group}: {INSTALL[resource]}"
@@ -193,6 +197,8 @@ async def main(options: Options, login: Login) -> int:
         except LeadershipLost as error:
             logger.error("%s: ending, so that only one replica acts", error)
             return 1
+        except NamespaceIsBack as error:
+            logger.warning("namespace %s may be read now: ending, so that a new start watches it", error)
         except ApiError as error:
             logger.error("the API server refuses what the operator needs: %s", error)
             return 1

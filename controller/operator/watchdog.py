@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from controller.kube import Api, ApiError, Resource
+from controller.operator.namespaces import FORBIDDEN
 
 logger = logging.getLogger(__name__)
 
@@ -79,5 +80,17 @@ class Watchdog:
     async def _lives(self, watch: Watch) -> bool:
         listed: dict[str, str] = {}
         for namespace in self.namespaces:
-            listed |= await self.api.list_versions(watch.resource, namespace, watch.labels)
+            listed |= await self._listed(watch, namespace)
         return watch.compare(listed)
+
+    async def _listed(self, watch: Watch, namespace: str | None) -> dict[str, str]:
+        try:
+            return await self.api.list_versions(watch.resource, namespace, watch.labels)
+        except ApiError as error:
+            if namespace is None or error.status != FORBIDDEN:
+                raise
+            # Deleted, and the operator's Role with it: what is in the others is looked at all the same.
+            logger.warning(
+                "the watch of %s in namespace %s is not checked: %s", watch.resource.plural, namespace, error
+            )
+            return {}

@@ -219,6 +219,15 @@ BAD = {
         {"commonLabels": {"foo bar": "x"}}, "at '/commonLabels': additional properties 'foo bar' not allowed"
     ),
     "a label's value with a space": ({"podLabels": {"x": "a b"}}, "at '/podLabels/x': 'a b' does not match"),
+    "an amount with a unit that is none": (
+        {"resources": {"requests": {"memory": "128MB"}}}, "at '/resources/requests/memory': anyOf failed"
+    ),
+    "an amount of what nobody knows": (
+        {"resources": {"limits": {"mem": "1Gi"}}}, "at '/resources/limits': additional properties 'mem' not allowed"
+    ),
+    "more than all": (
+        {"podDisruptionBudget": {"maxUnavailable": "150%"}}, "at '/podDisruptionBudget/maxUnavailable': anyOf failed"
+    ),
     "half a digest": ({"image": {"digest": "sha256:12"}}, "at '/image/digest': 'sha256:12' does not match"),
     "a variable without a name": ({"extraEnv": [{"value": "x"}]}, "at '/extraEnv/0': missing property 'name'"),
     "variables as a map": ({"extraEnv": {"A": "b"}}, "at '/extraEnv': got object, want array"),

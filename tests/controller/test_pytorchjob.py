@@ -274,6 +274,9 @@ class TestQueue:
         assert (off.state, absent.state) == (QueueState.MISSING, QueueState.MISSING)
         assert "switched off" in off.message
         assert "not installed" in absent.message
+        held = observe.queue_status(job(queue="gpus", suspend=True), None, True, NOW)
+        assert held.state == QueueState.MISSING
+        assert "which waits" in held.message
 
 
 def test_nothing_of_a_backend_is_in_the_planner():

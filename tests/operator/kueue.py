@@ -7,7 +7,7 @@ API = "kueue.x-k8s.io/v1beta2"
 
 
 def quota(namespace: str, cpu: str) -> list[Object]:
-    """A queue `gpus` in the namespace with so many CPUs, and two priorities; a job may be preempted by a higher one."""
+    """Named as in manifests/components/kueue: a queue with so many CPUs, and two priorities, of which one preempts."""
     name = f"quota-{namespace}"
     return [
         {"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": name}},
@@ -37,11 +37,11 @@ def quota(namespace: str, cpu: str) -> list[Object]:
         {
             "apiVersion": API,
             "kind": "LocalQueue",
-            "metadata": {"name": "gpus", "namespace": namespace},
+            "metadata": {"name": "alignment", "namespace": namespace},
             "spec": {"clusterQueue": name},
         },
         *(
             {"apiVersion": API, "kind": "WorkloadPriorityClass", "metadata": {"name": level}, "value": value}
-            for level, value in (("low", 1), ("high", 1000))
+            for level, value in (("alignment-low", 1), ("alignment-high", 1000))
         ),
     ]

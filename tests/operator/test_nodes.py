@@ -132,10 +132,10 @@ def test_an_eviction(runs: Runs, undisturbed: dict[str, Any]):
 def test_a_preemption_by_a_run_of_higher_priority(runs: Runs, undisturbed: dict[str, Any]):
     runs.cluster.apply(quota(runs.namespace, "1"))
     cpu = {"requests": {"cpu": "1"}}
-    runs.apply("low", {**TRAINING, "queueName": "gpus", "queuePriority": "low"}, resources=cpu)
+    runs.apply("low", {**TRAINING, "queueName": "alignment", "queuePriority": "alignment-low"}, resources=cpu)
     runs.until_checkpoint("low", "sft")
     short = {**TRAINING, "phases": [{"name": "sft", "sft": {**PHASE, "duration": {"maxSteps": 3}}}]}
-    runs.apply("high", {**short, "queueName": "gpus", "queuePriority": "high"}, resources=cpu)
+    runs.apply("high", {**short, "queueName": "alignment", "queuePriority": "alignment-high"}, resources=cpu)
     runs.wait(
         "the preemption is told", lambda: any(
             c["type"] == "Admitted" and c["reason"] == "Preempted" for c in runs.status("low").get("conditions", [])

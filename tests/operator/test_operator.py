@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from cluster.proxy import FaultProxy
@@ -254,26 +255,30 @@ class TestWithoutTheOperator:
         operator.start()
 
 
+def tenant(driver: Driver, *others: str) -> Path:
+    """Credentials of an operator with rights in the driver's namespace and in these."""
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tenant"}}
+    driver.cluster.apply(account, driver.namespace)
+    for namespace, role, kind in (
+        *((namespace, "alignment-operator", "ClusterRole") for namespace in (driver.namespace, *others)),
+        ("alignment-system", "alignment-operator-leader", "Role"),
+    ):
+        binding = {
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+            "metadata": {"name": f"tenant-{driver.namespace}"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+            "subjects": [{"kind": "ServiceAccount", "name": "tenant", "namespace": driver.namespace}],
+        }  # fmt: skip
+        driver.cluster.apply(binding, namespace)
+    return driver.cluster.service_account_kubeconfig(driver.namespace, "tenant")
+
+
 class TestNamespaces:
     def test_several_with_rights_in_them_alone(self, driver: Driver, operator, operator_factory):
         """Role bindings in two namespaces instead of one for the cluster."""
         operator.stop()
         second = Driver(driver.cluster, driver.cluster.namespace("second"))
-        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tenant"}}
-        driver.cluster.apply(account, driver.namespace)
-        for namespace, role, kind in (
-            (driver.namespace, "alignment-operator", "ClusterRole"),
-            (second.namespace, "alignment-operator", "ClusterRole"),
-            ("alignment-system", "alignment-operator-leader", "Role"),
-        ):
-            binding = {
-                "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
-                "metadata": {"name": f"tenant-{driver.namespace}"},
-                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
-                "subjects": [{"kind": "ServiceAccount", "name": "tenant", "namespace": driver.namespace}],
-            }  # fmt: skip
-            driver.cluster.apply(binding, namespace)
-        mine = driver.cluster.service_account_kubeconfig(driver.namespace, "tenant")
+        mine = tenant(driver, second.namespace)
         arguments = ("--namespace", driver.namespace, "--namespace", second.namespace, "--watchdog-seconds", "2")
         running = operator_factory(*arguments, kubeconfig=mine).start()
         for one in (driver, second):
@@ -284,6 +289,33 @@ class TestNamespaces:
         time.sleep(5)
         assert running.get("healthz")[0] == 200
         assert running.stop() == 0
+        operator.start()
+
+    def test_one_that_is_deleted_takes_nothing_from_the_others(self, driver: Driver, operator, operator_factory):
+        """kopf gives up after a minute of being forbidden to list; the operator would be down for everybody."""
+        operator.stop()
+        mine = tenant(driver, gone := driver.cluster.namespace("gone"))
+        driver.cluster.delete_namespace(gone, wait=True)
+        arguments = ("--namespace", gone, "--namespace", driver.namespace, "--watchdog-seconds", "2")
+        running = operator_factory(*arguments, kubeconfig=mine).start()
+        driver.cluster.wait(lambda: running.get("readyz")[0] == 200, 30, "it is ready")
+        driver.apply(manifest("run", sft()))
+        driver.succeed("run-sft-1")
+        driver.until_condition("run", "Succeeded")
+        assert f"namespace {gone} is not watched, it is deleted or lacks the operator's Role" in running.log.read_text()
+        assert "could not be checked" not in running.log.read_text()
+        # It comes back with its Role: watches begin at a start only.
+        driver.cluster.kubectl("create", "namespace", gone)
+        tenant(driver, gone)
+        assert running.process is not None
+        assert running.process.wait(60) == 0
+        assert f"namespace {gone} may be read now" in running.log.read_text()
+        again = Driver(driver.cluster, gone)
+        running.start()
+        again.apply(manifest("run", sft()))
+        again.until_job("run-sft-1")
+        assert running.stop() == 0
+        driver.cluster.delete_namespace(gone)
         operator.start()
 
     def test_only_those_that_are_named(self, driver: Driver, operator, operator_factory):

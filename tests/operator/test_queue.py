@@ -14,7 +14,7 @@ ONE_CPU = {"image": "nothing:1", "resources": {"requests": {"cpu": 1}}}
 
 def queued(name: str, priority: str | None = None, **spec):
     more = {"queuePriority": priority} if priority else {}
-    return manifest(name, sft(), queueName="gpus", template=ONE_CPU, **more, **spec)
+    return manifest(name, sft(), queueName="alignment", template=ONE_CPU, **more, **spec)
 
 
 def suspended(driver: Driver, job: str) -> bool:
@@ -39,6 +39,16 @@ class TestQuota:
         driver.succeed("second-sft-1")
         driver.until_condition("second", "Succeeded")
 
+    def test_a_priority_that_does_not_exist_is_said(self, driver: Driver):
+        """Kueue leaves the job suspended and makes no Workload: as if its integration were off, but then it would run."""
+        driver.cluster.apply(quota(driver.namespace, "1"))
+        driver.apply(queued("run", "nobody-made-it"))
+        told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
+        assert "WorkloadPriorityClass nobody-made-it does not exist" in told["message"]
+        priority = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "value": 1}
+        driver.cluster.apply({**priority, "metadata": {"name": "nobody-made-it"}})
+        driver.until_condition("run", "Admitted", timeout=120)
+
     def test_waiting_in_a_queue_is_not_a_slow_start(self, driver: Driver):
         driver.cluster.apply(quota(driver.namespace, "0"))
         driver.apply(queued("run", failurePolicy={"startupTimeoutSeconds": 2, "retries": {"startupTimeout": 0}}))
@@ -48,11 +58,11 @@ class TestQuota:
 
     def test_a_run_of_higher_priority_preempts_one_which_goes_on_afterwards(self, driver: Driver):
         driver.cluster.apply(quota(driver.namespace, "1"))
-        driver.apply(queued("low", "low"))
+        driver.apply(queued("low", "alignment-low"))
         driver.start("low-sft-1")
         driver.until_phase("low", "sft", "Running")
         uid = driver.until_job("low-sft-1")["metadata"]["uid"]
-        driver.apply(queued("high", "high"))
+        driver.apply(queued("high", "alignment-high"))
         told = driver.until_condition("low", "Admitted", "False", reason="Preempted", timeout=40)
         assert "Preempted to accommodate a workload" in told["message"]
         # The kubelet, which is not there, would end the pod.

@@ -10,7 +10,7 @@ from controller.api import meta
 from controller.api.status import QueueState, QueueStatus
 from controller.backends.pytorchjob import evidence
 from controller.backends.pytorchjob.evidence import Evidence
-from controller.backends.pytorchjob.render import QUEUE_LABEL
+from controller.backends.pytorchjob.render import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from controller.plan.observed import JobState, ObservedJob, ObservedResult
 from trainers.contract import FailureClass
 
@@ -156,12 +156,18 @@ def queue_status(job: Object, workload: Object | None, installed: bool, now: dat
     age = (now - evidence.timestamp(job["metadata"]["creationTimestamp"])).total_seconds()
     if age < QUEUE_PATIENCE_SECONDS:
         return None
-    queue = job["metadata"]["labels"][QUEUE_LABEL]
+    return QueueStatus(state=QueueState.MISSING, message=_without_workload(job, installed))
+
+
+def _without_workload(job: Object, installed: bool) -> str:
+    labels = job["metadata"]["labels"]
+    asked = f"queue {labels[QUEUE_LABEL]} is asked for, but"
+    if job["spec"].get("runPolicy", {}).get("suspend"):
+        priority = labels.get(QUEUE_PRIORITY_LABEL)
+        cause = f"WorkloadPriorityClass {priority} does not exist, or " if priority else ""
+        return f"{asked} Kueue makes no Workload for the job, which waits: {cause}it has a reason that its log tells"
     missing = "its integration kubeflow.org/pytorchjob is switched off" if installed else "Kueue is not installed"
-    return QueueStatus(
-        state=QueueState.MISSING,
-        message=f"queue {queue} is asked for, but nothing queues the job: {missing}; it runs unqueued",
-    )
+    return f"{asked} nothing queues the job: {missing}; it runs unqueued"
 
 
 def _workload_status(workload: Object) -> QueueStatus:
