@@ -133,7 +133,9 @@ class Api:
 
     async def create_run(self, run: Object) -> Object:
         metadata = run["metadata"]
-        return await self._call(Call("create", RUNS), metadata["namespace"], metadata["name"], run)
+        # Otherwise a field that nobody knows would be dropped without a word.
+        strict = {"fieldValidation": "Strict"}
+        return await self._call(Call("create", RUNS), metadata["namespace"], metadata["name"], run, strict)
 
     async def delete_run(self, namespace: str, name: str) -> None:
         await _absent_is_none(self._call(Call("delete", RUNS), namespace, name))

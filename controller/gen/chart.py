@@ -92,7 +92,9 @@ RULES: dict[str, Schema] = {
     "extraEnv": ENV,
     "replicaCount": {"type": "integer", "minimum": 0},
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 0},
-    "maxUnavailable": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]|[1-9][0-9]|100)%$"}]},
+    "maxUnavailable": {
+        "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]|[1-9][0-9]|100)%$"}]
+    },
     "apiServerPorts": {"type": "array", "minItems": 1, "items": PORT},
     "timeoutSeconds": {"type": "integer", "minimum": 1},
     "size": {"type": "string", "pattern": QUANTITY},

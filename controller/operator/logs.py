@@ -16,12 +16,9 @@ def configure(log_format: str, level: str) -> None:
     if level not in LEVELS:
         raise SystemExit(f"--log-level {level}: one of {', '.join(LEVELS)}")
     chosen = cast(Literal["json", "text"], log_format)
-    kopf.configure(
-        verbose=level == "info",
-        debug=level == "debug",
-        quiet=level in ("warning", "error"),
-        log_format=kopf.LogFormat.JSON if chosen == "json" else kopf.LogFormat.FULL,
-    )
+    kopf.configure(debug=level == "debug", log_format=kopf.LogFormat.JSON if chosen == "json" else kopf.LogFormat.FULL)
+    # kopf's own words for levels are others: its "verbose" is debug, its "quiet" warning.
+    logging.getLogger().setLevel(level.upper())
     # kopf tells of every event that it passes on.
     for name in ("kopf.objects", "kopf.activities", "kopf._core", "kopf._cogs", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 All namespaces enforce the restricted Pod Security level.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from cluster.client import Cluster, KubectlError
 from cluster.installed import ONE_THREAD, Runs, place_for_runs
 from monitoring import prometheus_operator
 
-from chart.helm import CHART, ROOT, HelmError, Object, helm
+from chart.helm import CHART, ROOT, HelmError, Loader, Object, helm, one
 from chart.inventory import inventory
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -165,7 +166,9 @@ def test_life_cycle(prepared: Cluster, runs: Runs, tmp_path: Path):
     cluster.wait(release.holder, 60, "a replica acts")
     assert [len(phase["attempts"]) for phase in runs.status("upgraded")["phases"]] == [1, 1]
     # As the README has it. The garbage collector's watch has just broken with the change of the kind, for seconds.
-    cluster.kubectl("delete", "alignmentruns", "--all", "--all-namespaces", "--cascade=foreground", timeout=120)
+    cluster.kubectl("delete", "alignmentruns", "--all", "--all-namespaces", timeout=120)
+    ours = ("-l", "app.kubernetes.io/managed-by=alignment-operator")
+    cluster.kubectl("wait", "--for=delete", "pytorchjobs,pods", *ours, "--all-namespaces", "--timeout=2m", timeout=130)
     release.helm("uninstall")
     assert gone(cluster, inventory(cluster) - before)
 
@@ -218,6 +221,8 @@ def test_listed_namespaces_need_no_rights_in_the_cluster(prepared: Cluster, runs
         second.helm("install", str(CHART), values=values("", watchNamespaces=[other]))
     with pytest.raises(HelmError, match=rf"already has namespace {team}: uninstall it"):
         second.helm("install", str(CHART), values=values("", crds={"enabled": False}))
+    with for_all(cluster), pytest.raises(HelmError, match="another operator .* already has all namespaces"):
+        second.helm("install", str(CHART), values=values(other, watchNamespaces=[other], crds={"enabled": False}))
     theirs = values(
         other, watchNamespaces=[other], crds={"enabled": False}, fullnameOverride=RELEASE, rbac={"aggregate": False}
     )
@@ -233,6 +238,25 @@ def test_listed_namespaces_need_no_rights_in_the_cluster(prepared: Cluster, runs
     log = cluster.kubectl("logs", f"{RELEASE}-test", "-n", second.namespace)
     assert f"kubectl describe alignmentrun {RELEASE}-test -n {other}" in log
     assert cluster.items("arun", "-n", other)
+
+    # ---- one that says what nobody understands is refused, not shortened
+    typo = {**theirs, "test": {**theirs["test"], "run": {**theirs["test"].get("run", {}), "phazes": []}}}
+    second.helm("upgrade", str(CHART), values=typo)
+    with pytest.raises(HelmError, match="failed"):
+        second.helm("test", "--timeout", "60s")
+    assert 'unknown field "spec.phazes"' in cluster.kubectl("logs", f"{RELEASE}-test", "-n", second.namespace)
+
+
+@contextlib.contextmanager
+def for_all(cluster: Cluster) -> Iterator[None]:
+    """As if an operator for all namespaces were there."""
+    text = helm("template", "everywhere", str(CHART), "--namespace", "elsewhere", "--set", "crds.enabled=false")
+    binding = one([d for d in yaml.load_all(text, Loader) if d], "ClusterRoleBinding")
+    cluster.apply(binding)
+    try:
+        yield
+    finally:
+        cluster.kubectl("delete", "clusterrolebinding", binding["metadata"]["name"])
 
 
 def installer(cluster: Cluster, *namespaces: str) -> Path:

@@ -220,13 +220,13 @@ BAD = {
     ),
     "a label's value with a space": ({"podLabels": {"x": "a b"}}, "at '/podLabels/x': 'a b' does not match"),
     "an amount with a unit that is none": (
-        {"resources": {"requests": {"memory": "128MB"}}}, "at '/resources/requests/memory': anyOf failed"
+        {"resources": {"requests": {"memory": "128MB"}}}, "at '/resources/requests/memory': '128MB' does not match"
     ),
     "an amount of what nobody knows": (
         {"resources": {"limits": {"mem": "1Gi"}}}, "at '/resources/limits': additional properties 'mem' not allowed"
     ),
     "more than all": (
-        {"podDisruptionBudget": {"maxUnavailable": "150%"}}, "at '/podDisruptionBudget/maxUnavailable': anyOf failed"
+        {"podDisruptionBudget": {"maxUnavailable": "150%"}}, "at '/podDisruptionBudget/maxUnavailable': '150%' does not match"
     ),
     "half a digest": ({"image": {"digest": "sha256:12"}}, "at '/image/digest': 'sha256:12' does not match"),
     "a variable without a name": ({"extraEnv": [{"value": "x"}]}, "at '/extraEnv/0': missing property 'name'"),

@@ -7,6 +7,10 @@
 {{- fail (printf "test.namespace is %s, which is not one of watchNamespaces (%s): nobody would carry out the test's run" .Values.test.namespace (join ", " .Values.watchNamespaces)) }}
 {{- end }}
 {{- if .Values.watchNamespaces }}
+{{- /* Whoever makes ClusterRoles may look for one that is for all; others may not, and an install would fail. */ -}}
+{{- if .Values.rbac.aggregate }}
+{{- include "alignment.alone" (list $ "ClusterRoleBinding" "") }}
+{{- end }}
 {{- range .Values.watchNamespaces }}
 {{- include "alignment.alone" (list $ "RoleBinding" .) }}
 {{- end }}
@@ -26,7 +30,7 @@
 {{- $ours := and (eq (get $labels "app.kubernetes.io/part-of") "alignment-operator") (eq (get $labels "app.kubernetes.io/component") "operator") }}
 {{- if and $ours (not (hasSuffix "-leader" .metadata.name)) (or (ne $release $root.Release.Name) (ne $home $root.Release.Namespace)) }}
 {{- $what := ternary (printf "namespace %s" .metadata.namespace) "all namespaces" (not (empty .metadata.namespace)) }}
-{{- fail (printf "another operator (release %s in namespace %s) already has %s: uninstall it, or list other namespaces in watchNamespaces" ($release | default .metadata.name) ($home | default "unknown") $what) }}
+{{- fail (printf "another operator (release %s in namespace %s) already has %s: uninstall it, or let the two watch different namespaces, both with watchNamespaces" ($release | default .metadata.name) ($home | default "unknown") $what) }}
 {{- end }}
 {{- end }}
 {{- end }}
