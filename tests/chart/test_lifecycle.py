@@ -207,7 +207,8 @@ def test_listed_namespaces_need_no_rights_in_the_cluster(prepared: Cluster, runs
         assert can(cluster, verb, resource, account, "-n", team)
         for where in (["-n", other], ["-n", home], ["--all-namespaces"]):
             assert not can(cluster, verb, resource, account, *where), (verb, resource, where)
-    assert can(cluster, "update", "leases", account, "-n", home)
+    assert can(cluster, "update", f"leases/{RELEASE}", account, "-n", home)
+    assert not can(cluster, "update", "leases/another", account, "-n", home)
     assert not can(cluster, "get", "secrets", account, "-n", team)
     assert f"in namespace {team}: succeeded" in release.test()
 
@@ -221,7 +222,7 @@ def test_listed_namespaces_need_no_rights_in_the_cluster(prepared: Cluster, runs
         second.helm("install", str(CHART), values=values("", watchNamespaces=[other]))
     with pytest.raises(HelmError, match=rf"already has namespace {team}: uninstall it"):
         second.helm("install", str(CHART), values=values("", crds={"enabled": False}))
-    with for_all(cluster), pytest.raises(HelmError, match="another operator .* already has all namespaces"):
+    with for_all(cluster), pytest.raises(HelmError, match=r"another operator .* already has all namespaces"):
         second.helm("install", str(CHART), values=values(other, watchNamespaces=[other], crds={"enabled": False}))
     theirs = values(
         other, watchNamespaces=[other], crds={"enabled": False}, fullnameOverride=RELEASE, rbac={"aggregate": False}
