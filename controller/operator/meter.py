@@ -26,6 +26,7 @@ class OperatorMetrics:
         own = [metric for metric in METRICS if metric not in RUN_METRICS]
         self._collectors: dict[str, Any] = {m.name: m.collector(self.registry) for m in own}
         self._states: dict[Key, str] = {}
+        self._leads = False
         self._series = RunSeries()
         self._asked: dict[tuple[Key, str, int], float] = {}
         """Attempts that wait for their queue, with the time at which they were asked for."""
@@ -132,8 +133,8 @@ class OperatorMetrics:
         self._of("workqueue_wait_seconds").observe(seconds)
 
     def queue(self, queue: Sized) -> None:
-        """Measured when it is asked for: when all workers hang nothing else would tell."""
-        self._of("workqueue_depth").set_function(lambda: len(queue))
+        """Measured when it is asked for: when all workers hang nothing else would tell. A standby has no workers."""
+        self._of("workqueue_depth").set_function(lambda: len(queue) if self._leads else 0)
 
     def called(self, call: Call, code: str, seconds: float) -> None:
         resource = call.resource.plural + (f"/{call.resource.subresource}" if call.resource.subresource else "")
@@ -141,6 +142,7 @@ class OperatorMetrics:
         self._of("api_request_seconds", verb=call.verb, resource=resource).observe(seconds)
 
     def leads(self, leads: bool) -> None:
+        self._leads = leads
         self._of("leader").set(leads)
 
     def watched(self, resource: str) -> None:

@@ -44,7 +44,7 @@ METRICS: tuple[MetricDef, ...] = (
     # -- the operator itself
     MetricDef(PREFIX + "reconcile_seconds", "histogram", "Duration of one look at a run.", ("outcome",), SHORT),
     MetricDef(PREFIX + "workqueue_wait_seconds", "histogram", "From the wish for a look at a run to its begin.", (), SHORT),
-    MetricDef(PREFIX + "workqueue_depth", "gauge", "Runs that wait for a look."),
+    MetricDef(PREFIX + "workqueue_depth", "gauge", "Runs that wait for a look; 0 in a replica that stands by."),
     MetricDef(PREFIX + "api_requests_total", "counter", "Calls to the API server.", ("verb", "resource", "code")),
     MetricDef(PREFIX + "api_request_seconds", "histogram", "Duration of calls to the API server.", ("verb", "resource"), SHORT),
     MetricDef(PREFIX + "leader", "gauge", "1 in the replica that acts."),

@@ -313,6 +313,8 @@ def test_runs_that_wait_are_seen_when_nothing_takes_them():
     measured, queue = OperatorMetrics(), WorkQueue()
     measured.queue(queue)
     queue.add(KEY)
+    assert samples(measured)["workqueue_depth",] == 0, "a replica that stands by collects what it will have to look at"
+    measured.leads(True)
     assert samples(measured)["workqueue_depth",] == 1
 
 

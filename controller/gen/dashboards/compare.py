@@ -4,6 +4,7 @@ from controller.gen.dashboards.board import COMPARE, FLEET, annotation, dashboar
 from controller.gen.dashboards.fleet import run_address
 from controller.gen.dashboards.panels import (
     BLUE,
+    BY_NAME,
     GREEN,
     GREY,
     ORANGE,
@@ -152,17 +153,17 @@ def _speed() -> list[Object]:
     return [
         lines(
             "Tokens per second", "Of all processes; padding not counted. At the time of day.",
-            line(f"sum {BY_RUN} ({trainer('tokens_per_second', PHASE)})", NAME), min=0, noValue=NO_TRAINER,
+            line(f"sum {BY_RUN} ({trainer('tokens_per_second', PHASE)})", NAME), min=0, color=BY_NAME, noValue=NO_TRAINER,
         ),
         lines(
             "Model FLOPs utilisation (MFU)", "Operations that the model needs, of those that the devices could do.",
-            line(f"{flops} / {peak}", NAME), unit="percentunit", min=0,
+            line(f"{flops} / {peak}", NAME), unit="percentunit", min=0, color=BY_NAME,
             noValue="The devices' peak is not known (CPU)",
         ),
         lines(
             "GPU utilisation", "Share of the time in which the GPUs compute (NVML).",
             line(f"avg {BY_RUN} ({trainer('gpu_utilization_ratio', PHASE)})", NAME), unit="percentunit", min=0, max=1,
-            noValue="No trainer with a GPU was scraped",
+            color=BY_NAME, noValue="No trainer with a GPU was scraped",
         ),
     ]  # fmt: skip
 

@@ -30,6 +30,10 @@ def stat(
     return panel
 
 
+BY_NAME = {"mode": "palette-classic-by-name"}
+"""For a few runs, each of one colour in all panels; of many names several would come to the same colour."""
+
+
 def lines(
     title: str,
     description: str,
@@ -56,7 +60,7 @@ def lines(
         "axisSoftMin": 0 if bars or stacked else None,
         "scaleDistribution": {"type": "log", "log": 10} if logarithmic else {"type": "linear"},
     }
-    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
+    defaults = _defaults({"color": {"mode": "palette-classic"}, **field})
     defaults["custom"] = {key: value for key, value in custom.items() if value is not None}
     panel = _panel("timeseries", title, description, targets, _xy_options(calcs), defaults, width, points=points)
     panel["fieldConfig"]["overrides"] = list(overrides)
@@ -65,7 +69,7 @@ def lines(
 
 def trend(title: str, description: str, target: Object, x: str, width: int = 8, **field: object) -> Object:
     """Lines over a number: ``target`` is a table of ``run``, ``x`` and a value."""
-    defaults = _defaults({"color": {"mode": "palette-classic-by-name"}, **field})
+    defaults = _defaults({"color": BY_NAME, **field})
     defaults["custom"] = {"lineWidth": 2, "showPoints": "auto", "pointSize": 4, "spanNulls": True}
     corner = f"{x}\\run"
     options = {**_xy_options(()), "xField": x}
@@ -109,7 +113,7 @@ def timeline(title: str, description: str, target: Object, mappings: list[Object
         "tooltip": {"mode": "single", "sort": "none"},
     }
     defaults = _defaults({"mappings": mappings, "color": {"mode": "thresholds"}})
-    defaults["custom"] = {"fillOpacity": 80, "lineWidth": 0}
+    defaults["custom"] = {"fillOpacity": 80, "lineWidth": 0, "spanNulls": 60_000}
     return _panel("state-timeline", title, description, [target], options, defaults, width=24, height=height)
 
 
