@@ -113,7 +113,7 @@ def timeline(title: str, description: str, target: Object, mappings: list[Object
         "tooltip": {"mode": "single", "sort": "none"},
     }
     defaults = _defaults({"mappings": mappings, "color": {"mode": "thresholds"}})
-    defaults["custom"] = {"fillOpacity": 80, "lineWidth": 0, "spanNulls": 60_000}
+    defaults["custom"] = {"fillOpacity": 80, "lineWidth": 0}
     return _panel("state-timeline", title, description, [target], options, defaults, width=24, height=height)
 
 
