@@ -1,8 +1,7 @@
 """The rules in a Prometheus that saw real runs, as the Prometheus Operator handed them to it."""
 
-from monitoring.observed import Observed
-
 from controller.gen.alerts import ALERTS
+from monitoring.observed import Observed
 
 
 def fired(observed: Observed) -> dict[tuple[str, str], dict[str, str]]:
