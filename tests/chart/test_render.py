@@ -343,6 +343,13 @@ def test_pods_are_fit_for_the_restricted_level() -> None:
         assert {next(k for k in v if k != "name") for v in pod["volumes"]} <= {"emptyDir", "configMap"}
 
 
+def test_a_replica_that_waits_for_a_kind_is_not_restarted() -> None:
+    """It is not ready then, so only readiness may ask for that: the kubelet ends what does not start."""
+    operator = container(template({}))
+    asks = {probe: operator[probe]["httpGet"]["path"] for probe in operator if probe.endswith("Probe")}
+    assert asks == {"startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}
+
+
 def test_the_network_policy_lets_in_what_asks_for_the_port_that_probes_and_monitors_use() -> None:
     """Whether it is enforced is the network plugin's affair, and the test cluster's does not."""
     objects = template(EVERYTHING)
