@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from controller.api.run import QUANTITY
 from controller.gen import NOTICE
 
 Schema = dict[str, Any]
@@ -36,7 +37,6 @@ REGISTRY: Schema = {
     "pattern": "^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?)?$",
 }
 TAG: Schema = {"type": "string", "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"}
-QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i?|[kmun]|e[0-9]+)?$"
 QUANTITIES: Schema = {
     "type": "object",
     "patternProperties": {

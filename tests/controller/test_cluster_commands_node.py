@@ -57,11 +57,13 @@ def until(process: subprocess.Popen[str], text: str) -> str:
     output = ""
     late = threading.Timer(120, process.kill)
     late.start()
-    while text not in output:
-        line = process.stdout.readline()
-        assert line, f"ended with {process.wait()} after: {output}"
-        output += line
-    late.cancel()
+    try:
+        while text not in output:
+            line = process.stdout.readline()
+            assert line, f"ended with {process.wait()} after: {output}"
+            output += line
+    finally:
+        late.cancel()
     return output
 
 

@@ -318,6 +318,14 @@ def test_runs_that_wait_are_seen_when_nothing_takes_them():
     assert samples(measured)["workqueue_depth",] == 1
 
 
+def test_states_count_from_zero():
+    """The first phase of a type that fails is one that a panel must show."""
+    found = samples(OperatorMetrics())
+    assert {state: found["phase_transitions_total", state, "ppo"] for state in PhaseState} == dict.fromkeys(
+        PhaseState, 0
+    )
+
+
 def test_gpu_seconds_count_from_zero():
     """A day's attempt is counted at its end: without the zero before, an increase() would not see it."""
     measured = OperatorMetrics()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_time import run
 
-from controller.kube import PODS, RUNS, Resource
+from controller.kube import PODS, RUNS, ApiError, Call, Resource
 from controller.operator.meter import OperatorMetrics
 from controller.operator.watchdog import Watch, Watchdog
 
@@ -97,12 +97,29 @@ class Lister:
     versions: dict[str, Listing] = field(default_factory=lambda: {"alignmentruns": {}, "pods": {}})
     asked: list[str | None] = field(default_factory=list)
     away: bool = False
+    forbidden: str = ""
+    """A namespace that is deleted, and the Role in it with it."""
 
     async def list_versions(self, resource: Resource, namespace: str | None, labels: dict[str, str]) -> Listing:
         self.asked.append(namespace)
         if self.away:
             raise aiohttp.ClientConnectionError
+        if namespace == self.forbidden:
+            raise ApiError(Call("list", resource), "", 403, "forbidden")
         return dict(self.versions[resource.plural])
+
+
+def test_a_deleted_namespace_does_not_hide_a_dead_watch_in_the_others():
+    async def go():
+        api = Lister(forbidden="gone")
+        dog = Watchdog(api, [Watch(RUNS), Watch(PODS)], ["gone", "two"], every=60)  # type: ignore[arg-type]
+        guard = asyncio.create_task(dog.guard())
+        api.versions["pods"]["p"] = "1"
+        await asyncio.sleep(150)
+        guard.cancel()
+        return dog.dead
+
+    assert run(go()) == ("pods",)
 
 
 def test_the_guard_names_the_dead_and_takes_it_back():
