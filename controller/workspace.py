@@ -12,7 +12,7 @@ import yaml
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.compose import Document
-from trainers.contract import write_atomic
+from trainers.files import write_atomic
 
 DEFAULT = Path("runs")
 

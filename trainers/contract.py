@@ -1,18 +1,15 @@
 """The contract between a phase program and whatever started it. Imports no torch.
 
-A phase reads one file (:class:`PhaseFile`), works in one directory (:class:`PhaseDir`) and ends in one of the ways
-listed in :data:`FAILURES`, or with ``result.json``, which is written last and is the only sign of success.
+A phase reads one file (:class:`PhaseFile`), works in one directory (:class:`trainers.workspace.PhaseDir`) and ends in
+one of the ways listed in :data:`FAILURES`, or with ``result.json``, which is written last and is the only sign of
+success.
 """
 
 import enum
 import hashlib
 import json
-import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -226,11 +223,6 @@ class Artifact(SpecModel):
     size: int = 0
     """Bytes in all its files."""
 
-    def intact(self, phase_root: Path) -> bool:
-        """Whether its files are still there, by their size: hashing a large model at every start would take minutes."""
-        path = phase_root / self.path
-        return path.exists() and self.size in (0, tree_size(path))
-
 
 class Result(SpecModel):
     """`result.json`."""
@@ -269,190 +261,3 @@ class Progress(SpecModel):
     metrics_port: int | None = None
     updated_at: float = 0.0
     """Seconds since the epoch."""
-
-
-@dataclass(frozen=True)
-class PhaseDir:
-    """Names of the files in a phase's directory."""
-
-    root: Path
-
-    @property
-    def result(self) -> Path:
-        return self.root / "result.json"
-
-    @property
-    def phase_file(self) -> Path:
-        return self.root / "phase.json"
-
-    @property
-    def progress(self) -> Path:
-        return self.root / "progress.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def identity(self) -> Path:
-        """Digest that unfinished work in this directory belongs to."""
-        return self.root / "digest"
-
-    def read_result(self) -> Result | None:
-        """The result, or None if the phase has not finished here. A damaged file counts as not finished."""
-        try:
-            return Result.model_validate_json(self.result.read_text())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            ValueError,
-        ):  # ValidationError and UnicodeDecodeError are ValueErrors
-            return None
-
-    def read_progress(self) -> Progress | None:
-        try:
-            return Progress.model_validate_json(self.progress.read_text())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            ValueError,
-        ):  # ValidationError and UnicodeDecodeError are ValueErrors
-            return None
-
-
-# ---------------------------------------------------------------- atomic writing
-
-
-def fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
-
-
-def commit_directory(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name. Files are flushed first, so the name never points at torn content.
-
-    An older directory of that name is kept until the new one is in place.
-    """
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    displaced = None
-    if final.exists():
-        displaced = final.with_name(f".{final.name}.{os.getpid()}.old")
-        os.replace(final, displaced)
-    os.replace(temporary, final)
-    fsync_directory(final.parent)
-    if displaced is not None:
-        shutil.rmtree(displaced)
-
-
-def tree_digest(root: Path) -> str:
-    """SHA-256 over the relative names and contents of all files below ``root`` (or of one file)."""
-    digest = hashlib.sha256()
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    for path in files:
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def tree_size(root: Path) -> int:
-    """Bytes in all files below ``root`` (or in one file)."""
-    files = [root] if root.is_file() else root.rglob("*")
-    return sum(path.stat().st_size for path in files if path.is_file())
-
-
-# ---------------------------------------------------------------- one workspace, many results
-
-HISTORY = ".history"
-"""Folder beside the phases where results and unfinished work go when an edit displaces them."""
-
-
-def history_dir(phase_root: Path, digest: str) -> Path:
-    return phase_root.parent / HISTORY / f"{phase_root.name}-{digest[:16]}"
-
-
-def set_aside(phase_root: Path) -> Path | None:
-    """Move what another digest left in a phase's directory to the history. Nothing computed is ever deleted."""
-    directory = PhaseDir(phase_root)
-    if not directory.identity.exists() and not directory.result.exists():
-        return None
-    result = directory.read_result()
-    unfinished = directory.identity.read_text().strip() if directory.identity.exists() else "damaged"
-    digest = result.digest if result else unfinished
-    target = history_dir(phase_root, digest)
-    if target.exists():
-        target = target.with_name(f"{target.name}.{int(time.time())}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(phase_root, target)
-    return target
-
-
-def open_directory(directory: PhaseDir, digest: str) -> None:
-    """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
-    unfinished = directory.identity.exists() and directory.identity.read_text().strip() != digest
-    if unfinished or directory.result.exists():
-        set_aside(directory.root)
-    directory.root.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory.identity, digest)
-
-
-def find_finished(workspace: Path, digest: str) -> Iterator[Path]:
-    """Directories anywhere in the workspace (any run, or a run's history) whose result has this digest.
-
-    Several may have it: the digest covers what was asked for, and data may have changed between two of them.
-    """
-    for pattern in ("*/*/result.json", f"*/{HISTORY}/*/result.json"):
-        for path in sorted(workspace.glob(pattern)):
-            result = PhaseDir(path.parent).read_result()
-            if result is not None and result.digest == digest:
-                yield path.parent
-
-
-def adopt(finished: Path, phase_root: Path) -> None:
-    """Give a phase the result of an equal one, by hard links where the file system allows, else by copying.
-
-    Artifacts never change once ``result.json`` stands, so sharing their files is safe.
-    """
-    temporary = phase_root.with_name(f".{phase_root.name}.{os.getpid()}.adopt")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(
-        finished, temporary, copy_function=link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts")
-    )
-    set_aside(phase_root)
-    shutil.rmtree(phase_root, ignore_errors=True)
-    os.replace(temporary, phase_root)
-    fsync_directory(phase_root.parent)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

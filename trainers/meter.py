@@ -16,9 +16,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.registry import Collector
 
 from trainers import __version__
-from trainers.contract import PhaseDir, Progress, write_atomic
+from trainers.contract import Progress
+from trainers.files import write_atomic
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
 from trainers.spec import Tracking
+from trainers.workspace import PhaseDir
 
 
 class Meter:

@@ -15,7 +15,6 @@ from pathlib import Path
 from trainers.contract import (
     Artifact,
     FailureClass,
-    PhaseDir,
     PhaseFile,
     Progress,
     Result,
@@ -24,9 +23,10 @@ from trainers.contract import (
     phase_digest,
     sha256_text,
     termination_json,
-    write_atomic,
 )
+from trainers.files import write_atomic
 from trainers.phases import phase_type
+from trainers.workspace import PhaseDir
 
 type_name, path = sys.argv[1], Path(sys.argv[3])
 file = PhaseFile.model_validate_json(path.read_text())

@@ -12,10 +12,10 @@ from prometheus_client import generate_latest
 
 from controller.backends.pytorchjob import scrape
 from controller.backends.pytorchjob.scrape import Scraper, parse
-from trainers.contract import PhaseDir
 from trainers.meter import Meter
 from trainers.metrics import PREFIX
 from trainers.spec import Tracking
+from trainers.workspace import PhaseDir
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -70,7 +70,7 @@ def run_phase() -> RunPhase:
     above ``output``, so give every run a folder of its own: ``tmp_path / "run" / "phase"``.
     """
     from trainers import launch
-    from trainers.contract import PhaseDir
+    from trainers.workspace import PhaseDir
 
     def run(
         kind: str, spec: dict[str, Any], inputs: dict[str, Path] | None, output: Path, **file: Any
@@ -108,7 +108,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractConte
 
 
 def _inputs(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
-    from trainers.contract import PhaseDir
+    from trainers.workspace import PhaseDir
 
     found = {}
     for name, directory in directories.items():

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import contract
-from trainers.contract import FAILURES, FailureClass, PhaseDir, Result, Termination
-from trainers.launch import check_gates, classify
+from trainers import contract, files, workspace
+from trainers.contract import FAILURES, FailureClass, Result, Termination
+from trainers.failures import classify
+from trainers.gates import check_gates
 from trainers.phases import REGISTRY
 from trainers.phases.dpo.spec import DpoSpec
+from trainers.workspace import PhaseDir
 
 
 def dpo(**changes):
@@ -27,7 +29,7 @@ def finished(root: Path, digest: str, text: str = "weights") -> PhaseDir:
     directory.model.mkdir(parents=True)
     (directory.model / "w").write_text(text)
     result = Result(run="r", phase=root.name, type="sft", digest=digest, artifact_digest="a" + digest)
-    contract.write_atomic(directory.result, json.dumps(result.document()))
+    files.write_atomic(directory.result, json.dumps(result.document()))
     return directory
 
 
@@ -69,39 +71,39 @@ class TestHistory:
     def test_an_edit_displaces_and_never_deletes(self, tmp_path):
         root = tmp_path / "run" / "sft"
         finished(root, "d1", "first")
-        assert contract.set_aside(root) == contract.history_dir(root, "d1")
+        assert workspace.set_aside(root) == workspace.history_dir(root, "d1")
         assert not root.exists()
-        assert (contract.history_dir(root, "d1") / "model" / "w").read_text() == "first"
+        assert (workspace.history_dir(root, "d1") / "model" / "w").read_text() == "first"
 
     def test_displacing_the_same_digest_twice_keeps_both(self, tmp_path):
         root = tmp_path / "run" / "sft"
         for _ in range(2):
             finished(root, "d1")
-            contract.set_aside(root)
-        assert len(list((tmp_path / "run" / contract.HISTORY).iterdir())) == 2
+            workspace.set_aside(root)
+        assert len(list((tmp_path / "run" / workspace.HISTORY).iterdir())) == 2
 
     def test_a_result_is_found_in_other_runs_and_in_the_history(self, tmp_path):
         finished(tmp_path / "other" / "sft", "d1")
         root = tmp_path / "run" / "sft"
         finished(root, "d2")
-        contract.set_aside(root)
-        assert list(contract.find_finished(tmp_path, "d1")) == [tmp_path / "other" / "sft"]
-        assert list(contract.find_finished(tmp_path, "d2")) == [contract.history_dir(root, "d2")]
-        assert list(contract.find_finished(tmp_path, "d3")) == []
+        workspace.set_aside(root)
+        assert list(workspace.find_finished(tmp_path, "d1")) == [tmp_path / "other" / "sft"]
+        assert list(workspace.find_finished(tmp_path, "d2")) == [workspace.history_dir(root, "d2")]
+        assert list(workspace.find_finished(tmp_path, "d3")) == []
 
     def test_adopting_leaves_the_source_and_sets_the_old_content_aside(self, tmp_path):
         source = finished(tmp_path / "other" / "sft", "d1", "good").root
         root = tmp_path / "run" / "sft"
         finished(root, "d2", "old")
-        contract.adopt(source, root)
+        workspace.adopt(source, root)
         assert PhaseDir(root).read_result().digest == "d1"
         assert (root / "model" / "w").read_text() == (source / "model" / "w").read_text() == "good"
-        assert (contract.history_dir(root, "d2") / "model" / "w").read_text() == "old"
+        assert (workspace.history_dir(root, "d2") / "model" / "w").read_text() == "old"
 
     def test_a_damaged_result_without_a_digest_can_be_set_aside(self, tmp_path):
         (tmp_path / "run" / "sft").mkdir(parents=True)
         (tmp_path / "run" / "sft" / "result.json").write_text("{")
-        assert contract.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
+        assert workspace.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
 
     @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"run": 1}', b"\xff\xfe\x00"])
     def test_damaged_files_count_as_absent(self, tmp_path, content):
@@ -115,7 +117,7 @@ def _write_for_ever(path: str) -> None:
     number = 0
     while True:
         number += 1
-        contract.write_atomic(Path(path), json.dumps({"number": number, "filler": "x" * 20_000}))
+        files.write_atomic(Path(path), json.dumps({"number": number, "filler": "x" * 20_000}))
 
 
 def _commit_for_ever(root: str) -> None:
@@ -126,7 +128,7 @@ def _commit_for_ever(root: str) -> None:
         temporary.mkdir(exist_ok=True)
         for name in "abc":
             (temporary / name).write_text(str(number) * 1000)
-        contract.commit_directory(temporary, Path(root) / "final")
+        files.commit_directory(temporary, Path(root) / "final")
 
 
 class TestKill:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainers.contract import PhaseDir
+from trainers.workspace import PhaseDir
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
 
@@ -106,7 +106,7 @@ def test_first_loss_by_hand(run_phase, spec_for, teacher_dir, traces_file, tmp_p
     from trl.experimental.gkd import GKDTrainer
 
     from trainers.core.batch import BatchOrder
-    from trainers.core.models import keep_layers
+    from trainers.core.layers import keep_layers
 
     spec = spec_for(temperature=2.0, onPolicyFraction=0, duration={"maxSteps": 1}, weighting={"mode": "softmax"})
     code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")

@@ -11,12 +11,12 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainers import __version__
-from trainers.contract import PhaseDir
 from trainers.core.device import GpuSensors, sensors
 from trainers.meter import Meter
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PREFIX
 from trainers.phases import REGISTRY
 from trainers.spec import Tracking
+from trainers.workspace import PhaseDir
 
 LABELS = {"run": "r", "phase": "p", "type": "sft", "rank": "0"}
 

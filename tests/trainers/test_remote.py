@@ -12,7 +12,8 @@ import remote_store
 from cluster.processes import free_ports
 from remote_store import serve, sft, start, steps, use, wait_for, weights
 
-from trainers.contract import PhaseDir, Result
+from trainers.contract import Result
+from trainers.workspace import PhaseDir
 
 # Fixtures.
 server, bucket, in_pod = remote_store.server, remote_store.bucket, remote_store.in_pod
@@ -68,7 +69,7 @@ def test_as_many_checkpoints_stay_as_asked_for(in_pod, bucket, stop_after, tiny_
 @pytest.mark.parametrize("keep", [0, 1])
 def test_a_slow_store_changes_nothing(in_pod, bucket, run_phase, tiny_model_dir, tmp_path, monkeypatch, keep):
     """Files are pruned and replaced here while they are being uploaded."""
-    from trainers.core.store import Store
+    from trainers.remote.store import Store
 
     rows = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 16}}
     spec = sft(
@@ -299,7 +300,7 @@ def test_interrupted_work_that_cannot_be_uploaded_is_not_called_saved(
     in_pod, stop_after, tiny_model_dir, monkeypatch, capfd
 ):
     from trainers.contract import Infrastructure
-    from trainers.core.store import Store
+    from trainers.remote.store import Store
 
     def fails(self, name, content):
         raise Infrastructure(f"{self.address(name)}: gone")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trainers.core.models import load_reward_model, new_reward_model
+from trainers.core.reward_models import load_reward_model, new_reward_model
 from trainers.core.rewards import response_rewards
 from trainers.spec import ModelRef, Parallel, RewardModelRef
 from trainers.synthetic import generate

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainers.contract import PhaseDir
 from trainers.meter import Meter
+from trainers.workspace import PhaseDir
 
 DEMONSTRATIONS = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 48}}
 

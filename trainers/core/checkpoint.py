@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainers.contract import commit_directory
 from trainers.core.context import PhaseContext
 from trainers.core.trainee import Trainee
+from trainers.files import commit_directory
 from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")

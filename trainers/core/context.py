@@ -6,13 +6,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseDir, PhaseFile, PhaseType
+from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseFile, PhaseType
 from trainers.core.parallel import Workers
 from trainers.meter import Meter
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
+from trainers.workspace import PhaseDir
 
 if TYPE_CHECKING:
-    from trainers.core.uploads import Uploads
+    from trainers.remote.uploads import Uploads
 
 ARTIFACT_NAMES = {
     "model": "model",
@@ -141,7 +142,7 @@ class PhaseContext:
 
 def artifact_of(ctx: PhaseContext) -> tuple[str, Artifact]:
     """The phase's artifact, with the digest of what lies in its directory."""
-    from trainers.contract import tree_digest, tree_size
+    from trainers.files import tree_digest, tree_size
 
     path = ARTIFACT_NAMES[ctx.type.produces]
     root = ctx.dir.root / path

@@ -10,7 +10,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.contract import BadInput, commit_directory
+from trainers.contract import BadInput
+from trainers.files import commit_directory
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from controller.backends.local.results import Results, unfinished
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import resolve
-from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseDir, adopt, set_aside, write_atomic
+from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE
+from trainers.files import write_atomic
 from trainers.phases import phase_type
 from trainers.spec import PhaseSpec
+from trainers.workspace import PhaseDir, adopt, set_aside
 
 Command = Callable[[PhaseJob, Path], Sequence[str]]
 """What to execute for a job and its phase file."""

@@ -14,7 +14,8 @@ import psutil
 from pydantic import ValidationError
 
 from controller.api.status import StatusModel
-from trainers.contract import FAILURES, FailureClass, Termination, write_atomic
+from trainers.contract import FAILURES, FailureClass, Termination
+from trainers.files import write_atomic
 
 LEASH = Path(__file__).with_name("leash.py")
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from controller.plan.observed import ObservedResult, Unfinished
-from trainers.contract import HISTORY, BadInput, PhaseDir, Result
+from trainers.contract import BadInput, Result
 from trainers.fingerprints import fingerprint
 from trainers.spec import DataSource, PhaseSpec, is_address
+from trainers.workspace import HISTORY, PhaseDir, intact
 
 
 class Results:
@@ -62,7 +63,7 @@ class Results:
 
     @staticmethod
     def _lost(root: Path, result: Result) -> str | None:
-        lost = [artifact.path for artifact in result.artifacts.values() if not artifact.intact(root)]
+        lost = [artifact.path for artifact in result.artifacts.values() if not intact(artifact, root)]
         return f"its {lost[0]} is no longer whole" if lost else None
 
     def _changed_data(self, result: Result, spec: PhaseSpec) -> str | None:

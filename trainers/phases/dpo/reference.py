@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from trainers.contract import BadInput, canonical_json, sha256_text, write_atomic
+from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch, collate, plan_micro_batches
 from trainers.core.context import PhaseContext
 from trainers.core.data import Pair
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
 
 Reference = Callable[[list[Pair], Batch], torch.Tensor]

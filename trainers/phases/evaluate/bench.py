@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
-from trainers.contract import BadInput, DataRecord, canonical_json, sha256_text, tree_digest
+from trainers.contract import BadInput, DataRecord, canonical_json, sha256_text
 from trainers.core.batch import Sequence as Tokens
 from trainers.core.batch import collate, plan_micro_batches
 from trainers.core.context import PhaseContext
 from trainers.core.data import Row, joined, prompt_ids, prompt_messages, read_rows, sft_sequence
-from trainers.core.models import LoadedModel, context_length, load_causal_lm, load_reward_model, same_tokens
+from trainers.core.models import LoadedModel, context_length, load_causal_lm
+from trainers.core.reward_models import load_reward_model
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.core.vocabulary import same_tokens
+from trainers.files import tree_digest
 from trainers.phases.evaluate.benchmark import BenchmarkRows, NotComparable
 from trainers.phases.evaluate.cells import Cells
 from trainers.phases.evaluate.divergence import divergence_sums

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainers.contract import HISTORY, canonical_json, sha256_text, write_atomic
+from trainers.contract import canonical_json, sha256_text
+from trainers.files import write_atomic
+from trainers.workspace import HISTORY
 
 FOLDER = "cells"
 VERSION = 1

@@ -8,8 +8,9 @@ may come anywhere in the list, and an interrupted evaluation goes on at the firs
 import json
 from typing import Any
 
-from trainers.contract import BadInput, write_atomic
+from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.files import write_atomic
 from trainers.phases.evaluate.bench import Bench, Laboratory
 from trainers.phases.evaluate.benchmark import NotComparable, SampledSpec
 from trainers.phases.evaluate.latency import device, measure_latency

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from trainers.contract import commit_directory, link_or_copy
+from trainers.files import commit_directory, link_or_copy
 from trainers.phases.package.gather import Model
 
 LINKED = (".safetensors", ".bin", ".model")

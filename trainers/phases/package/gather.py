@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.contract import BadInput, PhaseDir, Result
+from trainers.contract import BadInput, Result
 from trainers.core.context import PhaseContext
 from trainers.phases.package.spec import PackageSpec
 from trainers.spec import NamedModel, shown_labels
+from trainers.workspace import PhaseDir
 
 STARTS = ("policy", "student", "model")
 """Roles of the model that a phase starts from."""

@@ -2,8 +2,8 @@
 
 import json
 
-from trainers.contract import write_atomic
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.files import write_atomic
 from trainers.phases.package.card import model_card
 from trainers.phases.package.export import export_model
 from trainers.phases.package.gather import gather

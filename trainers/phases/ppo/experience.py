@@ -9,8 +9,8 @@ from torch import nn
 
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
 from trainers.core.data import joined
-from trainers.core.models import score_head
 from trainers.core.parallel import Workers
+from trainers.core.reward_models import score_head
 from trainers.core.rollouts import Sample
 from trainers.core.scoring import hidden_states
 from trainers.phases.ppo.advantages import gae, token_rewards, whiten

@@ -15,11 +15,14 @@ from trainers.contract import BadInput
 from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
+from trainers.core.export import save_model
 from trainers.core.flops import ModelFlops, model_flops
-from trainers.core.models import LoadedModel, load_causal_lm, load_reward_model, same_tokens, save_model
+from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.trainee import Trainee
+from trainers.core.vocabulary import same_tokens
 from trainers.phases.ppo.advantages import explained_variance
 from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
 from trainers.phases.ppo.loss import adapted_coef, clipped, kl_estimate, policy_loss, value_loss

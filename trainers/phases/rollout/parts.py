@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainers.contract import write_atomic
+from trainers.files import write_atomic
 
 
 class Parts:

@@ -7,10 +7,12 @@ restart nor another number of processes changes it.
 import statistics
 from typing import Any, cast
 
-from trainers.contract import write_atomic
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
-from trainers.core.models import LoadedModel, load_causal_lm, load_reward_model, same_tokens
+from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, Sample, check_room, read_prompts, respond
+from trainers.core.vocabulary import same_tokens
+from trainers.files import write_atomic
 from trainers.phases.rollout.parts import Parts, jsonl
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.phases.rollout.tokens import check_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trainers.contract import Infrastructure, Interrupted
-from trainers.core.remote_phase import CELLS, MANIFEST, Manifest, RemotePhase, mark_of
+from trainers.remote.phase import CELLS, MANIFEST, Manifest, RemotePhase, mark_of
 
 NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "digest", "checkpoints", "attempts")
 """Goes last, is for this machine only, or is there already."""

@@ -1,7 +1,7 @@
 """A workspace on an object store: what a phase finds there and fetches before it starts. Imports no torch.
 
 The local workspace is an empty folder of each pod's own. The object of local ``<workspace>/X`` is ``<remote>/X``.
-The first process of each node fetches for all of them; only rank 0 writes to the store (:mod:`trainers.core.uploads`).
+The first process of each node fetches for all of them; only rank 0 writes to the store (:mod:`trainers.remote.uploads`).
 """
 
 import atexit
@@ -16,13 +16,14 @@ from typing import Any
 
 import psutil
 
-from trainers import contract
-from trainers.contract import BadInput, PhaseDir, PhaseFile, PhaseType, Result
-from trainers.core.remote_phase import Objects, RemotePhase
-from trainers.core.store import Store
-from trainers.core.uploads import Uploads
+from trainers.contract import BadInput, PhaseFile, PhaseType, Result
+from trainers.files import write_atomic
 from trainers.fingerprints import same_data
+from trainers.remote.phase import Objects, RemotePhase
+from trainers.remote.store import Store
+from trainers.remote.uploads import Uploads
 from trainers.spec import PhaseSpec, addresses, is_address, model_sources
+from trainers.workspace import PhaseDir, open_directory
 
 ADDRESSES = ".objects"
 """Folder of the local workspace for data and models that a spec gives by address."""
@@ -75,7 +76,7 @@ class Remote:
         if self.phase is not None:
             if is_main():
                 self.phase.open()
-            contract.open_directory(self.dir, self.digest)
+            open_directory(self.dir, self.digest)
             for name, entry in self.file.inputs.items():
                 self.phase.fetch_input(name, Path(entry.path), self.kind.reads_beside)
             self.phase.fetch_unfinished()
@@ -187,7 +188,7 @@ def once_per_node(what: str, work: Callable[[], str]) -> str:
     marker = Path(tempfile.gettempdir()) / f"alignment-{_launch()}-{what}"
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         text = work()
-        contract.write_atomic(marker, text)
+        write_atomic(marker, text)
         if not text:  # else the others may read it after this process has ended
             atexit.register(marker.unlink, missing_ok=True)
         return text

@@ -18,10 +18,11 @@ from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 
-from trainers import contract
-from trainers.contract import Artifact, BadInput, PhaseDir, Result
-from trainers.core.store import Damaged, Object, Store
+from trainers.contract import Artifact, BadInput, Result
+from trainers.files import commit_directory, tree_digest, write_atomic
+from trainers.remote.store import Damaged, Object, Store
 from trainers.spec import SpecModel
+from trainers.workspace import PhaseDir, history_dir
 
 INDEX = ".index"
 MANIFEST = ".manifest.json"
@@ -126,7 +127,7 @@ class RemotePhase:
     def _history(self) -> str:
         result = self._result(self.name)
         digest = result.digest if result else self._identity() or "damaged"
-        target = self.name_of(contract.history_dir(self.dir.root, digest))
+        target = self.name_of(history_dir(self.dir.root, digest))
         return f"{target}.{int(time.time())}" if self.store.find(target) else target
 
     def _identity(self) -> str | None:
@@ -153,7 +154,7 @@ class RemotePhase:
             self._fetch_artifact(name, root, artifact, objects)
         wanted = [n for n in objects if any(fnmatch(n, f"{folder}/{pattern}") for pattern in beside)]
         self.store.download({n: self.workspace / n for n in wanted}, objects)
-        contract.write_atomic(root / "result.json", self.store.read(f"{folder}/result.json") or b"")
+        write_atomic(root / "result.json", self.store.read(f"{folder}/result.json") or b"")
 
     def _fetch_artifact(self, phase: str, root: Path, artifact: Artifact, objects: Objects) -> None:
         name = self.name_of(root / artifact.path)
@@ -165,7 +166,7 @@ class RemotePhase:
             self.store.download(files, objects)
         except Damaged as error:
             raise BadInput(f"{problem} to have the phase run again") from error
-        if not files or contract.tree_digest(root / artifact.path) != artifact.digest:
+        if not files or tree_digest(root / artifact.path) != artifact.digest:
             raise BadInput(f"{problem} to have the phase run again")
 
     def fetch_unfinished(self) -> None:
@@ -208,7 +209,7 @@ class RemotePhase:
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         if self._fetch_as_marked(folder, objects, temporary):
-            contract.commit_directory(temporary, final)
+            commit_directory(temporary, final)
             return True
         print(f"{self.store.address(folder)} is torn, trying an older one", file=sys.stderr)
         return False

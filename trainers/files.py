@@ -1,0 +1,70 @@
+"""Writing that is whole or not at all, and the identity of what lies on disk. Imports no torch."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def commit_directory(temporary: Path, final: Path) -> None:
+    """Give a finished directory its name. Files are flushed first, so the name never points at torn content.
+
+    An older directory of that name is kept until the new one is in place.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    displaced = None
+    if final.exists():
+        displaced = final.with_name(f".{final.name}.{os.getpid()}.old")
+        os.replace(final, displaced)
+    os.replace(temporary, final)
+    fsync_directory(final.parent)
+    if displaced is not None:
+        shutil.rmtree(displaced)
+
+
+def tree_digest(root: Path) -> str:
+    """SHA-256 over the relative names and contents of all files below ``root`` (or of one file)."""
+    digest = hashlib.sha256()
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    for path in files:
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tree_size(root: Path) -> int:
+    """Bytes in all files below ``root`` (or in one file)."""
+    files = [root] if root.is_file() else root.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,44 @@
+"""Reading a phase file and the spec in it. Imports no torch."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trainers.contract import BadInput, PhaseFile, PhaseType
+
+
+def read_phase_file(path: Path, kind: PhaseType, changes: Iterable[tuple[str, object]]) -> PhaseFile:
+    try:
+        document = yaml.safe_load(path.read_text())
+        for dotted, value in changes:
+            _set(document["spec"], dotted.split("."), value)
+        file = PhaseFile.model_validate(document)
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"phase file {path}: {error}") from error
+    except (ValidationError, KeyError, TypeError) as error:
+        raise BadInput(f"phase file {path}: {_first_problem(error)}") from error
+    return file if file.phase else file.model_copy(update={"phase": kind.name})
+
+
+def parse_spec(kind: PhaseType, file: PhaseFile) -> Any:
+    try:
+        return kind.spec.model_validate(file.spec)
+    except ValidationError as error:
+        raise BadInput(f"{kind.name}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']} (got {str(first['input'])[:80]!r})"
+
+
+def _set(document: Any, path: list[str], value: object) -> None:
+    for part in path[:-1]:
+        document = document[int(part)] if isinstance(document, list) else document.setdefault(part, {})
+    document[path[-1]] = value

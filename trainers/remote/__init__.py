@@ -1,0 +1,1 @@
+"""A workspace, data and models on an object store. Imports no torch."""
