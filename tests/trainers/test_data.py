@@ -9,15 +9,8 @@ from datasets import Dataset
 
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
-from trainers.core.data import (
-    encode_rows,
-    joined,
-    preference_pair,
-    prompt_ids,
-    read_rows,
-    response_sequence,
-    sft_sequence,
-)
+from trainers.core.encode import joined, preference_pair, prompt_ids, response_sequence, sft_sequence
+from trainers.core.rows import encode_rows, read_rows
 from trainers.core.scratch import scratch_tokenizer
 from trainers.spec import DataSource, ScratchTokenizer
 

@@ -69,9 +69,9 @@ def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, fro
     options = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
     dtype = torch.bfloat16 if frozen and ctx.workers.bf16 else torch.float32
     try:
-        config = AutoConfig.frompretrained(location, **options)
-        tokenizer = AutoTokenizer.frompretrained(location, **options)
-        model = auto.frompretrained(location, config=config, dtype=dtype, use_safetensors=True, **options)
+        config = AutoConfig.from_pretrained(location, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = auto.from_pretrained(location, config=config, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"model {location} cannot be loaded: {reason}") from error

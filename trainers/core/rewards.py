@@ -13,7 +13,7 @@ import torch
 from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
 from trainers.core.chat import ChatFormat, Messages
-from trainers.core.data import joined
+from trainers.core.encode import joined
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head

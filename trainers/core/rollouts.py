@@ -10,11 +10,12 @@ import torch
 from trainers.contract import BadInput, Diverged
 from trainers.core.chat import ChatFormat, Messages
 from trainers.core.context import PhaseContext
-from trainers.core.data import Row, Rows, encode_rows, prompt_ids, prompt_messages, read_rows
+from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.generate import generate
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
+from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.spec import PromptData, Sampling
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainers.contract import BadInput
-from trainers.core.data import raw_rows
+from trainers.core.rows import raw_rows
 from trainers.spec import ScratchModel, ScratchTokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")

@@ -17,12 +17,13 @@ from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.data import Row, Rows, encode_rows, joined, prompt_ids, read_rows
+from trainers.core.encode import joined, prompt_ids
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm, load_some_layers
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
+from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
 from trainers.core.trainee import Trainee, seed_step
 from trainers.core.vocabulary import same_tokens

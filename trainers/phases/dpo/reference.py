@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch, collate, plan_micro_batches
 from trainers.core.context import PhaseContext
-from trainers.core.data import Pair
+from trainers.core.encode import Pair
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.files import write_atomic

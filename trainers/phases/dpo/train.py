@@ -9,10 +9,11 @@ import torch
 from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.data import Pair, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.encode import Pair, preference_pair
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.trainee import Trainee, seed_step
 from trainers.phases.dpo.loss import dpo_loss

@@ -15,11 +15,12 @@ from trainers.contract import BadInput, DataRecord, canonical_json, sha256_text
 from trainers.core.batch import Sequence as Tokens
 from trainers.core.batch import collate, plan_micro_batches
 from trainers.core.context import PhaseContext
-from trainers.core.data import Row, joined, prompt_ids, prompt_messages, read_rows, sft_sequence
+from trainers.core.encode import joined, prompt_ids, prompt_messages, sft_sequence
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
+from trainers.core.rows import Row, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.vocabulary import same_tokens
 from trainers.files import tree_digest

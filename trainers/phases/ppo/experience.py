@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
-from trainers.core.data import joined
+from trainers.core.encode import joined
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head
 from trainers.core.rollouts import Sample

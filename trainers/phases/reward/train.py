@@ -14,12 +14,13 @@ from torch import nn
 from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.data import Pair, Row, Rows, encode_rows, preference_pair, read_rows
+from trainers.core.encode import Pair, preference_pair
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel
 from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores, score_sequences
+from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
 from trainers.core.trainee import Trainee, seed_step
 from trainers.phases.reward import loss

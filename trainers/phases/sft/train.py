@@ -11,10 +11,11 @@ import torch
 from trainers.core.batch import BatchOrder, Sequence, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.data import Rows, encode_rows, read_rows, sft_sequence
+from trainers.core.encode import sft_sequence
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.trainee import Trainee, seed_step
 from trainers.phases.sft.spec import SftSpec
