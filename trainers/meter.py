@@ -4,6 +4,7 @@ Imports no torch.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ import psutil
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.registry import Collector
 
-from trainers import __version__
+from trainers import __version__, jsonl
 from trainers.contract import Progress
 from trainers.files import write_atomic
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
@@ -188,7 +189,9 @@ class Meter:
             self._bar.update(step - self._bar.n)
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        # JSON has no NaN; what is not finite is a gap in the curve.
+        known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._file.write(jsonl.dump(known))
         self._file.flush()
 
     def _publish(self, force: bool = False) -> None:
@@ -217,14 +220,8 @@ def _rewind(directory: PhaseDir, step: int) -> None:
     """Drop lines after ``step``, and a torn last line that a kill left."""
     if not directory.metrics.exists():
         return
-    kept = []
-    for line in directory.metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    write_atomic(directory.metrics, "".join(kept))
+    kept = [line for line in jsonl.read_whole_lines(directory.metrics) if line["step"] <= step]
+    write_atomic(directory.metrics, jsonl.dumps(kept))
 
 
 def _progress_bar(step: int, total: int, name: str) -> Any:

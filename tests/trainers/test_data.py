@@ -56,7 +56,11 @@ MALFORMED = [
     ("preference with margin", PAIR | {"margin": "2"}, "margin is str, expected a number"),
     ("traces", {"prompt": "p", "teacher_response": "t", "reward": "high"}, "reward is str, expected a number"),
     ("traces", {"prompt": "p", "teacher_response": "t", "reward": True}, "reward is bool, expected a number"),
-    ("traces", '{"prompt": "p", "teacher_response": "t", "reward": NaN}', "reward is nan, expected a finite number"),
+    (
+        "traces",
+        '{"prompt": "p", "teacher_response": "t", "reward": NaN}',
+        "NaN is no JSON; leave the key out or write null",
+    ),
 ]
 GOOD_ROWS = {
     "sft": GOOD,

@@ -1,13 +1,12 @@
 """From data sources to checked rows, with the record of what was read."""
 
-import gzip
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers import jsonl
 from trainers.contract import BadInput, DataRecord
 from trainers.fingerprints import fingerprint, source_files
 from trainers.spec import DataSource
@@ -66,11 +65,11 @@ def _read_source(
     return rows, skipped
 
 
-def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, str | Row]]:
-    """(place for error messages, JSON text or decoded row)."""
+def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, bytes | Row]]:
+    """(place for error messages, line of JSON or decoded row)."""
     if source.files is not None:
         for path in source_files(source.files, base_dir):
-            yield from _lines(path)
+            yield from jsonl.lines(path)
     elif source.synthetic is not None:
         from trainers.synthetic import generate
 
@@ -83,20 +82,6 @@ def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, str | Ro
             raise BadInput(str(error)) from error
     elif source.hub is not None:
         yield from _hub_rows(source)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line.rstrip()  # else an error at its end is put on the next line
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{number + 1}: not UTF-8 text ({error.reason})") from error
-    except (OSError, EOFError) as error:
-        raise BadInput(f"{path}:{number + 1}: cannot be read ({error})") from error
 
 
 def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
@@ -114,13 +99,13 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 
 def _check_row(
-    raw: str | Row, keys: Mapping[str, Any], schema: str, columns: Mapping[str, str]
+    raw: bytes | Row, keys: Mapping[str, Any], schema: str, columns: Mapping[str, str]
 ) -> tuple[str | None, Row]:
     """(what is wrong or None, the row)."""
     try:
-        row = json.loads(raw) if isinstance(raw, str) else raw
-    except json.JSONDecodeError as error:
-        return f"not valid JSON ({error.msg} at column {error.colno})", {}
+        row = jsonl.parse(raw) if isinstance(raw, bytes) else raw
+    except jsonl.Malformed as error:
+        return str(error), {}
     if not isinstance(row, dict):
         return f"expected an object, got {type(row).__name__}", {}
     row = {**row, **{key: row[column] for key, column in columns.items() if column in row}}

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.rows import raw_rows
 from trainers.spec import ScratchModel, ScratchTokenizer
@@ -59,15 +60,13 @@ def scratch_tokenizer(spec: ScratchTokenizer, base_dir: Path) -> Any:
 
 def _texts(spec: ScratchTokenizer, base_dir: Path) -> list[str]:
     """Every text value of every row, and every turn of a conversation."""
-    import json
-
     texts = []
     for source in spec.train_on:
         for place, raw in raw_rows(source, base_dir):
             try:
-                row = json.loads(raw) if isinstance(raw, str) else raw
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{place}: not valid JSON ({error.msg})") from error
+                row = jsonl.parse(raw) if isinstance(raw, bytes) else raw
+            except jsonl.Malformed as problem:
+                raise BadInput(f"{place}: {problem}") from problem
             values = [m.get("content") for m in row.get("messages", [])] + list(row.values())
             texts += [value for value in values if isinstance(value, str) and value]
     return texts

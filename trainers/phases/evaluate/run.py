@@ -8,6 +8,7 @@ may come anywhere in the list, and an interrupted evaluation goes on at the firs
 import json
 from typing import Any
 
+from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.files import write_atomic
@@ -128,7 +129,7 @@ def _responses(spec: EvaluateSpec, bench: Bench) -> str:
             kept[name] = rows
             shared.setdefault(name, []).append(entry.name)
     lines = [{**row, "benchmarks": shared[name]} for name, rows in kept.items() for row in rows]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return jsonl.dumps(lines)
 
 
 def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers import jsonl
 from trainers.contract import BadInput, Result
 from trainers.core.context import PhaseContext
 from trainers.phases.package.spec import PackageSpec
@@ -131,15 +132,7 @@ def references(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that may not exist; a torn last line is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return list(jsonl.read_whole_lines(path)) if path.exists() else []
 
 
 def _inputs_first(phases: Mapping[str, Phase]) -> list[Phase]:

@@ -1,7 +1,6 @@
 """Packaging: exported models with cards, plots, samples, all figures in one file, and the report."""
 
-import json
-
+from trainers import jsonl
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.files import write_atomic
 from trainers.phases.package.card import model_card
@@ -39,7 +38,7 @@ def main(spec: PackageSpec, ctx: PhaseContext) -> Outcome:
     for plot in [*plots, *compared]:
         write_atomic(root / "plots" / f"{plot.name}.svg", plot.svg)
     entries = [{"evaluation": name, **entry} for name, found in samples.items() for entry in found]
-    write_atomic(root / "samples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+    write_atomic(root / "samples.jsonl", jsonl.dumps(entries))
     write_atomic(root / "samples.md", render("samples.md.j2", title=title, entries=entries))
     write_atomic(root / "metrics.json", everything(run))
     write_atomic(root / ARTIFACT_NAMES["package"], report(run, title, samples, plots, compared))

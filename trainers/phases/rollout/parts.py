@@ -1,9 +1,9 @@
 """Finished rows on disk, batch by batch, so that a phase that was killed goes on behind the last whole batch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from trainers import jsonl
 from trainers.files import write_atomic
 
 
@@ -18,12 +18,12 @@ class Parts:
         rows: list[dict[str, Any]] = []
         for path in self._paths():
             if path.name == _name(len(rows)):
-                rows += [json.loads(line) for line in path.read_text().splitlines()]
+                rows += jsonl.read(path)
         return rows
 
     def write(self, first: int, rows: list[dict[str, Any]]) -> Path:
         path = self.root / _name(first)
-        write_atomic(path, jsonl(rows))
+        write_atomic(path, jsonl.dumps(rows))
         return path
 
     def _paths(self) -> list[Path]:
@@ -32,7 +32,3 @@ class Parts:
 
 def _name(first: int) -> str:
     return f"part-{first:09d}.jsonl"
-
-
-def jsonl(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

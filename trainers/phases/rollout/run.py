@@ -7,13 +7,14 @@ restart nor another number of processes changes it.
 import statistics
 from typing import Any, cast
 
+from trainers import jsonl
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, Sample, check_room, read_prompts, respond
 from trainers.core.vocabulary import same_tokens
 from trainers.files import write_atomic
-from trainers.phases.rollout.parts import Parts, jsonl
+from trainers.phases.rollout.parts import Parts
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.phases.rollout.tokens import check_tokens
 
@@ -69,7 +70,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     # ---- finish
     if ctx.workers.is_main:
         traces = [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
-        write_atomic(ctx.dir.root / ARTIFACT_NAMES["traces"], jsonl(traces))
+        write_atomic(ctx.dir.root / ARTIFACT_NAMES["traces"], jsonl.dumps(traces))
     return Outcome(_summary(rows) | checked, data.records, total_steps)
 
 
