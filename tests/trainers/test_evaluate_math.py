@@ -227,3 +227,13 @@ def test_every_benchmark_is_a_member_with_a_description():
     entry = EvaluateSpec.model_json_schema()["$defs"]["BenchmarkEntry"]["properties"]
     assert [name for name in entry if name not in ("name", "headline")] == [kind.name for kind in REGISTRY]
     assert all(entry[kind.name]["description"] for kind in REGISTRY)
+
+
+def test_kl_is_finite_where_both_probabilities_underflow():
+    import torch
+
+    from trainers.phases.evaluate.divergence import kl as divergence
+
+    ours, theirs = torch.tensor([[200.0, -200.0, -torch.inf]]), torch.tensor([[-200.0, 200.0, -torch.inf]])
+    assert divergence(ours, theirs).item() == pytest.approx(400)
+    assert divergence(ours, ours).item() == 0

@@ -47,8 +47,18 @@ def test_extreme_scores_stay_finite():
     assert value.item() == pytest.approx(2e4)
 
 
-def test_accuracy_needs_a_strict_win():
-    assert loss.accuracy(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])).item() == pytest.approx(1 / 3)
+def test_accuracy_counts_ties_half():
+    assert loss.accuracy(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])).item() == pytest.approx(0.5)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=20))
+def test_accuracy_and_its_opposite_add_up_to_one(scores):
+    chosen, rejected = torch.tensor(scores, dtype=torch.float64).unbind(1)
+    assert (loss.accuracy(chosen, rejected) + loss.accuracy(rejected, chosen)).item() == pytest.approx(1)
+
+
+def test_a_model_that_says_nothing_is_calibrated():
+    assert loss.calibration_error(torch.zeros(8), torch.zeros(8)).item() == 0.0
 
 
 def test_calibration_error_is_zero_when_confidence_is_accuracy():

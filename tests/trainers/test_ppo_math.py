@@ -105,6 +105,11 @@ class TestKl:
         for estimator in ("k1", "k3"):
             assert_close((q.exp() * kl_estimate(q, reference, estimator)).sum(), kl)
 
+    @pytest.mark.parametrize("estimator", ["k1", "k3"])
+    def test_one_very_unlikely_token_leaves_it_finite(self, estimator):
+        found = kl_estimate(torch.tensor([-200.0, 0.0]), torch.tensor([0.0, -200.0]), estimator)
+        assert found.isfinite().all() and found.sum().isfinite()
+
     @pytest.mark.parametrize(("kl", "coef"), [(12, 0.201024), (6, 0.2), (3, 0.198976)])
     def test_adaptive_coefficient(self, kl, coef):
         assert adapted_coef(0.2, kl, 6, 256, 10_000) == pytest.approx(coef)

@@ -183,3 +183,43 @@ def test_a_reward_model_that_ignores_positions_is_refused(monkeypatch):
 def test_head_logits_are_fp32_whatever_the_model_is():
     model = tiny().to(torch.bfloat16)
     assert head_logits(model, torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_logprobs_are_fp32_from_the_last_hidden_state_on(held):
+    model = tiny().to(held)
+    batch = collate(sequences([9, 4, 6]), True, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = Scorer(model)(batch, target_logprobs(batch))
+        hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
+    at = hidden.flatten(0, 1)[batch.scored_at].float()
+    logprobs = (at @ model.lm_head.weight.detach().float().T).log_softmax(-1)
+    torch.testing.assert_close(found, logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1))
+
+
+def test_chunks_of_a_bf16_head_add_their_gradients_up_in_fp32(monkeypatch):
+    """Added up in bf16, many small chunks lose what is smaller than a 256th of the sum."""
+    model = tiny().to(torch.bfloat16)
+    batch = collate(sequences([200]), True, CPU)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        Scorer(model)(batch, target_logprobs(batch)).sum().backward()
+        return model.lm_head.weight.grad.float()
+
+    whole = gradient()
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", VOCABULARY)
+    difference = (gradient() - whole).abs()
+    assert (difference <= whole.abs() * 2**-7 + 1e-6 * whole.abs().max()).all(), "more than the last rounding"
+
+
+def test_different_sequences_get_different_scores_in_bf16():
+    model = tiny("llama", AutoModelForSequenceClassification, num_labels=1).to(torch.bfloat16)
+    some = sequences([12] * 300)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = reward_scores(model, collate(some, False, CPU))
+    assert scores.dtype == torch.float32
+    assert len(scores.unique()) == 300

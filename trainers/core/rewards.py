@@ -17,7 +17,7 @@ from trainers.core.encode import joined
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head
-from trainers.core.scoring import hidden_states
+from trainers.core.scoring import hidden_states, in_fp32
 
 
 def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -27,7 +27,7 @@ def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
 
 def head_scores(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Scores from final hidden states (R * L, H): (S,) in fp32."""
-    return score_head(model)(hidden[batch.last_at]).squeeze(-1).float()
+    return in_fp32(score_head(model))(hidden[batch.last_at]).squeeze(-1)
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """Forward passes: scores of the chosen positions, never the logits of a whole batch.
 
+The backbone computes in whatever precision is asked for; from its last hidden state on everything is fp32. A bf16
+score has eight bits: of 300 sequences 258 got distinct ones.
+
 Names: K scored positions, V vocabulary, H hidden width, S sequences.
 """
 
@@ -8,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from trainers.contract import BadInput
@@ -42,9 +46,28 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     return out.last_hidden_state.flatten(0, 1)
 
 
+def in_fp32(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A module as a function that computes in fp32, whatever its weights' type and autocast are.
+
+    Weights of another type are converted here, once for all calls, so gradients of several chunks add up in fp32.
+    """
+    weights = {name: weight.float() for name, weight in module.named_parameters()}
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            found: torch.Tensor = functional_call(module, weights, (hidden.float(),))
+            return found
+
+    return run
+
+
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(k, H) to (k, V) in fp32, with the scale and soft cap that some architectures put on their logits."""
-    logits = model.get_output_embeddings()(hidden).float()
+    return scaled(model, in_fp32(model.get_output_embeddings())(hidden))
+
+
+def scaled(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """What a model makes of its head's product: the scale and soft cap that some architectures have."""
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
@@ -59,14 +82,15 @@ def over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
     """Run head and ``fn`` over chunks; when there is more than one, logits are recomputed in the backward pass."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, CHUNK_ELEMENTS // vocabulary)
+    head = in_fp32(model.get_output_embeddings())
     if len(hidden) <= size:
-        return fn(head_logits(model, hidden), slice(0, len(hidden)))
+        return fn(scaled(model, head(hidden)), slice(0, len(hidden)))
     parts = []
     for start in range(0, len(hidden), size):
         where = slice(start, min(start + size, len(hidden)))
 
         def run(part: torch.Tensor, where: slice = where) -> torch.Tensor:
-            return fn(head_logits(model, part), where)
+            return fn(scaled(model, head(part)), where)
 
         parts.append(checkpoint(run, hidden[where], use_reentrant=False))
     return torch.cat(parts)

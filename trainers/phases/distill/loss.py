@@ -3,6 +3,7 @@
 Names: p teacher, q student, k positions, V shared vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -53,13 +54,19 @@ def _value_and_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> t
     """Divergence (k,) and its gradient with respect to the student's scaled logits (k, V)."""
     p, q = log_p.exp(), log_q.exp()
     if beta == 0:
-        return (p * (log_p - log_q)).sum(-1), q - p
+        return _kl(p, log_p, log_q)[0], q - p
     if beta == 1:
-        ratio = log_q - log_p
-        value = (q * ratio).sum(-1)
-        return value, q * (ratio - value.unsqueeze(-1))
-    log_m = (beta * p + (1 - beta) * q).log()
-    ratio = log_q - log_m
-    kl_q = (q * ratio).sum(-1)
-    kl_p = (p * (log_p - log_m)).sum(-1)
-    return beta * kl_p + (1 - beta) * kl_q, (1 - beta) * q * (ratio - kl_q.unsqueeze(-1))
+        value, terms = _kl(q, log_q, log_p)
+        return value, terms - q * value.unsqueeze(-1)
+    # Of logarithms: where p and q both underflow, log(beta p + (1 - beta) q) is log 0.
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    kl_p, _ = _kl(p, log_p, log_m)
+    kl_q, terms = _kl(q, log_q, log_m)
+    return beta * kl_p + (1 - beta) * kl_q, (1 - beta) * (terms - q * kl_q.unsqueeze(-1))
+
+
+def _kl(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || q) of each position (k,) and its terms (k, V). What is impossible under p adds 0, whatever q says of it."""
+    terms = p * (log_p - log_q)
+    terms.masked_fill_(p == 0, 0.0)
+    return terms.sum(-1), terms

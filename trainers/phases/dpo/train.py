@@ -114,7 +114,8 @@ def _losses(
     losses = dpo_loss(chosen, rejected, lengths, spec.loss, spec.beta, spec.label_smoothing, spec.length_normalize)
     rewards = spec.beta * ratios.detach()
     margin = rewards[:, 0] - rewards[:, 1]
-    rows = [losses.detach(), margin > 0, margin, *rewards.unbind(1), *logprobs.detach().unbind(1)]
+    won = torch.heaviside(margin, margin.new_tensor(0.5))  # a tie is half right, as a coin would be
+    rows = [losses.detach(), won, margin, *rewards.unbind(1), *logprobs.detach().unbind(1)]
     return losses, torch.stack([*(row.sum() for row in rows), ratios.detach().sum(), lengths.sum()])
 
 

@@ -27,4 +27,4 @@ def kl(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """KL(softmax(ours) || softmax(theirs)) over the last axis. Columns that only one has are padding and do not count."""
     width = min(ours.shape[-1], theirs.shape[-1])
     p, q = ours[..., :width].log_softmax(-1), theirs[..., :width].log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    return (p.exp() * (p - q)).masked_fill(p.exp() == 0, 0.0).sum(-1)

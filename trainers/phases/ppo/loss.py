@@ -3,7 +3,7 @@
 import torch
 
 MAX_LOG_RATIO = 20.0
-"""Beyond this the ratio is clipped anyway, and exp would overflow."""
+"""Beyond this a ratio is clipped anyway, and exp would overflow."""
 
 
 def policy_loss(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip: float) -> torch.Tensor:
@@ -26,10 +26,11 @@ def value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, c
 def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
     """KL(q || reference) of each token from the sampled token alone (Schulman 2020).
 
-    ``k1`` is unbiased and may be negative; ``k3`` is unbiased too, never negative, and varies less.
+    ``k1`` is unbiased and may be negative; ``k3`` is unbiased too, never negative, and varies less. A token that the
+    reference finds e^20 times as likely counts as if it were that, so one token cannot make a round's sums infinite.
     """
     difference = reference - logprobs
-    return -difference if estimator == "k1" else difference.exp() - difference - 1
+    return -difference if estimator == "k1" else difference.clamp(max=MAX_LOG_RATIO).exp() - difference - 1
 
 
 def adapted_coef(coef: float, kl: float, target: float, responses: int, horizon: int) -> float:

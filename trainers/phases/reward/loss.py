@@ -15,8 +15,13 @@ def centering(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Share of pairs whose chosen response has the strictly higher score: ()."""
-    return (chosen > rejected).float().mean()
+    """Share of pairs whose chosen response has the higher score: (). A tie is half right, as a coin would be."""
+    return right(chosen - rejected).mean()
+
+
+def right(difference: torch.Tensor) -> torch.Tensor:
+    """1 where the better response scored higher, 0.5 for a tie, 0 elsewhere: (P,) to (P,)."""
+    return torch.heaviside(difference, difference.new_tensor(0.5))
 
 
 def calibration_error(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 10) -> torch.Tensor:
@@ -27,15 +32,14 @@ def calibration_error(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 
     """
     difference = chosen - rejected
     confidence = torch.sigmoid(difference.abs())
-    right = (difference > 0).float()
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add(0, which, right - confidence)
+    gap = torch.zeros(bins).index_add(0, which, right(difference) - confidence)
     return gap.abs().sum() / len(difference)
 
 
 def length_baseline(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Accuracy of preferring the longer response, given lengths (P,); equal lengths count half: ()."""
-    return (chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean()
+    """Accuracy of preferring the longer response, given lengths (P,): ()."""
+    return accuracy(chosen.float(), rejected.float())
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ def _loss(
     if spec.lm_weight:
         total = total - spec.lm_weight * logprobs.sum() / num_tokens
     difference = (chosen - rejected).detach()
-    right = (difference > 0).sum()
+    right = loss.right(difference).sum()
     return total, torch.stack([total.detach(), right / num_pairs, difference.sum() / num_pairs])
 
 
