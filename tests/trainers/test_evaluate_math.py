@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from trainers.phases.evaluate.bench import Divergence, Loss, Reply
 from trainers.phases.evaluate.benchmarks import REGISTRY, accuracy, kl, length, perplexity, reward, safety, style
 from trainers.phases.evaluate.estimates import difference, estimate, interval, wilson
 from trainers.phases.evaluate.latency import percentile, summary, time_per_token
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.results import Results, table
 from trainers.phases.evaluate.spec import EvaluateSpec
+from trainers.phases.evaluate.subject import Divergence, Loss, Reply
 
 
 class FakeBench:

@@ -60,7 +60,7 @@ def spec(tiny_model_dir, other_model_dir, tiny_reward_dir):
 @pytest.fixture
 def calls(monkeypatch):
     """Names of the expensive measurements, as they are made."""
-    from trainers.phases.evaluate import bench, run
+    from trainers.phases.evaluate import bench, laboratory, run
 
     made = []
 
@@ -75,6 +75,7 @@ def calls(monkeypatch):
 
     for name in ("respond", "response_rewards", "divergence_sums", "load_causal_lm"):
         counted(bench, name)
+    counted(laboratory, "load_causal_lm")
     counted(run, "measure_latency")
     return made
 

@@ -5,131 +5,30 @@ Every row's result depends on the seed and the row alone, so the number of proce
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from trainers.contract import BadInput, DataRecord, canonical_json, sha256_text
+from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Sequence as Tokens
 from trainers.core.batch import collate, plan_micro_batches
-from trainers.core.context import PhaseContext
 from trainers.core.encode import joined, prompt_ids, prompt_messages, sft_sequence
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
-from trainers.core.reward_models import load_reward_model
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
-from trainers.core.rows import Row, read_rows
+from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.vocabulary import same_tokens
-from trainers.files import tree_digest
-from trainers.phases.evaluate.benchmark import BenchmarkRows, NotComparable
-from trainers.phases.evaluate.cells import Cells
 from trainers.phases.evaluate.divergence import divergence_sums
-from trainers.phases.evaluate.spec import EvaluateSpec
-from trainers.spec import ModelRef, NamedModel, RewardModelRef, Sampling, find_models
+from trainers.phases.evaluate.laboratory import Laboratory
+from trainers.phases.evaluate.settings import BenchmarkRows
+from trainers.phases.evaluate.subject import Divergence, Loss, NotComparable, Reply
+from trainers.spec import NamedModel, Sampling
 
 BLOCK = 512
 """Rows per cell: the most that an interruption can cost."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    ids: list[int]
-    """Generated tokens, the end token included."""
-    ended: bool
-    """Whether it stopped by itself rather than at the length limit."""
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Loss:
-    nll: float
-    """Negative log-likelihood of the row's scored tokens, in nats."""
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Divergence:
-    kl: float
-    """KL(model || reference), summed over the response's tokens, in nats."""
-    tokens: int
-
-
-class Laboratory:
-    """What all models of an evaluation share: rows, cells, the reward model and the reference."""
-
-    def __init__(self, ctx: PhaseContext, spec: EvaluateSpec, reference: ModelRef | None) -> None:
-        self.ctx, self.spec = ctx, spec
-        self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
-        self.reference_ref = reference
-        self.records: dict[str, DataRecord] = {}
-        self._rows: dict[tuple[str, str], list[Row]] = {}
-        self._reward_model: LoadedModel | None = None
-        self._reference: LoadedModel | None = None
-        self._digests: dict[str, str] = {}
-
-    def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
-        where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
-        if (where, schema) not in self._rows:
-            found = read_rows(data.rows, schema, self.ctx.base_dir, data.on_malformed, where)
-            self._rows[where, schema] = found.rows
-            self.records |= {record.source: record for record in found.records}
-        return self._rows[where, schema]
-
-    @property
-    def reward_model(self) -> LoadedModel:
-        if self._reward_model is None:
-            assert self.spec.reward_model is not None
-            self._reward_model = load_reward_model(self.ctx, self.spec.reward_model)
-        return self._reward_model
-
-    @property
-    def reference(self) -> LoadedModel:
-        if self._reference is None:
-            assert self.reference_ref is not None
-            self._reference = load_causal_lm(self.ctx, self.reference_ref, frozen=True)
-        return self._reference
-
-    def digest(self, ref: ModelRef | RewardModelRef) -> str:
-        """Identity of a model: its phase's artifact, a folder's content, or what is asked for on a hub."""
-        name = canonical_json(ref.document(exclude={"name"}))
-        if name not in self._digests:
-            self._digests[name] = self._digest(ref, name)
-        return self._digests[name]
-
-    def _digest(self, ref: ModelRef | RewardModelRef, name: str) -> str:
-        if ref.phase is not None:
-            return self.ctx.file.inputs[ref.phase].digest
-        folder = self.ctx.base_dir / ref.source if ref.source is not None else None
-        if folder is not None and folder.is_dir():
-            return tree_digest(folder)
-        return sha256_text(f"{name} {self.ctx.seed}")
-
-    def cell(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-        """A measurement from its cell, or made now. All processes get the same."""
-        key = {**key, "image": self.ctx.file.image, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
-        main = self.ctx.workers.is_main
-        value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
-        if value is None:
-            self.ctx.stop_if_asked()
-            value = measure()
-            if main:
-                self.cells.put(key, value)
-        return value
-
-    def spread(self, count: int, measure: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
-        """Results by index; every process measures its share of the indices."""
-        workers = self.ctx.workers
-        mine = range(count)[workers.rank :: workers.world]
-        pairs: list[object] = list(zip(mine, measure(mine), strict=True))
-        gathered: dict[int, Any] = dict(workers.gather_objects(pairs))  # type: ignore[arg-type]
-        return [gathered[i] for i in range(count)]
 
 
 class Bench:

@@ -12,11 +12,13 @@ from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.files import write_atomic
-from trainers.phases.evaluate.bench import Bench, Laboratory
-from trainers.phases.evaluate.benchmark import NotComparable, SampledSpec
+from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.laboratory import Laboratory
 from trainers.phases.evaluate.latency import device, measure_latency
 from trainers.phases.evaluate.results import Results, summary
+from trainers.phases.evaluate.settings import SampledSpec
 from trainers.phases.evaluate.spec import LATENCY, EvaluateSpec
+from trainers.phases.evaluate.subject import NotComparable
 from trainers.spec import NamedModel, shown_labels
 
 

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, create_model, model_validator
 
-from trainers.phases.evaluate.benchmark import Benchmark, BenchmarkRows, BenchmarkSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.benchmarks import REGISTRY
+from trainers.phases.evaluate.settings import BenchmarkRows, BenchmarkSpec
 from trainers.spec import (
     ModelRef,
     NamedModel,

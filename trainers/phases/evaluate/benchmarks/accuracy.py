@@ -1,14 +1,13 @@
 """Share of right answers, checked by program against the rows' `answer`."""
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from trainers.contract import BadInput
-from trainers.phases.evaluate.benchmark import Benchmark, Pattern, SampledSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import Pattern, SampledSpec
+from trainers.phases.evaluate.subject import Subject
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -22,8 +21,8 @@ class AccuracySpec(SampledSpec):
     """`exact`: equal but for white space; `contains`: the answer occurs in it; `last-number`: its last number is the answer's."""
 
 
-def run(spec: AccuracySpec, bench: "Bench") -> list[Metric]:
-    checkable = [(row, reply) for row, reply in bench.answered(spec.data, spec.sampling) if _answer(row)]
+def run(spec: AccuracySpec, model: Subject) -> list[Metric]:
+    checkable = [(row, reply) for row, reply in model.answered(spec.data, spec.sampling) if _answer(row)]
     if not checkable:
         raise BadInput("accuracy: no row has an answer")
     hits = [is_right(reply.text, _answer(row), spec.extract, spec.match) for row, reply in checkable]

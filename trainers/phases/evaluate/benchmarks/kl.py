@@ -1,12 +1,9 @@
 """How far a model has moved: KL(model || reference) on the model's own responses, exact over the vocabulary."""
 
-from typing import TYPE_CHECKING
-
-from trainers.phases.evaluate.benchmark import Benchmark, SampledSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, quotient
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import SampledSpec
+from trainers.phases.evaluate.subject import Subject
 
 
 class KlSpec(SampledSpec):
@@ -16,8 +13,8 @@ class KlSpec(SampledSpec):
     """
 
 
-def run(spec: KlSpec, bench: "Bench") -> list[Metric]:
-    divergences = bench.divergences(spec.data, spec.sampling)
+def run(spec: KlSpec, model: Subject) -> list[Metric]:
+    divergences = model.divergences(spec.data, spec.sampling)
     sums, tokens = [d.kl for d in divergences], [d.tokens for d in divergences]
     return [
         Metric("perSequence", "KL / response", (sums,)),

@@ -1,27 +1,26 @@
 """How long responses are, and whether the reward model likes them long."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainers.phases.evaluate.benchmark import Benchmark, SampledSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import SampledSpec
+from trainers.phases.evaluate.subject import Subject
 
 
 class LengthSpec(SampledSpec):
     """Tokens per response, share of responses that end by themselves, and length bias if there is a `rewardModel`."""
 
 
-def run(spec: LengthSpec, bench: "Bench") -> list[Metric]:
-    replies = [reply for _, reply in bench.answered(spec.data, spec.sampling)]
+def run(spec: LengthSpec, model: Subject) -> list[Metric]:
+    replies = [reply for _, reply in model.answered(spec.data, spec.sampling)]
     lengths = [float(reply.length) for reply in replies]
     metrics = [
         Metric("tokens", "tokens / response", (lengths,)),
         share("ended", "ended by itself", [reply.ended for reply in replies], better=True),
     ]
-    if bench.has_reward_model:
-        rewards = bench.rewards(spec.data, spec.sampling)
+    if model.has_reward_model:
+        rewards = model.rewards(spec.data, spec.sampling)
         metrics.append(Metric("rewardCorrelation", "length-reward corr.", (lengths, rewards), statistic=correlation))
     return metrics
 

@@ -1,13 +1,12 @@
 """How well a model predicts given responses: exp of the mean negative log-likelihood per token."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainers.phases.evaluate.benchmark import Benchmark, BenchmarkSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, quotient
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import BenchmarkSpec
+from trainers.phases.evaluate.subject import Subject
 
 
 class PerplexitySpec(BenchmarkSpec):
@@ -22,8 +21,8 @@ def perplexity(losses: Any, tokens: Any) -> Any:
     return math.e ** quotient(losses, tokens)
 
 
-def run(spec: PerplexitySpec, bench: "Bench") -> list[Metric]:
-    losses = bench.losses(spec.data)
+def run(spec: PerplexitySpec, model: Subject) -> list[Metric]:
+    losses = model.losses(spec.data)
     columns = ([loss.nll for loss in losses], [loss.tokens for loss in losses])
     return [Metric("perplexity", "perplexity", columns, higher_is_better=False, statistic=perplexity)]
 

@@ -1,13 +1,12 @@
 """What the reward model says: mean score, and how often a model's response beats the baseline's to the same prompt."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainers.phases.evaluate.benchmark import Benchmark, SampledSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import SampledSpec
+from trainers.phases.evaluate.subject import Subject
 
 
 class RewardBenchmarkSpec(SampledSpec):
@@ -18,17 +17,17 @@ class RewardBenchmarkSpec(SampledSpec):
     """
 
 
-def run(spec: RewardBenchmarkSpec, bench: "Bench") -> list[Metric]:
-    ours = bench.rewards(spec.data, spec.sampling)
+def run(spec: RewardBenchmarkSpec, model: Subject) -> list[Metric]:
+    ours = model.rewards(spec.data, spec.sampling)
     metrics = [Metric("score", "reward", (ours,), higher_is_better=True, headline=True)]
-    if bench.baseline is None:
+    if model.baseline is None:
         return metrics
-    theirs = bench.baseline.rewards(spec.data, spec.sampling)
+    theirs = model.baseline.rewards(spec.data, spec.sampling)
     won = wins(ours, theirs)
-    lengths = [reply.length for _, reply in bench.answered(spec.data, spec.sampling)]
-    others = [reply.length for _, reply in bench.baseline.answered(spec.data, spec.sampling)]
+    lengths = [reply.length for _, reply in model.answered(spec.data, spec.sampling)]
+    others = [reply.length for _, reply in model.baseline.answered(spec.data, spec.sampling)]
     longer = [float(a - b) for a, b in zip(lengths, others, strict=True)]
-    name = f"wins vs {bench.baseline.label}"
+    name = f"wins vs {model.baseline.label}"
     return [
         *metrics,
         Metric("winRate", name, (won,), higher_is_better=True, headline=True),

@@ -1,14 +1,12 @@
 """Share of responses in a wanted form."""
 
 import re
-from typing import TYPE_CHECKING
 
 from trainers.contract import BadInput
-from trainers.phases.evaluate.benchmark import Benchmark, Pattern, SampledSpec
+from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
-
-if TYPE_CHECKING:
-    from trainers.phases.evaluate.bench import Bench
+from trainers.phases.evaluate.settings import Pattern, SampledSpec
+from trainers.phases.evaluate.subject import Subject
 
 
 class StyleSpec(SampledSpec):
@@ -20,9 +18,9 @@ class StyleSpec(SampledSpec):
     """Regular expression that it must not match."""
 
 
-def run(spec: StyleSpec, bench: "Bench") -> list[Metric]:
+def run(spec: StyleSpec, model: Subject) -> list[Metric]:
     texts = [
-        reply.text for row, reply in bench.answered(spec.data, spec.sampling) if row.get("shouldRefuse") is not True
+        reply.text for row, reply in model.answered(spec.data, spec.sampling) if row.get("shouldRefuse") is not True
     ]
     if not texts:
         raise BadInput("style: every row is to be refused, so there is no style to look at")

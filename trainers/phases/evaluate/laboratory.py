@@ -1,0 +1,84 @@
+"""What all models of an evaluation share: rows, cells, the reward model and the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainers.contract import DataRecord, canonical_json, sha256_text
+from trainers.core.context import PhaseContext
+from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.reward_models import load_reward_model
+from trainers.core.rows import Row, read_rows
+from trainers.files import tree_digest
+from trainers.phases.evaluate.cells import Cells
+from trainers.phases.evaluate.settings import BenchmarkRows
+from trainers.phases.evaluate.spec import EvaluateSpec
+from trainers.spec import ModelRef, RewardModelRef, find_models
+
+
+class Laboratory:
+    def __init__(self, ctx: PhaseContext, spec: EvaluateSpec, reference: ModelRef | None) -> None:
+        self.ctx, self.spec = ctx, spec
+        self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
+        self.reference_ref = reference
+        self.records: dict[str, DataRecord] = {}
+        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._reward_model: LoadedModel | None = None
+        self._reference: LoadedModel | None = None
+        self._digests: dict[str, str] = {}
+
+    def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
+        where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
+        if (where, schema) not in self._rows:
+            found = read_rows(data.rows, schema, self.ctx.base_dir, data.on_malformed, where)
+            self._rows[where, schema] = found.rows
+            self.records |= {record.source: record for record in found.records}
+        return self._rows[where, schema]
+
+    @property
+    def reward_model(self) -> LoadedModel:
+        if self._reward_model is None:
+            assert self.spec.reward_model is not None
+            self._reward_model = load_reward_model(self.ctx, self.spec.reward_model)
+        return self._reward_model
+
+    @property
+    def reference(self) -> LoadedModel:
+        if self._reference is None:
+            assert self.reference_ref is not None
+            self._reference = load_causal_lm(self.ctx, self.reference_ref, frozen=True)
+        return self._reference
+
+    def digest(self, ref: ModelRef | RewardModelRef) -> str:
+        """Identity of a model: its phase's artifact, a folder's content, or what is asked for on a hub."""
+        name = canonical_json(ref.document(exclude={"name"}))
+        if name not in self._digests:
+            self._digests[name] = self._digest(ref, name)
+        return self._digests[name]
+
+    def _digest(self, ref: ModelRef | RewardModelRef, name: str) -> str:
+        if ref.phase is not None:
+            return self.ctx.file.inputs[ref.phase].digest
+        folder = self.ctx.base_dir / ref.source if ref.source is not None else None
+        if folder is not None and folder.is_dir():
+            return tree_digest(folder)
+        return sha256_text(f"{name} {self.ctx.seed}")
+
+    def cell(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """A measurement from its cell, or made now. All processes get the same."""
+        key = {**key, "image": self.ctx.file.image, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
+        main = self.ctx.workers.is_main
+        value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
+        if value is None:
+            self.ctx.stop_if_asked()
+            value = measure()
+            if main:
+                self.cells.put(key, value)
+        return value
+
+    def spread(self, count: int, measure: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
+        """Results by index; every process measures its share of the indices."""
+        workers = self.ctx.workers
+        mine = range(count)[workers.rank :: workers.world]
+        pairs: list[object] = list(zip(mine, measure(mine), strict=True))
+        gathered: dict[int, Any] = dict(workers.gather_objects(pairs))  # type: ignore[arg-type]
+        return [gathered[i] for i in range(count)]

@@ -1,0 +1,64 @@
+"""A model as benchmarks see it: what they can ask of it, and the answers. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainers.phases.evaluate.settings import BenchmarkRows
+from trainers.spec import Sampling
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    ids: list[int]
+    """Generated tokens, the end token included."""
+    ended: bool
+    """Whether it stopped by itself rather than at the length limit."""
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Loss:
+    nll: float
+    """Negative log-likelihood of the row's scored tokens, in nats."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    kl: float
+    """KL(model || reference), summed over the response's tokens, in nats."""
+    tokens: int
+
+
+class Subject(Protocol):
+    """``data`` and ``sampling`` default to the evaluation's. What is expensive is measured once, however often asked for."""
+
+    label: str
+
+    @property
+    def baseline(self) -> "Subject | None":
+        """The model to compare with; None while measuring, and for the baseline itself."""
+
+    @property
+    def has_reward_model(self) -> bool: ...
+
+    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Sequence[tuple[dict[str, Any], Reply]]:
+        """Every row with the model's response."""
+
+    def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[float]:
+        """The reward model's scores of the responses."""
+
+    def divergences(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[Divergence]:
+        """KL to the reference on the responses. Raises NotComparable for a model with other tokens."""
+
+    def losses(self, data: BenchmarkRows | None) -> list[Loss]:
+        """Losses on the rows' own responses."""
+
+
+class NotComparable(Exception):
+    """A benchmark cannot be run for this model; the message says why and goes into the results."""
