@@ -36,8 +36,9 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line.removeprefix(BOM) if number == 1 else line
+                content = line.removeprefix(BOM) if number == 1 else line
+                if content.strip():
+                    yield f"{path}:{number}", content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(f"{path}:{number + 1}: cannot be read: damaged gzip file ({error})") from error
     except PermissionError as error:

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
-from trainers.core.encode import joined, preference_pair, prompt_ids, response_sequence, sft_sequence
+from trainers.core.encode import joined, preference_pairs, prompt_ids, sft_sequences
 from trainers.core.rows import encode_rows, read_rows
 from trainers.core.scratch import scratch_tokenizer
 from trainers.spec import DataSource, ScratchTokenizer
@@ -187,6 +187,11 @@ def chat(tmp_path_factory):
     return chat_format(scratch_tokenizer(spec, folder))
 
 
+def sft_sequence(chat, row, max_length, everything):
+    found = sft_sequences(chat, row, max_length, everything)
+    return found[0] if found else None
+
+
 def shown(chat, sequence) -> tuple[str, str]:
     """(text that is only read, text that is learned)."""
     pieces = [sequence.ids[~sequence.scored], sequence.ids[sequence.scored]]
@@ -225,11 +230,11 @@ def test_training_and_generation_start_from_the_same_tokens(chat):
 
 
 def test_both_sides_of_a_pair_share_their_prompt(chat):
-    pair = preference_pair(chat, {"prompt": "a b", "chosen": "c", "rejected": "d e"}, 64)
+    (pair,) = preference_pairs(chat, {"prompt": "a b", "chosen": "c", "rejected": "d e"}, 64)
     assert shown(chat, pair.chosen) == ("<user> a b <assistant>", "c <eos>")
     assert shown(chat, pair.rejected) == ("<user> a b <assistant>", "d e <eos>")
     assert pair.lengths == [6, 7]
-    assert preference_pair(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) is None
+    assert preference_pairs(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) == []
 
 
 def test_joined_keeps_every_response_token():
@@ -241,11 +246,11 @@ def test_joined_keeps_every_response_token():
 def test_dropped_rows_are_counted(tmp_path, chat):
     write(tmp_path / "d.jsonl", [GOOD, {"prompt": "a", "response": "a b c d e f g h"}, GOOD])
     rows = read(tmp_path)
-    items = encode_rows(rows, lambda row: response_sequence(chat, [1], row["response"], 5), "data.train")
+    items = encode_rows(rows, lambda row: sft_sequences(chat, row, 8, everything=False), "data.train")
     assert len(items) == 2
     assert (rows.records[0].rows, rows.records[0].dropped) == (2, 1)
     with pytest.raises(BadInput, match="every row is too long"):
-        encode_rows(read(tmp_path), lambda row: None, "data.train")
+        encode_rows(read(tmp_path), lambda row: [], "data.train")
 
 
 def test_a_conversation_asks_what_its_last_user_turn_asks(tmp_path):

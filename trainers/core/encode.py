@@ -39,15 +39,15 @@ def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence 
     return Sequence(ids, scored)
 
 
-def sft_sequence(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> Sequence | None:
-    """One training sequence of an sft row."""
+def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> list[Sequence]:
+    """The training sequences of an sft row; none if nothing of it can be learned within the limit."""
     if "messages" not in row:
         sequence = response_sequence(chat, prompt_ids(chat, row), row["response"], max_length)
     else:
         sequence = _conversation(chat, row["messages"], max_length)
     if sequence is not None and everything:
         sequence = Sequence(sequence.ids, np.ones(len(sequence), dtype=bool))
-    return sequence
+    return [] if sequence is None else [sequence]
 
 
 def _conversation(chat: ChatFormat, messages: list[dict[str, str]], max_length: int) -> Sequence | None:
@@ -69,11 +69,9 @@ class Pair:
         return [len(self.chosen), len(self.rejected)]
 
 
-def preference_pair(chat: ChatFormat, row: Row, max_length: int) -> Pair | None:
-    """Both sequences of a preference row; None if a response is too long."""
+def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:
+    """Both sequences of a preference row as one pair; none if a response is too long."""
     prompt = prompt_ids(chat, row)
     chosen = response_sequence(chat, prompt, row["chosen"], max_length)
     rejected = response_sequence(chat, prompt, row["rejected"], max_length)
-    if chosen is None or rejected is None:
-        return None
-    return Pair(chosen, rejected)
+    return [] if chosen is None or rejected is None else [Pair(chosen, rejected)]

@@ -51,12 +51,12 @@ class Sample:
 def read_prompts(ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str) -> tuple[Rows, list[Prompt]]:
     """All prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
     rows = read_rows(data.prompts, "prompt", ctx.base_dir, data.on_malformed, f"{where}.prompts")
-    return rows, encode_rows(rows, partial(_prompt, chat, data.max_prompt_length), f"{where}.prompts")
+    return rows, encode_rows(rows, partial(_prompts, chat, data.max_prompt_length), f"{where}.prompts")
 
 
-def _prompt(chat: ChatFormat, longest: int, row: Row) -> Prompt | None:
+def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
     ids = prompt_ids(chat, row)
-    return Prompt(row, ids) if len(ids) <= longest else None
+    return [Prompt(row, ids)] if len(ids) <= longest else []
 
 
 def check_room(loaded: LoadedModel, prompts: List[Prompt], sampling: Sampling) -> None:

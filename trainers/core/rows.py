@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainers import jsonl
 from trainers.contract import BadInput, DataRecord
@@ -12,6 +12,7 @@ from trainers.fingerprints import fingerprint, source_files
 from trainers.spec import DataSource
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 SCHEMAS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "sft": {"prompt": str, "response": str},
@@ -155,16 +156,16 @@ def _without_answer(row: Row) -> Row:
     return {**row, "messages": messages}
 
 
-def encode_rows(rows: Rows, encode: Callable[[Row], Any], where: str) -> list[Any]:
-    """Encode every row, dropping those that ``encode`` returns None for and counting them in the records."""
-    items = []
+def encode_rows(rows: Rows, encode: Callable[[Row], list[T]], where: str) -> list[T]:
+    """What every row becomes, in order. A row that becomes nothing is dropped, and counted in its source's record."""
+    items: list[T] = []
     first = 0
     for i, record in enumerate(rows.records):
         encoded = [encode(row) for row in rows.rows[first : first + record.rows]]
         first += record.rows
-        kept = [item for item in encoded if item is not None]
+        kept = [found for found in encoded if found]
         rows.records[i] = record.model_copy(update={"rows": len(kept), "dropped": len(encoded) - len(kept)})
-        items += kept
+        items += [item for found in kept for item in found]
     if not items:
         raise BadInput(f"{where}: every row is too long for the length limit")
     return items

@@ -157,17 +157,17 @@ def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple
         return Rows(), []
     files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
     rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, "stop", "traces")
-    return rows, encode_rows(rows, partial(_trace, student.chat, spec.max_length), "traces")
+    return rows, encode_rows(rows, partial(_examples, student.chat, spec.max_length), "traces")
 
 
-def _trace(chat: ChatFormat, max_length: int, row: Row) -> Example | None:
+def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
     if not math.isfinite(row["reward"]):
         raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
     response = chat.response(row["teacher_response"])
     if not row.get("ended", True):
         response = response[:-1]  # cut off by the length limit: the teacher did not end here
     sequence = joined(prompt_ids(chat, row), response, max_length) if response else None
-    return None if sequence is None else Example(sequence, float(row["reward"]))
+    return [] if sequence is None else [Example(sequence, float(row["reward"]))]
 
 
 def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Prompt]]:

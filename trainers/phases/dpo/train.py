@@ -9,7 +9,7 @@ import torch
 from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.encode import Pair, preference_pair
+from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
@@ -87,7 +87,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
 def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
     where = f"data.{part}"
     rows = read_rows(getattr(spec.data, part), "preference", ctx.base_dir, spec.data.on_malformed, where)
-    return rows, encode_rows(rows, lambda row: preference_pair(loaded.chat, row, spec.data.max_length), where)
+    return rows, encode_rows(rows, lambda row: preference_pairs(loaded.chat, row, spec.data.max_length), where)
 
 
 def _plan(spec: DpoSpec, ctx: PhaseContext, pairs: list[Pair]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Sequence as Tokens
 from trainers.core.batch import collate, plan_micro_batches
-from trainers.core.encode import joined, prompt_ids, prompt_messages, sft_sequence
+from trainers.core.encode import joined, prompt_ids, prompt_messages, sft_sequences
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
@@ -214,7 +214,7 @@ class Bench:
         """A row's prompt and response. A response that does not fit the model is cut, so no model skips a row."""
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
         if "messages" in row:
-            sequence = sft_sequence(chat, row, longest, everything=False)
+            sequence = next(iter(sft_sequences(chat, row, longest, everything=False)), None)
         else:
             response = chat.response(row["response"])[: longest - 1]
             sequence = joined(self._prompt(row, limit), response, longest)

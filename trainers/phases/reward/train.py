@@ -14,7 +14,7 @@ from torch import nn
 from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.encode import Pair, preference_pair
+from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel
@@ -104,12 +104,12 @@ def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) 
     where = f"data.{part}"
     schema = "preference with margin" if spec.use_margin else "preference"
     rows = read_rows(getattr(spec.data, part), schema, ctx.base_dir, spec.data.on_malformed, where)
-    return rows, encode_rows(rows, partial(_pair, spec, loaded), where)
+    return rows, encode_rows(rows, partial(_encode, spec, loaded), where)
 
 
-def _pair(spec: RewardSpec, loaded: LoadedModel, row: Row) -> Pair | None:
-    pair = preference_pair(loaded.chat, row, spec.data.max_length)
-    return replace(pair, margin=float(row["margin"])) if pair is not None and spec.use_margin else pair
+def _encode(spec: RewardSpec, loaded: LoadedModel, row: Row) -> list[Pair]:
+    margin = float(row["margin"]) if spec.use_margin else 0.0
+    return [replace(pair, margin=margin) for pair in preference_pairs(loaded.chat, row, spec.data.max_length)]
 
 
 def _sequences(pairs: list[Pair]) -> list[Sequence]:

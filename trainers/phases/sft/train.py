@@ -11,7 +11,7 @@ import torch
 from trainers.core.batch import BatchOrder, Sequence, collate, plan_micro_batches
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.encode import sft_sequence
+from trainers.core.encode import sft_sequences
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
@@ -81,8 +81,8 @@ def _sequences(spec: SftSpec, ctx: PhaseContext, loaded: LoadedModel, part: str)
     return rows, encode_rows(rows, encode, where)
 
 
-def _encode(spec: SftSpec, loaded: LoadedModel, row: dict[str, object]) -> Sequence | None:
-    return sft_sequence(loaded.chat, row, spec.data.max_length, spec.loss_on == "everything")
+def _encode(spec: SftSpec, loaded: LoadedModel, row: dict[str, object]) -> list[Sequence]:
+    return sft_sequences(loaded.chat, row, spec.data.max_length, spec.loss_on == "everything")
 
 
 @torch.no_grad()
