@@ -8,8 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from trainers.contract import BadInput
 from trainers.core import scoring
 from trainers.core.batch import Sequence, collate
+from trainers.core.models import LoadedModel
+from trainers.core.parallel import Workers
 from trainers.core.rewards import check_reward_scoring, reward_scores
-from trainers.core.scoring import Scorer, check_scoring, head_logits, target_logprobs
+from trainers.core.scoring import Scorer, check_scoring, error_share, head_logits, target_logprobs
+from trainers.spec import Parallel
 
 CPU = torch.device("cpu")
 VOCABULARY = 53
@@ -32,6 +35,13 @@ def tiny(kind: str = "llama", auto=AutoModelForCausalLM, **changes):
     for parameter in model.parameters():
         parameter.data *= 4
     return model
+
+
+def packs(model, check=check_scoring) -> bool:
+    """What the start-up check finds out of a model."""
+    loaded = LoadedModel(model, tokenizer=None, chat=None)
+    check(loaded, Workers(Parallel(precision="fp32")))
+    return loaded.packs
 
 
 def sequences(lengths: list[int]) -> list[Sequence]:
@@ -107,7 +117,7 @@ def test_logprobs_are_the_models_own(kind, changes):
         own = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
         expected.append(own.gather(-1, ids[1:, None]).squeeze(-1)[torch.from_numpy(s.scored[1:])])
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
-    check_scoring(model, CPU)
+    assert packs(model)
 
 
 def test_nothing_to_score_is_a_finite_zero_with_a_backward_pass():
@@ -122,20 +132,35 @@ def test_nothing_to_score_is_a_finite_zero_with_a_backward_pass():
         model.zero_grad()
 
 
-def test_check_scoring_refuses_a_model_that_ignores_positions(monkeypatch):
+def test_packing_is_off_where_positions_are_ignored(monkeypatch, capsys):
     """As models with convolutions or linear attention do: packed sequences would see each other."""
     model = tiny()
     monkeypatch.setattr(model.model, "forward", without_positions(model.model.forward))
-    with pytest.raises(BadInput, match="llama cannot be trained: packed"):
-        check_scoring(model, CPU)
+    assert not packs(model)
+    assert capsys.readouterr().out.count("packing is off: models of type llama") == 1
 
 
-def test_check_scoring_refuses_a_state_space_model():
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
-    )
-    with pytest.raises(BadInput, match="mamba cannot be trained"):
-        check_scoring(model, CPU)
+def test_a_model_that_sees_what_comes_later_is_refused(monkeypatch):
+    """Padding changes what such a model says of the tokens before."""
+    model = tiny()
+    forward = model.model.forward
+
+    def seeing_all(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    monkeypatch.setattr(model.model, "forward", seeing_all)
+    with pytest.raises(BadInput, match="llama cannot be used: padded"):
+        packs(model)
+
+
+def test_one_token_sent_to_another_expert_is_no_leak():
+    own = [torch.ones(5, 3), torch.ones(4, 3)]
+    flipped = [o.clone() for o in own]
+    flipped[0][2] += 1.0
+    assert error_share(flipped, own) == 0.0
+    assert error_share([own[0], own[1] * 1.5], own) == 0.5
 
 
 def test_check_scoring_refuses_a_head_that_does_more_than_ours():
@@ -146,14 +171,14 @@ def test_check_scoring_refuses_a_head_that_does_more_than_ours():
             return out
 
     with pytest.raises(BadInput, match="differ from the model's own"):
-        check_scoring(Louder(tiny().config), CPU)
+        packs(Louder(tiny().config))
 
 
 def test_check_scoring_leaves_the_mode_alone():
     model = tiny()
     for training in (True, False):
         model.train(training)
-        check_scoring(model, CPU)
+        packs(model)
         assert model.training is training
 
 
@@ -170,14 +195,13 @@ def test_a_score_depends_on_nothing_but_its_sequence(kind):
         torch.testing.assert_close(reward_scores(model, collate(some, packing, CPU)), alone, atol=1e-5, rtol=1e-5)
         turned = reward_scores(model, collate(some[::-1], packing, CPU)).flip(0)
         torch.testing.assert_close(turned, alone, atol=1e-5, rtol=1e-5)
-    check_reward_scoring(model, CPU)
+    assert packs(model, check_reward_scoring)
 
 
-def test_a_reward_model_that_ignores_positions_is_refused(monkeypatch):
+def test_packing_is_off_for_a_reward_model_that_ignores_positions(monkeypatch):
     model = tiny("llama", AutoModelForSequenceClassification, num_labels=1)
     monkeypatch.setattr(model.model, "forward", without_positions(model.model.forward))
-    with pytest.raises(BadInput, match="packed scores differ"):
-        check_reward_scoring(model, CPU)
+    assert not packs(model, check_reward_scoring)
 
 
 def test_head_logits_are_fp32_whatever_the_model_is():

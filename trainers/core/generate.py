@@ -10,6 +10,7 @@ rounding in the logits).
 Names: N responses in all, B side by side, T tokens so far, V vocabulary.
 """
 
+import inspect
 import time
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trainers.contract import BadInput
 from trainers.spec import Sampling
 
 
@@ -97,6 +99,12 @@ class _Batch:
         # Without padding no mask is needed, and building one is a good part of a small model's time per token.
         self.mask = real if min(map(len, prompts)) < width else None
         self.cache: Any = None
+        # State-space models without attention name it otherwise.
+        names = inspect.signature(model.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in names else "past_key_values"
+        # With them transformers computes a loss of experts' balance, which fails once there is a cache and a mask.
+        recorded = getattr(model.config, "output_router_logits", False)
+        self.no_router_logits = {"output_router_logits": False} if recorded else {}
 
     def run(self) -> list[Response]:
         began = time.perf_counter()
@@ -116,11 +124,15 @@ class _Batch:
             input_ids=self.input_ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
+            **self.no_router_logits,
         )
-        self.cache = out.past_key_values
+        self.cache = getattr(out, self.cache_name, None)
+        if self.cache is None:
+            kind = self.model.config.model_type
+            raise BadInput(f"models of type {kind} cannot generate: their forward pass gives no cache to go on from")
         return out.logits[:, -1].float()
 
     def _store(self, tokens: list[int], now: float) -> None:
@@ -144,7 +156,7 @@ class _Batch:
     def _keep(self, going: list[int]) -> None:
         """Drop the other rows."""
         kept = torch.tensor(going, device=self.input_ids.device)
-        self.cache.batch_select_indices(kept)
+        self.cache.reorder_cache(kept)  # every kind of layer has it, states of linear attention too
         self.input_ids, self.positions = self.input_ids[kept], self.positions[kept]
         self.uniforms = self.uniforms[kept]
         if self.mask is not None:

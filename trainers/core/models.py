@@ -25,6 +25,8 @@ class LoadedModel:
     chat: ChatFormat
     adapters: Any = None
     """The peft model around ``model`` when low-rank adapters are trained."""
+    packs: bool = True
+    """Whether several sequences can share a row without seeing each other; the start-up check finds out."""
 
     @property
     def num_parameters(self) -> int:

@@ -7,7 +7,6 @@ place when pad and end token are the same, and makes the score depend on the bat
 from collections.abc import Sequence as List
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainers.contract import BadInput
@@ -17,7 +16,7 @@ from trainers.core.encode import joined
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head
-from trainers.core.scoring import hidden_states, in_fp32
+from trainers.core.scoring import error_share, hidden_states, in_eval_mode, in_fp32, probe_sequences, tolerance
 
 
 def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -43,6 +42,7 @@ def score_sequences(
     Nothing is exchanged between processes, so each may bring another number of sequences, or none.
     """
     scores = torch.empty(len(sequences))
+    packing = packing and loaded.packs
     was_training = loaded.model.training
     loaded.model.eval()
     for chosen in plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, packing)[0]:
@@ -87,20 +87,25 @@ def reward_sequence(chat: ChatFormat, prompt: Messages, response: str, ended: bo
 
 
 @torch.no_grad()
-def check_reward_scoring(model: Any, device: torch.device) -> None:
-    """Compare packed scores with those of the model's own forward on single sequences; raises BadInput if they differ.
+def check_reward_scoring(loaded: LoadedModel, workers: Workers) -> None:
+    """Compare scores with those of the model's own forward on single sequences, and find out whether these can share rows.
 
-    See :func:`trainers.core.scoring.check_scoring` for what this guards against.
+    Sets ``loaded.packs``; see :func:`trainers.core.scoring.check_scoring` for what this guards against.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = np.setdiff1d(np.arange(vocabulary), [model.config.pad_token_id])
-    rows = [ids[np.arange(n) * 7 % len(ids)] for n in (5, 4, 9)]
-    sequences = [Sequence(row, np.zeros(len(row), dtype=bool)) for row in rows]
-    was_training = model.training
-    model.eval()
-    ours = reward_scores(model, collate(sequences, packing=True, device=device))
-    theirs = torch.cat([model(input_ids=torch.tensor(row[None], device=device)).logits[0].float() for row in rows])
-    model.train(was_training)
-    if (ours - theirs).abs().max() > 1e-3 * theirs.abs().max():
-        kind = model.config.model_type
-        raise BadInput(f"reward models of type {kind} cannot be used: packed scores differ from the model's own")
+    model, device = loaded.model, workers.device
+    kind = model.config.model_type
+    sequences = probe_sequences(model)
+    with in_eval_mode(model):
+        own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
+
+        def differs(packing: bool) -> bool:
+            scores = reward_scores(model, collate(sequences, packing, device))
+            return error_share(list(scores[:, None, None]), own) > tolerance(model)
+
+        if differs(packing=False):
+            raise BadInput(f"reward models of type {kind} cannot be used: padded scores differ from the model's own")
+        loaded.packs = not differs(packing=True)
+    if not loaded.packs and workers.is_main:
+        print(
+            f"packing is off: reward models of type {kind} cannot keep sequences in one row apart, so rows are padded"
+        )

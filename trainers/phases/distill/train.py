@@ -147,8 +147,8 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
     problem = same_tokens(teacher.tokenizer, student.tokenizer)
     if problem:
         raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")
-    check_scoring(teacher.model, ctx.workers.device)
-    check_scoring(student.model, ctx.workers.device)
+    check_scoring(teacher, ctx.workers)
+    check_scoring(student, ctx.workers)
     return teacher, student
 
 

@@ -104,7 +104,7 @@ def _model(
             raise BadInput(
                 "reference: its tokens have other ids than the policy's; use a model with the same vocabulary"
             )
-        check_scoring(model.model, ctx.workers.device)
+        check_scoring(model, ctx.workers)
         return model, nullcontext
     if policy.adapters is not None:
         return policy, policy.adapters.disable_adapter

@@ -27,7 +27,7 @@ MEASURES = ("loss", "accuracy", "reward", "rewards/chosen", "rewards/rejected", 
 def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.policy, spec.lora)
-    check_scoring(loaded.model, ctx.workers.device)
+    check_scoring(loaded, ctx.workers)
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)

@@ -175,7 +175,7 @@ class Bench:
         return self._sums(sequences, lambda batch: divergence_sums(self.loaded.model, reference, batch))
 
     def _lose(self, rows: list[Row], limit: int) -> list[list[float]]:
-        check_scoring(self.loaded.model, self.laboratory.ctx.workers.device)
+        check_scoring(self.loaded, self.laboratory.ctx.workers)
         scorer = Scorer(self.loaded.model)
         sequences = [self._given(row, limit) for row in rows]
         return self._sums(sequences, lambda batch: batch.sums(-scorer(batch, target_logprobs(batch))))

@@ -203,8 +203,8 @@ def _check_models(ctx: PhaseContext, policy: LoadedModel, reference: LoadedModel
         problem = same_tokens(policy.tokenizer, other.tokenizer)
         if problem:
             raise BadInput(f"{name}: its tokenizer is not the policy's: {problem.replace('teacher', 'policy')}")
-    check_scoring(policy.model, ctx.workers.device)
-    check_scoring(reference.model, ctx.workers.device)
+    check_scoring(policy, ctx.workers)
+    check_scoring(reference, ctx.workers)
     for loaded in (policy, critic):
         for module in loaded.model.modules():
             if isinstance(module, nn.Dropout):

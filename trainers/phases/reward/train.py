@@ -47,7 +47,7 @@ class RewardModule(nn.Module):
 def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded, language = new_reward_model(ctx, spec.model, spec.lora)
-    check_reward_scoring(loaded.model, ctx.workers.device)
+    check_reward_scoring(loaded, ctx.workers)
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)

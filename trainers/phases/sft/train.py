@@ -24,7 +24,7 @@ from trainers.phases.sft.spec import SftSpec
 def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.model, spec.lora)
-    check_scoring(loaded.model, ctx.workers.device)
+    check_scoring(loaded, ctx.workers)
     rows, train = _sequences(spec, ctx, loaded, "train")
     held_out_rows, held_out = _sequences(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)

@@ -1,0 +1,88 @@
+"""Every architecture alone: what a token is worth does not depend on how its sequence is laid out, nor on its batch."""
+
+import numpy as np
+import pytest
+import torch
+from families.architectures import FAMILIES, family_model
+
+from trainers.contract import BadInput
+from trainers.core.batch import Sequence, collate
+from trainers.core.generate import generate
+from trainers.core.models import LoadedModel
+from trainers.core.parallel import Workers
+from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.spec import Parallel, Sampling
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0, max_new_tokens=10, batch_size=8)
+LEAKS = {"gpt_oss", "qwen3_next", "lfm2", "bamba", "falcon_h1", "jamba", "zamba2", "mamba", "mamba2"}
+"""Families that cannot tell packed sequences apart. The rest read it from position_ids."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Name and model; longer sequences than the sliding window has room for come from the tests."""
+    return request.param, family_model(request.param).eval()
+
+
+def sequences() -> list[Sequence]:
+    generator = np.random.default_rng(0)
+    return [Sequence(generator.integers(3, 61, n), np.arange(n) > n // 3) for n in (11, 7, 19, 3)]
+
+
+def own_logprobs(model, sequence: Sequence) -> torch.Tensor:
+    ids = torch.from_numpy(sequence.ids)
+    logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, ids[1:, None]).squeeze(-1)[torch.from_numpy(sequence.scored[1:])]
+
+
+def gradient(model, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_packed_or_padded_is_alone_and_packing_is_off_where_it_is_not(family, capsys):
+    name, model = family
+    loaded = LoadedModel(model, tokenizer=None, chat=None)
+    check_scoring(loaded, Workers(Parallel(precision="fp32")))
+    assert loaded.packs == (name not in LEAKS)
+    assert ("packing is off" in capsys.readouterr().out) == (name in LEAKS)
+    alone = torch.cat([own_logprobs(model, s) for s in sequences()])
+    expected = gradient(model, alone.sum())
+    for packing in {False, loaded.packs}:
+        batch = collate(sequences(), packing, CPU)
+        found = Scorer(model)(batch, target_logprobs(batch))
+        torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient(model, found.sum()), expected, atol=2e-4 * expected.abs().max(), rtol=1e-3)
+
+
+def test_answers_side_by_side_are_transformers_own_alone(family):
+    """Prompts of all lengths, padded on the left, of which some end early and leave the cache."""
+    _, model = family
+    prompts = [s.ids.tolist() for s in sequences()]
+    whole = [own_answer(model, prompt, frozenset()) for prompt in prompts]
+    stop = frozenset({whole[0][2], whole[1][1]})
+    for stops in (frozenset(), stop):
+        found = generate(model, prompts, GREEDY, stops)
+        assert [r.ids for r in found] == [own_answer(model, prompt, stops) for prompt in prompts]
+
+
+def own_answer(model, prompt: list[int], stop: frozenset[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": sorted(stop) or None}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+
+
+def test_a_model_without_a_cache_cannot_generate(monkeypatch):
+    model = family_model("llama").eval()
+    forward = model.forward
+
+    def without_cache(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.past_key_values = None
+        return out
+
+    monkeypatch.setattr(model, "forward", without_cache)
+    with pytest.raises(BadInput, match="llama cannot generate"):
+        generate(model, [[5, 6]], GREEDY, frozenset())
