@@ -177,6 +177,10 @@ class ScratchModel(SpecModel):
         return self
 
 
+Dtype = Literal["auto", "fp32", "bf16"]
+"""How a model's weights are held in memory and written."""
+
+
 class ArtifactRef(SpecModel):
     """Something an earlier phase left; an edge of the run's graph."""
 
@@ -201,6 +205,8 @@ class ModelRef(ArtifactRef):
     """Run Python code that comes with the model. Off unless you trust its author."""
     scratch: ScratchModel | None = None
     """A new model with random weights."""
+    dtype: Dtype = "auto"
+    """How its weights are held: `auto` is `fp32` where they are trained, and the type of the arithmetic (`parallel.precision`) where they are not, as beneath low-rank adapters. `bf16` weights that are trained take half the memory with their gradients, which then add up in bf16, and are rounded at random after each step."""
 
 
 class RewardModelRef(ArtifactRef):
@@ -215,6 +221,8 @@ class RewardModelRef(ArtifactRef):
     """Commit or tag of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+    dtype: Dtype = "auto"
+    """How its weights are held: `auto` is the type of the arithmetic (`parallel.precision`), and `fp32` for the critic that starts from it."""
 
 
 class TracesRef(ArtifactRef):
@@ -275,6 +283,8 @@ class Optim(SpecModel):
     """Final learning rate as a share of the peak."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How AdamW's two moments are held; `bf16` halves them, rounded at random so that small changes are not lost."""
 
 
 class Duration(SpecModel):
@@ -305,7 +315,7 @@ class Parallel(SpecModel):
     strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """`auto`: `single` for one process, `ddp` for more. `fsdp` and `deepspeed` are not available in this version."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of forward and backward; `auto` is bf16 where the device is fast at it, else fp32. Master weights stay fp32."""
+    """Arithmetic of forward and backward up to the last hidden state; what follows is fp32 always. `auto` is bf16 on GPUs that have it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
@@ -399,6 +409,16 @@ class PhaseSpec(SpecModel):
     """Logging."""
     gates: tuple[Gate, ...] = ()
     """Thresholds that the phase's final metrics must meet."""
+
+    @model_validator(mode="after")
+    def _bf16_weights_compute_in_bf16(self) -> Self:
+        if self.parallel.precision == "fp32":
+            for path, ref in self.references():
+                if getattr(ref, "dtype", "auto") == "bf16":
+                    raise ValueError(
+                        f"{path}.dtype bf16 cannot compute in parallel.precision fp32: set dtype fp32, or precision bf16"
+                    )
+        return self
 
     def references(self) -> Iterator[tuple[str, ArtifactRef]]:
         """Every artifact reference in the spec, with its dotted path."""

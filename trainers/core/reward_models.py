@@ -10,13 +10,13 @@ from transformers import AutoModelForSequenceClassification
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
 from trainers.core.context import PhaseContext
-from trainers.core.models import LoadedModel, causal_lm, prepared, pretrained
+from trainers.core.models import LoadedModel, causal_lm, held_in, prepared, pretrained
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 
 def load_reward_model(ctx: PhaseContext, ref: RewardModelRef, frozen: bool = True) -> LoadedModel:
     """A one-label sequence classifier with its tokenizer, on the device."""
-    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, frozen)
+    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, held_in(ctx, ref, frozen))
     if model.config.num_labels != 1:
         raise BadInput(f"{ref.source or ref.phase} has {model.config.num_labels} labels; a reward model has one")
     return prepared(ctx, model, tokenizer, None, frozen)
@@ -27,7 +27,7 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
 
     Also returns the causal model, which shares the backbone and is not part of what is saved.
     """
-    base, tokenizer = causal_lm(ctx, ref, frozen=False)
+    base, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
     stop_ids = chat_format(tokenizer, base).stop_ids
     _own_pad_token(base, tokenizer, stop_ids)
     config = copy.deepcopy(base.config)

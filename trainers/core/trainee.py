@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from trainers.contract import Diverged
+from trainers.core.adamw import RoundingAdamW
 from trainers.core.parallel import Workers
 from trainers.spec import Optim
 
@@ -32,13 +33,7 @@ class Trainee:
         self.total_steps = total_steps
         self.module = workers.wrap(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(module, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=workers.device.type == "cuda",
-        )
+        self.optimizer = _adamw(module, optim)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Add one micro-batch's gradient. ``loss`` is this rank's part of a sum over all ranks and micro-batches.
@@ -80,6 +75,16 @@ class Trainee:
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def _adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """torch's, where weights and moments are fp32."""
+    groups = _decay_groups(module, optim.weight_decay)
+    trained = [p for group in groups for p in group["params"]]
+    if optim.state_dtype == "bf16" or any(p.dtype != torch.float32 for p in trained):
+        return RoundingAdamW(groups, optim, torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32)
+    fused = any(p.is_cuda for p in trained)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -141,7 +141,9 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
     """Teacher and student. Raises BadInput when the same token id means different things to them."""
     teacher = load_causal_lm(ctx, spec.teacher, frozen=True)
     if spec.student.teacher_layers is not None:
-        student = load_some_layers(ctx, spec.teacher, spec.student.teacher_layers)
+        student = load_some_layers(
+            ctx, spec.teacher.model_copy(update={"dtype": spec.student.dtype}), spec.student.teacher_layers
+        )
     else:
         student = load_causal_lm(ctx, spec.student)
     problem = same_tokens(teacher.tokenizer, student.tokenizer)

@@ -51,7 +51,7 @@ def _stored(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[s
     nothing else, whatever happened to data or models in between.
     """
     folder = ctx.dir.root / "reference"
-    paths = {name: folder / f"{_key(spec, ctx, found)}.safetensors" for name, found in pairs.items()}
+    paths = {name: folder / f"{_key(spec, ctx, policy, found)}.safetensors" for name, found in pairs.items()}
     if ctx.workers.any(not all(path.exists() for path in paths.values())):
         model, unchanged = _model(spec, ctx, policy, stays=False)
         score = _live(ctx, model, unchanged)
@@ -99,7 +99,7 @@ def _model(
 ) -> tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]:
     """The model that scores, and what to do around scoring. ``stays``: it must not change when the policy is trained."""
     if spec.reference is not None:
-        model = load_causal_lm(ctx, spec.reference, frozen=True)
+        model = load_causal_lm(ctx, spec.reference, frozen=True, like=policy)
         if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise BadInput(
                 "reference: its tokens have other ids than the policy's; use a model with the same vocabulary"
@@ -109,11 +109,11 @@ def _model(
     if policy.adapters is not None:
         return policy, policy.adapters.disable_adapter
     if stays:
-        return load_causal_lm(ctx, spec.policy, frozen=True), nullcontext
+        return load_causal_lm(ctx, spec.policy, frozen=True, like=policy), nullcontext
     return policy, nullcontext
 
 
-def _key(spec: DpoSpec, ctx: PhaseContext, pairs: list[Pair]) -> str:
+def _key(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: list[Pair]) -> str:
     """Identity of stored scores: which reference, in which arithmetic, on which tokens."""
     ref = spec.reference or spec.policy
     identity = {
@@ -121,6 +121,7 @@ def _key(spec: DpoSpec, ctx: PhaseContext, pairs: list[Pair]) -> str:
         "input": ctx.file.inputs[ref.phase].digest if ref.phase in ctx.file.inputs else None,
         "files": _file_marks(Path(ctx.model_location(ref))) if ref.scratch is None else ctx.seed,
         "bf16": ctx.workers.bf16,
+        "held": str(policy.model.dtype),
         "tokens": _tokens_digest(pairs),
     }
     return sha256_text(canonical_json(identity))[:32]

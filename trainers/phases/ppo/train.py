@@ -32,7 +32,7 @@ from trainers.phases.ppo.spec import PpoSpec
 def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.policy)
-    reference = load_causal_lm(ctx, spec.reference or spec.policy, frozen=True)
+    reference = load_causal_lm(ctx, spec.reference or spec.policy, frozen=True, like=loaded)
     reward_model = load_reward_model(ctx, spec.reward_model)
     critic_model = load_reward_model(ctx, spec.reward_model, frozen=False)
     _check_models(ctx, loaded, reference, critic_model)
