@@ -238,6 +238,8 @@ class Result(SpecModel):
     metrics: dict[str, float] = {}
     inputs: dict[str, str] = {}
     data: tuple[DataRecord, ...] = ()
+    commits: dict[str, str] = {}
+    """What was read from the hub, as `name@commit`, by the path of the field in the spec."""
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     seed: int = 0

@@ -18,6 +18,7 @@ from trainers.files import write_atomic
 from trainers.gates import check_gates
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
+from trainers.pins import commits, pinned_spec
 from trainers.reuse import find_finished_result
 from trainers.spec import PhaseSpec, addresses
 from trainers.workspace import PhaseDir, open_directory
@@ -40,6 +41,7 @@ def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]])
         if file.remote is not None or addresses(spec):
             result = _from_store(kind, file, spec, digest)
         else:
+            spec = pinned_spec(spec, file)
             result = find_finished_result(file, spec, digest) or _run(kind, file, spec, digest)
     except Exception as error:  # noqa: BLE001 - every way to fail ends in an exit status and a message
         return fail(error, digest)
@@ -56,9 +58,13 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
     here = parse_spec(kind, remote.file)
     if (result := remote.find_finished()) is not None:
         return result
-    if file.remote is None and (result := find_finished_result(file, here, digest)) is not None:
-        return result
+    if file.remote is None:
+        here = pinned_spec(here, file)
+        if (result := find_finished_result(file, here, digest)) is not None:
+            return result
     remote.fetch()
+    here = pinned_spec(here, file)
+    remote.keep_pins()
     with remote.uploads() or nullcontext() as uploads:
         return _run(kind, file, here, digest, uploads)
 
@@ -130,6 +136,7 @@ def _result(ctx: Any, outcome: Any, digest: str, started: str) -> Result:
         metrics={key: float(value) for key, value in outcome.metrics.items()},
         inputs={key: entry.digest for key, entry in ctx.file.inputs.items()},
         data=tuple(outcome.data),
+        commits=commits(ctx.spec, ctx.base_dir),
         settings=parse_spec(ctx.type, ctx.file).document(),  # as written: ctx.spec has local paths for addresses
         versions=_versions(),
         seed=ctx.seed,

@@ -14,7 +14,7 @@ def read_phase_file(path: Path, kind: PhaseType, changes: Iterable[tuple[str, ob
     try:
         document = yaml.safe_load(path.read_text())
         for dotted, value in changes:
-            _set(document["spec"], dotted.split("."), value)
+            set_at(document["spec"], dotted, value)
         file = PhaseFile.model_validate(document)
     except (OSError, yaml.YAMLError) as error:
         raise BadInput(f"phase file {path}: {error}") from error
@@ -38,7 +38,9 @@ def _first_problem(error: Exception) -> str:
     return f"{place}: {first['msg']} (got {str(first['input'])[:80]!r})"
 
 
-def _set(document: Any, path: list[str], value: object) -> None:
-    for part in path[:-1]:
+def set_at(document: Any, path: str, value: object) -> None:
+    """Set what lies at a dotted path such as `data.train[0].limit` or `data.train.0.limit`."""
+    *way, last = path.replace("[", ".").replace("]", "").split(".")
+    for part in way:
         document = document[int(part)] if isinstance(document, list) else document.setdefault(part, {})
-    document[path[-1]] = value
+    document[last] = value

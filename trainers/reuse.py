@@ -5,6 +5,7 @@ from pathlib import Path
 from trainers.contract import PhaseFile, Result
 from trainers.failures import rank
 from trainers.fingerprints import same_data
+from trainers.pins import commits
 from trainers.spec import PhaseSpec
 from trainers.workspace import PhaseDir, adopt, find_finished, intact
 
@@ -31,7 +32,7 @@ def find_finished_result(file: PhaseFile, spec: PhaseSpec, digest: str) -> Resul
 
 def _is_current(directory: PhaseDir, file: PhaseFile, spec: PhaseSpec, digest: str) -> bool:
     result = directory.read_result()
-    if result is None or result.digest != digest:
+    if result is None or result.digest != digest or result.commits != commits(spec, Path(file.base_dir)):
         return False
     if not all(intact(artifact, directory.root) for artifact in result.artifacts.values()):
         return False

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseFile, PhaseType
+from trainers.core.hub import hub_name, model_files
 from trainers.core.parallel import Workers
 from trainers.meter import Meter
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
@@ -98,7 +99,7 @@ class PhaseContext:
         raise BadInput(f"phase {ref.phase!r} leaves no {' or '.join(ref.accepts)}")
 
     def model_location(self, ref: ModelRef | RewardModelRef) -> str:
-        """Folder or hub id to load from."""
+        """Folder to load from; a hub model's files are in the cache then."""
         if ref.phase is not None:
             return str(self.artifact(ref))
         assert ref.source is not None
@@ -106,8 +107,11 @@ class PhaseContext:
             from trainers.core.packaged import packaged_model
 
             return str(packaged_model(ref.source.removeprefix("package:")))
-        local = self.base_dir / ref.source
-        return str(local) if local.is_dir() else ref.source
+        name = hub_name(ref.source, self.base_dir)
+        folder = self.base_dir / ref.source if name is None else model_files(name, ref.revision)
+        if not folder.is_dir():
+            raise BadInput(f"model {ref.source}: there is no such folder in {self.base_dir.resolve()}")
+        return str(folder)
 
     def listen(self) -> None:
         """From now on SIGTERM and SIGINT only ask; the loop answers with :meth:`stop_if_asked`."""

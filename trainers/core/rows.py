@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from trainers import jsonl
 from trainers.contract import BadInput, DataRecord
+from trainers.core.hub import from_hub
 from trainers.fingerprints import fingerprint, source_files
 from trainers.spec import DataSource
 
@@ -90,11 +91,10 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
 
     hub = source.hub
     assert hub is not None
-    try:
-        dataset = load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision)
-    except (ValueError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInput(f"dataset {hub.name} split {hub.split}: {lines[0]}") from error
+    dataset = from_hub(
+        f"dataset {hub.name} split {hub.split}",
+        lambda: load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision),
+    )
     for i, row in enumerate(dataset, 1):
         yield f"{hub.name}[{hub.split}] row {i}", dict(row)
 

@@ -19,6 +19,7 @@ import psutil
 from trainers.contract import BadInput, PhaseFile, PhaseType, Result
 from trainers.files import write_atomic
 from trainers.fingerprints import same_data
+from trainers.pins import pinned_spec, pins_folder
 from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
@@ -54,7 +55,8 @@ class Remote:
                 self._fetch_files(source.files)
         if self.phase is None:
             return ""
-        spec = self.kind.spec.model_validate(self.file.spec)
+        self._fetch_pins()
+        spec = pinned_spec(self.kind.spec.model_validate(self.file.spec), self.file, ("dataset",))
         for folder, result in self.phase.results():
             if same_data(result, spec, Path(self.file.base_dir)):
                 if folder != self.phase.name and is_main():
@@ -87,6 +89,18 @@ class Remote:
         if self.phase is None or not is_main():
             return None
         return Uploads(self.phase, tuple(Path(entry.path) for entry in self.file.inputs.values()))
+
+    def _fetch_pins(self) -> None:
+        """The commits that earlier phases of the run have read from the hub."""
+        assert self.phase is not None
+        found = self.phase.store.find(self.phase.name_of(pins_folder(self.file)))
+        self.phase.store.download({name: self.workspace / name for name in found}, found)
+
+    def keep_pins(self) -> None:
+        """Say to the run's later phases which commits this one reads."""
+        if self.phase is not None and is_main():
+            pins = list(pins_folder(self.file).glob("*--*"))
+            self.phase.store.upload({self.phase.name_of(path): path for path in pins})
 
     def _fetch_files(self, pattern: str) -> None:
         """Data given by address, or by a path in a remote workspace."""
