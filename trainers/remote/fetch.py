@@ -19,7 +19,7 @@ import psutil
 from trainers.contract import BadInput, PhaseFile, PhaseType, Result
 from trainers.files import write_atomic
 from trainers.fingerprints import same_data
-from trainers.pins import pinned_spec, pins_folder
+from trainers.pins import hub_names, pinned_spec, pins_folder
 from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
@@ -55,8 +55,10 @@ class Remote:
                 self._fetch_files(source.files)
         if self.phase is None:
             return ""
-        self._fetch_pins()
-        spec = pinned_spec(self.kind.spec.model_validate(self.file.spec), self.file, ("dataset",))
+        spec = self.kind.spec.model_validate(self.file.spec)
+        if any(hub_names(spec, Path(self.file.base_dir))):
+            self._fetch_pins()
+            spec = pinned_spec(spec, self.file, ("dataset",))
         for folder, result in self.phase.results():
             if same_data(result, spec, Path(self.file.base_dir)):
                 if folder != self.phase.name and is_main():
@@ -99,8 +101,7 @@ class Remote:
     def keep_pins(self) -> None:
         """Say to the run's later phases which commits this one reads."""
         if self.phase is not None and is_main():
-            pins = list(pins_folder(self.file).glob("*--*"))
-            self.phase.store.upload({self.phase.name_of(path): path for path in pins})
+            self.phase.store.upload({self.phase.name_of(path): path for path in pins_folder(self.file).glob("*--*")})
 
     def _fetch_files(self, pattern: str) -> None:
         """Data given by address, or by a path in a remote workspace."""
