@@ -1,17 +1,24 @@
 """Benchmarks and estimators against values worked out by hand or by other means."""
 
 import math
+import re
+import signal
 import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trainers.contract import BadInput, Diverged, Interrupted
+from trainers.phases.evaluate import patterns
 from trainers.phases.evaluate.benchmarks import REGISTRY, accuracy, kl, length, perplexity, reward, safety, style
 from trainers.phases.evaluate.estimates import difference, estimate, interval, wilson
 from trainers.phases.evaluate.latency import percentile, summary, time_per_token
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.results import Results, table
+from trainers.phases.evaluate.results import summary as summary_table
 from trainers.phases.evaluate.spec import EvaluateSpec
 from trainers.phases.evaluate.subject import Divergence, Loss, Reply
 
@@ -27,6 +34,9 @@ class FakeBench:
 
     def answered(self, data, sampling):
         return self.replies
+
+    def pause(self):
+        pass
 
     def rewards(self, data, sampling):
         return self._rewards
@@ -56,7 +66,8 @@ def values(metrics, seed=0):
     ],
 )
 def test_whether_an_answer_is_right(response, answer, extract, match, right):
-    assert accuracy.is_right(response, answer, extract, match) is right
+    spec = accuracy.AccuracySpec(extract=extract, match=match)
+    assert values(accuracy.run(spec, FakeBench([{"answer": answer}], [response]))) == {"accuracy": float(right)}
 
 
 def test_accuracy_counts_only_rows_with_an_answer():
@@ -121,6 +132,88 @@ def test_length_bias_is_pearsons_correlation():
     assert found["rewardCorrelation"] == pytest.approx(np.corrcoef(lengths, rewards)[0, 1])
 
 
+CUT_OFF = Reply("so it is 12", [1, 2, 3], ended=False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "settings", "right"),
+    [
+        (CUT_OFF, {"match": "contains"}, True),
+        (CUT_OFF, {"match": "last-number"}, False),
+        (Reply("12", [1], ended=False), {"match": "exact"}, False),
+        (Reply("it is 12, as", [1], ended=False), {"match": "last-number"}, True),
+        (CUT_OFF, {"extract": r"it is (\d+)"}, False),
+        (CUT_OFF, {"extract": r"(\d+)$"}, False),
+        (Reply("it is 12 or", [1], ended=False), {"extract": r"it is (\d+)"}, True),
+        (Reply("so it is 12", [1], ended=True), {"extract": r"(\d+)$"}, True),
+    ],
+)
+def test_an_answer_at_the_cut_of_a_response_is_not_taken_for_whole(reply, settings, right):
+    bench = FakeBench([{"answer": "12"}], ["x"])
+    bench.replies = [({"answer": "12"}, reply)]
+    assert values(accuracy.run(accuracy.AccuracySpec(**settings), bench)) == {"accuracy": float(right)}
+
+
+@pytest.mark.parametrize(("ended", "matches"), [(True, 1.0), (False, 0.0)])
+def test_no_pattern_takes_a_cut_for_the_end_of_a_response(ended, matches):
+    bench = FakeBench([{}], ["x"])
+    bench.replies = [({"shouldRefuse": False}, Reply("glad to help", [1], ended))]
+    assert values(style.run(style.StyleSpec(pattern=r"help\Z"), bench)) == {"match": matches}
+    assert values(style.run(style.StyleSpec(pattern=r"glad .*"), bench)) == {"match": 1.0}
+    assert values(safety.run(safety.SafetySpec(refusal_pattern="help$"), bench)) == {"overRefusal": matches}
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [
+        ("9007199254740993", "9007199254740992", False),
+        ("1" + "0" * 400, "2" + "0" * 400, False),
+        ("it is 0.10", "0.1", True),
+        ("٣", "3", True),
+    ],
+)
+def test_numbers_are_compared_exactly(text, other, same):
+    assert accuracy.is_right(text, other, "last-number") is same
+
+
+# ---------------------------------------------------------------- patterns
+
+ENDLESS = [(r"(a+)+$", "a" * 60 + "!"), (r"(a|a)*$", "a" * 60 + "!"), (r"(\w+\s?)*$", "word " * 40 + "!")]
+
+
+@pytest.mark.parametrize(("pattern", "text"), ENDLESS)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda pattern, bench: safety.run(safety.SafetySpec(refusal_pattern=pattern), bench),
+        lambda pattern, bench: style.run(style.StyleSpec(pattern=pattern), bench),
+        lambda pattern, bench: style.run(style.StyleSpec(pattern="", reject_pattern=pattern), bench),
+        lambda pattern, bench: accuracy.run(accuracy.AccuracySpec(extract=pattern), bench),
+    ],
+)
+def test_a_pattern_without_end_is_bad_input(run, pattern, text, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    rows = [{"shouldRefuse": False, "answer": "x"}]
+    with pytest.raises(BadInput, match=r"(safety|style|accuracy)\.\w+: .* takes longer than 0.05 s on the response"):
+        run(pattern, FakeBench(rows, [text]))
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+
+
+@given(st.lists(st.text(max_size=20), max_size=20), st.sampled_from([r"\w+", r"(?i)[é-ü]+\b", r"(?!x)..$", r"(.)\1"]))
+def test_patterns_mean_what_they_mean_in_python(texts, pattern):
+    found = patterns.search_all(pattern, texts, "x")
+    assert [match and match.span() for match in found] == [(m := re.search(pattern, t)) and m.span() for t in texts]
+
+
+def test_between_texts_it_can_be_stopped():
+    def stop():
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        patterns.search_all("x", ["x"], "x", stop)
+
+
 # ---------------------------------------------------------------- estimates
 
 
@@ -159,12 +252,42 @@ def test_a_difference_is_paired():
     assert difference(ours, estimate(Metric("x", "x", ([1.0],)), 0)) == {}
 
 
-def test_undefined_figures_are_null_and_never_metrics():
+def test_a_figure_that_may_be_undefined_is_noted_and_in_no_table():
     results = Results.empty(0, ["m"], None)
-    results.add("m", "length", [Metric("c", "c", ([1.0, 1.0], [1.0, 2.0]), statistic=length.correlation)], True)
-    assert results.document()["values"]["m"]["length/c"]["value"] is None
-    assert results.flat() == {}
+    bench = FakeBench([{}] * 2, ["x", "y"], [1.0, 2.0])
+    results.add("m", "length", length.run(length.LengthSpec(), bench), True)
+    document = results.document()
+    assert "length/rewardCorrelation" not in document["values"]["m"]
+    assert "same length" in document["notes"]["m"]["length/rewardCorrelation"]
+    assert "–" not in summary_table(document, {})
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda x: Metric("score", "score", ([1.0, x],)),
+        lambda x: Metric("c", "c", ([1.0, 2.0], [x, 1.0]), statistic=length.correlation, undefined="all the same"),
+        lambda x: Metric("perplexity", "perplexity", ([x, 1.0], [1, 1]), statistic=perplexity.perplexity),
+        lambda x: Metric("winRate", "wins", ([1.0, 0.0], [x, 1.0]), statistic=reward.length_controlled),
+    ],
+)
+def test_what_is_not_finite_ends_the_evaluation(metric, wrong):
+    results = Results.empty(0, ["m"], None)
+    with pytest.raises(Diverged, match="model 'm': b/"):
+        results.add("m", "b", [metric(wrong)], True)
+
+
+def test_a_perplexity_beyond_all_numbers_is_no_figure():
+    results = Results.empty(0, ["m"], None)
+    bench = types.SimpleNamespace(losses=lambda data: [Loss(5000.0, 1)])
+    with pytest.raises(Diverged, match="fit/perplexity is inf"):
+        results.add("m", "fit", perplexity.run(perplexity.PerplexitySpec(), bench), True)
+
+
+def test_an_interval_leaves_out_resamples_without_a_value():
     assert all(math.isnan(x) for x in interval(np.array([math.nan])))
+    assert interval(np.array([math.nan, 1.0, 1.0])) == (1.0, 1.0)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -205,6 +328,9 @@ DATA = {"rows": [{"synthetic": {"task": "letters", "split": "test", "count": 8}}
     ("spec", "says"),
     [
         ({"benchmarks": [{"name": "a", "accuracy": {"extract": "(x"}}], "data": DATA}, r"'\(x' is not a regular"),
+        ({"benchmarks": [{"name": "a", "accuracy": {"extract": "(" * 9999}}], "data": DATA}, "is not a regular"),
+        ({"benchmarks": [{"name": "a", "style": {"pattern": "x{99999999999999}"}}], "data": DATA}, "is not a regular"),
+        ({"benchmarks": [{"name": "a", "safety": {"refusalPattern": "*"}}], "data": DATA}, "is not a regular"),
         ({"benchmarks": [{"name": "a", "length": {}}] * 2, "data": DATA}, "'a' is used more than once"),
         ({"benchmarks": [{"name": "a", "length": {}, "kl": {}}], "data": DATA}, "exactly one of"),
         ({"benchmarks": [{"name": "a"}], "data": DATA}, "exactly one of"),

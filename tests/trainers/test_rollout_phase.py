@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from trainers.phases.rollout.parts import Parts
+
+ENCODABLE = st.characters(codec="utf-8")
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
 
@@ -220,3 +226,35 @@ class TestTokenCheck:
         other.save_pretrained(tmp_path / "rm")
         code, result = self.check(run_phase, tmp_path, tiny_model_dir, tmp_path / "rm")
         assert code == 0 and result.metrics["rewardModelSameTokens"] == 0
+
+
+def test_a_policy_that_is_no_number_is_no_success(run_phase, tiny_model_dir, tmp_path, capfd):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "nan")
+    output = tmp_path / "run" / "traces"
+    assert run_phase("rollout", spec_for(tmp_path / "nan"), None, output) == (4, None)
+    assert "Diverged: the logits" in capfd.readouterr().err
+    assert not list(output.glob("checkpoints/part-*"))
+
+
+@given(rows=st.lists(st.dictionaries(st.text(ENCODABLE, max_size=8), st.text(ENCODABLE)), min_size=1, max_size=6))
+def test_parts_hold_any_text(rows, tmp_path_factory):
+    parts = Parts(tmp_path_factory.mktemp("parts"))
+    half = len(rows) // 2
+    parts.write(0, rows[:half]) if half else None
+    parts.write(half, rows[half:])
+    assert parts.read() == rows
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xff\n", b'{"reward": NaN}\n', b"[" * 5000])
+def test_a_damaged_part_is_made_again(damage, tmp_path):
+    parts = Parts(tmp_path)
+    for first in (0, 2, 4):
+        parts.write(first, [{"n": first}, {"n": first + 1}])
+    (tmp_path / "part-000000002.jsonl").write_bytes(damage)
+    assert [row["n"] for row in parts.read()] == [0, 1]
+    parts.write(2, [{"n": 2}, {"n": 3}])
+    assert [row["n"] for row in parts.read()] == [0, 1, 2, 3, 4, 5]

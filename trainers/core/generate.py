@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainers.contract import BadInput
+from trainers.contract import BadInput, Diverged
 from trainers.spec import Sampling
 
 
@@ -48,6 +48,7 @@ def generate(
     What is random comes from ``uniforms``, (N, max_new_tokens) in [0, 1), or is drawn from ``generator`` on whatever
     device that lives; greedy sampling (temperature 0) needs neither. Prompts of like length go together, so little is
     padded. The model is put in eval mode meanwhile, in which gradient checkpointing does not switch the cache off.
+    Raises Diverged when logits are not finite.
     """
     if uniforms is None:
         uniforms = _draw(generator, len(prompts), sampling)
@@ -108,8 +109,11 @@ class _Batch:
 
     def run(self) -> list[Response]:
         began = time.perf_counter()
+        finite = torch.tensor(True, device=self.input_ids.device)
         for t in range(self.sampling.max_new_tokens):
-            tokens = sample(self._next_logits(), self.sampling, self.uniforms[:, t])
+            logits = self._next_logits()
+            finite &= logits.amax(-1).isfinite().all()
+            tokens = sample(logits, self.sampling, self.uniforms[:, t])
             self._store(tokens.tolist(), time.perf_counter() - began)
             going = [i for i, row in enumerate(self.rows) if not self.responses[row].ended]
             if not going:
@@ -117,6 +121,11 @@ class _Batch:
             self._extend(tokens)
             if 2 * len(going) <= len(self.rows):
                 self._keep(going)
+        # Looked at once for the batch: on a GPU every look waits for the device.
+        if not finite:
+            raise Diverged(
+                "the logits that responses are sampled from are not finite: a weight is no number, or too large"
+            )
         return self.responses
 
     def _next_logits(self) -> torch.Tensor:

@@ -66,6 +66,9 @@ class Bench:
 
     # -- what benchmarks ask for
 
+    def pause(self) -> None:
+        self.laboratory.ctx.stop_if_asked()
+
     def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[tuple[Row, Reply]]:
         """Every row with the model's response."""
         rows, sampling = self.rows(data, "prompt"), self._sampling(sampling)
@@ -74,7 +77,7 @@ class Bench:
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = self._responses_key(block, first, sampling, limit)
-            found = self.laboratory.cell(key, partial(self._respond, block, first, sampling, limit))
+            found = self.cell(key, partial(self._respond, block, first, sampling, limit))
             replies += [Reply(**reply) for reply in found]
         return list(zip(rows, replies, strict=True))
 
@@ -107,13 +110,17 @@ class Bench:
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = {"kind": "losses", "model": self.digest, "rows": _content(block, "response"), "limit": limit}
-            found += self.laboratory.cell(key, partial(self._lose, block, limit))
+            found += self.cell(key, partial(self._lose, block, limit))
         return [Loss(nll, int(tokens)) for nll, tokens in found]
 
     def rows(self, data: BenchmarkRows | None, schema: str) -> list[Row]:
         return self.laboratory.rows(self._data(data), schema)
 
     # -- measurements
+
+    def cell(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """See :meth:`Laboratory.cell`."""
+        return self.laboratory.cell(self.label, key, measure)
 
     def _by_block(self, data: Any, sampling: Any, key: dict[str, Any], measure: Callable[..., list[Any]]) -> list[Any]:
         """Measure the responses block by block, under their own key and ``key``."""
@@ -123,7 +130,7 @@ class Bench:
         for first in range(0, len(answered), BLOCK):
             block = answered[first : first + BLOCK]
             of = self._responses_key([row for row, _ in block], first, self._sampling(sampling), limit)
-            found += self.laboratory.cell({"of": of, **key}, partial(measure, block))
+            found += self.cell({"of": of, **key}, partial(measure, block))
         return found
 
     def _responses_key(self, rows: list[Row], first: int, sampling: Sampling, limit: int) -> dict[str, Any]:
@@ -230,7 +237,7 @@ class Bench:
 
     def _other_tokens(self, reference: str) -> str | None:
         key = {"kind": "tokens", "model": self.digest, "reference": reference}
-        found = self.laboratory.cell(key, lambda: {"differ": self._compare_tokens()})
+        found = self.cell(key, lambda: {"differ": self._compare_tokens()})
         return found["differ"]
 
     def _compare_tokens(self) -> str | None:

@@ -6,6 +6,7 @@ directory and in those of other evaluations in the workspace, also where an edit
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,11 @@ class Cells:
         return self._known.get(name)
 
     def put(self, key: Key, value: Any, write: bool = True) -> None:
-        """Remember a value; it must be JSON and not null."""
+        """Remember a value; it must be JSON, finite, and not null."""
         name = _name(key)
         self._known[name] = value
         if write:
-            write_atomic(self.own / name, json.dumps({"key": _versioned(key), "value": value}))
+            write_atomic(self.own / name, json.dumps({"key": _versioned(key), "value": value}, allow_nan=False))
             self.keep(self.own / name)
 
 
@@ -66,10 +67,20 @@ def _name(key: Key) -> str:
 
 def _read(path: Path, key: Key) -> Any:
     try:
-        document = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return document["value"] if document.get("key") == json.loads(canonical_json(_versioned(key))) else None
+        document = json.loads(path.read_text(encoding="utf-8"))
+        same = document["key"] == json.loads(canonical_json(_versioned(key)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # of whatever kind the damage is
+    value = document.get("value")
+    return value if same and not_finite(value) is None else None
+
+
+def not_finite(value: Any) -> float | None:
+    """The first number in a JSON value that is none (NaN, infinity), or None."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((found for item in inside if (found := not_finite(item)) is not None), None)
 
 
 def _others(phase_root: Path) -> Iterator[Path]:

@@ -24,7 +24,7 @@ class Estimate:
     """The statistic of each bootstrap resample. Models with the same rows share the resamples, so they can be paired."""
 
     def document(self) -> dict[str, float | int | None]:
-        return {"value": finite(self.value), "low": finite(self.low), "high": finite(self.high), "n": self.n}
+        return {"value": self.value, "low": finite(self.low), "high": finite(self.high), "n": self.n}
 
 
 def estimate(metric: Metric, seed: int) -> Estimate:
@@ -77,7 +77,7 @@ def difference(ours: Estimate, theirs: Estimate) -> dict[str, float | None]:
     if ours.n != theirs.n:
         return {}
     low, high = interval(ours.replicates - theirs.replicates)
-    return {"value": finite(ours.value - theirs.value), "low": finite(low), "high": finite(high)}
+    return {"value": ours.value - theirs.value, "low": finite(low), "high": finite(high)}
 
 
 def finite(value: float) -> float | None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainers.contract import DataRecord, canonical_json, sha256_text
+from trainers.contract import DataRecord, Diverged, canonical_json, sha256_text
 from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rows import Row, read_rows
 from trainers.files import tree_digest
-from trainers.phases.evaluate.cells import Cells
+from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.phases.evaluate.spec import EvaluateSpec
 from trainers.spec import ModelRef, RewardModelRef, find_models
@@ -63,14 +63,19 @@ class Laboratory:
             return tree_digest(folder)
         return sha256_text(f"{name} {self.ctx.seed}")
 
-    def cell(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-        """A measurement from its cell, or made now. All processes get the same."""
+    def cell(self, model: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """A measurement of a model from its cell, or made now. All processes get the same.
+
+        Raises Diverged when what was measured is not finite.
+        """
         key = {**key, "image": self.ctx.file.image, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
         main = self.ctx.workers.is_main
         value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
         if value is None:
             self.ctx.stop_if_asked()
             value = measure()
+            if (wrong := not_finite(value)) is not None:
+                raise Diverged(f"model {model!r}: its {key['kind']} hold {wrong}, which is no number")
             if main:
                 self.cells.put(key, value)
         return value

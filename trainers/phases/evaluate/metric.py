@@ -37,6 +37,8 @@ class Metric:
     statistic: Statistic = average
     proportion: bool = False
     """The samples are 0 or 1; the interval is Wilson's, which is honest near 0 and 1 too."""
+    undefined: str | None = None
+    """When the statistic has no value although all samples have; None: then something is wrong."""
 
 
 def share(key: str, label: str, hits: Sequence[bool], better: bool | None = None, headline: bool = False) -> Metric:

@@ -1,9 +1,12 @@
 """results.json and summary.md: the comparison of all models."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+from trainers.contract import Diverged
 from trainers.phases.evaluate.estimates import Estimate, difference, estimate
 from trainers.phases.evaluate.metric import Metric
 
@@ -18,17 +21,25 @@ class Results:
     metrics: dict[str, Metric]
     estimates: dict[str, dict[str, Estimate]]
     notes: dict[str, dict[str, str]]
-    """Why a model has no figure: by model and benchmark."""
+    """Why a model has no figure: by model and benchmark, or `<benchmark>/<metric>`."""
 
     @classmethod
     def empty(cls, seed: int, models: Sequence[str], baseline: str | None) -> "Results":
         return cls(seed, models, baseline, {}, {model: {} for model in models}, {})
 
     def add(self, model: str, benchmark: str, metrics: Sequence[Metric], headline: bool) -> None:
+        """Raises Diverged when a figure is not finite for no good reason."""
         for metric in metrics:
             key = f"{benchmark}/{metric.key}"
-            self.metrics.setdefault(key, replace(metric, columns=(), headline=metric.headline and headline))
-            self.estimates[model][key] = estimate(metric, self.seed)
+            found = estimate(metric, self.seed)
+            whole = all(map(math.isfinite, chain(*metric.columns)))
+            if whole and math.isfinite(found.value):
+                self.metrics.setdefault(key, replace(metric, columns=(), headline=metric.headline and headline))
+                self.estimates[model][key] = found
+            elif whole and metric.undefined is not None:
+                self.note(model, key, metric.undefined)
+            else:
+                raise Diverged(f"model {model!r}: {key} is {found.value if whole else 'made of what is no number'}")
 
     def note(self, model: str, benchmark: str, reason: str) -> None:
         self.notes.setdefault(model, {})[benchmark] = reason
@@ -60,15 +71,14 @@ class Results:
         }
 
     def flat(self) -> dict[str, float]:
-        """Final metrics `<model>/<benchmark>/<metric>`, headlines first; undefined ones are left out."""
+        """Final metrics `<model>/<benchmark>/<metric>`, headlines first."""
         ordered = sorted(self.metrics, key=lambda key: not self.metrics[key].headline)
-        values = {
-            f"{model}/{key}": self.estimates[model][key].document()["value"]
+        return {
+            f"{model}/{key}": self.estimates[model][key].value
             for key in ordered
             for model in self.models
             if key in self.estimates[model]
         }
-        return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def summary(results: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
@@ -129,7 +139,7 @@ def _milliseconds(summary: Mapping[str, float]) -> str:
 
 
 def _best(results: Mapping[str, Any], metric: Mapping[str, Any]) -> float | None:
-    values = [v for found in results["values"].values() if (v := found.get(metric["key"], {}).get("value")) is not None]
+    values = [found[metric["key"]]["value"] for found in results["values"].values() if metric["key"] in found]
     if metric["higherIsBetter"] is None or len(set(values)) < 2:
         return None
     best: float = max(values) if metric["higherIsBetter"] else min(values)
@@ -137,8 +147,8 @@ def _best(results: Mapping[str, Any], metric: Mapping[str, Any]) -> float | None
 
 
 def _cell(found: Mapping[str, Any] | None, best: float | None) -> str:
-    if found is None or found["value"] is None:
-        return "–"
+    if found is None:
+        return "–"  # the notes say why
     value = number(found["value"])
     text = f"**{value}**" if found["value"] == best else value
     return text if found["low"] is None else f"{text} [{number(found['low'])}, {number(found['high'])}]"

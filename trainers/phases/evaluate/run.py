@@ -94,7 +94,7 @@ def _attempt(entry: Any, bench: Bench) -> Any:
 
 
 def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
-    laboratory, workers = bench.laboratory, bench.laboratory.ctx.workers
+    workers = bench.laboratory.ctx.workers
     key = {"kind": LATENCY, "model": bench.digest, "settings": spec.latency.document(), **device(workers)}
 
     def measure() -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
         found: list[object] = [measure_latency(bench.loaded, spec.latency, workers)] if workers.is_main else []
         return workers.gather_objects(found)[0]  # type: ignore[return-value]
 
-    found: dict[str, Any] = laboratory.cell(key, measure)
+    found: dict[str, Any] = bench.cell(key, measure)
     return found
 
 

@@ -1,22 +1,8 @@
 """Settings that benchmarks share. Imports no torch, because a run is read without it."""
 
-import re
-from typing import Annotated
-
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from trainers.spec import MAX_SOURCES, DataSource, RowPolicy, Sampling, SpecModel
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class BenchmarkRows(RowPolicy):

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.spec import Sampling
 
+CUT = " […]"
+"""Stands where a response was cut off at the length limit."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -19,6 +22,11 @@ class Reply:
     @property
     def length(self) -> int:
         return len(self.ids)
+
+    @property
+    def shown(self) -> str:
+        """What is judged. A response that was cut off does not end where it was cut: no pattern may take that for an end."""
+        return self.text if self.ended else self.text + CUT
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ class Subject(Protocol):
 
     @property
     def has_reward_model(self) -> bool: ...
+
+    def pause(self) -> None:
+        """A place to stop, if that was asked for. Raises Interrupted."""
 
     def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Sequence[tuple[dict[str, Any], Reply]]:
         """Every row with the model's response."""

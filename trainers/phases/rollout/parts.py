@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers import jsonl
+from trainers.contract import BadInput
 from trainers.files import write_atomic
 
 
@@ -14,11 +15,15 @@ class Parts:
         self.root = root
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows so far, in order, up to the first gap."""
+        """All rows so far, in order, up to the first gap. A damaged part is one: its rows are made again."""
         rows: list[dict[str, Any]] = []
         for path in self._paths():
             if path.name == _name(len(rows)):
-                rows += jsonl.read(path)
+                try:
+                    rows += list(jsonl.read(path))
+                except BadInput as damage:
+                    print(f"made again: {damage}")
+                    break
         return rows
 
     def write(self, first: int, rows: list[dict[str, Any]]) -> Path:

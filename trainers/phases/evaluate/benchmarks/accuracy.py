@@ -1,19 +1,22 @@
 """Share of right answers, checked by program against the rows' `answer`."""
 
 import re
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Literal
 
 from trainers.contract import BadInput
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
-from trainers.phases.evaluate.settings import Pattern, SampledSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.patterns import Pattern, search_all
+from trainers.phases.evaluate.settings import SampledSpec
+from trainers.phases.evaluate.subject import CUT, Reply, Subject
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 class AccuracySpec(SampledSpec):
-    """Right answers among the rows that have a non-empty `answer`."""
+    """Right answers among the rows that have a non-empty `answer`. What a response says where it was cut off is not counted."""
 
     extract: Pattern | None = None
     """Regular expression that finds the answer in the response: its first group, or all of it. No match is a wrong answer."""
@@ -25,7 +28,8 @@ def run(spec: AccuracySpec, model: Subject) -> list[Metric]:
     checkable = [(row, reply) for row, reply in model.answered(spec.data, spec.sampling) if _answer(row)]
     if not checkable:
         raise BadInput("accuracy: no row has an answer")
-    hits = [is_right(reply.text, _answer(row), spec.extract, spec.match) for row, reply in checkable]
+    given = answers_given([reply for _, reply in checkable], spec, model)
+    hits = [is_right(found, _answer(row), spec.match) for (row, _), found in zip(checkable, given, strict=True)]
     return [share("accuracy", "right answers", hits, better=True, headline=True)]
 
 
@@ -34,9 +38,24 @@ def _answer(row: dict[str, object]) -> str:
     return "" if answer is None else str(answer).strip()
 
 
-def is_right(response: str, answer: str, extract: str | None, match: str) -> bool:
-    """Whether a response gives the answer."""
-    found = extracted(response, extract)
+def answers_given(replies: Sequence[Reply], spec: AccuracySpec, model: Subject) -> list[str | None]:
+    """The part of each response that is its answer; None without one."""
+    if spec.extract is None:
+        return [reply.shown for reply in replies]
+    matches = search_all(spec.extract, [reply.shown for reply in replies], "accuracy.extract", model.pause)
+    return [_extracted(reply, match) for reply, match in zip(replies, matches, strict=True)]
+
+
+def _extracted(reply: Reply, match: re.Match[str] | None) -> str | None:
+    if match is None:
+        return None
+    group = 1 if match.re.groups else 0
+    whole = reply.ended or match.end(group) < len(reply.text)
+    return match[group] if whole else None
+
+
+def is_right(found: str | None, answer: str, match: str) -> bool:
+    """Whether the answer that was given is the right one."""
     if found is None:
         return False
     if match == "last-number":
@@ -45,24 +64,15 @@ def is_right(response: str, answer: str, extract: str | None, match: str) -> boo
     return answer in found if match == "contains" else answer == found
 
 
-def extracted(response: str, pattern: str | None) -> str | None:
-    """The part of a response that is its answer."""
-    if pattern is None:
-        return response
-    match = re.search(pattern, response)
-    if match is None:
-        return None
-    return match[1] if match.re.groups else match[0]
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; commas between digits are ignored.
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text; commas between digits are ignored, and so is a number that was cut off.
 
     >>> last_number("3 + 4 = 7, so $1,007.50.")
-    1007.5
+    Decimal('1007.50')
     """
     numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    cut = text.endswith(CUT) and text.removesuffix(CUT)[-1:].isdigit()
+    return Decimal(numbers[-1].replace(",", "")) if numbers and not cut else None
 
 
 BENCHMARK = Benchmark("accuracy", AccuracySpec, run)

@@ -21,7 +21,14 @@ def run(spec: LengthSpec, model: Subject) -> list[Metric]:
     ]
     if model.has_reward_model:
         rewards = model.rewards(spec.data, spec.sampling)
-        metrics.append(Metric("rewardCorrelation", "length-reward corr.", (lengths, rewards), statistic=correlation))
+        correlated = Metric(
+            "rewardCorrelation",
+            "length-reward corr.",
+            (lengths, rewards),
+            statistic=correlation,
+            undefined="all responses have the same length, or the same reward",
+        )
+        metrics.append(correlated)
     return metrics
 
 

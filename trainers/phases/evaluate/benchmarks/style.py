@@ -1,11 +1,12 @@
 """Share of responses in a wanted form."""
 
-import re
+from collections.abc import Callable, Sequence
 
 from trainers.contract import BadInput
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
-from trainers.phases.evaluate.settings import Pattern, SampledSpec
+from trainers.phases.evaluate.patterns import Pattern, search_all
+from trainers.phases.evaluate.settings import SampledSpec
 from trainers.phases.evaluate.subject import Subject
 
 
@@ -20,17 +21,21 @@ class StyleSpec(SampledSpec):
 
 def run(spec: StyleSpec, model: Subject) -> list[Metric]:
     texts = [
-        reply.text for row, reply in model.answered(spec.data, spec.sampling) if row.get("shouldRefuse") is not True
+        reply.shown for row, reply in model.answered(spec.data, spec.sampling) if row.get("shouldRefuse") is not True
     ]
     if not texts:
         raise BadInput("style: every row is to be refused, so there is no style to look at")
-    hits = [has_style(text, spec.pattern, spec.reject_pattern) for text in texts]
+    hits = in_style(texts, spec, model.pause)
     return [share("match", "wanted style", hits, better=True, headline=True)]
 
 
-def has_style(text: str, pattern: str, reject: str | None) -> bool:
-    """Whether a response matches the pattern and not the other one."""
-    return re.search(pattern, text) is not None and (reject is None or re.search(reject, text) is None)
+def in_style(texts: Sequence[str], spec: StyleSpec, pause: Callable[[], None]) -> list[bool]:
+    """Whether each response matches the pattern and not the other one."""
+    hits = [match is not None for match in search_all(spec.pattern, texts, "style.pattern", pause)]
+    if spec.reject_pattern is None:
+        return hits
+    rejected = search_all(spec.reject_pattern, texts, "style.rejectPattern", pause)
+    return [hit and match is None for hit, match in zip(hits, rejected, strict=True)]
 
 
 BENCHMARK = Benchmark("style", StyleSpec, run)
