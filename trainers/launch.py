@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from trainers import contract
 from trainers.contract import PhaseFile, PhaseType, Result, Termination
@@ -91,8 +91,7 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Upl
     outcome = importlib.import_module(kind.module).main(spec, ctx)
     workers.barrier()
     # Where every node has a folder of its own, only the first process has the artifact.
-    made: list[object] = [_result(ctx, outcome, digest, started)] if workers.is_main else []
-    result = cast(Result, workers.gather_objects(made)[0])
+    result = workers.from_main(lambda: _result(ctx, outcome, digest, started))
     check_gates(spec, result.metrics)
     if workers.is_main:
         text = json.dumps(result.document(), indent=1)

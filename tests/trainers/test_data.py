@@ -233,7 +233,7 @@ def test_both_sides_of_a_pair_share_their_prompt(chat):
     (pair,) = preference_pairs(chat, {"prompt": "a b", "chosen": "c", "rejected": "d e"}, 64)
     assert shown(chat, pair.chosen) == ("<user> a b <assistant>", "c <eos>")
     assert shown(chat, pair.rejected) == ("<user> a b <assistant>", "d e <eos>")
-    assert pair.lengths == [6, 7]
+    assert [len(sequence) for sequence in pair.sequences] == [6, 7]
     assert preference_pairs(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) == []
 
 

@@ -112,7 +112,7 @@ class TestExperience:
             }
         )  # fmt: skip
         scorers = [logprobs_of(Scorer(m), self.TEMPERATURE) for m in (policy, reference)]
-        found = assess(spec, Workers(spec.parallel), samples, self.COEF, *scorers, Critic(critic))
+        found = assess(spec, Workers(spec.parallel), samples, self.COEF, *scorers, Critic(critic), packing)
         advantages = []
         for i, sample in enumerate(samples):
             logprobs, kl, values, own = self.by_hand(models, sample)

@@ -7,6 +7,7 @@ packed rows restart ``position_ids`` at every sequence, which transformers turns
 when the cache is off, see tests/trainers/test_batch.py).
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -85,35 +86,66 @@ def pack_rows(lengths: List[int], capacity: int) -> list[list[int]]:
 def plan_micro_batches(
     lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1
 ) -> list[list[list[int]]]:
-    """Split one optimizer step over ranks and forward passes.
+    """Split items over ranks and forward passes, evenly.
 
     ``lengths[i]`` are the lengths of item i's sequences (a pair has two), which stay together. Returns, for each rank,
-    its micro-batches as lists of item indices. All ranks get the same number, because collectives must match; the
-    shortfall is empty micro-batches. Every rank computes the same plan, so nothing is exchanged.
+    its forward passes as lists of item indices. All ranks get the same number, because collectives must match, and
+    passes of like cost at the same place, because they may wait for each other there; with fewer items than passes
+    some are empty. Every rank computes the same plan, so nothing is exchanged.
     """
-    groups: list[list[int]] = [[]]
-    tokens = rows = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -max(lengths[i])):
-        item_rows = len(lengths[index])
-        longest = max(lengths[groups[-1][0]]) if groups[-1] else max(lengths[index])
-        cost = tokens + sum(lengths[index]) if packing else (rows + item_rows) * longest
-        if groups[-1] and cost > max_tokens:
+    order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
+
+    def fill(budget: int) -> list[list[int]]:
+        return _fill([(i, lengths[i]) for i in order], budget, packing)
+
+    groups = fill(max_tokens)
+    wanted = -(-len(groups) // world) * world
+    if len(order) > wanted:
+        groups = fill(_smallest(max_tokens, lambda budget: len(fill(budget)) <= wanted))
+    groups = _split(groups, min(wanted, len(order)))
+    groups.sort(key=lambda group: -sum(sum(lengths[i]) for i in group))
+    groups += [[] for _ in range(wanted - len(groups))]
+    rounds = [groups[first : first + world] for first in range(0, wanted, world)]
+    # Every other round is dealt backwards, so that no rank always has the largest.
+    dealt = [some if number % 2 == 0 else some[::-1] for number, some in enumerate(rounds)]
+    return [[some[rank] for some in dealt] for rank in range(world)]
+
+
+def _fill(items: List[tuple[int, List[int]]], budget: int, packing: bool) -> list[list[int]]:
+    """One group after the other, each as full as the budget of tokens allows. Items come with the longest first.
+
+    Padded rows are as long as the group's longest. An item above the budget is a group of its own.
+    """
+    groups: list[list[int]] = []
+    longest = tokens = rows = 0
+    for index, lengths in items:
+        cost = tokens + sum(lengths) if packing else (rows + len(lengths)) * longest
+        if not groups or cost > budget:
             groups.append([])
-            tokens = rows = 0
+            longest, tokens, rows = max(lengths), 0, 0
         groups[-1].append(index)
-        tokens += sum(lengths[index])
-        rows += item_rows
-    groups = _split_for_ranks([g for g in groups if g], world)
-    return [groups[rank::world] for rank in range(world)]
+        tokens += sum(lengths)
+        rows += len(lengths)
+    return groups
 
 
-def _split_for_ranks(groups: list[list[int]], world: int) -> list[list[int]]:
-    """Halve the largest groups until every rank has one, then fill up with empty ones to a multiple of ``world``."""
-    while len(groups) < world and max(map(len, groups), default=0) > 1:
+def _smallest(high: int, enough: Callable[[int], bool]) -> int:
+    """The smallest number from 1 to ``high`` that is enough, where ``high`` is and larger ones stay so."""
+    low = 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return high
+
+
+def _split(groups: list[list[int]], wanted: int) -> list[list[int]]:
+    """Halve the groups with the most items until there are as many as wanted."""
+    groups = list(groups)
+    while len(groups) < wanted:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group = groups[largest]
         groups[largest : largest + 1] = [group[::2], group[1::2]]
-    return groups + [[] for _ in range(-len(groups) % world)]
+    return groups
 
 
 def collate(sequences: List[Sequence], packing: bool, device: torch.device, pad_id: int = 0) -> Batch:
@@ -187,9 +219,10 @@ class BatchOrder:
     def total_steps(self) -> int:
         return -(-self.total_examples // self.batch_size)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, -(-self.num_examples // self.batch_size))
+    def ends_epoch(self, step: int) -> bool:
+        """Whether the last example of a pass over all of them is among a step's."""
+        first = step * self.batch_size
+        return (first + len(self.indices(step))) // self.num_examples > first // self.num_examples
 
     def indices(self, step: int) -> list[int]:
         """Example indices of a step: consecutive places in an endless row of shuffled epochs."""

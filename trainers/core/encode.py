@@ -65,8 +65,8 @@ class Pair:
     margin: float = 0.0
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(self.chosen), len(self.rejected)]
+    def sequences(self) -> list[Sequence]:
+        return [self.chosen, self.rejected]
 
 
 def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:

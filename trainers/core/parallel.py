@@ -4,16 +4,19 @@ Everything goes through accelerate. ``torchrun`` starts the processes; a plain `
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from trainers.contract import BadInput
 from trainers.spec import Parallel
+
+T = TypeVar("T")
 
 
 class Workers:
@@ -25,8 +28,11 @@ class Workers:
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.
         # A single process gets none: accelerate would take a named backend for an initialised process group.
         group = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if "RANK" in os.environ else []
-        precision = "bf16" if self.bf16 else "no"
-        self.accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=group)
+        # The buffers of language models are tables that never change: nothing to send at every forward pass.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        # No mixed precision of accelerate's: it patches a module's forward, and unwrapping the module takes that away.
+        # What runs in bf16 is inside :meth:`autocast`.
+        self.accelerator = Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[*group, ddp])
         # Without a GPU, accelerate numbers the CPU by rank ("cpu:1"), which safetensors refuses to load to.
         self.device: torch.device = self.accelerator.device if cuda else torch.device("cpu")
         self.rank: int = self.accelerator.process_index
@@ -47,18 +53,29 @@ class Workers:
         """Put a module that will be trained on the device and, with several processes, keep its gradients in step."""
         return self.accelerator.prepare_model(module)
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+    def plain(self, module: nn.Module) -> nn.Module:
+        """The module itself, without what :meth:`wrap` put around it."""
+        return self.accelerator.unwrap_model(module)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Precision of a forward pass through a module that was not wrapped."""
+        """Precision of a forward pass. Nothing else makes one run in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     @contextmanager
-    def accumulate(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Exchange gradients only in the last micro-batch of a step."""
+    def exchange(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around forward *and* backward of a wrapped module: gradients are exchanged in the last of a step's passes.
+
+        DDP decides in the forward pass whether the backward pass that follows will exchange.
+        """
         with nullcontext() if last else self.accelerator.no_sync(module):
             yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add one pass's gradients. ``loss`` is this rank's part of a sum over all ranks and passes.
+
+        DDP averages over ranks, so the sum is restored by multiplying with their number.
+        """
+        (loss * self.world).backward()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
@@ -72,11 +89,11 @@ class Workers:
 
     def gather_objects(self, items: list[object]) -> list[object]:
         """Concatenate the processes' lists, in rank order, everywhere."""
-        if self.world == 1:
-            return items
-        from accelerate.utils import gather_object
+        return list(gather_object(items)) if self.world > 1 else items
 
-        return list(gather_object(items))
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, everywhere; the others do not call it."""
+        return cast(T, self.gather_objects([make()] if self.is_main else [])[0])
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -16,6 +16,7 @@ from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
+from trainers.core.shares import over_ranks
 from trainers.spec import PromptData, Sampling
 
 
@@ -84,22 +85,23 @@ def respond(
     ``keys[i]`` (seed, step, index, …) is all that response i's randomness comes from, so it is the same for any number
     of processes. Rewards are 0 without a reward model. Raises Diverged when a reward is not finite.
     """
-    mine = range(len(prompts))[workers.rank :: workers.world]
-    with workers.autocast():
-        responses = generate(
-            loaded.model,
-            [prompts[i].ids for i in mine],
-            sampling,
-            loaded.chat.stop_ids,
-            pad_id=loaded.tokenizer.pad_token_id,
-            uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
-        )
-    samples = [
-        Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
-    ]
-    if reward_model is not None:
-        samples = _rewarded(workers, reward_model, samples, micro_batch_tokens)
-    return _in_order(workers, mine, samples)
+
+    def work(mine: List[int]) -> list[Sample]:
+        with workers.autocast():
+            responses = generate(
+                loaded.model,
+                [prompts[i].ids for i in mine],
+                sampling,
+                loaded.chat.stop_ids,
+                pad_id=loaded.tokenizer.pad_token_id,
+                uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
+            )
+        samples = [
+            Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
+        ]
+        return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
+
+    return over_ranks(workers, len(prompts), work)
 
 
 def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:
@@ -121,10 +123,3 @@ def _rewarded(workers: Workers, model: LoadedModel, samples: list[Sample], micro
     if not np.isfinite(rewards).all():
         raise Diverged("the reward model's scores are not finite")
     return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
-
-
-def _in_order(workers: Workers, mine: List[int], samples: list[Sample]) -> list[Sample]:
-    """All ranks' samples by index, everywhere."""
-    pairs: list[object] = list(zip(mine, samples, strict=True))
-    gathered: dict[int, Sample] = dict(workers.gather_objects(pairs))  # type: ignore[arg-type]
-    return [gathered[i] for i in range(len(gathered))]

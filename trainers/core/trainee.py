@@ -8,6 +8,7 @@ from torch import nn
 
 from trainers.contract import Diverged
 from trainers.core.adamw import RoundingAdamW
+from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
 from trainers.spec import Optim
 
@@ -27,21 +28,14 @@ def learning_rate(step: int, total_steps: int, optim: Optim) -> float:
 class Trainee:
     """A wrapped module, AdamW, clipping and the schedule. The learning rate is a function of the step, not a state."""
 
-    def __init__(self, workers: Workers, module: nn.Module, optim: Optim, total_steps: int) -> None:
+    def __init__(self, workers: Workers, module: nn.Module, optim: Optim, total_steps: int, flops: ModelFlops) -> None:
         self.workers = workers
+        self.flops = flops
         self.optim = optim
         self.total_steps = total_steps
         self.module = workers.wrap(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = _adamw(module, optim)
-
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Add one micro-batch's gradient. ``loss`` is this rank's part of a sum over all ranks and micro-batches.
-
-        DDP averages over ranks, so the sum is restored by multiplying with their number.
-        """
-        with self.workers.accumulate(self.module, last):
-            (loss * self.workers.world).backward()
 
     def update(self, step: int) -> dict[str, float]:
         """Clip, take an optimizer step, clear gradients. Raises Diverged when the gradient is not finite."""
@@ -61,7 +55,7 @@ class Trainee:
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name; with adapters only these."""
-        module = self.workers.unwrap(self.module)
+        module = self.workers.plain(self.module)
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -100,11 +94,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Make everything random in a step (dropout) a function of (seed, step, rank), so a resumed run repeats it."""
     mixed = int(torch.tensor([seed, step, rank]).mul(torch.tensor([1_000_003, 10_007, 101])).sum())
     torch.manual_seed(mixed % 2**63)
-
-
-def step_generator(device: torch.device, *parts: int) -> torch.Generator:
-    """A generator that is a function of its parts (seed, step, rank)."""
-    import numpy as np
-
-    seed = int(np.random.SeedSequence(parts).generate_state(1, dtype=np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)

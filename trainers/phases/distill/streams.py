@@ -21,6 +21,16 @@ class Streams:
         before = self._on_policy_before(step)
         return before if self.on_policy(step) else step - before
 
-    def _on_policy_before(self, step: int) -> int:
+    def total_steps(self, steps: int) -> int:
+        """Steps of both kinds until ``steps`` off-policy ones are done; if there is one kind only, as many as asked for."""
+        off_policy = 1 - self._fraction
+        # step - int(step x fraction) rounds step x (1 - fraction) up, and is ``steps`` as soon as that exceeds steps - 1.
+        return int((steps - 1) / off_policy) + 1 if off_policy else steps
+
+    @property
+    def _fraction(self) -> Fraction:
         # In floats 100 x 0.29 is less than 29.
-        return int(step * Fraction(self.on_policy_fraction).limit_denominator(1_000_000))
+        return Fraction(self.on_policy_fraction).limit_denominator(1_000_000)
+
+    def _on_policy_before(self, step: int) -> int:
+        return int(step * self._fraction)

@@ -7,13 +7,13 @@ what is trained on: counting the loader's instead is wrong on-policy, where resp
 
 import math
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
+from trainers.core.batch import Batch, BatchOrder, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
@@ -25,7 +25,8 @@ from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
-from trainers.core.trainee import Trainee, seed_step
+from trainers.core.step import Layout, Measures, accumulate
+from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import same_tokens
 from trainers.phases.distill.loss import forward_kl, generalized_jsd
 from trainers.phases.distill.spec import DistillSpec
@@ -40,6 +41,12 @@ class Example:
 
     sequence: Sequence
     reward: float
+    weight: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the response."""
+        return self.sequence.num_scored
 
 
 def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
@@ -50,51 +57,42 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     prompt_rows, prompts = _prompts(spec, ctx, student)
     streams = Streams(spec.on_policy_fraction)
     order = BatchOrder(len(traces or prompts), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
-    prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, order.total_steps, ctx.seed) if traces else order
-    trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, order.total_steps)
+    total_steps = spec.duration.max_steps or streams.total_steps(order.total_steps)
+    prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, total_steps, ctx.seed) if traces else order
+    packing = spec.packing and teacher.packs and student.packs
+    layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
+    trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
-    flops = model_flops(student.model)
-    ctx.meter.begin(first, order.total_steps, spec.document())
+    ctx.meter.begin(first, total_steps, spec.document())
 
     # ---- loop
-    for step in range(first, order.total_steps):
+    for step in range(first, total_steps):
         on_policy, index = streams.on_policy(step), streams.index(step)
         if on_policy:
             with ctx.meter.part("rollout"):
-                chosen_prompts = [prompts[i] for i in prompt_order.indices(index)]
-                batch = _own_samples(spec, ctx, student, reward_model, chosen_prompts, step)
+                chosen = [prompts[i] for i in prompt_order.indices(index)]
+                batch = _own_samples(spec, ctx, student, reward_model, chosen, step)
         else:
             batch = [traces[i] for i in order.indices(index)]
-        with ctx.meter.part("data"):
-            weigh = own_sample_weights if on_policy else reward_weights
-            weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
-            lengths = torch.tensor([e.sequence.num_scored for e in batch])
-            weighted_tokens = float((weights.values * lengths).sum())
-            micro_batches = plan_micro_batches(
-                [[len(e.sequence)] for e in batch], spec.parallel.micro_batch_tokens, spec.packing, ctx.workers.world
-            )[ctx.workers.rank]
-        seed_step(ctx.seed, step, ctx.workers.rank)
-        sums = torch.zeros(2, device=ctx.workers.device)
-        for i, chosen in enumerate(micro_batches):
-            with ctx.meter.part("forward_backward"):
-                sequences = [batch[j].sequence for j in chosen]
-                micro = collate(sequences, spec.packing, ctx.workers.device)
-                terms = trainee.module(micro, divergence(ctx, teacher, micro, spec.divergence_beta, spec.temperature))
-                shares = (weights.values[chosen] / weighted_tokens).to(terms)
-                loss = (shares[micro.segment] * terms[:, 0]).sum()
-                trainee.backward(loss, last=i == len(micro_batches) - 1)
-                sums += torch.stack([loss.detach(), terms[:, 1].detach().sum() / int(lengths.sum())])
-                cost = flops.training(map(len, sequences), sum(s.num_scored for s in sequences))
-                ctx.meter.count(sum(map(len, sequences)), len(sequences), cost)
+        weigh = own_sample_weights if on_policy else reward_weights
+        weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
+        batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
+
+        def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
+            found = trainee.module(micro, divergence(ctx, teacher, micro, spec.divergence_beta, spec.temperature))
+            shares = torch.tensor([e.weight for e in some]).to(found) / sum(e.weight * e.num_tokens for e in batch)
+            kl = found[:, 1].sum() / sum(e.num_tokens for e in batch)
+            return (shares[micro.segment] * found[:, 0]).sum(), {"kl": kl}
+
+        sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
-        loss_value, kl = ctx.workers.sum(sums).tolist()
+        lengths = torch.tensor([e.num_tokens for e in batch])
         reward = sum(e.reward for e in batch) / len(batch)
         ctx.meter.log(
             step + 1,
-            loss=loss_value,
-            kl=kl,
+            **sums,
             reward=reward,
             on_policy=float(on_policy),
             response_length=float(lengths.double().mean()),
@@ -105,15 +103,16 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
             **update,
         )
         stream = "onPolicy" if on_policy else "offPolicy"
-        checkpoints.state |= {f"{stream}KlLast": kl, f"{stream}RewardLast": reward}
-        checkpoints.after_step(step + 1, order.total_steps, (step + 1) % order.steps_per_epoch == 0)
+        checkpoints.state |= {f"{stream}KlLast": sums["kl"], f"{stream}RewardLast": reward}
+        epoch_ends = on_policy != bool(traces) and order.ends_epoch(index)
+        checkpoints.after_step(step + 1, total_steps, epoch_ends)
 
     # ---- finish
     if ctx.workers.is_main:
         ctx.meter.stage("saving")
         save_model(student, ctx.dir.model)
     sizes = {"parameters": student.num_parameters, "teacherParameters": teacher.num_parameters}
-    return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, order.total_steps)
+    return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, total_steps)
 
 
 def divergence(ctx: PhaseContext, teacher: LoadedModel, batch: Batch, beta: float, temperature: float) -> LogitsFn:
@@ -135,6 +134,10 @@ def divergence(ctx: PhaseContext, teacher: LoadedModel, batch: Batch, beta: floa
         return torch.stack([loss, kl], dim=-1)
 
     return fn
+
+
+def _sequences(example: Example) -> list[Sequence]:
+    return [example.sequence]
 
 
 def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedModel]:

@@ -4,16 +4,18 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
 from trainers.contract import BadInput, canonical_json, sha256_text
-from trainers.core.batch import Batch, collate, plan_micro_batches
+from trainers.core.batch import Batch
 from trainers.core.context import PhaseContext
 from trainers.core.encode import Pair
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.core.step import Layout, in_eval_mode, scored
 from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
 
@@ -21,10 +23,17 @@ Reference = Callable[[list[Pair], Batch], torch.Tensor]
 """Takes pairs and their batch (chosen, rejected, chosen, …); returns (P, 2) sums over response tokens, on the device."""
 
 
-def reference_for(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[str, list[Pair]]) -> Reference:
+def pair_logprobs(scorer: Any, pairs: list[Pair], batch: Batch) -> torch.Tensor:
+    """Log-probabilities of the pairs' responses, summed over their tokens: (P, 2)."""
+    return batch.sums(scorer(batch, target_logprobs(batch)))[: 2 * len(pairs)].view(-1, 2)
+
+
+def reference_for(
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], pairs: dict[str, list[Pair]]
+) -> Reference:
     """The spec's reference for these lists of pairs, by name. Call it while the policy still has its first weights."""
     if spec.reference_scores == "precompute":
-        return _stored(spec, ctx, policy, pairs)
+        return _stored(spec, ctx, policy, layout, pairs)
     return _live(ctx, *_model(spec, ctx, policy, stays=True))
 
 
@@ -34,17 +43,15 @@ def _live(ctx: PhaseContext, model: LoadedModel, unchanged: Callable[[], Abstrac
 
     @torch.no_grad()
     def score(pairs: list[Pair], batch: Batch) -> torch.Tensor:
-        was_training = scorer.training
-        scorer.eval()
-        with ctx.workers.autocast(), unchanged():
-            sums = batch.sums(scorer(batch, target_logprobs(batch)))
-        scorer.train(was_training)
-        return sums[: 2 * len(pairs)].view(-1, 2)
+        with in_eval_mode(scorer), unchanged(), ctx.workers.autocast():
+            return pair_logprobs(scorer, pairs, batch)
 
     return score
 
 
-def _stored(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[str, list[Pair]]) -> Reference:
+def _stored(
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], pairs: dict[str, list[Pair]]
+) -> Reference:
     """Scores from files in the phase's directory, made first where they are missing.
 
     A file's name is a digest of the reference and of the tokens it scored, so a resumed phase finds its own and
@@ -58,7 +65,7 @@ def _stored(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[s
         found = {}
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
-            found[name] = _all_scores(spec, ctx, score, pairs[name])
+            found[name] = _all_scores(ctx, layout, score, pairs[name])
             _store(ctx, path, found[name])
         ctx.workers.barrier()
     else:
@@ -74,18 +81,14 @@ def _stored(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: dict[s
     return look_up
 
 
-def _all_scores(spec: DpoSpec, ctx: PhaseContext, score: Reference, pairs: list[Pair]) -> torch.Tensor:
-    """Scores of all pairs, each process computing its share, longest first so that little is padded: (P, 2), CPU."""
-    plan = plan_micro_batches(
-        [pair.lengths for pair in pairs], spec.parallel.micro_batch_tokens, spec.data.packing, ctx.workers.world
-    )[ctx.workers.rank]
-    scores = torch.zeros(len(pairs), 2)
-    for chosen in plan:
+def _all_scores(ctx: PhaseContext, layout: Layout[Pair], score: Reference, pairs: list[Pair]) -> torch.Tensor:
+    """Scores of all pairs, each process computing its share: (P, 2), CPU."""
+
+    def stoppable(some: list[Pair], batch: Batch) -> list[list[float]]:
         ctx.stop_if_asked()
-        some = [pairs[i] for i in chosen]
-        sequences = [sequence for pair in some for sequence in (pair.chosen, pair.rejected)]
-        scores[chosen] = score(some, collate(sequences, spec.data.packing, ctx.workers.device)).cpu()
-    return ctx.workers.sum(scores).cpu()
+        return score(some, batch).tolist()
+
+    return torch.tensor(scored(ctx.workers, layout, pairs, stoppable))
 
 
 def _store(ctx: PhaseContext, path: Path, scores: torch.Tensor) -> None:

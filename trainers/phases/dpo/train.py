@@ -6,7 +6,7 @@ of all its chosen tokens. Both are divided by counts of the whole step, so micro
 
 import torch
 
-from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
+from trainers.core.batch import Batch, BatchOrder
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
@@ -14,14 +14,12 @@ from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
-from trainers.core.scoring import Scorer, check_scoring, target_logprobs
-from trainers.core.trainee import Trainee, seed_step
+from trainers.core.scoring import Scorer, check_scoring
+from trainers.core.step import Layout, Measures, accumulate, measured
+from trainers.core.trainee import Trainee
 from trainers.phases.dpo.loss import dpo_loss
-from trainers.phases.dpo.reference import Reference, reference_for
+from trainers.phases.dpo.reference import Reference, pair_logprobs, reference_for
 from trainers.phases.dpo.spec import DpoSpec
-
-MEASURES = ("loss", "accuracy", "reward", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-"""Means over pairs. Implicit rewards are beta * log-ratio, summed over a response; `reward` is their margin."""
 
 
 def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
@@ -31,52 +29,45 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
-    scored = {"train": [train[i] for i in order.used()], "eval": held_out}
-    reference = reference_for(spec, ctx, loaded, {name: pairs for name, pairs in scored.items() if pairs})
-    trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps)
+    layout = Layout[Pair](
+        lambda pair: pair.sequences, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs
+    )
+    wanted = {"train": [train[i] for i in order.used()], "eval": held_out}
+    reference = reference_for(spec, ctx, loaded, layout, {name: pairs for name, pairs in wanted.items() if pairs})
+    trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
-    flops = model_flops(loaded.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
     for step in range(first, order.total_steps):
-        with ctx.meter.part("data"):
-            batch = [train[i] for i in order.indices(step)]
-            micro_batches = _plan(spec, ctx, batch)
-            num_tokens = sum(pair.chosen.num_scored for pair in batch)
-        seed_step(ctx.seed, step, ctx.workers.rank)
-        sums = torch.zeros(len(MEASURES) + 2, device=ctx.workers.device)
-        for i, chosen in enumerate(micro_batches):
-            with ctx.meter.part("forward_backward"):
-                pairs = [batch[j] for j in chosen]
-                micro = _collate(spec, ctx, pairs)
-                expected = reference(pairs, micro)
-                logprobs = micro.sums(trainee.module(micro, target_logprobs(micro)))
-                logprobs = logprobs[: 2 * len(pairs)].view(-1, 2)
-                losses, measures = _losses(spec, pairs, logprobs, expected)
-                loss = losses.sum() / len(batch)
-                if spec.nll_weight:
-                    loss = loss - spec.nll_weight * logprobs[:, 0].sum() / num_tokens
-                trainee.backward(loss, last=i == len(micro_batches) - 1)
-                sums += measures
-                lengths = [length for pair in pairs for length in pair.lengths]
-                num_scored = sum(pair.chosen.num_scored + pair.rejected.num_scored for pair in pairs)
-                ctx.meter.count(sum(lengths), len(pairs), flops.training(lengths, num_scored))
+        batch = [train[i] for i in order.indices(step)]
+
+        def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
+            logprobs = pair_logprobs(trainee.module, pairs, micro)
+            ratios = logprobs - reference(pairs, micro)
+            loss = _losses(spec, pairs, ratios).sum() / len(batch)
+            measures = _means(spec, logprobs.detach(), ratios.detach(), batch)
+            if spec.nll_weight:
+                measures["nll"] = -logprobs[:, 0].sum() / sum(pair.chosen.num_scored for pair in batch)
+                loss = loss + spec.nll_weight * measures["nll"]
+            return loss, measures
+
+        sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
-        ctx.meter.log(step + 1, **_means(spec, ctx.workers.sum(sums), len(batch), num_tokens), **update)
+        ctx.meter.log(step + 1, **sums, **update)
         if held_out and _is_due(spec, step + 1, order.total_steps):
-            _evaluate(spec, ctx, trainee, held_out, reference, checkpoints, step + 1)
-        checkpoints.after_step(step + 1, order.total_steps, (step + 1) % order.steps_per_epoch == 0)
+            _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, step + 1)
+        checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
 
     # ---- finish
     metrics: dict[str, float] = {}
     if held_out:
-        metrics = _evaluate(spec, ctx, trainee, held_out, reference, checkpoints, order.total_steps)
+        metrics = _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, order.total_steps)
     if held_out and spec.evaluation.keep_best:
         checkpoints.load_best("model")
-        metrics = _held_out_metrics(spec, ctx, trainee, held_out, reference)
+        metrics = _held_out_metrics(spec, ctx, trainee, layout, held_out, reference)
     metrics["parameters"] = loaded.num_parameters
     if ctx.workers.is_main:
         ctx.meter.stage("saving")
@@ -90,46 +81,32 @@ def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> 
     return rows, encode_rows(rows, lambda row: preference_pairs(loaded.chat, row, spec.data.max_length), where)
 
 
-def _plan(spec: DpoSpec, ctx: PhaseContext, pairs: list[Pair]) -> list[list[int]]:
-    """This process's micro-batches, as indices of pairs."""
-    return plan_micro_batches(
-        [pair.lengths for pair in pairs], spec.parallel.micro_batch_tokens, spec.data.packing, ctx.workers.world
-    )[ctx.workers.rank]
-
-
-def _collate(spec: DpoSpec, ctx: PhaseContext, pairs: list[Pair]) -> Batch:
-    """Chosen, rejected, chosen, …"""
-    sequences = [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
-    return collate(sequences, spec.data.packing, ctx.workers.device)
-
-
-def _losses(
-    spec: DpoSpec, pairs: list[Pair], logprobs: torch.Tensor, expected: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each pair's loss (P,), and sums over pairs of :data:`MEASURES`, of log-ratios and of response tokens."""
+def _losses(spec: DpoSpec, pairs: list[Pair], ratios: torch.Tensor) -> torch.Tensor:
+    """Each pair's loss from its log-ratios (P, 2): (P,)."""
     counts = [[pair.chosen.num_scored, pair.rejected.num_scored] for pair in pairs]
-    lengths = torch.tensor(counts, device=logprobs.device).view(-1, 2)
-    ratios = logprobs - expected
+    lengths = torch.tensor(counts, device=ratios.device).view(-1, 2)
     chosen, rejected = ratios.unbind(1)
-    losses = dpo_loss(chosen, rejected, lengths, spec.loss, spec.beta, spec.label_smoothing, spec.length_normalize)
-    rewards = spec.beta * ratios.detach()
-    margin = rewards[:, 0] - rewards[:, 1]
-    won = torch.heaviside(margin, margin.new_tensor(0.5))  # a tie is half right, as a coin would be
-    rows = [losses.detach(), won, margin, *rewards.unbind(1), *logprobs.detach().unbind(1)]
-    return losses, torch.stack([*(row.sum() for row in rows), ratios.detach().sum(), lengths.sum()])
+    return dpo_loss(chosen, rejected, lengths, spec.loss, spec.beta, spec.label_smoothing, spec.length_normalize)
 
 
-def _means(spec: DpoSpec, sums: torch.Tensor, num_pairs: int, num_tokens: int) -> dict[str, float]:
-    """The step's metrics. `log_ratio` is the mean of log(policy / reference) over all response tokens.
+def _means(spec: DpoSpec, logprobs: torch.Tensor, ratios: torch.Tensor, batch: list[Pair]) -> Measures:
+    """Some pairs' part of the means over a whole batch, from log-probabilities and log-ratios, (P, 2) each.
 
-    It is no KL divergence: the pairs' responses come from neither of the two.
+    Implicit rewards are beta * log-ratio, summed over a response; `reward` is their margin. `log_ratio` is the mean of
+    log(policy / reference) over all response tokens. It is no KL divergence: the responses come from neither of the two.
     """
-    *totals, log_ratios, all_tokens = sums.tolist()
-    means = {name: total / num_pairs for name, total in zip(MEASURES, totals, strict=True)}
-    if spec.nll_weight:
-        means["nll"] = -totals[MEASURES.index("logps/chosen")] / num_tokens
-        means["loss"] += spec.nll_weight * means["nll"]
-    return means | {"log_ratio": log_ratios / all_tokens}
+    margin = spec.beta * (ratios[:, 0] - ratios[:, 1])
+    over_pairs = {
+        "accuracy": torch.heaviside(margin, margin.new_tensor(0.5)),  # a tie is half right, as a coin would be
+        "reward": margin,
+        "rewards/chosen": spec.beta * ratios[:, 0],
+        "rewards/rejected": spec.beta * ratios[:, 1],
+        "logps/chosen": logprobs[:, 0],
+        "logps/rejected": logprobs[:, 1],
+    }
+    num_tokens = sum(sequence.num_scored for pair in batch for sequence in pair.sequences)
+    means = {name: values.sum() / len(batch) for name, values in over_pairs.items()}
+    return means | {"log_ratio": ratios.sum() / num_tokens}
 
 
 def _is_due(spec: DpoSpec, step: int, total_steps: int) -> bool:
@@ -141,6 +118,7 @@ def _evaluate(
     spec: DpoSpec,
     ctx: PhaseContext,
     trainee: Trainee,
+    layout: Layout[Pair],
     held_out: list[Pair],
     reference: Reference,
     checkpoints: Checkpoints,
@@ -148,25 +126,28 @@ def _evaluate(
 ) -> dict[str, float]:
     """Metrics on held-out pairs; keeps the weights if they are the best so far."""
     with ctx.meter.part("evaluation"):
-        metrics = _held_out_metrics(spec, ctx, trainee, held_out, reference)
+        metrics = _held_out_metrics(spec, ctx, trainee, layout, held_out, reference)
     ctx.meter.record(step, eval_loss=metrics["evalLoss"], eval_accuracy=metrics["evalAccuracy"])
     if spec.evaluation.keep_best:
         checkpoints.keep_best("model", metrics["evalLoss"], higher_is_better=False)
     return metrics
 
 
-@torch.no_grad()
 def _held_out_metrics(
-    spec: DpoSpec, ctx: PhaseContext, trainee: Trainee, held_out: list[Pair], reference: Reference
+    spec: DpoSpec,
+    ctx: PhaseContext,
+    trainee: Trainee,
+    layout: Layout[Pair],
+    held_out: list[Pair],
+    reference: Reference,
 ) -> dict[str, float]:
     """Final metrics, the same on all processes. `evalLoss` is the preference loss alone, without the NLL term."""
-    module = trainee.module.eval()
-    sums = torch.zeros(len(MEASURES) + 2, device=ctx.workers.device)
-    for chosen in _plan(spec, ctx, held_out):
-        pairs = [held_out[j] for j in chosen]
-        micro = _collate(spec, ctx, pairs)
-        logprobs = micro.sums(module(micro, target_logprobs(micro)))[: 2 * len(pairs)].view(-1, 2)
-        sums += _losses(spec, pairs, logprobs, reference(pairs, micro))[1]
-    module.train()
-    loss, accuracy, margin = (ctx.workers.sum(sums)[:3] / len(held_out)).tolist()
-    return {"evalLoss": loss, "evalAccuracy": accuracy, "evalMargin": margin}
+
+    def measure(pairs: list[Pair], micro: Batch) -> Measures:
+        logprobs = pair_logprobs(trainee.module, pairs, micro)
+        ratios = logprobs - reference(pairs, micro)
+        loss = _losses(spec, pairs, ratios).sum() / len(held_out)
+        return {"loss": loss, **_means(spec, logprobs, ratios, held_out)}
+
+    means = measured(ctx, trainee.module, layout, held_out, measure)
+    return {"evalLoss": means["loss"], "evalAccuracy": means["accuracy"], "evalMargin": means["reward"]}

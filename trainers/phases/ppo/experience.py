@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
+from trainers.core.batch import Batch, Sequence
 from trainers.core.encode import joined
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head
 from trainers.core.rollouts import Sample
 from trainers.core.scoring import hidden_states, in_fp32
+from trainers.core.step import Layout, scored
 from trainers.phases.ppo.advantages import gae, token_rewards, whiten
 from trainers.phases.ppo.loss import kl_estimate
 from trainers.phases.ppo.spec import PpoSpec
@@ -47,6 +48,10 @@ class Experience:
     advantages: torch.Tensor
     returns: torch.Tensor
 
+    def num_tokens(self, chosen: List[int]) -> int:
+        """Tokens of some responses."""
+        return sum(self.sequences[i].num_scored for i in chosen)
+
     def flat(self, name: str, chosen: List[int], device: torch.device) -> torch.Tensor:
         """One of the tensors for some responses, token by token as a collated batch has them: (K,)."""
         return getattr(self, name)[chosen][self.mask[chosen]].to(device)
@@ -60,12 +65,12 @@ def assess(
     policy: TokenScores,
     reference: TokenScores,
     critic: TokenScores,
+    packing: bool,
 ) -> Experience:
     """Score every response token with the three models and work out advantages and returns."""
     sequences = [_sequence(sample) for sample in samples]
-    logprobs, reference_logprobs, values = score_tokens(
-        workers, sequences, [policy, reference, critic], spec.parallel.micro_batch_tokens, spec.packing
-    )
+    layout = Layout[Sequence](lambda sequence: [sequence], spec.parallel.micro_batch_tokens, packing)
+    logprobs, reference_logprobs, values = score_tokens(workers, layout, sequences, [policy, reference, critic])
     mask = _mask(sequences)
     kl = kl_estimate(logprobs, reference_logprobs, spec.kl.estimator) * mask
     penalty = torch.tensor([0.0 if s.ended else spec.missing_eos_penalty for s in samples])
@@ -78,25 +83,17 @@ def assess(
     return Experience(samples, sequences, mask, logprobs, reference_logprobs, values, whiten(advantages, mask), returns)
 
 
-@torch.no_grad()
 def score_tokens(
-    workers: Workers,
-    sequences: list[Sequence],
-    scorers: List[TokenScores],
-    micro_batch_tokens: int,
-    packing: bool,
+    workers: Workers, layout: Layout[Sequence], sequences: list[Sequence], scorers: List[TokenScores]
 ) -> list[torch.Tensor]:
     """Each scorer's numbers for all response tokens, (N, T) each and the same on all ranks, which share the work."""
-    plan = plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, packing, workers.world)
-    found: list[object] = []
-    for chosen in plan[workers.rank]:
-        batch = collate([sequences[i] for i in chosen], packing, workers.device)
+
+    def score(some: list[Sequence], batch: Batch) -> list[torch.Tensor]:
         scores = torch.stack([scorer(batch) for scorer in scorers]).cpu()
-        found += zip(chosen, scores.split([sequences[i].num_scored for i in chosen], dim=1), strict=True)
-    scored: dict[int, torch.Tensor] = dict(workers.gather_objects(found))  # type: ignore[arg-type]
-    shape = (len(scorers), len(sequences), max(s.num_scored for s in sequences))
-    tokens = torch.zeros(shape)
-    for i, scores in scored.items():
+        return list(scores.split([sequence.num_scored for sequence in some], dim=1))
+
+    tokens = torch.zeros(len(scorers), len(sequences), max(s.num_scored for s in sequences))
+    for i, scores in enumerate(scored(workers, layout, sequences, score)):
         tokens[:, i, : scores.shape[1]] = scores
     return list(tokens)
 

@@ -4,7 +4,7 @@ A step is a round: respond to a batch of prompts, score the responses, then seve
 All ranks hold the whole round's numbers, so advantages are whitened over all of it and every reduction is global.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, BatchOrder, collate, plan_micro_batches
+from trainers.core.batch import Batch, BatchOrder
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.export import save_model
-from trainers.core.flops import ModelFlops, model_flops
+from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import same_tokens
 from trainers.phases.ppo.advantages import explained_variance
@@ -40,13 +41,15 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     check_room(loaded, prompts, spec.sampling)
     order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
     updates = spec.iterations * updates_per_round(spec)
-    policy = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, updates)
-    critic = Trainee(ctx.workers, Critic(critic_model.model), spec.critic_optim, updates)
+    policy = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, updates, model_flops(loaded.model))
+    critic = Trainee(
+        ctx.workers, Critic(critic_model.model), spec.critic_optim, updates, model_flops(critic_model.model)
+    )
+    packing = spec.packing and loaded.packs and reference.packs and critic_model.packs
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
     checkpoints.state = {"kl_coef": spec.kl.coef}
     first = checkpoints.restore()
     state = checkpoints.state
-    flops = (model_flops(loaded.model), model_flops(critic_model.model))
     ctx.meter.begin(first, spec.iterations, spec.document())
 
     # ---- loop
@@ -63,10 +66,11 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
                 samples,
                 state["kl_coef"],
                 logprobs_of(policy.module, spec.sampling.temperature),
-                _frozen(ctx, logprobs_of(Scorer(reference.model), spec.sampling.temperature)),
+                logprobs_of(Scorer(reference.model), spec.sampling.temperature),
                 critic.module,
+                packing,
             )
-        losses = optimise(spec, ctx, policy, critic, experience, iteration, flops)
+        losses = optimise(spec, ctx, policy, critic, experience, iteration, packing)
         summary = _summary(experience)
         ctx.meter.log(iteration + 1, **losses, **summary, kl_coef=state["kl_coef"])
         state.setdefault("rewardFirst", summary["reward"])
@@ -75,7 +79,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
             state["kl_coef"] = adapted_coef(
                 state["kl_coef"], summary["kl_sequence"], spec.kl.target, len(samples), spec.kl.horizon
             )
-        checkpoints.after_step(iteration + 1, spec.iterations, (iteration + 1) % order.steps_per_epoch == 0)
+        checkpoints.after_step(iteration + 1, spec.iterations, order.ends_epoch(iteration))
 
     # ---- finish
     if ctx.workers.is_main:
@@ -106,74 +110,60 @@ def optimise(
     critic: Trainee,
     experience: Experience,
     iteration: int,
-    flops: Sequence[ModelFlops],
+    packing: bool,
 ) -> dict[str, float]:
     """The round's updates of policy and critic. Returns the means of their metrics over the updates made."""
     size = spec.mini_batch_size or spec.batch_size
+    layout = Layout[int](lambda i: [experience.sequences[i]], spec.parallel.micro_batch_tokens, packing)
+    first = iteration * updates_per_round(spec)
     made: list[dict[str, float]] = []
     for epoch in range(spec.ppo_epochs):
         shuffled = np.random.default_rng([ctx.seed, iteration, epoch]).permutation(spec.batch_size)
         for start in range(0, spec.batch_size, size):
             mini = shuffled[start : start + size].tolist()
-            sums = _gradients(spec, ctx, policy, critic, experience, mini, flops)
-            if spec.max_kl_per_update is not None and sums["approx_kl"] > spec.max_kl_per_update:
+            step = first + len(made)
+            terms = partial(policy_terms, spec, policy.module, experience, mini)
+            sums = accumulate(ctx, policy, layout, step, mini, terms)
+            # Before the first update nothing has moved: what is measured then is rounding alone.
+            if spec.max_kl_per_update is not None and made and sums["approx_kl"] > spec.max_kl_per_update:
                 policy.discard_gradients()
-                critic.discard_gradients()
                 return _mean(made)
-            step = iteration * updates_per_round(spec) + len(made)
+            value_terms = partial(critic_terms, spec, critic.module, experience, mini)
+            values = accumulate(ctx, critic, layout, step, mini, value_terms, counted=False)
             with ctx.meter.part("optimizer"):
-                update = policy.update(step)
-                critic_update = critic.update(step)
-            made.append({**sums, **update, "critic_grad_norm": critic_update["grad_norm"]})
+                update, critic_update = policy.update(step), critic.update(step)
+            losses = {
+                "loss": sums["loss"] + values["loss"],
+                "policy_loss": sums["loss"],
+                "value_loss": values["loss"],
+                "critic_grad_norm": critic_update["grad_norm"],
+            }
+            made.append({**sums, **losses, **update})
     return _mean(made)
 
 
-def _gradients(
-    spec: PpoSpec,
-    ctx: PhaseContext,
-    policy: Trainee,
-    critic: Trainee,
-    experience: Experience,
-    mini: list[int],
-    flops: Sequence[ModelFlops],
-) -> dict[str, float]:
-    """Gradients of a mini-batch's mean losses over its tokens, all ranks together. Returns the means."""
-    sequences = [experience.sequences[i] for i in mini]
-    micro_batches = plan_micro_batches(
-        [[len(s)] for s in sequences], spec.parallel.micro_batch_tokens, spec.packing, ctx.workers.world
-    )[ctx.workers.rank]
-    num_tokens = sum(s.num_scored for s in sequences)
-    sums = torch.zeros(4, device=ctx.workers.device)
-    for i, places in enumerate(micro_batches):
-        with ctx.meter.part("forward_backward"):
-            chosen = [mini[j] for j in places]
-            batch = collate([experience.sequences[j] for j in chosen], spec.packing, ctx.workers.device)
-            old, advantages, old_values, returns = (
-                experience.flat(name, chosen, ctx.workers.device)
-                for name in ("logprobs", "advantages", "values", "returns")
-            )
-            logprobs = logprobs_of(policy.module, spec.sampling.temperature)(batch)
-            policy_term = policy_loss(logprobs, old, advantages, spec.clip_range).sum() / num_tokens
-            last = i == len(micro_batches) - 1
-            policy.backward(policy_term, last)
-            values = critic.module(batch)
-            value_term = value_loss(values, old_values, returns, spec.value_clip_range).sum() / num_tokens
-            critic.backward(value_term, last)
-            with torch.no_grad():
-                moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
-                outside = clipped(logprobs, old, spec.clip_range).sum() / num_tokens
-                sums += torch.stack([policy_term, value_term, moved, outside])
-            used = [experience.sequences[j] for j in chosen]
-            cost = sum(f.training(map(len, used), sum(s.num_scored for s in used)) for f in flops)
-            ctx.meter.count(sum(map(len, used)), len(used), cost)
-    policy_mean, value_mean, approx_kl, clip_fraction = ctx.workers.sum(sums).tolist()
-    return {
-        "loss": policy_mean + value_mean,
-        "policy_loss": policy_mean,
-        "value_loss": value_mean,
-        "approx_kl": approx_kl,
-        "clip_fraction": clip_fraction,
-    }
+def policy_terms(
+    spec: PpoSpec, module: nn.Module, experience: Experience, mini: list[int], chosen: list[int], batch: Batch
+) -> tuple[torch.Tensor, Measures]:
+    """Some responses' part of the mean clipped loss over the tokens of ``mini``, and how far the policy has moved."""
+    device = batch.input_ids.device
+    old, advantages = (experience.flat(name, chosen, device) for name in ("logprobs", "advantages"))
+    logprobs = logprobs_of(module, spec.sampling.temperature)(batch)
+    num_tokens = experience.num_tokens(mini)
+    with torch.no_grad():
+        moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
+        outside = clipped(logprobs, old, spec.clip_range).sum() / num_tokens
+    loss = policy_loss(logprobs, old, advantages, spec.clip_range).sum() / num_tokens
+    return loss, {"approx_kl": moved, "clip_fraction": outside}
+
+
+def critic_terms(
+    spec: PpoSpec, module: nn.Module, experience: Experience, mini: list[int], chosen: list[int], batch: Batch
+) -> tuple[torch.Tensor, Measures]:
+    """Some responses' part of the mean clipped value loss over the tokens of ``mini``."""
+    device = batch.input_ids.device
+    old, returns = (experience.flat(name, chosen, device) for name in ("values", "returns"))
+    return value_loss(module(batch), old, returns, spec.value_clip_range).sum() / experience.num_tokens(mini), {}
 
 
 def logprobs_of(scorer: nn.Module, temperature: float) -> TokenScores:
@@ -184,14 +174,6 @@ def logprobs_of(scorer: nn.Module, temperature: float) -> TokenScores:
         return found
 
     return scores
-
-
-def _frozen(ctx: PhaseContext, scores: TokenScores) -> TokenScores:
-    def run(batch: Batch) -> torch.Tensor:
-        with ctx.workers.autocast():
-            return scores(batch)
-
-    return run
 
 
 def _check_models(ctx: PhaseContext, policy: LoadedModel, reference: LoadedModel, critic: LoadedModel) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, BatchOrder, Sequence, collate, plan_micro_batches
+from trainers.core.batch import Batch, BatchOrder, Sequence
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
@@ -19,10 +19,11 @@ from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel
 from trainers.core.reward_models import new_reward_model
-from trainers.core.rewards import check_reward_scoring, head_scores, score_sequences
+from trainers.core.rewards import check_reward_scoring, head_scores
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
-from trainers.core.trainee import Trainee, seed_step
+from trainers.core.step import Layout, Measures, accumulate, in_eval_mode, scored
+from trainers.core.trainee import Trainee
 from trainers.phases.reward import loss
 from trainers.phases.reward.spec import RewardSpec
 
@@ -51,48 +52,36 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    layout = Layout(_sequences, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs)
     module = RewardModule(loaded.model, language if spec.lm_weight else None)
-    trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps)
+    trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
-    flops = model_flops(loaded.model)
     ctx.meter.begin(first, order.total_steps, spec.document())
 
     # ---- loop
     for step in range(first, order.total_steps):
-        with ctx.meter.part("data"):
-            batch = [train[i] for i in order.indices(step)]
-            micro_batches = plan_micro_batches(
-                [pair.lengths for pair in batch], spec.parallel.micro_batch_tokens, spec.data.packing, ctx.workers.world
-            )[ctx.workers.rank]
-            num_tokens = sum(pair.chosen.num_scored for pair in batch)
-        seed_step(ctx.seed, step, ctx.workers.rank)
-        sums = torch.zeros(3, device=ctx.workers.device)
-        for i, chosen in enumerate(micro_batches):
-            with ctx.meter.part("forward_backward"):
-                pairs = [batch[j] for j in chosen]
-                micro = collate(_sequences(pairs), spec.data.packing, ctx.workers.device)
-                scores, logprobs = trainee.module(micro)
-                step_loss, measures = _loss(spec, pairs, scores, logprobs, len(batch), num_tokens)
-                trainee.backward(step_loss, last=i == len(micro_batches) - 1)
-                sums += measures
-                lengths = [length for pair in pairs for length in pair.lengths]
-                ctx.meter.count(sum(lengths), len(pairs), flops.training(lengths, 0))
+        batch = [train[i] for i in order.indices(step)]
+
+        def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
+            scores, logprobs = trainee.module(micro)
+            return _loss(spec, pairs, batch, scores[: 2 * len(pairs)].view(-1, 2), logprobs)
+
+        sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
-        measured = dict(zip(("loss", "accuracy", "reward"), ctx.workers.sum(sums).tolist(), strict=True))
-        ctx.meter.log(step + 1, **measured, **update)
+        ctx.meter.log(step + 1, **sums, **update)
         if held_out and _is_due(spec, step + 1, order.total_steps):
-            _evaluate(spec, ctx, loaded, held_out, checkpoints, step + 1)
-        checkpoints.after_step(step + 1, order.total_steps, (step + 1) % order.steps_per_epoch == 0)
+            _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, step + 1)
+        checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
 
     # ---- finish
     metrics: dict[str, float] = {}
     if held_out:
-        metrics = _evaluate(spec, ctx, loaded, held_out, checkpoints, order.total_steps)
+        metrics = _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, order.total_steps)
     if held_out and spec.evaluation.keep_best:
         checkpoints.load_best("model")
-        metrics = _held_out_metrics(spec, ctx, loaded, held_out)
+        metrics = _held_out_metrics(ctx, trainee, layout, held_out)
     metrics["parameters"] = loaded.num_parameters
     if ctx.workers.is_main:
         ctx.meter.stage("saving")
@@ -112,32 +101,29 @@ def _encode(spec: RewardSpec, loaded: LoadedModel, row: Row) -> list[Pair]:
     return [replace(pair, margin=margin) for pair in preference_pairs(loaded.chat, row, spec.data.max_length)]
 
 
-def _sequences(pairs: list[Pair]) -> list[Sequence]:
-    """Chosen, rejected, chosen, …; tokens are scored for the language-model loss, in the chosen ones only."""
-    found = []
-    for pair in pairs:
-        found += [pair.chosen, replace(pair.rejected, scored=np.zeros_like(pair.rejected.scored))]
-    return found
+def _sequences(pair: Pair) -> list[Sequence]:
+    """Chosen and rejected; tokens are scored for the language-model loss, in the chosen one only."""
+    return [pair.chosen, replace(pair.rejected, scored=np.zeros_like(pair.rejected.scored))]
 
 
 def _loss(
-    spec: RewardSpec, pairs: list[Pair], scores: torch.Tensor, logprobs: torch.Tensor, num_pairs: int, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch's part of the step's loss, and of (loss, accuracy, margin): (), (3,).
+    spec: RewardSpec, pairs: list[Pair], batch: list[Pair], scores: torch.Tensor, logprobs: torch.Tensor
+) -> tuple[torch.Tensor, Measures]:
+    """These pairs' part of the loss of the step's whole batch, and of its measures; ``scores`` are (P, 2).
 
     Without pairs the sums are empty, but still reach every weight: all processes must take part in the backward pass.
     """
-    chosen, rejected = scores[: 2 * len(pairs)].view(-1, 2).unbind(1)
+    chosen, rejected = scores.unbind(1)
     margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
     pair_loss = loss.bradley_terry(chosen, rejected, margin)
     if spec.centering:
         pair_loss = pair_loss + spec.centering * loss.centering(chosen, rejected)
-    total = pair_loss.sum() / num_pairs
+    total = pair_loss.sum() / len(batch)
     if spec.lm_weight:
-        total = total - spec.lm_weight * logprobs.sum() / num_tokens
+        total = total - spec.lm_weight * logprobs.sum() / sum(pair.chosen.num_scored for pair in batch)
     difference = (chosen - rejected).detach()
-    right = loss.right(difference).sum()
-    return total, torch.stack([total.detach(), right / num_pairs, difference.sum() / num_pairs])
+    right = loss.right(difference)
+    return total, {"accuracy": right.sum() / len(batch), "reward": difference.sum() / len(batch)}
 
 
 def _is_due(spec: RewardSpec, step: int, total_steps: int) -> bool:
@@ -146,11 +132,17 @@ def _is_due(spec: RewardSpec, step: int, total_steps: int) -> bool:
 
 
 def _evaluate(
-    spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, held_out: list[Pair], checkpoints: Checkpoints, step: int
+    spec: RewardSpec,
+    ctx: PhaseContext,
+    trainee: Trainee,
+    layout: Layout[Pair],
+    held_out: list[Pair],
+    checkpoints: Checkpoints,
+    step: int,
 ) -> dict[str, float]:
     """Metrics on held-out pairs; keeps the weights if they are the best so far."""
     with ctx.meter.part("evaluation"):
-        metrics = _held_out_metrics(spec, ctx, loaded, held_out)
+        metrics = _held_out_metrics(ctx, trainee, layout, held_out)
     ctx.meter.record(step, eval_loss=metrics["evalLoss"], eval_accuracy=metrics["evalAccuracy"])
     if spec.evaluation.keep_best:
         checkpoints.keep_best("model", metrics["evalLoss"], higher_is_better=False)
@@ -158,10 +150,16 @@ def _evaluate(
 
 
 def _held_out_metrics(
-    spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, held_out: list[Pair]
+    ctx: PhaseContext, trainee: Trainee, layout: Layout[Pair], held_out: list[Pair]
 ) -> dict[str, float]:
     """Final metrics, the same on all processes. `evalLoss` is the preference loss alone, without centring."""
-    chosen, rejected = _pair_scores(spec, ctx, loaded, held_out).unbind(1)
+
+    def score(pairs: list[Pair], micro: Batch) -> list[list[float]]:
+        scores, _ = trainee.module(micro)
+        return scores[: 2 * len(pairs)].view(-1, 2).tolist()
+
+    with in_eval_mode(trainee.module):
+        chosen, rejected = torch.tensor(scored(ctx.workers, layout, held_out, score)).unbind(1)
     lengths = torch.tensor([[pair.chosen.num_scored, pair.rejected.num_scored] for pair in held_out])
     margin = torch.tensor([pair.margin for pair in held_out])
     scores = torch.cat([chosen, rejected])
@@ -176,15 +174,3 @@ def _held_out_metrics(
         "lengthCorrelation": loss.correlation(scores, lengths.T.flatten()),
     }
     return {name: value.item() for name, value in found.items()}
-
-
-def _pair_scores(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, pairs: list[Pair]) -> torch.Tensor:
-    """Scores of chosen and rejected, each process doing its share: (P, 2) on the CPU."""
-    workers = ctx.workers
-    mine = range(workers.rank, len(pairs), workers.world)
-    sequences = [sequence for i in mine for sequence in (pairs[i].chosen, pairs[i].rejected)]
-    scores = torch.zeros(len(pairs), 2)
-    scores[list(mine)] = score_sequences(
-        workers, loaded, sequences, spec.parallel.micro_batch_tokens, spec.data.packing
-    ).view(-1, 2)
-    return workers.sum(scores).cpu()

@@ -5,7 +5,7 @@ restart nor another number of processes changes it.
 """
 
 import statistics
-from typing import Any, cast
+from typing import Any
 
 from trainers import jsonl
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
@@ -31,8 +31,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     wanted = [prompt for prompt in prompts for _ in range(spec.samples_per_prompt)]
     parts = Parts(ctx.dir.checkpoints)
     # One process reads for all: with a folder per node the others may lack some.
-    found: list[object] = [parts.read()] if ctx.workers.is_main else []
-    rows = cast(list[Row], ctx.workers.gather_objects(found)[0])
+    rows = ctx.workers.from_main(parts.read)
     size = spec.sampling.batch_size * ctx.workers.world
     total_steps = -(-len(wanted) // size)
     ctx.workers.barrier()
