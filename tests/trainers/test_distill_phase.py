@@ -251,7 +251,7 @@ class TestWrongInput:
     def test_a_reward_that_is_no_number(self, run_phase, capsys, spec_for, tmp_path):
         (tmp_path / "t.jsonl").write_text('{"prompt": "A", "teacher_response": "B", "reward": NaN}\n')
         spec = spec_for(traces={"files": "t.jsonl"})
-        assert "is nan" in self.message(run_phase, capsys, spec, tmp_path, baseDir=str(tmp_path))
+        assert "NaN is no JSON" in self.message(run_phase, capsys, spec, tmp_path, baseDir=str(tmp_path))
 
     def test_changed_traces_are_noticed(self, run_phase, spec_for, traces_file, tmp_path):
         copy = tmp_path / "t.jsonl"
