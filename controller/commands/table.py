@@ -1,12 +1,13 @@
 """The table at the end: models x metrics, from what the evaluation left."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from trainers import jsonl
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def number(value: float) -> str:
 def read_comparison(path: Path) -> Comparison | None:
     """The evaluation's `results.json`; None if there is none or it says nothing to compare."""
     try:
-        document = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        document = jsonl.parse(path.read_bytes())
+    except (FileNotFoundError, jsonl.Malformed):
         return None
     metrics = tuple(_metric(item) for item in document.get("metrics", []))
     if not metrics or not document.get("models"):

@@ -372,3 +372,31 @@ def test_a_reward_model_that_is_no_number_wins_nothing(spec, run_phase, tiny_rew
     assert run_phase("evaluate", changed, None, tmp_path / "run" / "eval") == (4, None)
     assert "Diverged: model 'a': its rewards hold nan" in capfd.readouterr().err
     assert not list((tmp_path / "run" / "eval" / "cells").glob("rewards-*"))
+
+
+def test_a_pattern_without_end_ends_the_phase(spec, run_phase, tmp_path, capfd):
+    """Whatever the responses are: it tries every way to split one."""
+    sampled = {"sampling": {"maxNewTokens": 40, "temperature": 5}}
+    endless = [{"name": "style", "style": {"pattern": r"(.|.)*(?!)", **sampled}}]
+    changed = {**spec, "benchmarks": endless, "latency": {"enabled": False}}
+    assert run_phase("evaluate", changed, None, tmp_path / "run" / "eval") == (2, None)
+    assert r"BadInput: style.pattern: '(.|.)*(?!)' takes longer than 1 s" in capfd.readouterr().err
+
+
+def test_a_model_too_short_for_the_latency_has_none_but_everything_else(spec, run_phase, tmp_path):
+    changed = {**spec, "benchmarks": BENCHMARKS[:1], "latency": {**LATENCY, "promptLengths": [100_000]}}
+    output = tmp_path / "run" / "eval"
+    code, result = run_phase("evaluate", changed, None, output)
+    assert code == 0
+    assert not any("/latency/" in name for name in result.metrics)
+    assert "need 100004 positions" in document(output)["notes"]["a"]["latency"]
+    assert "- a, latency: promptLengths and newTokens need" in (output / "summary.md").read_text()
+
+
+def test_how_a_model_is_read_is_part_of_what_was_measured(spec, run_phase, tmp_path, calls):
+    few = {**spec, "benchmarks": BENCHMARKS[:1], "latency": {"enabled": False}, "models": spec["models"][:1]}
+    assert run_phase("evaluate", few, None, tmp_path / "run" / "eval")[0] == 0
+    assert calls.count("respond") == 1
+    few["models"] = [{**few["models"][0], "dtype": "fp32"}]
+    assert run_phase("evaluate", few, None, tmp_path / "run" / "eval")[0] == 0
+    assert calls.count("respond") == 2

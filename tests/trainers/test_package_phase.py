@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -203,3 +205,16 @@ def test_a_long_curve_stays_small():
     assert len(svg) < 40_000
     assert "var(--first, #1f6fb2)" in svg
     assert 'id="p-loss-' in svg
+
+
+@pytest.mark.parametrize(("name", "number"), [("results.json", "NaN"), ("latency.json", "1e999")])
+def test_figures_that_are_no_numbers_are_not_packaged(little_run, run_phase, tmp_path, capfd, name, number):
+    """Neither as a dash, nor as the best of their column."""
+    copy = shutil.copytree(little_run["eval"], tmp_path / "run" / "eval")
+    text = (copy / name).read_text()
+    found = re.sub(r'("value"|"tokensPerSecond"): [\d.]+', rf"\1: {number}", text, count=1)
+    assert found != text
+    (copy / name).write_text(found)
+    output = tmp_path / "run" / "package"
+    assert run_phase("package", {}, {**little_run, "eval": copy}, output, run="little") == (2, None)
+    assert f"{copy / name}: " in capfd.readouterr().err

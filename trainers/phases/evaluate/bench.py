@@ -7,6 +7,7 @@ Every row's result depends on the seed and the row alone, so the number of proce
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -184,8 +185,10 @@ class Bench:
     def _lose(self, rows: list[Row], limit: int) -> list[list[float]]:
         check_scoring(self.loaded, self.laboratory.ctx.workers)
         scorer = Scorer(self.loaded.model)
-        sequences = [self._given(row, limit) for row in rows]
-        return self._sums(sequences, lambda batch: batch.sums(-scorer(batch, target_logprobs(batch))))
+        given = [self._given(row, limit) for row in rows]
+        sequences = [sequence for found in given for sequence in found]
+        sums = iter(self._sums(sequences, lambda batch: batch.sums(-scorer(batch, target_logprobs(batch)))))
+        return [[sum(column) for column in zip(*islice(sums, len(found)), strict=True)] for found in given]
 
     @torch.no_grad()
     def _sums(self, sequences: list[Any], measure: Callable[[Any], torch.Tensor]) -> list[list[float]]:
@@ -217,17 +220,21 @@ class Bench:
         """The prompt's tokens; too long a prompt loses its left end."""
         return prompt_ids(self.loaded.chat, row)[-limit:]
 
-    def _given(self, row: Row, limit: int) -> Tokens:
-        """A row's prompt and response. A response that does not fit the model is cut, so no model skips a row."""
+    def _given(self, row: Row, limit: int) -> list[Tokens]:
+        """A row's responses. One that does not fit the model is cut, so no model skips a row.
+
+        A conversation is several sequences where the template changes earlier turns.
+        """
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
         if "messages" in row:
-            sequence = next(iter(sft_sequences(chat, row, longest, everything=False)), None)
+            sequences = sft_sequences(chat, row, longest, everything=False)
         else:
             response = chat.response(row["response"])[: longest - 1]
-            sequence = joined(self._prompt(row, limit), response, longest)
-        if sequence is None:
+            joint = joined(self._prompt(row, limit), response, longest)
+            sequences = [joint] if joint is not None else []
+        if not sequences:
             raise BadInput(f"{self.label}: a row leaves nothing to score within {longest} tokens")
-        return sequence
+        return sequences
 
     def _room(self, new_tokens: int) -> int:
         room = context_length(self.loaded.model) - new_tokens

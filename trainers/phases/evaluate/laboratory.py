@@ -49,19 +49,21 @@ class Laboratory:
         return self._reference
 
     def digest(self, ref: ModelRef | RewardModelRef) -> str:
-        """Identity of a model: its phase's artifact, a folder's content, or what is asked for on a hub."""
+        """Identity of a model: what it is, and how it is read (its type of weights, its template, …)."""
         name = canonical_json(ref.document(exclude={"name"}))
         if name not in self._digests:
-            self._digests[name] = self._digest(ref, name)
+            reading = ref.document(exclude={"name", "phase", "source"})
+            self._digests[name] = sha256_text(canonical_json([self._content(ref), reading]))
         return self._digests[name]
 
-    def _digest(self, ref: ModelRef | RewardModelRef, name: str) -> str:
+    def _content(self, ref: ModelRef | RewardModelRef) -> str:
+        """Its phase's artifact, a folder's files, a name on a hub (whose commit is the reference's revision), a seed."""
         if ref.phase is not None:
             return self.ctx.file.inputs[ref.phase].digest
-        folder = self.ctx.base_dir / ref.source if ref.source is not None else None
-        if folder is not None and folder.is_dir():
-            return tree_digest(folder)
-        return sha256_text(f"{name} {self.ctx.seed}")
+        if ref.source is None:
+            return f"seed {self.ctx.seed}"
+        folder = self.ctx.base_dir / ref.source
+        return tree_digest(folder) if folder.is_dir() else ref.source
 
     def cell(self, model: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """A measurement of a model from its cell, or made now. All processes get the same.

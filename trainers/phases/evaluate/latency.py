@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 import torch
 
-from trainers.contract import BadInput
 from trainers.core.generate import Response, generate
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.phases.evaluate.spec import LatencySpec
+from trainers.phases.evaluate.subject import NotComparable
 from trainers.spec import Sampling
 
 PERCENTILES = (50, 95, 99)
@@ -23,10 +23,6 @@ PERCENTILES = (50, 95, 99)
 
 def measure_latency(loaded: LoadedModel, spec: LatencySpec, workers: Workers) -> dict[str, Any]:
     """Everything about a model's speed, as JSON."""
-    longest = max(spec.prompt_lengths) + spec.new_tokens
-    if longest > context_length(loaded.model):
-        limit = context_length(loaded.model)
-        raise BadInput(f"latency: promptLengths and newTokens need {longest} positions, a model has {limit}")
     points = [
         measure_point(loaded, spec, workers, length, size)
         for length in spec.prompt_lengths
@@ -38,6 +34,13 @@ def measure_latency(loaded: LoadedModel, spec: LatencySpec, workers: Workers) ->
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "points": points,
     }
+
+
+def check_positions(loaded: LoadedModel, spec: LatencySpec) -> None:
+    """Raise NotComparable for a model that is made for shorter texts."""
+    longest, limit = max(spec.prompt_lengths) + spec.new_tokens, context_length(loaded.model)
+    if longest > limit:
+        raise NotComparable(f"promptLengths and newTokens need {longest} positions, it has {limit}")
 
 
 def device(workers: Workers) -> dict[str, Any]:

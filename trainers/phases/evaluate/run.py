@@ -14,7 +14,7 @@ from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.files import write_atomic
 from trainers.phases.evaluate.bench import Bench
 from trainers.phases.evaluate.laboratory import Laboratory
-from trainers.phases.evaluate.latency import device, measure_latency
+from trainers.phases.evaluate.latency import check_positions, device, measure_latency
 from trainers.phases.evaluate.results import Results, summary
 from trainers.phases.evaluate.settings import SampledSpec
 from trainers.phases.evaluate.spec import LATENCY, EvaluateSpec
@@ -36,6 +36,7 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
     # ---- measure
     step = 0
     latency: dict[str, Any] = {}
+    too_short: dict[str, str] = {}
     for label, bench in benches.items():
         for entry in spec.benchmarks:
             ctx.meter.stage(f"{label}: {entry.name}")
@@ -43,13 +44,18 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
             ctx.meter.log(step := step + 1)
         if spec.latency.enabled:
             ctx.meter.stage(f"{label}: {LATENCY}")
-            latency[label] = _latency(spec, bench)
+            try:
+                latency[label] = _latency(spec, bench)
+            except NotComparable as error:
+                too_short[label] = str(error)
             ctx.meter.log(step := step + 1)
         bench.release()
 
     # ---- compare
     ctx.meter.stage("comparing")
     results = _compare(spec, benches, ctx.seed)
+    for label, reason in too_short.items():
+        results.note(label, LATENCY, reason)
     # Reading a cell is a matter of all processes; only writing is the first one's.
     responses = {label: _responses(spec, bench) for label, bench in benches.items()}
     document = results.document()
@@ -98,6 +104,7 @@ def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
     key = {"kind": LATENCY, "model": bench.digest, "settings": spec.latency.document(), **device(workers)}
 
     def measure() -> dict[str, Any]:
+        check_positions(bench.loaded, spec.latency)
         # One process at a time: on a shared machine two would slow each other down.
         found: list[object] = [measure_latency(bench.loaded, spec.latency, workers)] if workers.is_main else []
         return workers.gather_objects(found)[0]  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, PositiveInt, create_model, model_validator
 
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.benchmarks import REGISTRY
@@ -60,11 +60,11 @@ class LatencySpec(SpecModel):
 
     enabled: bool = True
     """Measure it."""
-    prompt_lengths: tuple[int, ...] = Field(default=(64,), min_length=1)
+    prompt_lengths: tuple[PositiveInt, ...] = Field(default=(64,), min_length=1)
     """Tokens per prompt; random ones, as the time does not depend on what they say."""
     new_tokens: int = Field(default=32, ge=2)
     """Tokens per response."""
-    batch_sizes: tuple[int, ...] = Field(default=(1, 8), min_length=1)
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8), min_length=1)
     """Responses generated side by side."""
     repeats: int = Field(default=5, ge=1)
     """Measured batches per size."""

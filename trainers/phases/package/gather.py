@@ -1,6 +1,5 @@
 """Everything that the run's phases left, read once."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +159,16 @@ def _models(spec: PackageSpec, phases: Mapping[str, Phase]) -> list[Model]:
     return found
 
 
+def _document(path: Path) -> Any:
+    """A file that an evaluation wrote. Raises BadInput for what is no JSON; a figure that is no number is none."""
+    try:
+        return jsonl.parse(path.read_bytes())
+    except jsonl.Malformed as problem:
+        raise BadInput(f"{path}: {problem}; run the evaluation again") from problem
+
+
 def _evaluation(phase: Phase) -> Evaluation:
-    results = json.loads((phase.root / "results.json").read_text())
+    results = _document(phase.root / "results.json")
     latency = phase.root / "latency.json"
     named = [NamedModel.model_validate(item) for item in phase.result.settings.get("models", [])]
     # Without a list it compared everything it was given, under the phases' names.
@@ -169,7 +176,7 @@ def _evaluation(phase: Phase) -> Evaluation:
     return Evaluation(
         phase,
         results,
-        json.loads(latency.read_text()) if latency.exists() else {},
+        _document(latency) if latency.exists() else {},
         {label: read_jsonl(phase.root / "responses" / f"{label}.jsonl") for label in results["models"]},
         phases,
     )

@@ -120,7 +120,7 @@ def comparison_plots(evaluation: Evaluation) -> list[Plot]:
     found = []
     for metric in evaluation.results["metrics"]:
         values = {m: v[metric["key"]] for m, v in evaluation.results["values"].items() if metric["key"] in v}
-        values = {m: v for m, v in values.items() if v["value"] is not None and v["low"] is not None}
+        values = {m: v for m, v in values.items() if v["low"] is not None}
         if metric["headline"] and len(values) > 1:
             name = f"{evaluation.phase.name}-{metric['key'].replace('/', '-')}"
             found.append(Plot(name, metric_name(evaluation.results, metric), draw_intervals(name, metric, values)))

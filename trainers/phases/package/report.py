@@ -58,7 +58,6 @@ def _evaluation(run: Run, evaluation: Evaluation) -> dict[str, Any]:
 def _column(results: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, Any]:
     """A metric with its best value, if one is better than another."""
     found = [v[metric["key"]]["value"] for v in results["values"].values() if metric["key"] in v]
-    found = [value for value in found if value is not None]
     better = metric["higherIsBetter"]
     best = None if better is None or len(set(found)) < 2 else (max if better else min)(found)
     return {**metric, "benchmark": benchmark_name(metric), "name": metric_name(results, metric), "best": best}
