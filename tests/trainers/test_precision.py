@@ -105,7 +105,7 @@ def test_bf16_weights_learn_and_leave_a_bf16_model(run_phase, sharp_model, tmp_p
     assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("dtype", "state"), [("bf16", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(("dtype", "state"), [("auto", "fp32"), ("auto", "bf16"), ("bf16", "fp32")])
 def test_in_bf16_going_on_is_exact(run_phase, stop_after, sharp_model, tmp_path, dtype, state):
     spec = sft(sharp_model, dtype, optim={"lr": 1e-2, "stateDtype": state})
     whole, stopped = (tmp_path / name / "run" / "sft" for name in ("whole", "stopped"))

@@ -1,28 +1,44 @@
 """Unfinished work on disk: ``checkpoints/step-N/``, written whole or not at all.
 
-A checkpoint holds trained weights (safetensors), optimizer state (tensors, loaded with ``weights_only``) and a small
-JSON state. There is no RNG state: everything random is a function of the seed and the step.
+A checkpoint holds trained weights, optimizer state (both safetensors) and a small JSON state. There is no RNG state:
+everything random is a function of the seed and the step. All of it is read and checked before any of it is used, so a
+damaged checkpoint, of whatever kind, leaves nothing half loaded.
 """
 
 import json
+import math
 import re
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from trainers.contract import Diverged, Infrastructure
 from trainers.core.context import PhaseContext
+from trainers.core.tensors import DamagedError, read_tensors, write_tensors
 from trainers.core.trainee import Trainee
 from trainers.files import commit_directory
 from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint in memory."""
+
+    step: int
+    weights: dict[str, dict[str, torch.Tensor]]
+    """By trainee."""
+    optimizers: dict[str, dict[str, torch.Tensor]]
+    """By trainee."""
+    state: dict[str, Any]
+    seconds: float
 
 
 class Checkpoints:
@@ -39,8 +55,12 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint. Returns the number of finished steps, 0 without one."""
-        found = (step for step in reversed(self._shared_steps()) if not self.ctx.workers.any(not self._loads(step)))
-        newest = next(found, 0)
+        for step in reversed(self._shared_steps()):
+            saved = self._usable(step)
+            if not self.ctx.workers.any(saved is None) and saved is not None:
+                self._load(saved)
+                break
+        newest = max(self._saved_step, 0)
         self.ctx.meter.will_checkpoint(newest)
         return newest
 
@@ -50,27 +70,39 @@ class Checkpoints:
         found = self.ctx.workers.gather_objects(list(mine))
         return [step for step in mine if found.count(step) == self.ctx.workers.world]
 
-    def _loads(self, step: int) -> bool:
+    def _usable(self, step: int) -> Saved | None:
         path = self.ctx.dir.checkpoints / f"step-{step}"
         try:
-            self._load(step, path)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            return self._read(step, path)
+        except DamagedError as error:
             # Names are given to whole checkpoints only, so something damaged it afterwards: take the one before.
-            print(f"checkpoint {path} cannot be read ({error}), trying an older one", file=sys.stderr)
-            return False
-        return True
+            print(f"checkpoint {path} cannot be used ({error}), trying an older one", file=sys.stderr)
+            return None
 
-    def _load(self, step: int, path: Path) -> None:
-        saved = json.loads((path / "state.json").read_text())
+    def _read(self, step: int, path: Path) -> Saved:
+        """Everything, checked against what it will be loaded into. Raises DamagedError."""
+        saved = Saved(
+            step,
+            {name: read_tensors(path / f"{name}.safetensors") for name in self.trainees},
+            {name: read_tensors(path / f"{name}.optimizer.safetensors") for name in self.trainees},
+            *_read_state(path / "state.json", step),
+        )
+        try:
+            for name, trainee in self.trainees.items():
+                trainee.check_weights(saved.weights[name])
+                trainee.check_optimizer_state(saved.optimizers[name])
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        if "best" in saved.state:
+            self._read_best()  # what it says of the best weights is of no use without these
+        return saved
+
+    def _load(self, saved: Saved) -> None:
         for name, trainee in self.trainees.items():
-            trainee.load_weights(load_file(path / f"{name}.safetensors", device=str(trainee.workers.device)))
-            device = trainee.workers.device
-            trainee.load_optimizer_state(
-                torch.load(path / f"{name}.optimizer.pt", map_location=device, weights_only=True)
-            )
-        self.state = saved["state"]
-        self.ctx.meter.seconds_before = saved["seconds"]
-        self._saved_step = step
+            trainee.load_weights(saved.weights[name])
+            trainee.load_optimizer_state(saved.optimizers[name])
+        self.state, self._saved_step = saved.state, saved.step
+        self.ctx.meter.seconds_before = saved.seconds
 
     def after_step(self, step: int, total_steps: int, epoch_end: bool = False) -> None:
         """Call after every finished step: saves when it is time, and before stopping when asked to stop."""
@@ -108,9 +140,8 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, trainee in self.trainees.items():
-            weights = {key: tensor.contiguous() for key, tensor in trainee.trained_weights().items()}
-            save_file(weights, temporary / f"{name}.safetensors")
-            torch.save(trainee.optimizer_state(), temporary / f"{name}.optimizer.pt")
+            write_tensors(temporary / f"{name}.safetensors", trainee.trained_weights())
+            write_tensors(temporary / f"{name}.optimizer.safetensors", trainee.optimizer_state())
         state = {"step": step, "seconds": self.ctx.meter.seconds(), "state": self.state}
         (temporary / "state.json").write_text(json.dumps(state))
         commit_directory(temporary, root / f"step-{step}")
@@ -124,7 +155,9 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def keep_best(self, name: str, value: float, higher_is_better: bool) -> None:
-        """Remember the weights of trainee ``name`` if ``value`` is the best so far."""
+        """Remember the weights of trainee ``name`` if ``value`` is the best so far. Raises Diverged if it is no number."""
+        if not math.isfinite(value):
+            raise Diverged(f"the held-out score is {value}; try a lower optim.lr")
         best = self.state.get("best")
         if best is not None and (value <= best if higher_is_better else value >= best):
             return
@@ -133,17 +166,42 @@ class Checkpoints:
             temporary = self.ctx.dir.checkpoints / ".best.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            weights = {key: tensor.contiguous() for key, tensor in self.trainees[name].trained_weights().items()}
-            save_file(weights, temporary / f"{name}.safetensors")
+            write_tensors(temporary / f"{name}.safetensors", self.trainees[name].trained_weights())
             self.ctx.before_replacing()
-            commit_directory(temporary, self.ctx.dir.checkpoints / "best")
-            self.ctx.keep(self.ctx.dir.checkpoints / "best" / f"{name}.safetensors")
+            commit_directory(temporary, self._best)
+            self.ctx.keep(self._best / f"{name}.safetensors")
         self.ctx.workers.barrier()
 
     def load_best(self, name: str) -> None:
-        trainee = self.trainees[name]
-        path = self.ctx.dir.checkpoints / "best" / f"{name}.safetensors"
-        trainee.load_weights(load_file(path, device=str(trainee.workers.device)))
+        """Raises Infrastructure when the best weights were damaged: started again, the phase finds them anew."""
+        try:
+            self.trainees[name].load_weights(self._read_best()[name])
+        except (DamagedError, KeyError, ValueError) as error:
+            raise Infrastructure(f"the best weights in {self._best} cannot be read: {error}") from error
+
+    @property
+    def _best(self) -> Path:
+        return self.ctx.dir.checkpoints / "best"
+
+    def _read_best(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The best weights by trainee. Raises DamagedError."""
+        files = sorted(self._best.glob("*.safetensors"))
+        if not files:
+            raise DamagedError(f"{self._best} holds no weights")
+        return {file.stem: read_tensors(file) for file in files}
+
+
+def _read_state(path: Path, step: int) -> tuple[dict[str, Any], float]:
+    """The JSON state and the seconds of work so far. Raises DamagedError."""
+    try:
+        saved = json.loads(path.read_text())
+        if saved["step"] != step:
+            raise DamagedError(f"{path.name} is of step {saved['step']}")
+        return dict(saved["state"]), float(saved["seconds"])
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path.name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path.name}: {error}") from error
 
 
 def steps_in(root: Path) -> list[tuple[int, Path]]:

@@ -1,13 +1,14 @@
 """A module with its optimizer: the part of a training step that is the same in every phase."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.contract import Diverged
-from trainers.core.adamw import RoundingAdamW
+from trainers.core.adamw import MOMENTS, RoundingAdamW
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
 from trainers.spec import Optim
@@ -58,17 +59,49 @@ class Trainee:
         module = self.workers.plain(self.module)
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy trained parameters back, in place. Raises KeyError if one is missing."""
-        with torch.no_grad():
-            for name, parameter in self.trained_weights().items():
-                parameter.copy_(weights[name])
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy trained parameters back, in place. Raises ValueError, and copies nothing, if they are not this model's."""
+        self.check_weights(weights)
+        for name, parameter in self.trained_weights().items():
+            parameter.copy_(weights[name])
 
-    def optimizer_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+    def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError unless these are the trained parameters of such a model."""
+        _check_same({name: p.shape for name, p in self.trained_weights().items()}, weights)
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Moments and step counts as ``NUMBER.NAME``, where parameters are numbered as the optimizer does."""
+        state = self.optimizer.state_dict()["state"]
+        return {f"{i}.{name}": tensor for i, found in state.items() for name, tensor in found.items()}
+
+    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError, and changes nothing, if they are not this optimizer's."""
+        self.check_optimizer_state(tensors)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def check_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError unless this is the state of such an optimizer; a parameter without gradients has none."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        known = {str(i) for i in range(len(parameters))}
+        stepped = {key.partition(".")[0] for key in tensors} & known
+        shapes = {f"{i}.step": torch.Size([]) for i in stepped}
+        shapes |= {f"{i}.{name}": parameters[int(i)].shape for i in stepped for name in MOMENTS}
+        _check_same(shapes, tensors)
+
+
+def _check_same(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(shapes.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+        if name not in shapes:
+            raise ValueError(f"{name} belongs to another model")
+        if tensors[name].shape != shapes[name]:
+            raise ValueError(f"{name} has shape {list(tensors[name].shape)}, the model's has {list(shapes[name])}")
 
 
 def _adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
