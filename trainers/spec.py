@@ -297,7 +297,7 @@ class Duration(SpecModel):
 
 
 class Lora(SpecModel):
-    """Low-rank adapters (Hu et al. 2021) through peft; merged into the weights that are saved."""
+    """Low-rank adapters (Hu et al. 2021) through peft; merged into the weights that are saved, and saved alone in `model/adapter`."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -305,8 +305,8 @@ class Lora(SpecModel):
     """Scale; the update is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, such as `q_proj`; all of them but the head unless set."""
 
 
 class Parallel(SpecModel):
@@ -429,7 +429,14 @@ class PhaseSpec(SpecModel):
         yield from find_models(self, DataSource)
 
 
-class TrainingSpec(PhaseSpec):
+class ModelPhaseSpec(PhaseSpec):
+    """Fields of the phases that leave a model."""
+
+    export_dtype: Dtype = "auto"
+    """Type of the weights that are saved; `auto` is the one that they are held in."""
+
+
+class TrainingSpec(ModelPhaseSpec):
     """Fields of the phases that optimise a model with a fixed set of rows."""
 
     optim: Optim = Optim()

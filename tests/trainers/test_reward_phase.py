@@ -39,8 +39,10 @@ def spec_for(model: Path, **changes):
 def context(seed: int = 0):
     """As much of a phase's context as loading a model takes."""
     workers = SimpleNamespace(device=CPU, bf16=False, autocast=nullcontext)
-    spec = SimpleNamespace(parallel=Parallel())
-    return SimpleNamespace(workers=workers, seed=seed, spec=spec, model_location=lambda ref: ref.source)
+    spec = SimpleNamespace(parallel=Parallel(), export_dtype="auto")
+    return SimpleNamespace(
+        workers=workers, seed=seed, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
+    )
 
 
 def difference(a: Path, b: Path) -> float:

@@ -1,30 +1,92 @@
 """Low-rank adapters (Hu et al. 2021), through peft."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trainers.contract import BadInput
+from trainers.core.layers import score_head_name
 from trainers.spec import Lora
+
+WITHOUT_ADAPTER = {"falcon_h1": ("out_proj",), "mamba": ("out_proj",), "mamba2": ("out_proj",)}
+"""Layers whose weight the fused kernels of a model type read without calling the layer: peft refuses them."""
 
 
 def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
+    """The peft model around ``model``: its linear layers, or those that are named, get adapters; a score head is trained whole.
+
+    Raises BadInput for a name that no layer has, and for layers that can have no adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
-    head = "score" if hasattr(model, "score") else None
+    names = list(lora.target_modules) or linear_names(model)
+    _check_names(model, names)
+    _untie(model, names)
+    head = score_head_name(model)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=names,
         modules_to_save=[head] if head else None,
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
     )
     torch.manual_seed(seed)
     try:
         adapters = get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"lora.targetModules {list(lora.target_modules)}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"lora.targetModules {names}: {str(error).splitlines()[0]}") from error
     if model.is_gradient_checkpointing:
         # Frozen embeddings give the first checkpointed block no input that needs a gradient.
         adapters.enable_input_require_grads()
     return adapters
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last parts of the names of a model's linear layers, but for its language or score head."""
+    heads = (model.get_output_embeddings(), getattr(model, score_head_name(model) or "", None))
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and all(module is not head for head in heads)
+    }
+    return sorted(found - set(WITHOUT_ADAPTER.get(model.config.model_type, ())))
+
+
+def save_adapters(adapters: Any, folder: Path) -> None:
+    """Write the adapters alone, as peft loads them onto the model that they were trained on."""
+    config = adapters.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # peft holds sets, whose order changes from run to run
+    if config.modules_to_save:
+        config.modules_to_save = sorted(config.modules_to_save)
+    adapters.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
+
+
+def _check_names(model: Any, names: list[str]) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    for name in names:
+        if not any(_means(name, module) for module in modules):
+            raise BadInput(f"lora.targetModules {name!r}: no layer is called that; there are {linear_names(model)}")
+
+
+def _untie(model: Any, names: list[str]) -> None:
+    """Give head and embeddings a weight each, if they share one and either gets an adapter.
+
+    Else merging would change both, and the saved model would have other logits than the trained one.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    ends = [name for name, module in model.named_modules() if module is head or module is embedding]
+    if any(_means(name, end) for name in names for end in ends):
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def _means(name: str, module: str) -> bool:
+    """Whether a name among ``targetModules`` means a module, as peft reads it."""
+    return module == name or module.endswith(f".{name}")

@@ -2,18 +2,50 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from trainers.core.adapters import save_adapters
 from trainers.core.models import LoadedModel
 from trainers.files import commit_directory
 
+ADAPTER = "adapter"
+"""Folder in the model's directory with the low-rank adapters alone, if there were any."""
+
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
-    """Write a Hugging Face model directory, all or nothing."""
+    """Write a Hugging Face model directory, all or nothing: adapters merged, and beside that alone."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    dtype = loaded.export_dtype or loaded.model.dtype
     if loaded.adapters is not None:
+        save_adapters(loaded.adapters, temporary / ADAPTER)
+        if dtype == torch.float32:
+            loaded.model.float()  # before merging, not after
         loaded.model = loaded.adapters.merge_and_unload()
         loaded.adapters = None
+    loaded.model.to(dtype)
+    write_stop_tokens(loaded)
     loaded.model.save_pretrained(temporary, safe_serialization=True)
     loaded.tokenizer.save_pretrained(temporary)
     commit_directory(temporary, directory)
+
+
+def write_stop_tokens(loaded: LoadedModel) -> None:
+    """Say in the model's generation settings at which tokens responses end, so that plain ``generate`` stops there too."""
+    settings = getattr(loaded.model, "generation_config", None)
+    if settings is None:  # a classifier
+        return
+    stop = sorted(loaded.chat.stop_ids)
+    settings.eos_token_id = stop if len(stop) > 1 else stop[0]
+    settings.pad_token_id = loaded.tokenizer.pad_token_id
+    _make_savable(settings)
+
+
+def _make_savable(settings: Any) -> None:
+    """Published settings may name a temperature without sampling, which transformers reads and refuses to write."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True

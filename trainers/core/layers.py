@@ -1,4 +1,4 @@
-"""A smaller model made of some of another one's decoder layers."""
+"""Parts of models by what they are: decoder layers, of which a smaller model is made, and score heads."""
 
 import copy
 from typing import Any
@@ -43,3 +43,8 @@ def _kept_weights(model: Any, layers: tuple[int, ...]) -> dict[str, torch.Tensor
         else:
             weights[name] = tensor
     return weights
+
+
+def score_head_name(model: Any) -> str | None:
+    """Attribute of a sequence classifier that makes scores of hidden states; None for other models."""
+    return next((name for name in ("score", "classifier") if isinstance(getattr(model, name, None), nn.Module)), None)

@@ -12,10 +12,13 @@ from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
 from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.context import PhaseContext
+from trainers.core.hub import hub_name
 from trainers.core.layers import keep_layers
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 transformers_logging.disable_progress_bar()
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -25,6 +28,8 @@ class LoadedModel:
     chat: ChatFormat
     adapters: Any = None
     """The peft model around ``model`` when low-rank adapters are trained."""
+    export_dtype: torch.dtype | None = None
+    """Type of the weights that are saved; None: as they are held."""
     packs: bool = True
     """Whether several sequences can share a row without seeing each other; the start-up check finds out."""
 
@@ -64,7 +69,7 @@ def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bo
         raise BadInput("dtype bf16 needs parallel.precision bf16: unless told this device computes in fp32")
     if dtype == "auto":
         return torch.bfloat16 if frozen and ctx.workers.bf16 else torch.float32
-    return torch.bfloat16 if dtype == "bf16" else torch.float32
+    return DTYPES[dtype] or torch.float32
 
 
 def causal_lm(ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -85,7 +90,7 @@ def context_length(model: Any) -> int:
 
 def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
     location = ctx.model_location(ref)
-    options = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
+    options = {"trust_remote_code": ref.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(location, **options)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
@@ -93,6 +98,8 @@ def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dty
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"model {location} cannot be loaded: {reason}") from error
+    if ref.source is not None and hub_name(ref.source, ctx.base_dir) is not None:
+        config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
     return model, tokenizer
 
 
@@ -109,4 +116,5 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapters = with_adapters(model, lora, ctx.seed) if lora is not None else None
-    return LoadedModel(adapters.base_model.model if adapters is not None else model, tokenizer, chat, adapters)
+    plain = adapters.base_model.model if adapters is not None else model
+    return LoadedModel(plain, tokenizer, chat, adapters, DTYPES[ctx.spec.export_dtype])

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import Checkpoint, ModelRef, Optim, PhaseSpec, PromptData, RewardModelRef, Sampling, SpecModel
+from trainers.spec import Checkpoint, ModelPhaseSpec, ModelRef, Optim, PromptData, RewardModelRef, Sampling, SpecModel
 
 
 class KlControl(SpecModel):
@@ -18,7 +18,7 @@ class KlControl(SpecModel):
     """Responses over which the coefficient adapts."""
 
 
-class PpoSpec(PhaseSpec):
+class PpoSpec(ModelPhaseSpec):
     """PPO with a separate critic against a reward model, on `{"prompt"}` rows."""
 
     policy: ModelRef

@@ -1,0 +1,180 @@
+"""What is saved is what was trained: merged and lone adapters, tied heads, stop tokens, the type of the weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from trainers.contract import BadInput
+from trainers.core.adapters import with_adapters
+from trainers.core.chat import chat_format
+from trainers.core.export import save_model
+from trainers.core.models import LoadedModel
+from trainers.spec import Lora
+
+LETTERS = {"synthetic": {"task": "letters", "split": "preferences", "count": 16}}
+IDS = torch.arange(1, 13)[None]
+
+
+def tiny(kind: str = "llama", **changes):
+    """A small random model of an architecture."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"llama": {"intermediate_size": 64}, "gpt_neox": {"intermediate_size": 64}, "phi3": {"pad_token_id": 0}}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more.get(kind, {}), **changes)).eval()
+
+
+def adapted(model, tokenizer, lora: Lora, seed: int = 0) -> LoadedModel:
+    """With adapters as if they had been trained: every weight of them random."""
+    adapters = with_adapters(model, lora, seed)
+    torch.manual_seed(seed)
+    for parameter in adapters.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain = adapters.base_model.model
+    return LoadedModel(plain.eval(), tokenizer, chat_format(tokenizer, plain), adapters)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Path):
+    found = AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert len(found) <= 64
+    return found
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("targets", [(), ("lm_head",), ("embed_tokens",), ("q_proj", "lm_head", "embed_tokens")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_model_has_the_logits_that_were_trained(tokenizer, tmp_path: Path, tied: bool, targets: tuple):
+    model = tiny(tie_word_embeddings=tied)
+    before = logits(model)
+    loaded = adapted(model, tokenizer, Lora(rank=4, target_modules=targets))
+    trained = logits(loaded.model)
+    assert (trained - before).abs().max() > 0.1
+    save_model(loaded, tmp_path / "model")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), trained)
+
+
+def test_the_saved_adapters_alone_give_the_same_on_their_base(tokenizer, tmp_path: Path):
+    tiny().save_pretrained(tmp_path / "base")
+    loaded = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer, Lora(rank=4))
+    trained = logits(loaded.model)
+    save_model(loaded, tmp_path / "model")
+    lone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model" / "adapter").eval()
+    torch.testing.assert_close(logits(lone), trained)
+    config = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])  # a set's order would change the digest
+
+
+def test_a_reward_models_adapters_carry_its_head(run_phase, tiny_model_dir: Path, tmp_path: Path):
+    spec = {
+        "model": {"source": str(tiny_model_dir)},
+        "data": {"train": [LETTERS], "maxLength": 64},
+        "batchSize": 8,
+        "duration": {"maxSteps": 2},
+        "lora": {"rank": 2},
+        "optim": {"lr": 1e-2},
+    }
+    output = tmp_path / "run" / "reward"
+    assert run_phase("reward", spec, None, output)[0] == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(output / "model").eval()
+    lone = AutoPeftModelForSequenceClassification.from_pretrained(output / "model" / "adapter", num_labels=1).eval()
+    lone.config.pad_token_id = merged.config.pad_token_id
+    torch.testing.assert_close(logits(lone), logits(merged), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_without_names_every_linear_layer_but_the_head_gets_an_adapter(tokenizer, tmp_path: Path, kind: str):
+    loaded = adapted(tiny(kind), tokenizer, Lora(rank=2))
+    layers = {n.split(".lora_A")[0] for n, _ in loaded.model.named_parameters() if ".lora_A" in n}
+    assert len(layers) >= 2 * 4  # attention and feed-forward of both decoder layers
+    head = loaded.model.get_output_embeddings()
+    assert not any("lora" in name for name, _ in head.named_parameters())
+    trained = logits(loaded.model)
+    save_model(loaded, tmp_path / "model")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    torch.testing.assert_close(merged, trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("q_proj", "k_porj"), ("proj",), ("score",)])
+def test_a_name_that_no_layer_has_is_said_even_beside_one_that_matches(names: tuple):
+    with pytest.raises(BadInput, match=f"targetModules '{names[-1]}': no layer is called that; there are .*'q_proj'"):
+        with_adapters(tiny(), Lora(target_modules=names), 0)
+
+
+def test_a_layer_that_can_have_no_adapter_is_bad_input():
+    with pytest.raises(BadInput, match=r"lora.targetModules \['self_attn'\]"):
+        with_adapters(tiny(), Lora(target_modules=("self_attn",)), 0)
+
+
+def test_adapters_on_a_bf16_base_are_merged_in_the_type_that_is_saved(tokenizer, tmp_path: Path):
+    loaded = adapted(tiny().to(torch.bfloat16), tokenizer, Lora(rank=4))
+    layer = loaded.model.model.layers[0].self_attn.q_proj
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    loaded.export_dtype = torch.float32
+    save_model(loaded, tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(saved, exact.detach(), atol=1e-6, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_plain_generate_stops_where_responses_were_taught_to_end(tokenizer, tmp_path: Path):
+    """The tokenizer ends turns with one token, the model's own settings name another."""
+    model = tiny()
+    other = 40
+    model.generation_config.eos_token_id = other
+    save_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for end in (tokenizer.eos_token_id, other):
+        torch.nn.init.zeros_(saved.lm_head.weight)
+        bias = torch.zeros(64)
+        bias[end] = 1.0
+        saved.lm_head.bias = torch.nn.Parameter(bias)  # says nothing but that token
+        made = saved.generate(IDS, max_new_tokens=5, do_sample=False)[0, IDS.shape[1] :]
+        assert made.tolist() == [end]
+
+
+def test_published_settings_that_transformers_refuses_to_write_are_mended(tokenizer, tmp_path: Path):
+    model = tiny()
+    model.generation_config.temperature = 0.6
+    model.generation_config.top_p = 0.9
+    model.generation_config.do_sample = False
+    save_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"]) == (0.6, 0.9)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_export_in_bf16(run_phase, tiny_model_dir: Path, tmp_path: Path, lora: dict | None):
+    saved = {}
+    for dtype in ("fp32", "bf16"):
+        spec = {
+            "model": {"source": str(tiny_model_dir)},
+            "data": {"train": [{"synthetic": {"task": "letters", "split": "demonstrations", "count": 8}}]},
+            "batchSize": 8,
+            "duration": {"maxSteps": 1},
+            "exportDtype": dtype,
+            **({"lora": lora} if lora else {}),
+        }
+        output = tmp_path / dtype / "run" / "sft"
+        code, _ = run_phase("sft", spec, None, output)
+        assert code == 0
+        saved[dtype] = load_file(output / "model" / "model.safetensors")
+        assert (
+            AutoConfig.from_pretrained(output / "model").dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        )
+    for name, weight in saved["fp32"].items():
+        assert torch.equal(weight.to(torch.bfloat16), saved["bf16"][name]), name
