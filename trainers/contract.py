@@ -209,9 +209,24 @@ class DataRecord(SpecModel):
     rows: int = 0
     """Rows used."""
     skipped: int = 0
-    """Malformed rows skipped."""
+    """Malformed rows."""
     dropped: int = 0
-    """Rows too long to use."""
+    """Rows of which nothing could be used, because they are too long."""
+    shortened: int = 0
+    """Rows used without the left end of their prompt, which was too long."""
+    first_skipped: str = ""
+    """Place of the first malformed row, and what is wrong with it."""
+
+    @property
+    def read(self) -> int:
+        """Rows looked at."""
+        return self.rows + self.skipped + self.dropped
+
+    def __str__(self) -> str:
+        counts = {"dropped (too long)": self.dropped, "shortened": self.shortened, "skipped (malformed)": self.skipped}
+        losses = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        first = f"; the first: {self.first_skipped}" if self.first_skipped else ""
+        return f"{self.source}: {self.rows} of {self.read} rows used{losses}{first}"
 
 
 class Artifact(SpecModel):

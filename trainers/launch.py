@@ -90,6 +90,9 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Upl
     meter.stage("loading")
     outcome = importlib.import_module(kind.module).main(spec, ctx)
     workers.barrier()
+    if workers.is_main:
+        for record in outcome.data:
+            print(record)
     # Where every node has a folder of its own, only the first process has the artifact.
     result = workers.from_main(lambda: _result(ctx, outcome, digest, started))
     check_gates(spec, result.metrics)

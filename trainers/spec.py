@@ -109,8 +109,10 @@ class DataSource(SpecModel):
     """A Hugging Face dataset."""
     synthetic: SyntheticData | None = None
     """Rows made on the spot by a seeded generator."""
+    format: Literal["alpaca", "sharegpt", "messages", "preference-messages", "hh", "prompt-completion"] | None = None
+    """Known form of the rows, if it is not the phase's own."""
     columns: dict[str, str] = {}
-    """Renames: schema key to the source's column, for example `{prompt: question, response: answer}`."""
+    """Renames, before the format is read: schema key to the source's column, for example `{prompt: question, response: answer}`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
@@ -120,6 +122,8 @@ class RowPolicy(SpecModel):
 
     on_malformed: Literal["stop", "skip"] = "stop"
     """A row that is not valid JSON or lacks a key: `stop` with file and line, or `skip` and count."""
+    min_rows: float = Field(default=0.5, ge=0, le=1)
+    """Share of the rows that must be usable; with fewer the phase fails."""
 
 
 class PromptData(RowPolicy):
@@ -233,6 +237,8 @@ class TracesRef(ArtifactRef):
 
     files: str | None = None
     """JSONL file, glob or object store address of `{"prompt", "teacher_response", "reward"}` rows."""
+    min_rows: float = Field(default=0.5, ge=0, le=1)
+    """Share of the traces that must be usable; with fewer the phase fails."""
 
 
 class NamedModel(ModelRef):

@@ -10,9 +10,10 @@ from datasets import Dataset
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
 from trainers.core.encode import joined, preference_pairs, prompt_ids, sft_sequences
+from trainers.core.rollouts import Prompt
 from trainers.core.rows import encode_rows, read_rows
 from trainers.core.scratch import scratch_tokenizer
-from trainers.spec import DataSource, ScratchTokenizer
+from trainers.spec import DataSource, RowPolicy, ScratchTokenizer
 
 GOOD = {"prompt": "p", "response": "r"}
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -26,7 +27,7 @@ def write(path, rows):
 
 def read(tmp_path, schema="sft", on_malformed="stop", **source):
     found = DataSource.model_validate({"files": "d.jsonl"} | source if "hub" not in source else source)
-    return read_rows([found], schema, tmp_path, on_malformed, "data.train")
+    return read_rows([found], schema, tmp_path, RowPolicy(on_malformed=on_malformed), "data.train")
 
 
 MALFORMED = [
@@ -38,12 +39,9 @@ MALFORMED = [
     ("sft", {"messages": []}, "messages must be a non-empty list"),
     ("sft", {"messages": "hi"}, "messages must be a non-empty list"),
     ("sft", {"messages": [{"role": "user"}]}, "messages[0] needs a text content"),
-    ("sft", {"messages": ["hi"]}, "messages[0] needs a text content"),
-    (
-        "sft",
-        {"messages": [{"role": "tool", "content": "x"}]},
-        "messages[0].role is 'tool', expected system, user or assi",
-    ),
+    ("sft", {"messages": ["hi"]}, "messages[0] is str, expected an object with role and content"),
+    ("sft", {"messages": [{"content": "x"}]}, "messages[0].role is 'None', expected system, user, assistant or tool"),
+    ("sft", {"messages": [*TALK, {"role": "human", "content": "x"}]}, "messages[2].role is 'human', expected system"),
     ("sft", {"messages": TALK[:1]}, "messages hold no assistant turn to learn from"),
     ("prompt", {"messages": TALK[1:]}, "messages hold no user turn to respond to"),
     ("prompt", {"text": "p"}, "key 'prompt' is missing"),
@@ -139,17 +137,17 @@ def test_several_sources_keep_their_records(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD, GOOD])
     write(tmp_path / "b.jsonl", [GOOD])
     sources = [DataSource(files="a.jsonl"), DataSource(files="b.jsonl")]
-    rows = read_rows(sources, "sft", tmp_path, "stop", "data.train")
+    rows = read_rows(sources, "sft", tmp_path, RowPolicy(), "data.train")
     assert [(record.source, record.rows) for record in rows.records] == [("data.train[0]", 2), ("data.train[1]", 1)]
     assert rows.records[0].fingerprint != rows.records[1].fingerprint
 
 
 def test_synthetic_rows_come_from_their_generator(tmp_path):
     made = DataSource.model_validate({"synthetic": {"task": "letters", "split": "preferences", "count": 5}})
-    assert len(read_rows([made], "preference", tmp_path, "stop", "d")) == 5
+    assert len(read_rows([made], "preference", tmp_path, RowPolicy(), "d")) == 5
     wrong = DataSource.model_validate({"synthetic": {"task": "letters", "split": "nothing", "count": 5}})
     with pytest.raises(BadInput, match="no split 'nothing'"):
-        read_rows([wrong], "preference", tmp_path, "stop", "d")
+        read_rows([wrong], "preference", tmp_path, RowPolicy(), "d")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -246,14 +244,82 @@ def test_joined_keeps_every_response_token():
 def test_dropped_rows_are_counted(tmp_path, chat):
     write(tmp_path / "d.jsonl", [GOOD, {"prompt": "a", "response": "a b c d e f g h"}, GOOD])
     rows = read(tmp_path)
-    items = encode_rows(rows, lambda row: sft_sequences(chat, row, 8, everything=False), "data.train")
+    items = encode_rows(rows, lambda row: sft_sequences(chat, row, 8, everything=False), RowPolicy(), "data.train")
     assert len(items) == 2
     assert (rows.records[0].rows, rows.records[0].dropped) == (2, 1)
-    with pytest.raises(BadInput, match="every row is too long"):
-        encode_rows(read(tmp_path), lambda row: [], "data.train")
+    with pytest.raises(BadInput, match=r"no usable rows: data.train\[0\]: 0 of 3 rows used, 3 dropped \(too long\)$"):
+        encode_rows(read(tmp_path), lambda row: [], RowPolicy(), "data.train")
 
 
 def test_a_conversation_asks_what_its_last_user_turn_asks(tmp_path):
     write(tmp_path / "d.jsonl", [{"messages": TALK}, {"messages": TALK[:1]}, {"messages": TALK + TALK}])
     rows = read(tmp_path, schema="prompt").rows
     assert [row["messages"] for row in rows] == [TALK[:1], TALK[:1], TALK + TALK[:1]]
+
+
+# ---------------------------------------------------------------- counting
+
+
+def encoded(tmp_path, lengths, longest, **policy):
+    """Rows of so many words, as prompts that lose what is longer; what is longer than twice that is dropped."""
+    write(tmp_path / "d.jsonl", [{"prompt": "a " * n} for n in lengths])
+    policy = RowPolicy(**policy)
+    rows = read_rows([DataSource(files="d.jsonl")], "prompt", tmp_path, policy, "data.train")
+
+    def encode(row):
+        words = row["prompt"].split()
+        if len(words) == 13:
+            raise BadInput("the chat template refuses it")
+        lost = max(len(words) - longest, 0)
+        return [Prompt(row, [0] * (len(words) - lost), lost)] if len(words) <= 2 * longest else []
+
+    return rows, encode_rows(rows, encode, policy, "data.train")
+
+
+def test_every_row_is_counted_once(tmp_path):
+    rows, items = encoded(tmp_path, [1, 5, 6, 10, 11, 13], 5, on_malformed="skip")
+    (record,) = rows.records
+    assert (len(items), record.rows, record.shortened, record.dropped, record.skipped) == (4, 4, 2, 1, 1)
+    assert record.read == 6
+    assert str(record) == (
+        "data.train[0]: 4 of 6 rows used, 1 dropped (too long), 2 shortened, 1 skipped (malformed); "
+        f"the first: {tmp_path}/d.jsonl:6: the chat template refuses it"
+    )
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tmp_path):
+    with pytest.raises(BadInput, match=r"d\.jsonl:2: the chat template refuses it$"):
+        encoded(tmp_path, [1, 13], 20)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.0, 1.0])
+@pytest.mark.parametrize("used", [0, 1, 2, 4])
+def test_a_remnant_of_the_rows_is_refused_unless_told_otherwise(tmp_path, share, used):
+    lengths = [1] * used + [9] * (4 - used)
+    if used and used / 4 >= share:
+        assert len(encoded(tmp_path, lengths, 2, min_rows=share)[1]) == used
+        return
+    with pytest.raises(BadInput) as caught:
+        encoded(tmp_path, lengths, 2, min_rows=share)
+    reason = f"only {used} of 4 rows can be used, less than minRows {share:g}: " if used else "no usable rows: "
+    losses = f"data.train[0]: {used} of 4 rows used, {4 - used} dropped (too long)"
+    assert str(caught.value).startswith(f"data.train: {reason}{losses}")
+
+
+def test_malformed_rows_count_among_those_that_cannot_be_used(tmp_path):
+    write(tmp_path / "d.jsonl", [GOOD, "{", "[", GOOD, "{}"])
+    with pytest.raises(
+        BadInput, match=r"only 2 of 5 rows .* 3 skipped \(malformed\); the first: .*d\.jsonl:2: not valid"
+    ):
+        read(tmp_path, on_malformed="skip")
+    rows = read_rows([DataSource(files="d.jsonl")], "sft", tmp_path, RowPolicy(on_malformed="skip", min_rows=0.4), "d")
+    assert len(rows) == 2
+
+
+def test_the_share_is_that_of_all_sources_together(tmp_path):
+    write(tmp_path / "a.jsonl", ["{"])
+    write(tmp_path / "b.jsonl", [GOOD, GOOD])
+    sources = [DataSource(files="a.jsonl"), DataSource(files="b.jsonl")]
+    rows = read_rows(sources, "sft", tmp_path, RowPolicy(on_malformed="skip"), "d")
+    assert [record.rows for record in rows.records] == [0, 2]
+    assert encode_rows(rows, lambda row: [Prompt(row, [1])], RowPolicy(), "d")[0].row == GOOD

@@ -21,6 +21,8 @@ class Sequence:
 
     ids: np.ndarray
     scored: np.ndarray
+    shortened: int = 0
+    """Tokens of the row that were left out to keep to a length limit."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -36,7 +36,7 @@ def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence 
     ids = np.array(kept + response, dtype=np.int64)
     scored = np.zeros(len(ids), dtype=bool)
     scored[len(kept) :] = True
-    return Sequence(ids, scored)
+    return Sequence(ids, scored, shortened=len(prompt) - len(kept))
 
 
 def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> list[Sequence]:
@@ -67,6 +67,10 @@ class Pair:
     @property
     def sequences(self) -> list[Sequence]:
         return [self.chosen, self.rejected]
+
+    @property
+    def shortened(self) -> int:
+        return max(self.chosen.shortened, self.rejected.shortened)
 
 
 def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:

@@ -25,6 +25,8 @@ class Prompt:
     row: Row
     ids: list[int]
     """Tokens up to where the assistant starts to speak."""
+    shortened: int = 0
+    """Tokens that it has lost."""
 
     @property
     def messages(self) -> Messages:
@@ -51,8 +53,8 @@ class Sample:
 
 def read_prompts(ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str) -> tuple[Rows, list[Prompt]]:
     """All prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
-    rows = read_rows(data.prompts, "prompt", ctx.base_dir, data.on_malformed, f"{where}.prompts")
-    return rows, encode_rows(rows, partial(_prompts, chat, data.max_prompt_length), f"{where}.prompts")
+    rows = read_rows(data.prompts, "prompt", ctx.base_dir, data, f"{where}.prompts")
+    return rows, encode_rows(rows, partial(_prompts, chat, data.max_prompt_length), data, f"{where}.prompts")
 
 
 def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:

@@ -32,7 +32,7 @@ from trainers.phases.distill.loss import forward_kl, generalized_jsd
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
-from trainers.spec import DataSource
+from trainers.spec import DataSource, RowPolicy
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Example:
     def num_tokens(self) -> int:
         """Of the response."""
         return self.sequence.num_scored
+
+    @property
+    def shortened(self) -> int:
+        return self.sequence.shortened
 
 
 def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
@@ -160,9 +164,10 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
 def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Example]]:
     if spec.traces is None or spec.on_policy_fraction == 1:
         return Rows(), []
+    policy = RowPolicy(min_rows=spec.traces.min_rows)
     files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
-    rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, "stop", "traces")
-    return rows, encode_rows(rows, partial(_examples, student.chat, spec.max_length), "traces")
+    rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, policy, "traces")
+    return rows, encode_rows(rows, partial(_examples, student.chat, spec.max_length), policy, "traces")
 
 
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:

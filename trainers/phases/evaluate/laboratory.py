@@ -29,7 +29,7 @@ class Laboratory:
     def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
         if (where, schema) not in self._rows:
-            found = read_rows(data.rows, schema, self.ctx.base_dir, data.on_malformed, where)
+            found = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
             self._rows[where, schema] = found.rows
             self.records |= {record.source: record for record in found.records}
         return self._rows[where, schema]

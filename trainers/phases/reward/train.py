@@ -92,8 +92,8 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
 def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
     where = f"data.{part}"
     schema = "preference with margin" if spec.use_margin else "preference"
-    rows = read_rows(getattr(spec.data, part), schema, ctx.base_dir, spec.data.on_malformed, where)
-    return rows, encode_rows(rows, partial(_encode, spec, loaded), where)
+    rows = read_rows(getattr(spec.data, part), schema, ctx.base_dir, spec.data, where)
+    return rows, encode_rows(rows, partial(_encode, spec, loaded), spec.data, where)
 
 
 def _encode(spec: RewardSpec, loaded: LoadedModel, row: Row) -> list[Pair]:

@@ -1,0 +1,75 @@
+"""Rows as other projects write them, turned into this project's schemas. Imports no torch.
+
+A format is a function from a row of the world to a row of :data:`trainers.formats.schemas.SCHEMAS`; a source names one
+by `format`. Adding one takes a function, its line in :data:`FORMATS` and its name in ``DataSource.format``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from trainers.formats.alpaca import alpaca
+from trainers.formats.conversations import messages, preference_messages, prompt_completion, sharegpt
+from trainers.formats.hh import hh
+from trainers.formats.schemas import Row, check_row, plain_row
+from trainers.jsonl import Malformed
+
+
+@dataclass(frozen=True)
+class Format:
+    keys: str
+    """The keys that its rows have, for messages and documentation."""
+    convert: Callable[[Row], Row]
+    """Raises Malformed for a row that is not of this format."""
+
+
+FORMATS: Mapping[str, Format] = {
+    "alpaca": Format("instruction, input, output (or chosen, rejected), system, history", alpaca),
+    "sharegpt": Format("conversations of from and value (and chosen, rejected), system, tools", sharegpt),
+    "messages": Format("messages of role and content, tools", messages),
+    "preference-messages": Format("chosen and rejected, each a list of messages, prompt", preference_messages),
+    "hh": Format("chosen and rejected (or transcript), each a text of Human: and Assistant: turns", hh),
+    "prompt-completion": Format("prompt and completion, each a text or a list of messages", prompt_completion),
+}
+"""By the name that a source gives as `format`."""
+
+
+def seed_row(raw: object, schema: str, name: str | None, columns: Mapping[str, str]) -> Row:
+    """A row of a source as a row of ``schema``, its columns renamed and its format converted.
+
+    Raises Malformed, with the format that the row seems to be of if it is another than ``name``.
+    """
+    if not isinstance(raw, dict):
+        raise Malformed(f"expected an object, got {type(raw).__name__}")
+    row = {**raw, **{key: raw[column] for key, column in columns.items() if column in raw}}
+    try:
+        return _converted(row, schema, name)
+    except Malformed as problem:
+        raise Malformed(f"{problem}{_hint(row, schema, name, problem)}") from problem
+
+
+def _converted(row: Row, schema: str, name: str | None) -> Row:
+    found = plain_row(FORMATS[name].convert(row) if name else row, schema)
+    check_row(found, schema)
+    return found
+
+
+def _fits(row: Row, schema: str, name: str | None) -> bool:
+    try:
+        _converted(row, schema, name)
+    except Malformed:
+        return False
+    return True
+
+
+def _hint(row: Row, schema: str, name: str | None, problem: Malformed) -> str:
+    """The format that the row is of; else what a row that lacks a key has, for whoever has to write `columns`."""
+    if name is not None and _fits(row, schema, None):
+        return f"; its keys are right without `format: {name}`"
+    for other in FORMATS:
+        if other != name and _fits(row, schema, other):
+            return f"; its keys are those of `format: {other}`"
+    if "is missing" not in str(problem) or not row:
+        return ""
+    names = [str(key) for key in row]
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"; this one has {shown} (`columns` renames keys, `format` names a known form)"
