@@ -299,12 +299,42 @@ def test_other_tokens_have_no_kl_but_everything_else(spec, run_phase, tmp_path):
     assert "not the reference's" in document(tmp_path / "run" / "eval")["notes"]["c"]["drift"]
 
 
-def test_rows_without_answers_are_bad_input(spec, run_phase, tmp_path, capfd):
+WITHOUT = [
+    ("accuracy", {}, '{"prompt": "open box : copy A"}', "no row has an answer"),
+    ("safety", {}, '{"prompt": "open box : copy A", "shouldRefuse": "yes"}', "no row says shouldRefuse: true or false"),
+    ("style", {"pattern": "x"}, '{"prompt": "open box : copy A", "shouldRefuse": true}', "every row is to be refused"),
+    ("perplexity", {}, '{"prompt": "open box : copy A"}', "key 'response' is missing"),
+    ("length", {}, '{"prompt": NaN}', "rows.jsonl:1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "row", "says"), WITHOUT)
+def test_rows_of_no_use_are_bad_input_before_a_model_is_loaded(
+    spec, run_phase, tmp_path, capfd, calls, kind, settings, row, says
+):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "open box : copy A"}\n')
-    changed = {**spec, "data": {"rows": [{"files": str(path)}]}, "benchmarks": BENCHMARKS[:1]}
+    path.write_text(row + "\n")
+    last = {"name": "last", kind: {**settings, "data": {"rows": [{"files": str(path)}]}}}
+    changed = {**spec, "benchmarks": [*BENCHMARKS, last]}
     assert run_phase("evaluate", changed, None, tmp_path / "run" / "eval")[0] == 2
-    assert "no row has an answer" in capfd.readouterr().err
+    assert says in capfd.readouterr().err
+    assert calls == []
+
+
+def test_between_the_responses_it_looks_for_a_request_to_stop(spec, run_phase, tmp_path, monkeypatch):
+    """Responses that a pattern may take a second for, each."""
+    from trainers.phases.evaluate import patterns
+
+    looked = []
+
+    def slow(pattern, text):
+        os.kill(os.getpid(), signal.SIGTERM)
+        looked.append(text)
+
+    monkeypatch.setattr(patterns, "_search", slow)
+    few = {**spec, "benchmarks": [BENCHMARKS[2]], "latency": {"enabled": False}}
+    assert run_phase("evaluate", few, None, tmp_path / "run" / "eval")[0] == 143
+    assert len(looked) == patterns.BETWEEN_PAUSES
 
 
 def test_asked_to_stop_it_stops_at_the_next_measurement(spec, run_phase, tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 """What a benchmark is: settings, a name in the registry, and a function from a :class:`Subject` to metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainers.phases.evaluate.metric import Metric
 from trainers.phases.evaluate.settings import BenchmarkSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.subject import Row, Subject
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,9 @@ class Benchmark:
     spec: type[BenchmarkSpec]
     run: Callable[[Any, Subject], list[Metric]]
     """Takes the settings and a model. Called more than once."""
+    schema: str = "prompt"
+    """Kind of its rows."""
+    problem: Callable[[Sequence[Row]], str | None] = lambda rows: None
+    """Why there is nothing to say about these rows. Asked before any model is loaded."""
     needs_reward_model: bool = False
     needs_reference: bool = False

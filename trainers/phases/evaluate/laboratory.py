@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainers.contract import DataRecord, Diverged, canonical_json, sha256_text
+from trainers.contract import BadInput, DataRecord, Diverged, canonical_json, sha256_text
 from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
@@ -11,7 +11,7 @@ from trainers.core.rows import Row, read_rows
 from trainers.files import tree_digest
 from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows
-from trainers.phases.evaluate.spec import EvaluateSpec
+from trainers.phases.evaluate.spec import EntryBase, EvaluateSpec
 from trainers.spec import ModelRef, RewardModelRef, find_models
 
 
@@ -25,6 +25,14 @@ class Laboratory:
         self._reward_model: LoadedModel | None = None
         self._reference: LoadedModel | None = None
         self._digests: dict[str, str] = {}
+
+    def check_rows(self, entry: EntryBase) -> None:
+        """Read a benchmark's rows, so that what is wrong with them is not found out after hours. Raises BadInput."""
+        data = entry.settings.data or self.spec.data
+        assert data is not None
+        problem = entry.benchmark.problem(self.rows(data, entry.benchmark.schema))
+        if problem is not None:
+            raise BadInput(f"benchmark {entry.name!r} ({entry.benchmark.name}): {problem}")
 
     def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"

@@ -29,6 +29,8 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
     by_label = dict(zip(labels, models, strict=True))
     reference = spec.reference or by_label.get(spec.baseline or "")
     laboratory = Laboratory(ctx, spec, reference)
+    for entry in spec.benchmarks:
+        laboratory.check_rows(entry)
     benches = {label: Bench(laboratory, model) for label, model in by_label.items()}
     total_steps = len(models) * (len(spec.benchmarks) + spec.latency.enabled)
     ctx.meter.begin(0, total_steps, spec.document())

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.spec import Sampling
 
+Row = dict[str, Any]
+
 CUT = " […]"
 """Stands where a response was cut off at the length limit."""
 
@@ -58,7 +60,7 @@ class Subject(Protocol):
     def pause(self) -> None:
         """A place to stop, if that was asked for. Raises Interrupted."""
 
-    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Sequence[tuple[dict[str, Any], Reply]]:
+    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Sequence[tuple[Row, Reply]]:
         """Every row with the model's response."""
 
     def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[float]:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
-from trainers.contract import BadInput
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.patterns import Pattern, search_all
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import CUT, Reply, Subject
+from trainers.phases.evaluate.subject import CUT, Reply, Row, Subject
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -26,14 +25,16 @@ class AccuracySpec(SampledSpec):
 
 def run(spec: AccuracySpec, model: Subject) -> list[Metric]:
     checkable = [(row, reply) for row, reply in model.answered(spec.data, spec.sampling) if _answer(row)]
-    if not checkable:
-        raise BadInput("accuracy: no row has an answer")
     given = answers_given([reply for _, reply in checkable], spec, model)
     hits = [is_right(found, _answer(row), spec.match) for (row, _), found in zip(checkable, given, strict=True)]
     return [share("accuracy", "right answers", hits, better=True, headline=True)]
 
 
-def _answer(row: dict[str, object]) -> str:
+def problem(rows: Sequence[Row]) -> str | None:
+    return None if any(map(_answer, rows)) else "no row has an answer"
+
+
+def _answer(row: Row) -> str:
     answer = row.get("answer")
     return "" if answer is None else str(answer).strip()
 
@@ -75,4 +76,4 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers and not cut else None
 
 
-BENCHMARK = Benchmark("accuracy", AccuracySpec, run)
+BENCHMARK = Benchmark("accuracy", AccuracySpec, run, problem=problem)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from trainers.contract import BadInput
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.patterns import Pattern, search_all
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.subject import Row, Subject
 
 
 class StyleSpec(SampledSpec):
@@ -20,13 +19,17 @@ class StyleSpec(SampledSpec):
 
 
 def run(spec: StyleSpec, model: Subject) -> list[Metric]:
-    texts = [
-        reply.shown for row, reply in model.answered(spec.data, spec.sampling) if row.get("shouldRefuse") is not True
-    ]
-    if not texts:
-        raise BadInput("style: every row is to be refused, so there is no style to look at")
+    texts = [reply.shown for row, reply in model.answered(spec.data, spec.sampling) if _has_style(row)]
     hits = in_style(texts, spec, model.pause)
     return [share("match", "wanted style", hits, better=True, headline=True)]
+
+
+def problem(rows: Sequence[Row]) -> str | None:
+    return None if any(map(_has_style, rows)) else "every row is to be refused, so there is no style to look at"
+
+
+def _has_style(row: Row) -> bool:
+    return row.get("shouldRefuse") is not True
 
 
 def in_style(texts: Sequence[str], spec: StyleSpec, pause: Callable[[], None]) -> list[bool]:
@@ -38,4 +41,4 @@ def in_style(texts: Sequence[str], spec: StyleSpec, pause: Callable[[], None]) -
     return [hit and match is None for hit, match in zip(hits, rejected, strict=True)]
 
 
-BENCHMARK = Benchmark("style", StyleSpec, run)
+BENCHMARK = Benchmark("style", StyleSpec, run, problem=problem)
