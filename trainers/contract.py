@@ -8,15 +8,16 @@ success.
 import enum
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from trainers.spec import ArtifactKind, PhaseSpec, SpecModel
+from trainers.spec import ArtifactKind, PhaseSpec, SpecModel, identifying
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Part of every digest: raise it when the same spec starts to mean something else."""
 
 TERMINATION_LIMIT = 4096
@@ -130,14 +131,13 @@ class Termination(SpecModel):
 
 
 def termination_json(termination: Termination) -> str:
-    """Encode within :data:`TERMINATION_LIMIT` bytes, dropping metrics from the end and then shortening the message."""
+    """Encode within :data:`TERMINATION_LIMIT` bytes: shortening a long message first, then dropping metrics from the end."""
     doc = termination.document()
-    metrics = dict(termination.metrics)
-    while len(text := json.dumps(doc | {"metrics": metrics})) > TERMINATION_LIMIT and metrics:
+    metrics = {name: value for name, value in termination.metrics.items() if math.isfinite(value)}
+    if len(json.dumps(doc["message"])) > TERMINATION_LIMIT // 2:
+        doc["message"] = termination.message.encode("ascii", "replace").decode()[: TERMINATION_LIMIT // 4]
+    while len(text := json.dumps(doc | {"metrics": metrics}, allow_nan=False)) > TERMINATION_LIMIT and metrics:
         metrics.popitem()
-    if len(text) > TERMINATION_LIMIT:
-        doc["message"] = termination.message.encode("ascii", "replace").decode()[: TERMINATION_LIMIT // 2]
-        text = json.dumps(doc | {"metrics": metrics})
     return text
 
 
@@ -185,9 +185,10 @@ def sha256_text(text: str) -> str:
 def phase_digest(type_name: str, spec: PhaseSpec, image: str, inputs: Mapping[str, str]) -> str:
     """A phase's identity: type, settings that differ from their defaults, image, and its inputs' artifact digests.
 
-    Leaving defaults out keeps old digests valid when a release adds an option.
+    Leaving defaults out keeps old digests valid when a release adds an option. What cannot change a result
+    (:attr:`trainers.spec.SpecModel.NOT_IDENTITY`) is left out at any depth.
     """
-    settings = spec.document(exclude_defaults=True, exclude=set(spec.NOT_IDENTITY))
+    settings = identifying(spec).document(exclude_defaults=True)
     identity = {
         "version": CONTRACT_VERSION,
         "type": type_name,
@@ -196,6 +197,28 @@ def phase_digest(type_name: str, spec: PhaseSpec, image: str, inputs: Mapping[st
         "inputs": dict(inputs),
     }
     return sha256_text(canonical_json(identity))
+
+
+class Origins(SpecModel):
+    """What a result is made of beside what was asked for (:mod:`trainers.origins`)."""
+
+    program: str = ""
+    """Version of the package, and a digest of the sources that the phase type uses."""
+    content: dict[str, str] = {}
+    """Fingerprints of data and models that no phase made, by the dotted path in the spec."""
+
+
+class Identity(SpecModel):
+    """Two results of one identity are the same result; unfinished work of it is work on that result."""
+
+    digest: str
+    """Of what was asked for (:func:`phase_digest`)."""
+    origins: Origins = Origins()
+
+    @property
+    def mark(self) -> str:
+        """All of it in one word."""
+        return sha256_text(canonical_json(self.document()))
 
 
 # ---------------------------------------------------------------- what a phase leaves
@@ -255,6 +278,7 @@ class Result(SpecModel):
     data: tuple[DataRecord, ...] = ()
     commits: dict[str, str] = {}
     """What was read from the hub, as `name@commit`, by the path of the field in the spec."""
+    origins: Origins = Origins()
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     seed: int = 0
@@ -263,6 +287,10 @@ class Result(SpecModel):
     finished_at: str = ""
     seconds: float = 0.0
     """Wall-clock seconds of work, over all attempts."""
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(digest=self.digest, origins=self.origins)
 
 
 class Progress(SpecModel):

@@ -1,8 +1,13 @@
 """How a phase ends: which failure an exception is, and the termination message. Imports no torch."""
 
+import errno
 import os
+import re
+import shutil
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from trainers.contract import (
@@ -14,36 +19,118 @@ from trainers.contract import (
     termination_json,
 )
 
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|outofmemory|(can't|cannot|could not|failed to|unable to) allocate|not enough memory|bad_alloc"
+    r"|_STATUS_ALLOC_FAILED|ErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+"""CUDA, HIP, MPS, XPU, cuBLAS, cuDNN, NCCL, DeepSpeed, numpy, the C++ runtime and the kernel say it in their own words."""
+
+DISK_FULL = re.compile(
+    r"no space left on device|disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed|file write failed"
+    r"|unexpected pos \d+ vs \d+",
+    re.IGNORECASE,
+)
+"""Writers in other languages (safetensors, torch's zip files) have no errno; the last three say it of any write that failed."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of paths that only the user can mend."""
+
+NETWORK = ("DistBackendError", "DistNetworkError", "DistStoreError", "TransportError")
+"""Names of exception types (torch's, httpx's) or of their bases."""
+
+PEERS = re.compile(
+    r"(gloo|nccl|ProcessGroup|TCPStore|socket).*(connect|timed out|timeout|closed|reset|refused)", re.I | re.S
+)
+
 
 def classify(error: BaseException) -> FailureClass:
-    """Which failure an exception is. Matches on type names where the type lives in a heavy package."""
+    """Which failure an exception is: its own class, or that of what it was raised from.
+
+    Matches on names and texts where the type lives in a heavy package. A full disk counts whatever it was wrapped in.
+    """
+    if any(isinstance(e, OSError) and e.errno in NO_ROOM for e in chain(error)):
+        return FailureClass.INFRASTRUCTURE
+    found = [*map(_own_class, _causes(error)), *map(_lack, chain(error))]
+    return next((failure for failure in found if failure is not None), FailureClass.INTERNAL)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, those that it was raised from, and those in whose handling it was raised."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _own_class(error: BaseException) -> FailureClass | None:
     if isinstance(error, PhaseError):
         return error.failure
-    text = str(error).lower()
-    if (
-        isinstance(error, MemoryError)
-        or "outofmemory" in type(error).__name__.lower()
-        or "can't allocate memory" in text
-    ):
-        return FailureClass.OUT_OF_MEMORY
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return FailureClass.INFRASTRUCTURE
-    if "gloo" in text and ("connection" in text or "timed out" in text):
-        return FailureClass.INFRASTRUCTURE
+    if (failure := _lack(error)) is not None:
+        return failure
     if isinstance(error, OSError):
-        return FailureClass.INFRASTRUCTURE
-    return FailureClass.INTERNAL
+        return FailureClass.BAD_INPUT if error.errno in BAD_NAMES else FailureClass.INFRASTRUCTURE
+    of_network = any(kind.__name__ in NETWORK for kind in type(error).__mro__)
+    return FailureClass.INFRASTRUCTURE if of_network or PEERS.search(str(error)) else None
 
 
-def fail(error: Exception, digest: str) -> int:
+def _lack(error: BaseException) -> FailureClass | None:
+    """Of memory or room on a disk: what is raised while either is cleaned up after hides nothing."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return None if isinstance(error, PhaseError) else FailureClass.OUT_OF_MEMORY
+    return FailureClass.INFRASTRUCTURE if _is_disk_full(error) else None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, PhaseError):
+        return False
+    return (isinstance(error, OSError) and error.errno in NO_ROOM) or DISK_FULL.search(str(error)) is not None
+
+
+def fail(error: Exception, termination: Termination, folder: Path | None) -> int:
+    """Say why the phase fails, on stderr and in its termination message; its exit status.
+
+    ``folder``: where it writes, for the message when there is no room left.
+    """
     failure = classify(error)
-    lines = str(error).strip().splitlines() or [""]
-    message = lines[0] if isinstance(error, PhaseError) else f"{type(error).__name__}: {lines[-1]}"
-    if not isinstance(error, PhaseError):
-        traceback.print_exception(error)
-    print(f"{failure}: {message}", file=sys.stderr)
-    terminate(Termination(failure=failure, message=message, digest=digest))
+    message = _message(error, folder)
+    with suppress(OSError):  # the log may lie on the disk that is full
+        if not isinstance(error, PhaseError):
+            traceback.print_exception(error)
+        print(f"{failure}: {message}", file=sys.stderr)
+    terminate(termination.model_copy(update={"failure": failure, "message": message}))
     return exit_status(failure)
+
+
+def _message(error: Exception, folder: Path | None) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    full = next((e for e in chain(error) if _is_disk_full(e)), None)
+    if full is not None:
+        return _no_room(full, folder)
+    return lines[0] if isinstance(error, PhaseError) else f"{type(error).__name__}: {lines[-1]}"
+
+
+def _no_room(error: BaseException, folder: Path | None) -> str:
+    """The folder that is full, and how many bytes there are."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    named = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else None
+    place = next((p for p in (named, folder) if p is not None), Path.cwd()).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    usage = shutil.disk_usage(there)
+    quota = " (a quota may end earlier)" if getattr(error, "errno", None) == errno.EDQUOT else ""
+    return (
+        f"no space left to write in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}; "
+        "the phase goes on from its last checkpoint when there is room"
+    )
 
 
 def terminate(termination: Termination) -> None:
@@ -54,8 +141,9 @@ def terminate(termination: Termination) -> None:
     target = Path(path)
     if rank() and target.exists() and target.stat().st_size:
         return
-    # A plain write: in a pod this path is a mounted file, which cannot be replaced.
-    target.write_text(termination_json(termination))
+    with suppress(OSError):  # the exit status still tells the class
+        # A plain write: in a pod this path is a mounted file, which cannot be replaced.
+        target.write_text(termination_json(termination))
 
 
 def rank() -> int:

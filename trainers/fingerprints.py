@@ -1,12 +1,21 @@
-"""Identity of the rows a data source yields, without reading them as rows. Imports no torch."""
+"""Identity of the rows a data source yields, and of models in folders, without reading them as such. Imports no torch."""
 
 import glob
 import hashlib
+import importlib.metadata
 import inspect
+import json
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
-from trainers.contract import BadInput, Result, canonical_json, sha256_text
-from trainers.spec import DataSource, PhaseSpec
+from trainers.contract import BadInput, canonical_json, sha256_text
+from trainers.files import write_atomic
+from trainers.spec import DataSource, HubDataset
+
+SETTLED_SECONDS = 2.0
+"""A file that was written this short a time ago could be written once more without its time changing."""
 
 
 def source_files(pattern: str, base_dir: Path) -> list[Path]:
@@ -15,8 +24,11 @@ def source_files(pattern: str, base_dir: Path) -> list[Path]:
     Raises BadInput if there is none.
     """
     path = base_dir / pattern
-    found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-    files = [p for p in found if p.is_file()]
+    try:
+        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        files = [p for p in found if p.is_file()]
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        raise BadInput(f"{pattern!r} cannot be looked up: {error.strerror}") from error
     if not files:
         raise BadInput(f"no file matches {pattern!r} in {base_dir.resolve()}")
     return files
@@ -26,15 +38,15 @@ def fingerprint(source: DataSource, base_dir: Path) -> str:
     """SHA-256 over the files' contents; for hub data over what was asked for; for synthetic data also over the code."""
     if source.files is not None:
         return files_fingerprint(source_files(source.files, base_dir))
-    code = _generator_code(source.synthetic.task) if source.synthetic else ""
-    return sha256_text(canonical_json([source.document(), code]))
+    content = _generator_code(source.synthetic.task) if source.synthetic else ""
+    if source.hub is not None and is_folder(source.hub):
+        content = folder_fingerprint(Path(source.hub.name))
+    return sha256_text(canonical_json([source.document(), content]))
 
 
-def same_data(result: Result, spec: PhaseSpec, base_dir: Path) -> bool:
-    """Whether the data that a result was made of is still the same. Raises BadInput for data that is gone."""
-    marks = {record.source: record.fingerprint for record in result.data}
-    sources = {path: source for path, source in spec.data_sources() if path in marks}
-    return all(fingerprint(source, base_dir) == marks[path] for path, source in sources.items())
+def is_folder(data: HubDataset) -> bool:
+    """Whether it is a local folder, which `datasets` loads by the same key."""
+    return os.path.isdir(data.name)
 
 
 def _generator_code(task: str) -> str:
@@ -52,3 +64,46 @@ def files_fingerprint(files: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files; hidden ones (a clone's history) do not count.
+
+    Remembered by the files' sizes and times: a large model would take a minute to read.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+    marks = canonical_json([[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats])
+    memory = _cache() / f"{sha256_text(str(folder.resolve()))}.json"
+    if (known := _remembered(memory, marks)) is not None:
+        return known
+    contents = [hashlib.sha256(f"{name}\0{stat.st_size}\0".encode()).hexdigest() for name, stat in stats]
+    found = sha256_text("".join([*contents, files_fingerprint(files)]))
+    if all(time.time() - stat.st_mtime > SETTLED_SECONDS for _, stat in stats):
+        with suppress(OSError):  # a cache that cannot be written is only slow
+            write_atomic(memory, json.dumps({"marks": marks, "fingerprint": found}))
+    return found
+
+
+def package_version(name: str) -> str:
+    """Identity of a model that comes in a Python package."""
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return name  # the phase tells how to install it
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alignment" / "fingerprints"
+
+
+def _remembered(memory: Path, marks: str) -> str | None:
+    try:
+        document = json.loads(memory.read_text())
+        return str(document["fingerprint"]) if document["marks"] == marks else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

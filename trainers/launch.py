@@ -2,20 +2,32 @@
 
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers import contract
-from trainers.contract import PhaseFile, PhaseType, Result, Termination
+from trainers.contract import (
+    DataRecord,
+    Diverged,
+    Identity,
+    Infrastructure,
+    Origins,
+    PhaseFile,
+    PhaseType,
+    Result,
+    Termination,
+)
 from trainers.failures import fail, terminate
 from trainers.files import write_atomic
 from trainers.gates import check_gates
+from trainers.origins import origins_of
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
 from trainers.pins import commits, pinned_spec
@@ -32,21 +44,30 @@ VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safeten
 def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]]) -> int:
     """Run one phase to its end. Returns the exit status of :data:`trainers.contract.FAILURES`."""
     kind = phase_type(type_name)
-    digest = ""
+    said, folder = Termination(), None
     try:
         file = read_phase_file(path, kind, changes)
+        folder = Path(file.output)
         spec = parse_spec(kind, file)
         inputs = {name: entry.digest for name, entry in file.inputs.items()}
         digest = contract.phase_digest(kind.name, spec, file.image, inputs)
-        if file.remote is not None or addresses(spec):
-            result = _from_store(kind, file, spec, digest)
-        else:
-            spec = pinned_spec(spec, file)
-            result = find_finished_result(file, spec, digest) or _run(kind, file, spec, digest)
+        said = Termination(digest=digest)
+        result = _result_of(kind, file, spec, digest)
+        said = _said(result, spec)
+        check_gates(spec.gates, result.metrics)
     except Exception as error:  # noqa: BLE001 - every way to fail ends in an exit status and a message
-        return fail(error, digest)
-    terminate(_success(result))
+        return fail(error, said, folder)
+    terminate(said)
     return 0
+
+
+def _result_of(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) -> Result:
+    """The phase's result, found or made now."""
+    if file.remote is not None or addresses(spec):
+        return _from_store(kind, file, spec, digest)
+    spec = pinned_spec(spec, file)
+    identity = Identity(digest=digest, origins=origins_of(kind, spec, Path(file.base_dir)))
+    return find_finished_result(file, identity) or _run(kind, file, spec, identity)
 
 
 def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) -> Result:
@@ -58,18 +79,16 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
     here = parse_spec(kind, remote.file)
     if (result := remote.find_finished()) is not None:
         return result
-    if file.remote is None:
-        here = pinned_spec(here, file)
-        if (result := find_finished_result(file, here, digest)) is not None:
-            return result
+    if file.remote is None and (result := find_finished_result(file, remote.identity)) is not None:
+        return result
     remote.fetch()
     here = pinned_spec(here, file)
     remote.keep_pins()
     with remote.uploads() or nullcontext() as uploads:
-        return _run(kind, file, here, digest, uploads)
+        return _run(kind, file, here, remote.identity, uploads)
 
 
-def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Uploads | None" = None) -> Result:
+def _run(kind: PhaseType, file: PhaseFile, spec: Any, identity: Identity, uploads: "Uploads | None" = None) -> Result:
     from trainers.core.context import PhaseContext
     from trainers.core.device import device_name, peak_flops, sensors
     from trainers.core.parallel import Workers
@@ -78,26 +97,26 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, digest: str, uploads: "Upl
     directory = PhaseDir(Path(file.output))
     workers = Workers(spec.parallel)
     if workers.is_main:
-        open_directory(directory, digest)
+        open_directory(directory, identity)
     workers.barrier()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
     meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
     device = device_name(workers.device)
     meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
-    ctx = PhaseContext(file, kind, spec, directory, workers, meter, uploads)
+    ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads)
     ctx.listen()
     meter.stage("loading")
     outcome = importlib.import_module(kind.module).main(spec, ctx)
+    _check_finite(outcome.metrics)
     workers.barrier()
     if workers.is_main:
         for record in outcome.data:
             print(record)
     # Where every node has a folder of its own, only the first process has the artifact.
-    result = workers.from_main(lambda: _result(ctx, outcome, digest, started))
-    check_gates(spec, result.metrics)
+    result = workers.from_main(lambda: _result(ctx, outcome, identity, started))
     if workers.is_main:
-        text = json.dumps(result.document(), indent=1)
+        text = json.dumps(result.document(), indent=1, allow_nan=False)
         write_atomic(directory.result, text)
     workers.barrier()
     meter.close()
@@ -123,22 +142,38 @@ def _metrics_port(local_rank: int) -> int:
     return base + local_rank if base else 0
 
 
-def _result(ctx: Any, outcome: Any, digest: str, started: str) -> Result:
+def _check_finite(metrics: Mapping[str, float]) -> None:
+    """Raise Diverged if a final metric is no number: such a phase has not succeeded."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise Diverged(f"final metrics are not finite: {', '.join(bad)}")
+
+
+def _check_unchanged(origins: Origins, records: Iterable[DataRecord]) -> None:
+    """Raise Infrastructure if data was edited between the phase's start and its reading: an attempt anew is right."""
+    for record in records:
+        if origins.content.get(record.source, record.fingerprint) != record.fingerprint:
+            raise Infrastructure(f"{record.source} was edited while the phase started; start it again")
+
+
+def _result(ctx: Any, outcome: Any, identity: Identity, started: str) -> Result:
     from trainers.core.context import artifact_of
 
+    _check_unchanged(identity.origins, outcome.data)
     name, artifact = artifact_of(ctx)
-    identity = {"digest": digest, "artifact": artifact.digest, "data": [r.fingerprint for r in outcome.data]}
+    made = {"identity": identity.document(), "artifact": artifact.digest}
     return Result(
         run=ctx.file.run,
         phase=ctx.file.phase,
         type=ctx.type.name,
-        digest=digest,
-        artifact_digest=contract.sha256_text(contract.canonical_json(identity)),
+        digest=identity.digest,
+        artifact_digest=contract.sha256_text(contract.canonical_json(made)),
         artifacts={name: artifact},
         metrics={key: float(value) for key, value in outcome.metrics.items()},
         inputs={key: entry.digest for key, entry in ctx.file.inputs.items()},
         data=tuple(outcome.data),
         commits=commits(ctx.spec, ctx.base_dir),
+        origins=identity.origins,
         settings=parse_spec(ctx.type, ctx.file).document(),  # as written: ctx.spec has local paths for addresses
         versions=_versions(),
         seed=ctx.seed,
@@ -161,5 +196,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _success(result: Result) -> Termination:
-    return Termination(digest=result.digest, artifact_digest=result.artifact_digest, metrics=result.metrics)
+def _said(result: Result, spec: PhaseSpec) -> Termination:
+    """What a finished phase says. Metrics that gates judge come first: those that do not fit are left out."""
+    gated = {gate.metric: result.metrics[gate.metric] for gate in spec.gates if gate.metric in result.metrics}
+    return Termination(
+        digest=result.digest, artifact_digest=result.artifact_digest, metrics=gated | dict(result.metrics)
+    )

@@ -7,7 +7,7 @@ every attempt reads the same files.
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,12 +27,13 @@ class HubName(NamedTuple):
     revision: str | None
 
 
-def pinned_spec(spec: S, file: PhaseFile, types: tuple[RepoType, ...] = ("model", "dataset")) -> S:
+def pinned_spec(spec: S, file: PhaseFile, elsewhere: Collection[str] = ()) -> S:
     """The spec with a commit as the revision of everything that is read from the hub.
 
-    Raises BadInput for a name or revision that is not there, Infrastructure if the hub does not answer.
+    ``elsewhere`` has sources of models that lie somewhere else, and are not on this machine yet. Raises BadInput for a
+    name or revision that is not there, Infrastructure if the hub does not answer.
     """
-    names = [found for found in hub_names(spec, Path(file.base_dir)) if found.type in types]
+    names = list(hub_names(spec, Path(file.base_dir), elsewhere))
     if not names:
         return spec
     document = spec.document()
@@ -46,12 +47,14 @@ def commits(spec: PhaseSpec, base_dir: Path) -> dict[str, str]:
     return {found.path: f"{found.name}@{found.revision}" for found in hub_names(spec, base_dir)}
 
 
-def hub_names(spec: PhaseSpec, base_dir: Path) -> Iterator[HubName]:
-    """Everything in a spec that is read from the hub."""
+def hub_names(spec: PhaseSpec, base_dir: Path, elsewhere: Collection[str] = ()) -> Iterator[HubName]:
+    """Everything in a spec that is read from the hub; models that lie ``elsewhere`` are not."""
     models: list[tuple[str, ModelRef | RewardModelRef]] = [*find_models(spec, ModelRef)]
     models += find_models(spec, RewardModelRef)
     for path, ref in models:
-        if ref.source is not None and (name := hub_name(ref.source, base_dir)) is not None:
+        if ref.source is None or ref.source in elsewhere:
+            continue
+        if (name := hub_name(ref.source, base_dir)) is not None:
             yield HubName(path, "model", name, ref.revision)
     for path, data in find_models(spec, HubDataset):
         if not os.path.exists(data.name):  # `datasets` loads local folders by the same key

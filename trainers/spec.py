@@ -5,7 +5,7 @@ YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -28,6 +28,12 @@ class SpecModel(BaseModel):
 
     one_of: ClassVar[tuple[str, ...]] = ()
     """Fields of which exactly one is set, as in Kubernetes' unions."""
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()
+    """Fields that cannot change a result, so that editing them keeps it and the work on it."""
+
+    SHRINKS: ClassVar[frozenset[str]] = frozenset()
+    """Fields of which less needs less memory and gives the same result."""
 
     @model_validator(mode="after")
     def _one_member_of(self) -> Self:
@@ -318,6 +324,9 @@ class Lora(SpecModel):
 class Parallel(SpecModel):
     """How one phase is spread over processes."""
 
+    NOT_IDENTITY = frozenset({"strategy", "gradient_checkpointing", "micro_batch_tokens"})
+    SHRINKS = frozenset({"micro_batch_tokens"})
+
     strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """`auto`: `single` for one process, `ddp` for more. `fsdp` and `deepspeed` are not available in this version."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -370,6 +379,9 @@ class Sampling(SpecModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    NOT_IDENTITY = frozenset({"batch_size"})
+    SHRINKS = frozenset({"batch_size"})
+
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
@@ -404,8 +416,7 @@ class PhaseSpec(SpecModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"checkpoint", "tracking"})
-    """Fields that cannot change the artifact, left out of its digest."""
+    NOT_IDENTITY = frozenset({"checkpoint", "tracking", "gates"})
 
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     """Seed of everything random in the phase; the run's seed unless set."""
@@ -413,8 +424,8 @@ class PhaseSpec(SpecModel):
     """Processes, precision, memory."""
     tracking: Tracking = Tracking()
     """Logging."""
-    gates: tuple[Gate, ...] = ()
-    """Thresholds that the phase's final metrics must meet."""
+    gates: tuple[Gate, ...] = Field(default=(), max_length=32)
+    """Thresholds that the phase's final metrics must meet. Editing them judges a finished phase anew and reruns nothing."""
 
     @model_validator(mode="after")
     def _bf16_weights_compute_in_bf16(self) -> Self:
@@ -475,6 +486,39 @@ def _find_in(value: object, kind: type[T], path: str) -> Iterator[tuple[str, T]]
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from _find_in(item, kind, f"{path}[{i}]")
+
+
+def identifying(spec: T) -> T:
+    """The spec with everything that cannot change a result at its default, at whatever depth it lies."""
+    return _rewritten(spec, _without_choice)
+
+
+def shrunk(spec: T, times: int) -> T:
+    """The spec with everything that may shrink to save memory halved so often, down to what its field allows."""
+    return _rewritten(spec, lambda model: {name: _halved(model, name, times) for name in model.SHRINKS})
+
+
+def _rewritten(model: T, change: Callable[[SpecModel], dict[str, object]]) -> T:
+    """A copy in which every model, at any depth, has the fields that ``change`` gives it."""
+    update = {name: _rewritten_in(getattr(model, name), change) for name in type(model).model_fields}
+    return model.model_copy(update=update | change(model))
+
+
+def _rewritten_in(value: object, change: Callable[[SpecModel], dict[str, object]]) -> object:
+    if isinstance(value, tuple):
+        return tuple(_rewritten_in(item, change) for item in value)
+    return _rewritten(value, change) if isinstance(value, SpecModel) else value
+
+
+def _without_choice(model: SpecModel) -> dict[str, object]:
+    fields = {name: field for name, field in type(model).model_fields.items() if name in model.NOT_IDENTITY}
+    return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+
+
+def _halved(model: SpecModel, name: str, times: int) -> int:
+    lowest = next(m.ge for m in type(model).model_fields[name].metadata if hasattr(m, "ge"))
+    value: int = getattr(model, name)
+    return max(value >> times, lowest)
 
 
 def model_sources(spec: PhaseSpec) -> list[str]:

@@ -1,14 +1,19 @@
 """The workspace: names of the files in a phase's directory, and the results that lie beside. Imports no torch."""
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from trainers.contract import Artifact, Progress, Result
+from trainers.contract import Artifact, Identity, Progress, Result
 from trainers.files import fsync_directory, link_or_copy, tree_size, write_atomic
+from trainers.spec import SpecModel
+
+M = TypeVar("M", bound=SpecModel)
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,37 @@ class PhaseDir:
 
     @property
     def identity(self) -> Path:
-        """Digest that unfinished work in this directory belongs to."""
-        return self.root / "digest"
+        """What the work in this directory belongs to (:class:`trainers.contract.Identity`)."""
+        return self.root / "identity.json"
+
+    @property
+    def wandb(self) -> Path:
+        """Id of the Weights & Biases run that this work is logged to."""
+        return self.root / "wandb-id"
 
     def read_result(self) -> Result | None:
         """The result, or None if the phase has not finished here. A damaged file counts as not finished."""
-        try:
-            return Result.model_validate_json(self.result.read_text())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            ValueError,
-        ):  # ValidationError and UnicodeDecodeError are ValueErrors
-            return None
+        return _read(self.result, Result)
 
     def read_progress(self) -> Progress | None:
-        try:
-            return Progress.model_validate_json(self.progress.read_text())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            ValueError,
-        ):  # ValidationError and UnicodeDecodeError are ValueErrors
-            return None
+        return _read(self.progress, Progress)
+
+    def read_identity(self) -> Identity | None:
+        """What the unfinished work here belongs to; None if there is none, or none that can be told."""
+        return _read(self.identity, Identity)
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether a phase has left something here, finished or not."""
+        return any(path.exists() for path in (self.result, self.identity, self.checkpoints, self.metrics))
+
+
+def _read(path: Path, kind: type[M]) -> M | None:
+    try:
+        return kind.model_validate_json(path.read_text())
+    # ValidationError and UnicodeDecodeError are ValueErrors.
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def intact(artifact: Artifact, phase_root: Path) -> bool:
@@ -76,6 +89,9 @@ def intact(artifact: Artifact, phase_root: Path) -> bool:
 
 # ---------------------------------------------------------------- one workspace, many results
 
+STARTERS = ("attempts", "job.json", "phase.json")
+"""Names in a phase's directory that its starter writes while, or before, the phase runs."""
+
 HISTORY = ".history"
 """Folder beside the phases where results and unfinished work go when an edit displaces them."""
 
@@ -85,28 +101,30 @@ def history_dir(phase_root: Path, digest: str) -> Path:
 
 
 def set_aside(phase_root: Path) -> Path | None:
-    """Move what another digest left in a phase's directory to the history. Nothing computed is ever deleted."""
+    """Move what another identity left in a phase's directory to the history. Nothing computed is ever deleted."""
     directory = PhaseDir(phase_root)
-    if not directory.identity.exists() and not directory.result.exists():
+    if not directory.holds_work:
         return None
-    result = directory.read_result()
-    unfinished = directory.identity.read_text().strip() if directory.identity.exists() else "damaged"
-    digest = result.digest if result else unfinished
-    target = history_dir(phase_root, digest)
+    found = directory.read_result() or directory.read_identity()
+    target = history_dir(phase_root, found.digest if found else "damaged")
     if target.exists():
-        target = target.with_name(f"{target.name}.{int(time.time())}")
+        target = target.with_name(f"{target.name}.{time.time_ns()}")
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(phase_root, target)
     return target
 
 
-def open_directory(directory: PhaseDir, digest: str) -> None:
-    """Make the directory this digest's: unfinished work of the same digest stays, anything else goes to the history."""
-    unfinished = directory.identity.exists() and directory.identity.read_text().strip() != digest
-    if unfinished or directory.result.exists():
-        set_aside(directory.root)
+def open_directory(directory: PhaseDir, identity: Identity) -> None:
+    """Make the directory this identity's: unfinished work of it stays, anything else goes to the history.
+
+    What belongs to the process that starts the phase (:data:`STARTERS`) stays.
+    """
+    unfinished = directory.holds_work and directory.read_identity() != identity
+    if (unfinished or directory.result.exists()) and (moved := set_aside(directory.root)) is not None:
+        directory.root.mkdir()
+        _hand_over(moved, directory.root)
     directory.root.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory.identity, digest)
+    write_atomic(directory.identity, json.dumps(identity.document()))
 
 
 def find_finished(workspace: Path, digest: str) -> Iterator[Path]:
@@ -128,10 +146,16 @@ def adopt(finished: Path, phase_root: Path) -> None:
     """
     temporary = phase_root.with_name(f".{phase_root.name}.{os.getpid()}.adopt")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(
-        finished, temporary, copy_function=link_or_copy, ignore=shutil.ignore_patterns("checkpoints", "attempts")
-    )
+    ignored = shutil.ignore_patterns("checkpoints", *STARTERS)
+    shutil.copytree(finished, temporary, copy_function=link_or_copy, ignore=ignored)
+    _hand_over(phase_root, temporary)
     set_aside(phase_root)
     shutil.rmtree(phase_root, ignore_errors=True)
     os.replace(temporary, phase_root)
     fsync_directory(phase_root.parent)
+
+
+def _hand_over(old: Path, new: Path) -> None:
+    """Move what belongs to the starter: it may be writing there."""
+    for path in [old / name for name in STARTERS if (old / name).exists()]:
+        os.replace(path, new / path.name)

@@ -139,11 +139,11 @@ class Template(SpecModel):
 class RetryBudget(SpecModel):
     """Further attempts after a failure, by its class. Bad input, missed gates and divergence are never retried.
 
-    Raising a budget of a failed run lets it go on.
+    Raising a budget of a failed run lets it go on, and so does editing any setting of the phase or its template.
     """
 
-    out_of_memory: int = Field(default=1, ge=0, le=10)
-    """The device or the machine ran out of memory."""
+    out_of_memory: int = Field(default=3, ge=0, le=10)
+    """The device or the machine ran out of memory; see `halveOnOutOfMemory`."""
     infrastructure: int = Field(default=5, ge=0, le=10)
     """Network, storage, a lost node or another process failed."""
     interrupted: int = Field(default=10, ge=0, le=10)
@@ -170,6 +170,8 @@ class FailurePolicy(SpecModel):
 
     retries: RetryBudget = RetryBudget()
     """Further attempts per phase."""
+    halve_on_out_of_memory: bool = True
+    """An attempt after one that ran out of memory has half of its `parallel.microBatchTokens` and `sampling.batchSize`, on which the result does not depend."""
     backoff: Backoff = Backoff()
     """Wait between attempts."""
     phase_deadline_seconds: float | None = Field(default=None, gt=0)

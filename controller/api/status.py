@@ -94,6 +94,10 @@ class Attempt(StatusModel):
     """Counts from 1; part of the job's name."""
     digest: str
     """Identity of what it was started for."""
+    settings: str = ""
+    """Mark of all its settings, those that cannot change a result included: failures of other ones do not count."""
+    halvings: int = 0
+    """How often `microBatchTokens` and `sampling.batchSize` were halved for it, because attempts before ran out of memory."""
     state: AttemptState
     """How far it is."""
     failure: FailureClass | None = None

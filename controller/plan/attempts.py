@@ -91,16 +91,26 @@ def short(message: str) -> str:
     return message[:MESSAGE_LIMIT]
 
 
-def without_result(attempts: Sequence[Attempt], before: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
+def of_settings(attempts: Sequence[Attempt], digest: str | None, settings: str) -> list[Attempt]:
+    """Attempts at what is asked for now, with the settings of now. Of one that was only seen, the settings are not known."""
+    return [a for a in attempts if a.digest == digest and a.settings in ("", settings)]
+
+
+def halvings(failures: Sequence[Attempt]) -> int:
+    """How often a further attempt should halve what its memory goes into."""
+    return sum(a.failure == FailureClass.OUT_OF_MEMORY for a in failures)
+
+
+def without_result(
+    attempts: Sequence[Attempt], before: Sequence[Attempt], digest: str | None, settings: str
+) -> tuple[Attempt, ...]:
     """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work.
 
     One that was started for other settings has done what it was asked for, and one that we had asked to stop has stopped.
     """
     asked_to_stop = {a.number: a for a in before if a.state == AttemptState.STOPPING}
-    return tuple(
-        _lost(a, asked_to_stop.get(a.number)) if a.state == AttemptState.SUCCEEDED and a.digest == digest else a
-        for a in attempts
-    )
+    wanted = {a.number for a in of_settings(attempts, digest, settings) if a.state == AttemptState.SUCCEEDED}
+    return tuple(_lost(a, asked_to_stop.get(a.number)) if a.number in wanted else a for a in attempts)
 
 
 def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.plan.attempts import halvings, of_settings
 from controller.plan.check import check_run
 from controller.plan.conditions import Claim, update
 from controller.plan.job import PhaseJob, build_job
@@ -183,16 +184,19 @@ def _start(
         attempt = step.missing
         if phase.name in ready[:room]:
             attempt = step.next_attempt
-            updated[phase.name] = _asked(step, attempt)
+            updated[phase.name] = _asked(run, phase, step, attempt)
         if attempt is not None:
-            jobs.append(_job(run, phase, steps, attempt, alone))
+            jobs.append(_job(run, phase, updated, attempt, alone))
     return updated, jobs
 
 
-def _asked(step: Step, attempt: int) -> Step:
-    record = Attempt(number=attempt, digest=step.status.digest or "", state=AttemptState.ASKED)
-    attempts = (*step.status.attempts, record)
-    changes = {"state": PhaseState.RUNNING, "message": "starting", "attempts": attempts}
+def _asked(run: AlignmentRun, phase: ResolvedPhase, step: Step, attempt: int) -> Step:
+    before, digest = step.status.attempts, step.status.digest or ""
+    failures = [a for a in of_settings(before, digest, phase.settings) if a.state == AttemptState.FAILED]
+    times = halvings(failures) if run.spec.failure_policy.halve_on_out_of_memory else 0
+    record = Attempt(number=attempt, digest=digest, settings=phase.settings, halvings=times, state=AttemptState.ASKED)
+    said = f"starting, with what its memory goes into halved {times}x" if times else "starting"
+    changes = {"state": PhaseState.RUNNING, "message": said, "attempts": (*before, record)}
     return replace(step, status=step.status.model_copy(update=changes), live=True)
 
 
@@ -201,7 +205,9 @@ def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], att
     digest = steps[phase.name].status.digest
     assert inputs is not None, "only a phase whose inputs have finished is started"
     assert digest is not None
-    return build_job(run, phase, attempt, digest, inputs, _avoided(run, steps[phase.name].status), alone)
+    status = steps[phase.name].status
+    halved = next((a.halvings for a in status.attempts if a.number == attempt), 0)
+    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved)
 
 
 def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from controller.api.run import AlignmentRun
 from controller.plan.graph import dependents, edges
-from controller.plan.observed import Observed, ObservedResult
+from controller.plan.observed import Observed, ObservedResult, Unfinished
 from controller.plan.resolve import ResolvedPhase, resolve
+from trainers import gates
 from trainers.contract import phase_digest
-from trainers.spec import PhaseSpec
+from trainers.spec import PhaseSpec, identifying
 
 SHOWN_CHANGES = 4
 
@@ -39,27 +40,52 @@ def explain(run: AlignmentRun, observed: Observed, only: Collection[str] | None 
 
 
 def _explain(phase: ResolvedPhase, observed: Observed, plans: Mapping[str, PhasePlan]) -> PhasePlan:
-    def plan(action: Literal["reuse", "run", "continue"], why: str, artifact: str | None = None) -> PhasePlan:
-        return PhasePlan(phase.name, phase.type.name, action, why, artifact)
-
     before = observed.results.get(phase.name)
     artifacts = {name: plans[name].artifact_digest for name in phase.inputs}
     known = {name: digest for name, digest in artifacts.items() if digest is not None}
     if len(known) < len(artifacts):
-        return plan("run", _inputs_change(phase, plans, before))
+        return PhasePlan(phase.name, phase.type.name, "run", _inputs_change(phase, plans, before))
     digest = phase_digest(phase.type.name, phase.spec, phase.image, known)
-    if before is not None and before.digest == digest and before.stale is None:
-        return plan("reuse", "finished, nothing changed", before.artifact_digest)
-    other = observed.elsewhere.get(digest)
-    if other is not None and before is not other and not (before and before.digest == digest):
-        return plan("reuse", f"finished with these settings in {other.place}", other.artifact_digest)
     left = observed.unfinished.get(phase.name)
-    if left is not None and left.digest == digest:
-        return plan(
-            "continue",
-            f"from the checkpoint of step {left.step}" if left.step else "was interrupted before its first checkpoint",
-        )
-    return plan("run", _changes(phase, before, known, digest) if before is not None else "not run yet")
+    left = left if left is not None and left.digest == digest else None
+    return (
+        _reuse(phase, before, observed.elsewhere.get(digest), digest)
+        or _continue(phase, left)
+        or PhasePlan(phase.name, phase.type.name, "run", _why_run(phase, before, left, known, digest))
+    )
+
+
+def _reuse(
+    phase: ResolvedPhase, before: ObservedResult | None, other: ObservedResult | None, digest: str
+) -> PhasePlan | None:
+    """A result that stands; dependents can build on it if it meets the gates."""
+    here = before is not None and before.digest == digest
+    if before is not None and here and before.stale is None:
+        found, why = before, "finished, nothing changed"
+    elif other is not None and other is not before and not here:
+        found, why = other, f"finished with these settings in {other.place}"
+    else:
+        return None
+    missed = gates.missed(phase.spec.gates, found.metrics)
+    return PhasePlan(
+        phase.name, phase.type.name, "reuse", f"{why}; {missed}" if missed else why,
+        None if missed else found.artifact_digest,
+    )  # fmt: skip
+
+
+def _continue(phase: ResolvedPhase, left: Unfinished | None) -> PhasePlan | None:
+    if left is None or left.stale is not None:
+        return None
+    why = f"from the checkpoint of step {left.step}" if left.step else "was interrupted before its first checkpoint"
+    return PhasePlan(phase.name, phase.type.name, "continue", why)
+
+
+def _why_run(
+    phase: ResolvedPhase, before: ObservedResult | None, left: Unfinished | None, inputs: Mapping[str, str], digest: str
+) -> str:
+    if before is not None:
+        return _changes(phase, before, inputs, digest)
+    return f"begins again: {left.stale}" if left is not None and left.stale is not None else "not run yet"
 
 
 def _inputs_change(phase: ResolvedPhase, plans: Mapping[str, PhasePlan], before: ObservedResult | None) -> str:
@@ -95,7 +121,7 @@ def _changed_settings(spec: PhaseSpec, before: Mapping[str, Any]) -> Iterator[st
 
 
 def _identity(spec: PhaseSpec) -> dict[str, Any]:
-    return spec.document(exclude=set(spec.NOT_IDENTITY))
+    return identifying(spec).document()
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

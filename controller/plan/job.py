@@ -10,6 +10,7 @@ from controller.api.run import AlignmentRun, Template
 from controller.api.workspace import Workspace
 from controller.plan.resolve import ResolvedPhase
 from trainers.contract import Input, PhaseFile
+from trainers.spec import shrunk
 
 NAME_LIMIT = 50
 """Characters of a job's name. 63 is the limit of pods' services, which append `-worker-NNNN`."""
@@ -63,7 +64,7 @@ class PhaseJob:
 
 def build_job(
     run: AlignmentRun, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str],
-    avoid_nodes: tuple[str, ...], alone: bool,
+    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0,
 ) -> PhaseJob:  # fmt: skip
     return PhaseJob(
         run=run.name,
@@ -75,7 +76,7 @@ def build_job(
         nodes=phase.nodes,
         procs_per_node=phase.procs_per_node,
         # Nulls stay: a default that the user turned off must not come back when the phase reads its file.
-        spec=phase.spec.model_dump(by_alias=True, mode="json"),
+        spec=shrunk(phase.spec, halvings).model_dump(by_alias=True, mode="json"),
         inputs=dict(inputs),
         template=phase.template,
         workspace=run.spec.workspace,

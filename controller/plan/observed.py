@@ -68,6 +68,8 @@ class Unfinished:
     digest: str
     step: int
     """Of the newest checkpoint; 0 is none."""
+    stale: str | None = None
+    """Why it does not count although its digest may fit."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from controller.plan import attempts as history
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
-from trainers.contract import phase_digest
+from trainers import gates
+from trainers.contract import FailureClass, phase_digest
 
 HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
@@ -52,10 +53,11 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
     digest = wanted_digest(phase, at.inputs)
     records = _end_overdue(history.join(before.attempts, jobs, at.now), jobs, phase, at)
-    result = _known_result(digest, before, at.observed.results.get(phase.name))
+    result = _known_result(phase, digest, before, at.observed.results.get(phase.name))
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
-    return _unfinished(phase, before, history.without_result(records, before.attempts, digest), jobs, digest, at)
+    records = history.without_result(records, before.attempts, digest, phase.settings)
+    return _unfinished(phase, before, records, jobs, digest, at)
 
 
 def wanted_digest(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> str | None:
@@ -70,14 +72,19 @@ def artifact_digests(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) ->
     return digests if len(digests) == len(phase.inputs) else None
 
 
-def _known_result(digest: str | None, before: PhaseStatus, seen: ObservedResult | None) -> ObservedResult | None:
-    """A result for exactly this digest, seen now or remembered."""
-    if digest is None:
-        return None
-    if seen is not None and seen.digest == digest and seen.stale is None:
-        return seen
-    if before.state == PhaseState.SUCCEEDED and before.digest == digest and before.artifact_digest:
-        return ObservedResult(digest, before.artifact_digest, before.metrics)
+def _known_result(
+    phase: ResolvedPhase, digest: str | None, before: PhaseStatus, seen: ObservedResult | None
+) -> ObservedResult | None:
+    """A result for exactly this digest, seen now or remembered, that the gates of now can be judged by.
+
+    Not every metric fits into what a pod says at its end. Where a gated one is missing, another attempt finds the result
+    and judges it.
+    """
+    remembered = ObservedResult(before.digest or "", before.artifact_digest or "", before.metrics)
+    for result in filter(None, (seen, remembered)):
+        holds = result.digest == digest and result.artifact_digest and result.stale is None
+        if holds and gates.has_figures(phase.spec.gates, result.metrics):
+            return result
     return None
 
 
@@ -85,14 +92,18 @@ def _finished(
     phase: ResolvedPhase, before: PhaseStatus, records: tuple[Attempt, ...], jobs: list[ObservedJob],
     digest: str | None, result: ObservedResult, now: datetime,
 ) -> Step:  # fmt: skip
-    again = before.state == PhaseState.SUCCEEDED and before.digest == digest
+    missed = gates.missed(phase.spec.gates, result.metrics)
+    state = PhaseState.FAILED if missed else PhaseState.SUCCEEDED
+    again = before.state == state and before.digest == digest
     records, stop = _stopping(records, jobs, keep=None)
     last = records[-1] if records else None
     status = PhaseStatus(
         name=phase.name,
         type=phase.type.name,
-        state=PhaseState.SUCCEEDED,
+        state=state,
+        message=missed,
         digest=digest,
+        failure=FailureClass.GATE_FAILED if missed else None,
         artifact_digest=result.artifact_digest,
         metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
         attempts=history.prune(records, digest),
@@ -109,7 +120,8 @@ def _unfinished(
 ) -> Step:  # fmt: skip
     mine = [a for a in records if a.digest == digest]
     started = _started(phase, before, mine, digest)
-    failures = [a for a in mine if a.state == AttemptState.FAILED]
+    counted = history.of_settings(records, digest, phase.settings)
+    failures = [a for a in counted if a.state == AttemptState.FAILED]
     verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
     late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from controller.api.run import AlignmentRun, PhaseEntry, Template
 from controller.plan import graph
-from trainers.contract import PhaseType
+from trainers.contract import PhaseType, canonical_json, sha256_text
 from trainers.spec import NamedModel, PhaseSpec
 
 
@@ -21,6 +21,11 @@ class ResolvedPhase:
     @property
     def image(self) -> str:
         return self.template.image or ""
+
+    @property
+    def settings(self) -> str:
+        """Mark of everything that an attempt is started with, whether or not it can change the result."""
+        return sha256_text(canonical_json([self.spec.document(), self.template.document()]))[:16]
 
     @property
     def nodes(self) -> int:

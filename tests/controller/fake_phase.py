@@ -15,6 +15,7 @@ from pathlib import Path
 from trainers.contract import (
     Artifact,
     FailureClass,
+    Identity,
     PhaseFile,
     Progress,
     Result,
@@ -25,15 +26,16 @@ from trainers.contract import (
     termination_json,
 )
 from trainers.files import write_atomic
+from trainers.origins import origins_of
 from trainers.phases import phase_type
 from trainers.workspace import PhaseDir
 
 type_name, path = sys.argv[1], Path(sys.argv[3])
 file = PhaseFile.model_validate_json(path.read_text())
 kind = phase_type(type_name)
-digest = phase_digest(
-    type_name, kind.spec.model_validate(file.spec), file.image, {n: i.digest for n, i in file.inputs.items()}
-)
+spec = kind.spec.model_validate(file.spec)
+digest = phase_digest(type_name, spec, file.image, {n: i.digest for n, i in file.inputs.items()})
+identity = Identity(digest=digest, origins=origins_of(kind, spec, Path(file.base_dir)))
 directory = PhaseDir(Path(file.output))
 asked = []
 signal.signal(signal.SIGTERM, (lambda *_: None) if "FAKE_STUBBORN" in os.environ else (lambda *_: asked.append(1)))
@@ -49,7 +51,7 @@ def main() -> None:
     print(f"{file.phase} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if "FAKE_CHILD" in os.environ:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    write_atomic(directory.identity, digest)
+    write_atomic(directory.identity, json.dumps(identity.document()))
     if fails := os.environ.get(f"FAKE_FAIL_{file.phase.upper()}"):
         print("a line before the end", flush=True)
         end(FailureClass(fails), "the true reason")
@@ -75,7 +77,7 @@ def finish(steps: int) -> None:
         (directory.root / "report.html").write_text("<html></html>")
     result = Result(
         run=file.run, phase=file.phase, type=type_name, digest=digest, artifact_digest=sha256_text(digest + "artifact"),
-        artifacts={kind.produces: artifact}, settings=file.spec, steps=steps,
+        artifacts={kind.produces: artifact}, settings=file.spec, origins=identity.origins, steps=steps,
         inputs={n: i.digest for n, i in file.inputs.items()},
     )  # fmt: skip
     write_atomic(directory.result, json.dumps(result.document()))

@@ -124,9 +124,9 @@ def test_a_run_fails_once_nothing_can_move() -> None:
     assert decision.status.condition(meta.FAILED).message == "phase base: BadInput: no such file"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("failure", "attempts"), [(INFRA, 6), (OOM, 2), (FailureClass.INTERRUPTED, 11), (BAD, 1)])
+@pytest.mark.parametrize(("failure", "attempts"), [(INFRA, 6), (OOM, 4), (FailureClass.INTERRUPTED, 11), (BAD, 1)])
 def test_each_class_has_its_own_budget(failure: FailureClass, attempts: int) -> None:
-    """Default retries: 5 infrastructure, 1 out of memory, 10 interrupted, none for bad input."""
+    """Default retries: 5 infrastructure, 3 out of memory, 10 interrupted, none for bad input."""
     run, now, jobs = RUN, START, []
     for number in range(1, 30):
         decision = decide(run, seen(*jobs), now)

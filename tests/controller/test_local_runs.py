@@ -105,12 +105,8 @@ def test_data_that_changed_under_the_same_path_reruns_its_phase(bench: Bench) ->
     base["sft"]["data"] = {"train": [{"files": "rows.jsonl"}]}
     bench.write(document(base))
     bench.run()
-    # The stand-in records no data, so say what a real phase would have said.
-    result = bench.workspace / "test/base/result.json"
-    record = json.loads(result.read_text())
-    record["data"] = [{"source": "data.train[0]", "fingerprint": "of the rows as they were"}]
-    result.write_text(json.dumps(record))
-    assert "data changed: rows.jsonl" in bench.run("plan", "run.yaml")[1]
+    rows.write_text('{"prompt": "a", "response": "c"}\n')
+    assert "data.train[0] changed" in bench.run("plan", "run.yaml")[1]
     status, output = bench.run()
     assert (status, output.count("base: started")) == (0, 1)
 

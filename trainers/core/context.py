@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, PhaseFile, PhaseType
+from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, Origins, PhaseFile, PhaseType
 from trainers.core.hub import hub_name, model_files
 from trainers.core.parallel import Workers
 from trainers.meter import Meter
@@ -43,6 +43,8 @@ class PhaseContext:
     dir: PhaseDir
     workers: Workers
     meter: Meter
+    origins: Origins
+    """What the phase is made of beside its settings and inputs."""
     uploads: "Uploads | None" = None
     """On rank 0, if the workspace is a mirror of an object store."""
     stop_signal: int | None = None

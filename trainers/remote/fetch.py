@@ -16,18 +16,25 @@ from typing import Any
 
 import psutil
 
-from trainers.contract import BadInput, PhaseFile, PhaseType, Result
+from trainers.contract import BadInput, Identity, PhaseFile, PhaseType, Result, canonical_json, sha256_text
 from trainers.files import write_atomic
-from trainers.fingerprints import same_data
+from trainers.origins import difference, origins_of
 from trainers.pins import hub_names, pinned_spec, pins_folder
 from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
-from trainers.spec import PhaseSpec, addresses, is_address, model_sources
+from trainers.spec import PhaseSpec, SpecModel, addresses, is_address, model_sources
 from trainers.workspace import PhaseDir, open_directory
 
 ADDRESSES = ".objects"
 """Folder of the local workspace for data and models that a spec gives by address."""
+
+
+class Found(SpecModel):
+    """What a node's first process found out for all of them."""
+
+    identity: Identity
+    result: Result | None = None
 
 
 class Remote:
@@ -40,35 +47,69 @@ class Remote:
         self.file = localised(file, spec, self.workspace)
         """The phase file with local paths in the place of addresses."""
         self.phase = RemotePhase(Store(file.remote), self.workspace, self.dir, digest) if file.remote else None
+        self.identity = Identity(digest=digest)
+        """Known once :meth:`find_finished` has fetched the data."""
 
     def find_finished(self) -> Result | None:
-        """Fetch the data; then a result of this digest from anywhere in the remote workspace, if its data is the same.
+        """Fetch the data; then a result of this identity from anywhere in the remote workspace.
 
         It is in this phase's remote folder afterwards.
         """
         text = once_per_node("found", self._find_finished)
-        return Result.model_validate_json(text) if text else None
+        found = Found.model_validate_json(text)
+        self.identity = found.identity
+        return found.result
 
     def _find_finished(self) -> str:
         for _, source in self.spec.data_sources():
             if source.files is not None:
                 self._fetch_files(source.files)
-        if self.phase is None:
-            return ""
+        self.identity = self._identity()
+        result = self._whole_result() if self.phase is not None else None
+        return Found(identity=self.identity, result=result).model_dump_json(by_alias=True)
+
+    def _identity(self) -> Identity:
         spec = self.kind.spec.model_validate(self.file.spec)
-        if any(hub_names(spec, Path(self.file.base_dir))):
+        marks = self._model_marks()
+        if self.phase is not None and any(hub_names(spec, Path(self.file.base_dir), marks)):
             self._fetch_pins()
-            spec = pinned_spec(spec, self.file, ("dataset",))
+        spec = pinned_spec(spec, self.file, marks)
+        origins = origins_of(self.kind, spec, Path(self.file.base_dir), marks)
+        return Identity(digest=self.digest, origins=origins)
+
+    def _model_marks(self) -> dict[str, str]:
+        """Identity of models in an object store, by their local sources: names, sizes and times, as they are large."""
+        marks = {}
+        for source in model_sources(self.spec):
+            place = self._model_place(source)
+            objects = place[0].find(place[1]) if place is not None else {}
+            if objects:
+                listed = {name: (found.size, found.modified) for name, found in objects.items()}
+                local = str(self.workspace / ADDRESSES / address_path(source)) if is_address(source) else source
+                marks[local] = sha256_text(canonical_json(listed))
+            elif is_address(source):
+                raise BadInput(f"model {source}: there are no objects below it")
+        return marks
+
+    def _model_place(self, source: str) -> tuple[Store, str] | None:
+        """Where a model's objects are, or would be."""
+        if is_address(source):
+            return _at(source)
+        inside = _inside(source) if self.phase is not None else None
+        return (self.phase.store, inside) if self.phase is not None and inside is not None else None
+
+    def _whole_result(self) -> Result | None:
+        assert self.phase is not None
         for folder, result in self.phase.results():
-            if same_data(result, spec, Path(self.file.base_dir)):
+            if difference(self.identity, result.identity) is None:
                 if folder != self.phase.name and is_main():
                     self.phase.adopt(folder)
                 print(f"{self.file.phase}: nothing to do, {self.phase.store.address(folder)} holds this result already")
-                return result.model_dump_json(by_alias=True)
-        return ""
+                return result
+        return None
 
     def fetch(self) -> None:
-        """Fetch models, inputs and unfinished work into the local workspace, and make the remote folder this digest's.
+        """Fetch models, inputs and unfinished work into the local workspace, and make the remote folder this identity's.
 
         Raises BadInput for an input that has not finished or is damaged, and for a model that is not there.
         """
@@ -78,9 +119,10 @@ class Remote:
         for source in model_sources(self.spec):
             self._fetch_model(source)
         if self.phase is not None:
+            self.phase.identity = self.identity
             if is_main():
                 self.phase.open()
-            open_directory(self.dir, self.digest)
+            open_directory(self.dir, self.identity)
             for name, entry in self.file.inputs.items():
                 self.phase.fetch_input(name, Path(entry.path), self.kind.reads_beside)
             self.phase.fetch_unfinished()
@@ -119,16 +161,14 @@ class Remote:
             raise BadInput(f"no object matches {store.address(name)}")
 
     def _fetch_model(self, source: str) -> None:
+        if (place := self._model_place(source)) is None:
+            return
+        store, name = place
+        found = store.find(name)
         if is_address(source):
-            store, name = _at(source)
-            found = store.find(name)
             _mirror(store, found, _parent(self.workspace, store), f"{name}/**")
-            if not found:
-                raise BadInput(f"model {source}: there are no objects below it")
-        elif self.phase is not None and (inside := _inside(source)) is not None:
-            # Without objects it is a model of the hub.
-            found = self.phase.store.find(inside)
-            self.phase.store.download({name: Path(self.file.base_dir) / name for name in found}, found)
+        else:  # without objects it is a model of the hub
+            store.download({name: Path(self.file.base_dir) / name for name in found}, found)
 
 
 # ---------------------------------------------------------------- data and models by address

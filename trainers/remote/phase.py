@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 
-from trainers.contract import Artifact, BadInput, Result
+from trainers.contract import Artifact, BadInput, Identity, Result
 from trainers.files import commit_directory, tree_digest, write_atomic
 from trainers.remote.store import Damaged, Object, Store
 from trainers.spec import SpecModel
@@ -26,8 +26,16 @@ from trainers.workspace import PhaseDir, history_dir
 
 INDEX = ".index"
 MANIFEST = ".manifest.json"
+IDENTITY = "identity.json"
 CELLS = "cells"
-UNFINISHED = ("metrics.jsonl", "reference/*", "checkpoints/part-*.jsonl", "checkpoints/best/*", f"{CELLS}/*.json")
+UNFINISHED = (
+    "metrics.jsonl",
+    "wandb-id",
+    "reference/*",
+    "checkpoints/part-*.jsonl",
+    "checkpoints/best/*",
+    f"{CELLS}/*.json",
+)
 """Single files that a phase goes on from; each is whole or not there."""
 NOT_ADOPTED = ("checkpoints", "attempts")
 STEP = re.compile(r"step-(\d+)$")
@@ -43,8 +51,8 @@ class FileMark(SpecModel):
 class Manifest(SpecModel):
     """What a whole folder holds."""
 
-    digest: str
-    """The phase's identity that this is work of."""
+    identity: str
+    """Mark of the identity that this is work of."""
     files: dict[str, FileMark]
 
 
@@ -53,6 +61,8 @@ class RemotePhase:
 
     def __init__(self, store: Store, workspace: Path, directory: PhaseDir, digest: str) -> None:
         self.store, self.workspace, self.dir, self.digest = store, workspace, directory, digest
+        self.identity = Identity(digest=digest)
+        """What unfinished work belongs to; set before any is fetched or kept."""
         self.name = self.name_of(directory.root)
 
     def name_of(self, path: Path) -> str:
@@ -106,10 +116,10 @@ class RemotePhase:
     def set_aside(self) -> None:
         """Move what lies in this phase's folder to the history. Nothing computed is ever deleted.
 
-        What was killed in between is moved again: ``digest``, which says that there is something, goes last.
+        What was killed in between is moved again: the identity, which says that there is something, goes last.
         """
         objects = self.store.find(self.name)
-        last = [f"{self.name}/{name}" for name in ("result.json", "digest") if f"{self.name}/{name}" in objects]
+        last = [f"{self.name}/{name}" for name in ("result.json", IDENTITY) if f"{self.name}/{name}" in objects]
         if not last:
             return
         target = self._history()
@@ -126,20 +136,24 @@ class RemotePhase:
 
     def _history(self) -> str:
         result = self._result(self.name)
-        digest = result.digest if result else self._identity() or "damaged"
-        target = self.name_of(history_dir(self.dir.root, digest))
+        found = result or self._identity()
+        target = self.name_of(history_dir(self.dir.root, found.digest if found else "damaged"))
         return f"{target}.{int(time.time())}" if self.store.find(target) else target
 
-    def _identity(self) -> str | None:
-        """Digest that the unfinished work in the remote folder belongs to."""
-        text = self.store.read(f"{self.name}/digest")
-        return None if text is None else text.decode(errors="replace").strip()
+    def _identity(self) -> Identity | None:
+        """What the unfinished work in the remote folder belongs to."""
+        try:
+            return Identity.model_validate_json(self.store.read(f"{self.name}/{IDENTITY}") or b"")
+        except (ValueError, Damaged):
+            return None
 
     def open(self) -> None:
-        """Make the remote folder this digest's. Writing early also shows early that writing is allowed."""
-        if self._identity() not in (None, self.digest) or self.store.find(f"{self.name}/result.json"):
+        """Make the remote folder this identity's. Writing early also shows early that writing is allowed."""
+        objects = self.store.find(self.name)
+        other = f"{self.name}/{IDENTITY}" in objects and self._identity() != self.identity
+        if other or f"{self.name}/result.json" in objects:
             self.set_aside()
-        self.store.write(f"{self.name}/digest", self.digest.encode())
+        self.store.write(f"{self.name}/{IDENTITY}", self.identity.model_dump_json(by_alias=True).encode())
 
     # -- what is fetched
 
@@ -170,9 +184,9 @@ class RemotePhase:
             raise BadInput(f"{problem} to have the phase run again")
 
     def fetch_unfinished(self) -> None:
-        """This digest's unfinished work: single files, and the newest whole checkpoint."""
+        """This identity's unfinished work: single files, and the newest whole checkpoint."""
         objects = self.store.find(self.name)
-        if self._identity() != self.digest or f"{self.name}/result.json" in objects:
+        if self._identity() != self.identity or f"{self.name}/result.json" in objects:
             return
         wanted = [n for n in objects if any(fnmatch(n, f"{self.name}/{pattern}") for pattern in UNFINISHED)]
         self.store.download({n: self.workspace / n for n in wanted}, objects)
@@ -187,7 +201,7 @@ class RemotePhase:
         return [folder for _, folder in sorted(found)]
 
     def is_whole(self, folder: str, objects: Objects) -> bool:
-        """Whether every file of a manifest is there, by its size, and the work is this digest's."""
+        """Whether every file of a manifest is there, by its size, and the work is this identity's."""
         return self._manifest(folder, objects) is not None
 
     def _manifest(self, folder: str, objects: Objects) -> Manifest | None:
@@ -199,7 +213,7 @@ class RemotePhase:
             return None
         sizes = {name: objects[f"{folder}/{name}"].size for name in manifest.files if f"{folder}/{name}" in objects}
         whole = sizes == {name: mark.size for name, mark in manifest.files.items()}
-        return manifest if whole and manifest.digest == self.digest else None
+        return manifest if whole and manifest.identity == self.identity.mark else None
 
     def _fetch_folder(self, folder: str, objects: Objects) -> bool:
         """Fetch a folder if it is what its manifest says."""

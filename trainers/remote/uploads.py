@@ -12,7 +12,7 @@ from types import TracebackType
 from trainers.contract import Infrastructure, Interrupted
 from trainers.remote.phase import CELLS, MANIFEST, Manifest, RemotePhase, mark_of
 
-NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "digest", "checkpoints", "attempts")
+NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "identity.json", "checkpoints", "attempts")
 """Goes last, is for this machine only, or is there already."""
 
 
@@ -82,7 +82,7 @@ class Uploads:
             last.result()
 
     def _keep(self, path: Path, newest: int | None) -> None:
-        self._upload([self.dir.metrics])
+        self._upload([self.dir.metrics, self.dir.wandb])
         if path.is_dir():
             self._upload_folder(path)
         else:
@@ -119,7 +119,7 @@ class Uploads:
         self.store.delete(sorted(stale, key=lambda name: name != manifest))
         self._upload(files)
         marks = {file.relative_to(path).as_posix(): mark_of(file) for file in files}
-        content = Manifest(digest=self.phase.digest, files=marks).model_dump_json(by_alias=True)
+        content = Manifest(identity=self.phase.identity.mark, files=marks).model_dump_json(by_alias=True)
         self.store.write(manifest, content.encode())
 
     def _prune(self, newest: int) -> None:

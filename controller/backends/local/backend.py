@@ -15,14 +15,14 @@ from controller.api.status import PhaseProgress
 from controller.backends.local import process
 from controller.backends.local.machine import Machine
 from controller.backends.local.process import MARKER, JobRecord
-from controller.backends.local.results import Results, unfinished
+from controller.backends.local.results import Results
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import resolve
-from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE
+from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, Identity
 from trainers.files import write_atomic
+from trainers.origins import difference
 from trainers.phases import phase_type
-from trainers.spec import PhaseSpec
 from trainers.workspace import PhaseDir, adopt, set_aside
 
 Command = Callable[[PhaseJob, Path], Sequence[str]]
@@ -81,8 +81,9 @@ class LocalBackend:
         if job.phase in self._live:
             return
         root = self.root(run.name, job.phase)
-        spec = phase_type(job.type).spec.model_validate(job.spec)
-        found = self.results.finished(job.digest, spec)
+        kind = phase_type(job.type)
+        spec = kind.spec.model_validate(job.spec)
+        found = self.results.finished(root, job.digest, kind, spec)
         if found == root:
             return
         if found is not None:
@@ -91,7 +92,7 @@ class LocalBackend:
         gpus = self.machine.free_gpus(self._taken_gpus(), job.procs_per_node)
         if gpus is None:
             return
-        _make_room(root, job.digest)
+        _make_room(root, self.results.identity(job.digest, kind, spec) or Identity(digest=job.digest))
         self._start(job, root, gpus)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
@@ -118,7 +119,8 @@ class LocalBackend:
     async def survey(self, run: AlignmentRun) -> Observed:
         """An observation with what `plan` wants to tell besides."""
         observed = await self.observe(run)
-        left = {entry.name: work for entry in run.phases if (work := unfinished(self.root(run.name, entry.name)))}
+        works = {p.name: self.results.unfinished(self.root(run.name, p.name), p.type, p.spec) for p in resolve(run)}
+        left = {name: work for name, work in works.items() if work is not None}
         return Observed(
             jobs=observed.jobs,
             results=observed.results,
@@ -202,11 +204,10 @@ class LocalBackend:
 
     def _results(self, run: AlignmentRun) -> dict[str, ObservedResult]:
         """A phase counts as finished once its process has ended too, so that its memory is free for the next one."""
-        specs: list[tuple[str, PhaseSpec]] = [(phase.name, phase.spec) for phase in resolve(run)]
         found = {
-            name: self.results.of_phase(self.root(run.name, name), spec)
-            for name, spec in specs
-            if name not in self._live
+            phase.name: self.results.of_phase(self.root(run.name, phase.name), phase.type, phase.spec)
+            for phase in resolve(run)
+            if phase.name not in self._live
         }
         return {name: result for name, result in found.items() if result is not None}
 
@@ -221,14 +222,16 @@ def _tree(live: Live) -> list[psutil.Process]:
 
 def _take_over(found: Path, root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
+    set_aside(root)
     adopt(found, root)
     process.job_file(root).unlink(missing_ok=True)
 
 
-def _make_room(root: Path, digest: str) -> None:
-    """Leave only unfinished work of this digest in the phase's directory. Logs go with the work they belong to."""
+def _make_room(root: Path, identity: Identity) -> None:
+    """Leave only unfinished work of this identity in the phase's directory. Logs go with the work they belong to."""
     directory = PhaseDir(root)
-    other = directory.identity.exists() and directory.identity.read_text().strip() != digest
+    then = directory.read_identity()
+    other = directory.holds_work and (then is None or difference(identity, then) is not None)
     if other or directory.result.exists():
         set_aside(root)
     root.mkdir(parents=True, exist_ok=True)

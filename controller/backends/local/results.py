@@ -1,40 +1,69 @@
-"""Finished phases in a workspace, and whether they still hold: the data they were made from may have changed."""
+"""Finished phases in a workspace, and whether they still hold: what they were made of may have changed."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from controller.plan.observed import ObservedResult, Unfinished
-from trainers.contract import BadInput, Result
-from trainers.fingerprints import fingerprint
-from trainers.spec import DataSource, PhaseSpec, is_address
+from trainers.contract import BadInput, Identity, Origins, PhaseType, Result
+from trainers.origins import difference, origins_of
+from trainers.spec import PhaseSpec
 from trainers.workspace import HISTORY, PhaseDir, intact
 
 
 class Results:
-    """Reads results, each file once per change; checks the data behind each result once."""
+    """Reads results, each file once per change; what they were made of is looked at once."""
 
     def __init__(self, workspace: Path, base_dir: Path) -> None:
         self.workspace = workspace
         self.base_dir = base_dir
         self._read: dict[Path, tuple[tuple[int, int], Result | None]] = {}
         self._stale: dict[tuple[Path, tuple[int, int]], str | None] = {}
-        self._fingerprints: dict[str, str | None] = {}
+        self._origins: dict[tuple[str, str], Origins | None] = {}
 
-    def of_phase(self, root: Path, spec: PhaseSpec) -> ObservedResult | None:
+    def of_phase(self, root: Path, kind: PhaseType, spec: PhaseSpec) -> ObservedResult | None:
         """What lies in a phase's directory."""
         result = self._result(root)
-        return _observed(result, self._why_stale(root, result, spec), root) if result is not None else None
+        return _observed(result, self._why_stale(root, result, kind, spec), root) if result is not None else None
 
-    def finished(self, digest: str, spec: PhaseSpec) -> Path | None:
-        """A directory anywhere in the workspace with a result of this digest that still holds."""
+    def finished(self, own: Path, digest: str, kind: PhaseType, spec: PhaseSpec) -> Path | None:
+        """A directory anywhere in the workspace with a result of this digest that still holds; ``own`` is the phase's.
+
+        Which commit another run has read from the hub, and which this one would, the phase itself compares.
+        """
         for root, result in self._all():
-            if result.digest == digest and self._why_stale(root, result, spec) is None:
+            known = root == own or not result.commits
+            if result.digest == digest and known and self._why_stale(root, result, kind, spec) is None:
                 return root
         return None
 
     def by_digest(self) -> Mapping[str, ObservedResult]:
-        """Everything in the workspace. Data is not checked: that needs the spec."""
+        """Everything in the workspace. What it was made of is not checked: that needs the spec."""
         return {result.digest: _observed(result, None, root) for root, result in self._all()}
+
+    def identity(self, digest: str, kind: PhaseType, spec: PhaseSpec) -> Identity | None:
+        """What a phase that starts now would be working on; None for one that will tell that its data is not there."""
+        key = (kind.name, spec.model_dump_json())
+        if key not in self._origins:
+            self._origins[key] = self._origins_of(kind, spec)
+        origins = self._origins[key]
+        return Identity(digest=digest, origins=origins) if origins is not None else None
+
+    def unfinished(self, root: Path, kind: PhaseType, spec: PhaseSpec) -> Unfinished | None:
+        """Work in a phase's directory that has no result yet."""
+        directory = PhaseDir(root)
+        then = directory.read_identity()
+        if directory.result.exists() or then is None:
+            return None
+        now = self.identity(then.digest, kind, spec)
+        steps = [p.name.removeprefix("step-") for p in directory.checkpoints.glob("step-*") if p.is_dir()]
+        newest = max([0, *(int(s) for s in steps if s.isdigit())])
+        return Unfinished(then.digest, newest, difference(now, then) if now is not None else None)
+
+    def _origins_of(self, kind: PhaseType, spec: PhaseSpec) -> Origins | None:
+        try:
+            return origins_of(kind, spec, self.base_dir)
+        except (BadInput, OSError):
+            return None
 
     def _all(self) -> Iterator[tuple[Path, Result]]:
         for pattern in ("*/*/result.json", f"*/{HISTORY}/*/result.json"):
@@ -54,11 +83,11 @@ class Results:
             self._read[root] = (mark, directory.read_result())
         return self._read[root][1]
 
-    def _why_stale(self, root: Path, result: Result, spec: PhaseSpec) -> str | None:
+    def _why_stale(self, root: Path, result: Result, kind: PhaseType, spec: PhaseSpec) -> str | None:
         # Not the artifact's digest: a phase that runs again on changed data may leave the same one.
         key = (root, self._read[root][0])
         if key not in self._stale:
-            self._stale[key] = self._lost(root, result) or self._changed_data(result, spec)
+            self._stale[key] = self._lost(root, result) or self._changed(result, kind, spec)
         return self._stale[key]
 
     @staticmethod
@@ -66,25 +95,9 @@ class Results:
         lost = [artifact.path for artifact in result.artifacts.values() if not intact(artifact, root)]
         return f"its {lost[0]} is no longer whole" if lost else None
 
-    def _changed_data(self, result: Result, spec: PhaseSpec) -> str | None:
-        sources = dict(spec.data_sources())
-        for record in result.data:
-            source = sources.get(record.source)
-            if source is None or (source.files is not None and is_address(source.files)):
-                continue  # what lies in an object store, the phase itself looks at
-            if self._fingerprint(source) != record.fingerprint:
-                return f"data changed: {source.files or record.source}"
-        return None
-
-    def _fingerprint(self, source: DataSource) -> str | None:
-        """The same data is often read by several phases, so it is hashed once."""
-        key = source.model_dump_json()
-        if key not in self._fingerprints:
-            try:
-                self._fingerprints[key] = fingerprint(source, self.base_dir)
-            except BadInput:
-                self._fingerprints[key] = None
-        return self._fingerprints[key]
+    def _changed(self, result: Result, kind: PhaseType, spec: PhaseSpec) -> str | None:
+        now = self.identity(result.digest, kind, spec)
+        return difference(now, result.identity) if now is not None else "its data is not there any more"
 
 
 def _observed(result: Result, stale: str | None, root: Path) -> ObservedResult:
@@ -97,12 +110,3 @@ def _observed(result: Result, stale: str | None, root: Path) -> ObservedResult:
         stale=stale,
         place=str(root),
     )
-
-
-def unfinished(root: Path) -> Unfinished | None:
-    """Work in a phase's directory that has no result yet."""
-    directory = PhaseDir(root)
-    if directory.result.exists() or not directory.identity.exists():
-        return None
-    steps = [p.name.removeprefix("step-") for p in directory.checkpoints.glob("step-*") if p.is_dir()]
-    return Unfinished(directory.identity.read_text().strip(), max([0, *(int(s) for s in steps if s.isdigit())]))

@@ -170,7 +170,8 @@ def _by_job(pods: Sequence[Object]) -> dict[str, list[Object]]:
 
 
 def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:
-    return observe.result_of(pods) if job.state == JobState.SUCCEEDED else None
+    finished = job.state == JobState.SUCCEEDED or job.failure == FailureClass.GATE_FAILED
+    return observe.result_of(pods) if finished and job.state != JobState.LIVE else None
 
 
 def _owner(run: AlignmentRun) -> Owner:

@@ -135,10 +135,10 @@ def warning(events: Sequence[Object]) -> str:
 
 
 def result_of(pods: Iterable[Object]) -> ObservedResult | None:
-    """What rank 0 said it left."""
+    """What rank 0 said it left; a phase that misses its gates has left something too."""
     for pod in pods:
         said = evidence.termination(pod) if evidence.index(pod) == 0 else None
-        if said is not None and said.failure is None and said.artifact_digest:
+        if said is not None and said.failure in (None, FailureClass.GATE_FAILED) and said.artifact_digest:
             # JSON has no infinities, and a status with one could not be written.
             metrics = {name: value for name, value in said.metrics.items() if math.isfinite(value)}
             return ObservedResult(said.digest, said.artifact_digest, metrics)
