@@ -1,14 +1,17 @@
-"""Token ids of conversations: masks, BOS, end tokens, and the shortcut that spares rendering."""
+"""Token ids of conversations: what is trained is what is generated from; masks, BOS, end tokens, refusals."""
+
+import datetime
+from functools import cache
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trainers.contract import BadInput
-from trainers.core import chat as chat_module
 from trainers.core.chat import ChatFormat, chat_format
+from trainers.core.templates import with_settings
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -27,6 +30,13 @@ REWRITES = (
     "{% for m in messages %}<|start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
     "{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# Shows the last answer with its thought, which is empty if it has none, and earlier ones without: Qwen3.
+THOUGHTS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% set parts = m.content.split('</think>') %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<|start|>", "<|end|>"]
 TALK = [
@@ -58,81 +68,87 @@ def shown(chat: ChatFormat, ids: list[int]) -> str:
     return chat.tokenizer.decode(ids, skip_special_tokens=False)
 
 
+TEMPLATES = {"chatml": CHATML, "bos": WITH_BOS, "open": OPEN, "rewrites": REWRITES, "thoughts": THOUGHTS, "plain": None}
+
+
+@pytest.fixture(params=TEMPLATES)
+def chat(request) -> ChatFormat:
+    return chat_format(bytes_tokenizer(TEMPLATES[request.param]))
+
+
+def whole(chat: ChatFormat, messages) -> list[int]:
+    """The rendered conversation, encoded as one text by the tokenizer itself."""
+    text = chat._render(messages, False)
+    return chat.tokenizer(text, add_special_tokens=chat.tokenizer.chat_template is None)["input_ids"]
+
+
 @pytest.mark.parametrize("template", [CHATML, WITH_BOS, None])
-def test_prompt_and_response_are_the_rendered_conversation(template):
-    chat = chat_format(bytes_tokenizer(template, eos="<|end|>" if template == CHATML else "<eos>"))
-    text = shown(chat, chat.prompt(QUESTION)) + shown(chat, chat.response("so so"))
+def test_prompt_and_answer_are_the_rendered_conversation(template):
+    chat = chat_format(bytes_tokenizer(template))
     expected = {
-        CHATML: "<|start|>user\nhi<|end|>\n<|start|>assistant\nso so<|end|>",
-        WITH_BOS: "<bos>[user] hi[assistant] so so<eos>",
-        None: "User: hi\n\nAssistant: so so<eos>",
+        CHATML: ("<|start|>user\nhi<|end|>\n<|start|>assistant\n", "so so<|end|>"),
+        WITH_BOS: ("<bos>[user] hi[assistant] ", "so so<eos>"),
+        None: ("User: hi\n\nAssistant:", " so so<eos>"),
     }
-    assert text == expected[template]
+    assert tuple(shown(chat, ids) for ids in chat.answer(QUESTION, "so so")) == expected[template]
 
 
-def test_only_assistant_turns_are_learned_with_their_end_tokens():
-    chat = chat_format(bytes_tokenizer(CHATML, eos="<|end|>"))
-    ids, scored = chat.conversation(TALK)
-    learned = [shown(chat, [token]) for token, flag in zip(ids, scored, strict=True) if flag]
-    assert "".join(learned) == "hello you<|end|>no<|end|>"
-    rendered = chat.tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert shown(chat, ids) == rendered
+def test_an_answer_follows_the_tokens_that_prompt_for_it(chat):
+    for prompt, response in chat.turns(TALK):
+        assert response[-1] in chat.stop_ids
+        assert sum(token in chat.stop_ids for token in response) == 1
+        assert prompt in [chat.prompt(TALK[:2]), chat.prompt(TALK[:4])]
 
 
-def test_a_conversation_of_one_turn_is_prompt_and_response():
-    for template in (CHATML, WITH_BOS, None):
-        chat = chat_format(bytes_tokenizer(template, adds_bos=True, eos="<|end|>" if template == CHATML else "<eos>"))
-        ids, scored = chat.conversation([*QUESTION, {"role": "assistant", "content": "so so"}])
-        prompt, response = chat.prompt(QUESTION), chat.response("so so")
-        learned = [token for token, flag in zip(ids, scored, strict=True) if flag]
-        assert learned == response
-        assert ids[: len(prompt)] == prompt
+def test_training_tokens_are_those_of_the_rendered_conversation(chat):
+    """Each answer, with its prompt, begins as the conversation that ends with it does when it is encoded as one."""
+    for last in (3, 5):
+        prompt, response = chat.turns(TALK[:last])[-1]
+        ids = whole(chat, TALK[:last])
+        learned = response[:-1] if chat.tokenizer.chat_template == OPEN else response  # it writes no end
+        assert (prompt + learned) == ids[: len(prompt + learned)]
+        assert not shown(chat, ids[len(prompt + learned) :]).strip()
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_exactly_one_bos_where_the_template_has_one(adds_bos):
-    """The tokenizer's own BOS must not come on top of the template's."""
-    chat = chat_format(bytes_tokenizer(WITH_BOS, adds_bos=adds_bos))
-    bos = chat.tokenizer.bos_token_id
-    prompt = chat.prompt(QUESTION)
-    assert prompt.count(bos) == 1
-    assert prompt[0] == bos
-    assert chat.conversation(TALK)[0].count(bos) == 1
-    assert bos not in chat.response("so so")
+@pytest.mark.parametrize("template", [CHATML, WITH_BOS, None])
+def test_no_token_is_learned_that_no_prompt_shows(template):
+    """With ChatML and another end-of-text token (Qwen2.5), and in the plain format: every turn ends as in the prompts."""
+    chat = chat_format(bytes_tokenizer(template, eos="<eos>"))
+    (_, first), (prompt, _) = chat.turns(TALK)
+    start = chat.prompt(TALK[:2])
+    assert prompt[: len(start) + len(first)] == start + first
 
 
-def test_no_bos_where_the_template_has_none():
-    chat = chat_format(bytes_tokenizer(CHATML, adds_bos=True))
-    assert chat.tokenizer.bos_token_id not in chat.prompt(QUESTION) + chat.response("x")
+def test_the_templates_end_of_turn_ends_a_response():
+    tokenizer = bytes_tokenizer(CHATML, eos="<eos>")
+    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    assert chat_format(tokenizer).stop_ids == {eos, end}
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_the_plain_format_has_the_tokenizers_bos(adds_bos):
-    chat = chat_format(bytes_tokenizer(None, adds_bos=adds_bos))
-    prompt = chat.prompt([{"role": "system", "content": "be brief"}, *QUESTION])
-    assert shown(chat, prompt) == ("<bos>" if adds_bos else "") + "System: be brief\n\nUser: hi\n\nAssistant: "
-    assert chat.conversation(TALK)[0].count(chat.tokenizer.bos_token_id) == int(adds_bos)
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|end|>\n{% if loop.last and not add_generation_prompt %}<eos>{% endif %}", "<|end|>"),  # Phi-3
+        ("{{ '<pad>' if loop.last else '<|end|>' }}", "<pad>"),  # gpt-oss
+        ("<|end|><pad>", "<pad>"),  # Cohere
+        ("\n", "<eos>"),
+    ],
+)
+def test_end_of_turn_where_templates_close_more_than_a_turn(after, end):
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}" + after + "{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    chat = chat_format(bytes_tokenizer(template, eos="<eos>"))
+    assert shown(chat, chat.answer(QUESTION, "so")[1][-1:]) == end
+    assert chat.stop_ids == set(chat.tokenizer.convert_tokens_to_ids(["<eos>", end]))
 
 
-@pytest.mark.parametrize("template", [CHATML, WITH_BOS, OPEN, None])
-def test_a_response_ends_with_one_learned_end_token(template):
-    chat = chat_format(bytes_tokenizer(template, eos="<|end|>" if template == CHATML else "<eos>"))
-    response = chat.response("so so")
-    assert response[-1] in chat.stop_ids
-    assert sum(token in chat.stop_ids for token in response) == 1
-    ids, scored = chat.conversation(TALK)
-    ends = [flag for token, flag in zip(ids, scored, strict=True) if token in chat.stop_ids and flag]
-    assert len(ends) == 2
-
-
-def test_pad_that_is_eos_stays_in_the_mask():
-    """Masking by pad id instead of by length hides the end token, and the model never learns to stop."""
-    tokenizer = bytes_tokenizer(WITH_BOS, pad=None)
-    tokenizer.pad_token = tokenizer.eos_token
-    chat = chat_format(tokenizer)
-    ids, scored = chat.conversation(TALK[:3])
-    assert ids[-1] == tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert scored[-1]
+def test_blank_added_tokens_end_nothing():
+    """Gemma has added tokens for runs of line breaks."""
+    tokenizer = bytes_tokenizer(OPEN)
+    tokenizer.add_tokens(["\n"])
+    assert chat_format(tokenizer).stop_ids == {tokenizer.eos_token_id}
 
 
 def test_generation_settings_may_name_more_end_tokens():
@@ -140,13 +156,11 @@ def test_generation_settings_may_name_more_end_tokens():
         class generation_config:
             eos_token_id = None
 
-    tokenizer = bytes_tokenizer(CHATML)
-    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    tokenizer = bytes_tokenizer(OPEN)
+    pad, eos = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>"])
     assert chat_format(tokenizer, Model).stop_ids == {eos}
-    Model.generation_config.eos_token_id = [end]
-    chat = chat_format(tokenizer, Model)
-    assert chat.stop_ids == {eos, end}
-    assert shown(chat, chat.response("so")) == "so<|end|>"
+    Model.generation_config.eos_token_id = [pad]
+    assert chat_format(tokenizer, Model).stop_ids == {eos, pad}
 
 
 def test_a_tokenizer_without_end_token_is_refused():
@@ -156,57 +170,249 @@ def test_a_tokenizer_without_end_token_is_refused():
         chat_format(tokenizer)
 
 
-def test_a_template_that_rewrites_history_is_an_error():
-    chat = chat_format(bytes_tokenizer(REWRITES, eos="<|end|>"))
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_exactly_one_bos_where_the_template_has_one(adds_bos):
+    """The tokenizer's own BOS must not come on top of the template's."""
+    chat = chat_format(bytes_tokenizer(WITH_BOS, adds_bos=adds_bos))
+    bos = chat.tokenizer.bos_token_id
+    prompt, response = chat.turns(TALK)[-1]
+    assert prompt[0] == bos
+    assert (prompt + response).count(bos) == 1
+
+
+def test_no_bos_where_the_template_has_none():
+    chat = chat_format(bytes_tokenizer(CHATML, adds_bos=True))
+    assert chat.tokenizer.bos_token_id not in [*chat.prompt(QUESTION), *chat.answer(QUESTION, "x")[1]]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_plain_format_has_the_tokenizers_bos(adds_bos):
+    chat = chat_format(bytes_tokenizer(None, adds_bos=adds_bos))
+    prompt, response = chat.turns(TALK)[-1]
+    bos = "<bos>" if adds_bos else ""
+    expected = "System: be brief\n\nUser: hi\n\nAssistant: hello you<eos>\n\nUser: more?\n\nAssistant: no<eos>"
+    assert shown(chat, prompt + response) == bos + expected
+
+
+def test_an_assistants_greeting_is_not_learned(chat):
+    greeting = [{"role": "assistant", "content": "welcome"}]
+    assert len(chat.turns(greeting + TALK[1:])) == 2
+    assert chat.turns(greeting) == []
+
+
+# ---------------------------------------------------------------- answers that were cut off
+
+
+def test_what_was_cut_off_has_no_end(chat):
+    prompt, response = chat.answer(QUESTION, "so so", ended=False)
+    assert prompt == chat.prompt(QUESTION)
+    assert not chat.stop_ids & set(response)
+    assert shown(chat, response).endswith("so so")
+    assert chat.answer(QUESTION, "", ended=False)[1] == [] or chat.tokenizer.chat_template in (THOUGHTS, None)
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm", "<think>\nhm\n</think>\n\nso"])
+def test_a_cut_off_thought_is_not_put_behind_an_empty_one(text):
+    chat = chat_format(bytes_tokenizer(THOUGHTS))
+    assert shown(chat, chat.answer(QUESTION, text, ended=False)[1]) == text
+    assert shown(chat, chat.answer(QUESTION, text)[1]) == text + "<|end|>"
+    assert shown(chat, chat.answer(QUESTION, "so", ended=False)[1]) == "<think>\n\n</think>\n\nso"
+
+
+# ---------------------------------------------------------------- templates with a form of their own
+
+
+def test_templates_that_change_earlier_turns_prompt_for_each_as_they_ask():
+    chat = chat_format(bytes_tokenizer(THOUGHTS))
     turns = [dict(m) for m in TALK]
-    assert chat.conversation(turns)[0], "nothing is rewritten here"
-    turns[2]["content"] = "<think>hm</think>hello you"
-    with pytest.raises(BadInput, match="changes earlier text"):
-        chat.conversation(turns)
+    turns[2]["content"] = "<think>\nhm\n</think>\n\nhello you"
+    (first, thought), (second, answer) = chat.turns(turns)
+    assert shown(chat, thought) == "<think>\nhm\n</think>\n\nhello you<|end|>"
+    assert shown(chat, answer) == "<think>\n\n</think>\n\nno<|end|>"
+    assert first == chat.prompt(turns[:2])
+    assert second == chat.prompt(turns[:4])
+    assert "hm" not in shown(chat, second)
 
 
-# ---------------------------------------------------------------- the shortcut
-
-
-def rendered_only(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch, function, *args) -> list[int]:
-    with monkeypatch.context() as patch:
-        patch.setattr(chat_module, "_framed", lambda frame, text: None)
-        return function(*args)
-
-
-TEXTS = st.text(alphabet=st.sampled_from("ab \n<>[]{}/&\"'é你%|"), max_size=12)
-
-
-@pytest.mark.parametrize("template", [CHATML, WITH_BOS, OPEN, REWRITES, None])
-def test_the_shortcut_gives_what_rendering_gives(template):
+@pytest.mark.parametrize(
+    ("asks", "text", "learned"),
+    [
+        ("<think>\n", "so", "\n</think>\n\nso<|end|>"),
+        ("<think>\n", "hm\n</think>\n\nso", "hm\n</think>\n\nso<|end|>"),
+        ("<think>\n", "<think>\nhm\n</think>\n\nso", "hm\n</think>\n\nso<|end|>"),
+        ("<think>\n\n</think>\n\n", "so", "so<|end|>"),
+        ("<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\nso", "so<|end|>"),
+    ],
+)
+def test_prompts_that_open_or_close_a_thought(asks, text, learned):
+    """R1 and Qwen3 without thinking; their templates show answers without what the prompt ends with."""
+    template = CHATML.replace("<|start|>assistant\n", "<|start|>assistant\n" + asks)
     chat = chat_format(bytes_tokenizer(template))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-
-        @given(TEXTS)
-        def check(text):
-            messages = [{"role": "user", "content": text}]
-            assert chat.response(text) == rendered_only(chat, monkeypatch, chat.response, text)
-            assert chat.prompt(messages) == rendered_only(chat, monkeypatch, chat.prompt, messages)
-
-        check()
+    assert shown(chat, chat.answer(QUESTION, text)[1]) == learned
+    assert shown(chat, chat.answer(QUESTION, "hm", ended=False)[1]) == "hm"
 
 
-def test_the_shortcut_is_taken_for_ordinary_texts(monkeypatch):
-    chat = chat_format(bytes_tokenizer(CHATML))
-    chat.response("first")
-    chat.prompt(QUESTION)
-    rendered = []
-    monkeypatch.setattr(ChatFormat, "_render", lambda *args, **kwargs: rendered.append(args) or "")
-    assert shown(chat, chat.response("It's 5, isn't it?")).startswith("It's 5")
-    assert shown(chat, chat.prompt([{"role": "user", "content": "two words"}])).startswith("<|start|>user\ntwo words")
-    assert not rendered
+def test_a_prompt_that_answers_do_not_follow_is_refused():
+    template = CHATML.replace("<|start|>assistant\n", "<|start|>assistant says:\n")
+    with pytest.raises(BadInput, match="otherwise than it asks for it"):
+        chat_format(bytes_tokenizer(template))
 
 
 @pytest.mark.parametrize("change", ["| upper", "| replace('&', 'and')", "~ m.content"])
-def test_the_shortcut_is_not_taken_where_texts_are_changed(change):
+def test_texts_are_learned_as_the_template_shows_them(change):
     chat = chat_format(bytes_tokenizer(CHATML.replace("{{ m.content }}", f"{{{{ m.content {change} }}}}")))
     expected = {"| upper": "SO & SO", "| replace('&', 'and')": "so and so", "~ m.content": "so & soso & so"}[change]
-    assert shown(chat, chat.response("so & so")).startswith(expected)
+    assert shown(chat, chat.answer(QUESTION, "so & so")[1]).startswith(expected)
+
+
+def test_what_a_template_refuses_is_bad_input():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}" + CHATML
+    chat = chat_format(bytes_tokenizer(template))
+    with pytest.raises(BadInput, match=r"refuses a conversation of system, user: no system turn here"):
+        chat.prompt(TALK[:2])
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}", "no valid template: .* \\(line 1\\)"),
+        ("{% for m in messages %}{{ m.content.text.strip() }}{% endfor %}", "has no attribute 'text'"),
+        ("{{ messages | length }}", "leaves out the text"),
+        ({"tool_use": CHATML, "rag": CHATML}, "several chat templates \\(rag, tool_use\\) and none is the default"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_at_once(template, problem):
+    with pytest.raises(BadInput, match=problem):
+        chat_format(bytes_tokenizer(template))
+
+
+def test_of_several_templates_the_default_is_used():
+    chat = chat_format(bytes_tokenizer({"default": CHATML, "tool_use": OPEN}))
+    assert chat.prompt(QUESTION) == chat_format(bytes_tokenizer(CHATML)).prompt(QUESTION)
+
+
+# ---------------------------------------------------------------- dates
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+)
+
+
+def test_a_template_that_asks_for_today_always_gets_the_same(monkeypatch):
+    tokenizer = bytes_tokenizer(DATED + CHATML)
+    assert shown(chat_format(tokenizer), chat_format(tokenizer).prompt(QUESTION)).startswith("26 Jul 2024 <|start|>")
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%A, %B %-d %Y, %H:%M", "100%% %F %j"])
+def test_every_form_of_a_date_is_that_days(form):
+    day = datetime.date(2025, 3, 9)
+    template = with_settings("{% set form = '" + form + "' %}{{ strftime_now(form) }}|" + CHATML, {}, day)
+    chat = chat_format(bytes_tokenizer(template))
+    assert chat.prompt_text(QUESTION).split("|")[0] == day.strftime(form)
+
+
+def test_settings_are_part_of_the_template_and_a_callers_still_count():
+    template = "{{ mode | default('none') }} {{ loud | default(true) }} {{ date_string | default('never') }} " + CHATML
+    tokenizer = bytes_tokenizer(with_settings(template, {"mode": 'a "ü"', "loud": False}, datetime.date(2025, 3, 9)))
+    assert chat_format(tokenizer).prompt_text(QUESTION).startswith('a "ü" False 09 Mar 2025 <|start|>')
+    assert tokenizer.apply_chat_template(QUESTION, tokenize=False, mode="b").startswith("b False")
+
+
+def test_settings_change_nothing_else_of_a_template():
+    for start in ("\n\n", "  {% if true %}x{% endif %}\n", "{{- 'x' }}", "{#- note -#} y"):
+        plain, settled = bytes_tokenizer(start + CHATML), bytes_tokenizer(with_settings(start + CHATML, {"a": 1}, None))
+        assert chat_format(settled).prompt_text(QUESTION) == chat_format(plain).prompt_text(QUESTION)
+
+
+# ---------------------------------------------------------------- tokenizers that mark blanks, or join across a border
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TEXTS = ["so so", "hello you", "hi there, you", "[INST] more [/INST]", "line\n\nline"]
+
+
+def metaspace_tokenizer(template: str | None, scheme: str) -> PreTrainedTokenizerFast:
+    """A SentencePiece tokenizer as Llama 2 (``legacy``: a mark before every piece) and Mistral (``first``) have it."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    marks = [f"<0x{i:02X}>" for i in range(256)]
+    if scheme == "legacy":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>", *marks]
+    core.train_from_iterator(
+        TEXTS * 20, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always", "never"])
+@pytest.mark.parametrize("template", [LLAMA2, ZEPHYR, CHATML, None])
+def test_tokens_of_sentencepiece_tokenizers_are_those_of_the_whole_text(template, scheme):
+    """Encoded apart, a response would begin with a blank mark that the whole text does not have."""
+    chat = chat_format(metaspace_tokenizer(template, scheme))
+    talk = [m for m in TALK if m["role"] != "system"]
+    for last in (2, 4):
+        prompt, response = chat.turns(talk[:last])[-1]
+        ids = whole(chat, talk[:last])
+        size = len(prompt + response)
+        assert (prompt + response)[:-1] == ids[: size - 1]
+        assert response[-1] in chat.stop_ids
+        assert chat.text(response) == talk[last - 1]["content"]
+
+
+def test_where_tokens_cross_the_border_the_prompt_keeps_its_own():
+    """``Answer: `` and ``so`` are `` so`` when they are encoded as one, which generation would not start from."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    for scheme in ("legacy", "first", "always"):
+        chat = chat_format(metaspace_tokenizer(template, scheme))
+        prompt, response = chat.answer(QUESTION, "so so")
+        assert prompt == chat.prompt(QUESTION)
+        assert whole(chat, [*QUESTION, {"role": "assistant", "content": "so so"}])[: len(prompt)] != prompt
+        assert chat.tokenizer.convert_ids_to_tokens(response)[0].startswith("s")
+        assert chat.tokenizer.decode(prompt + response).endswith("assistant: so so</s>")
+
+
+# ---------------------------------------------------------------- texts
+
+
+@given(st.lists(st.text(alphabet=st.sampled_from("ab \n<>[]{}/&\"'é你%|"), max_size=12), min_size=1, max_size=3))
+def test_any_texts_give_prompts_that_answers_follow(texts):
+    talk = [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
+    for template in TEMPLATES.values():
+        chat = _cached(template)
+        for i, (prompt, response) in enumerate(chat.turns(talk)):
+            assert prompt == chat.prompt(talk[: 2 * i + 1])
+            assert sum(token in chat.stop_ids for token in response) == 1
+
+
+@cache
+def _cached(template: str | None) -> ChatFormat:
+    return chat_format(bytes_tokenizer(template))
+
+
+def test_pad_that_is_eos_is_still_learned():
+    """Masking by pad id instead of by length hides the end token, and the model never learns to stop."""
+    tokenizer = bytes_tokenizer(WITH_BOS, pad=None)
+    tokenizer.pad_token = tokenizer.eos_token
+    response = chat_format(tokenizer).answer(QUESTION, "so")[1]
+    assert response[-1] == tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_what_a_tokenizer_file_asks_for_does_not_cut_texts():
@@ -215,10 +421,17 @@ def test_what_a_tokenizer_file_asks_for_does_not_cut_texts():
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=50)
     chat = chat_format(tokenizer)
-    assert shown(chat, chat.response("a longer response")).startswith("a longer response")
-    assert len(chat.response("short")) < 10
+    assert shown(chat, chat.answer(QUESTION, "a longer response")[1]).startswith("a longer response")
+    assert len(chat.answer(QUESTION, "short")[1]) < 10
 
 
-def test_decoded_text_has_no_end_token():
-    chat = chat_format(bytes_tokenizer(CHATML, eos="<|end|>"))
-    assert chat.text(chat.response("so so")) == "so so"
+def test_decoded_text_has_no_end_token_and_no_form(chat):
+    assert chat.text(chat.answer(QUESTION, "so so")[1]) == "so so"
+    assert chat.text(chat.answer(QUESTION, "so so", ended=False)[1]).endswith("so so")
+
+
+def test_the_text_of_a_thought_keeps_its_marks_even_if_they_are_special():
+    tokenizer = bytes_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    chat = chat_format(tokenizer)
+    assert chat.text(chat.answer(QUESTION, "<think>hm</think>so")[1]) == "<think>hm</think>so"

@@ -211,12 +211,39 @@ def test_a_long_prompt_loses_its_left_end_and_a_long_response_its_row(chat):
     assert sft_sequence(chat, row, 3, everything=False) is None
 
 
-def test_a_conversation_learns_all_assistant_turns_and_loses_the_oldest_tokens(chat):
-    talk = [*TALK, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-    whole = sft_sequence(chat, {"messages": talk}, 64, everything=False)
+TURNS = [*TALK, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+
+
+def test_a_conversation_learns_all_assistant_turns(chat):
+    whole = sft_sequence(chat, {"messages": TURNS}, 64, everything=False)
     assert shown(chat, whole) == ("<user> q <assistant> <user> b <assistant>", "a <eos> c <eos>")
-    cut = sft_sequence(chat, {"messages": talk}, 5, everything=False)
-    assert shown(chat, cut) == ("<user> b <assistant>", "c <eos>")
+    assert whole.shortened == 0
+
+
+def test_too_long_a_conversation_learns_every_answer_behind_what_of_its_prompt_has_room(chat):
+    first, second = sft_sequences(chat, {"messages": TURNS}, 5, everything=False)
+    assert shown(chat, first) == ("<user> q <assistant>", "a <eos>")
+    assert shown(chat, second) == ("<user> b <assistant>", "c <eos>")
+    assert (first.shortened, second.shortened) == (0, 5)
+
+
+def test_an_answer_that_is_too_long_is_left_out_and_counted_whichever_form_the_row_has(chat):
+    long = "a b c d e f g h"
+    turns = [TURNS[0], {"role": "assistant", "content": long}, *TURNS[2:]]
+    (sequence,) = sft_sequences(chat, {"messages": turns}, 8, everything=False)
+    assert shown(chat, sequence)[1] == "c <eos>"
+    assert sequence.shortened == len(chat.turns(turns)[1][0]) - 6 + 9
+    assert sft_sequences(chat, {"messages": turns[:2]}, 8, everything=False) == []
+    assert sft_sequences(chat, {"prompt": "q", "response": long}, 8, everything=False) == []
+
+
+def test_messages_and_prompt_with_response_are_the_same_sequence(chat):
+    for limit in (3, 4, 64):
+        one = sft_sequence(chat, {"messages": TURNS[:2]}, limit, everything=False)
+        other = sft_sequence(chat, {"prompt": "q", "response": "a"}, limit, everything=False)
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.scored.tolist() == other.scored.tolist()
+        assert one.shortened == other.shortened == max(0, 5 - limit)
 
 
 def test_training_and_generation_start_from_the_same_tokens(chat):

@@ -1,34 +1,64 @@
-"""How a conversation becomes tokens: the model's chat template if it has one, else the plain format.
+"""How a conversation becomes tokens: one way for training, prompting, rewards and traces.
 
-The plain format is ``User: …\\n\\nAssistant: …<eos>`` with ``System: …\\n\\n`` before it when there is a system turn.
+What is trained is what is generated from: an answer's tokens follow the very tokens that :meth:`ChatFormat.prompt` gives
+for what it answers. Text is never encoded in pieces: SentencePiece tokenizers put a blank mark before every piece, and
+others join characters across the border. So the whole is encoded, and the answer is what follows the prompt's tokens.
 
-Prompt and response are always tokenised apart, so the prompt's tokens in training are exactly those that generation
-starts from. Special tokens come from the template alone (a second BOS is the most common silent bug of this field).
+Special tokens come from the template alone (a second BOS is the most common silent bug of this field).
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from trainers.contract import BadInput
+from trainers.core.templates import Messages, Render, renderer
 
-Messages = list[dict[str, str]]
-Frame = tuple[str, str]
-"""Text that a template puts before and after a message."""
+QUESTION, ANSWER = "q7x", "a7x"
+"""Texts that are looked for in what a template makes of them."""
 
-SPECIAL_TEXT = re.compile(r"^$|^\s|\s$|[<\[{/]")
-"""Texts that a template may treat in its own way: blanks it strips, and marks such as </think> that it cuts at."""
+MARK = re.compile(r"\s*(<[^>]*>|[^\s<]+)")
+"""What opens a text: a mark such as ``<think>``, or a word."""
 
-FRAME_PROBES = ("x7q", "two words", 'It\'s 5 > 4, "so" & so:\n\n  - yes')
+THINK, THOUGHT = "<think>", "</think>"
+ANCHORS = ("\n", "a", ".")
+"""Texts to encode others behind."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template puts around an answer."""
+
+    left: str
+    """Between the prompt and the answer, such as an empty thought or the name of a channel."""
+    right: str
+    """From the answer to the end of its turn."""
+
+    def opens(self, text: str) -> bool:
+        """Whether a text brings what ``left`` opens, as the output of a model does."""
+        mark, other = MARK.match(self.left), MARK.match(text)
+        return mark is not None and other is not None and mark[1] == other[1]
+
+    def put(self, text: str) -> str:
+        """A text as it follows the prompt, without what comes after it."""
+        if not self.opens(text):
+            return self.left + text
+        blank = len(self.left) - len(self.left.lstrip())
+        return self.left[:blank] + text
+
+    def strip(self, text: str) -> str:
+        """The answer in a model's output."""
+        return text.lstrip().removeprefix(self.left.lstrip()).strip()
 
 
 @dataclass(frozen=True)
 class ChatFormat:
     tokenizer: Any
     stop_ids: frozenset[int]
-    """Tokens that end a response."""
+    """Tokens that end a response, the end of turn of the template among them."""
 
     @property
     def end_id(self) -> int:
@@ -36,73 +66,114 @@ class ChatFormat:
         return int(self.tokenizer.eos_token_id)
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Ids up to where the assistant starts to speak."""
-        frame = self._prompt_frame if [m["role"] for m in messages] == ["user"] else None
-        text = _framed(frame, messages[0]["content"]) if messages else None
-        return self._encode(self._render(messages, generation=True) if text is None else text, first=True)
+        """Ids up to where the assistant starts to speak. Raises BadInput where the template refuses the messages."""
+        return list(self._prompt(messages)[1])
 
-    def response(self, text: str) -> list[int]:
-        """Ids of a response, up to and including the token that ends it.
+    def prompt_text(self, messages: Messages) -> str:
+        """What :meth:`prompt` encodes."""
+        return self._prompt(messages)[0]
 
-        The text is taken from behind the rendered prompt, so whatever the template puts around it is kept.
+    def answer(
+        self, messages: Messages, reply: str | dict[str, Any], ended: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """(ids of the prompt, ids of the reply up to and including the token that ends it).
+
+        ``reply`` is a text, or the assistant's message where it has more than text. One that did not end
+        (``ended=False``) is text that was cut off: it gets no end token, nor anything else that the template puts last.
+        Where tokens of the whole cross the border, the prompt keeps its own and the reply is encoded behind it.
         """
-        framed = _framed(self._response_frame, text)
-        return self._ended(self._encode(self._rendered_response(text) if framed is None else framed))
+        before, prompt = self._prompt(messages)
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+        turn = self._turn(messages, before, message) if ended else self._cut_off(before, message["content"])
+        return list(prompt), self._ended(self._following(before, prompt, turn), ended)
 
-    def conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation and whether each is learned: the assistant's turns with their end tokens."""
-        ids: list[int] = []
-        scored: list[bool] = []
-        done = ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], generation=True)
-            after = self._render(messages[: i + 1], generation=False)
-            context = self._encode(_suffix(done, before), first=not ids)
-            turn = self._encode(_suffix(before, after))
-            learned = self._ended(turn)
-            tail = turn[len(learned) :]
-            ids += context + learned + tail
-            scored += [False] * len(context) + [True] * len(learned) + [False] * len(tail)
-            done = after
-        return ids, scored
+    def turns(self, messages: Messages) -> list[tuple[list[int], list[int]]]:
+        """:meth:`answer` for every turn of the assistant's that answers something."""
+        asked = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
+        return [self.answer(messages[:i], messages[i]) for i in places]
 
     def text(self, ids: list[int]) -> str:
-        """A response's text, without its end token."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        """A response's text, without its end token and what the template puts around an answer by itself.
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Cut after the first end token, or add one: a response without it would never learn to stop."""
+        Other marks of an answer's form stay: a thought, or the channels before the last. With them :meth:`answer` gives
+        the tokens again. One that was cut off keeps all it has.
+        """
+        ended = bool(ids) and ids[-1] in self.stop_ids
+        raw = self._decode(ids[:-1] if ended else ids, skip=False)
+        formed = self._frame.opens(raw) or THINK in raw or THOUGHT in raw
+        text = raw if formed else self._decode(ids, skip=True)
+        return self._frame.strip(text) if ended else text
+
+    # ---------------------------------------------------------------- text
+
+    @cached_property
+    def _render(self) -> Render:
+        return renderer(self.tokenizer)
+
+    @cached_property
+    def _frame(self) -> Frame:
+        return answer_frame(self._render)
+
+    def _turn(self, messages: Messages, before: str, message: dict[str, Any]) -> str:
+        """A whole reply as it follows the rendered prompt."""
+        text = message.get("content") or ""
+        try:
+            after = self._render([*messages, message], False)
+        except BadInput:
+            if not self._frame.opens(text):
+                raise
+            return self._frame.put(text) + self._frame.right
+        turn = _behind(self._render, messages, before, after)
+        if turn is None or (THOUGHT in text and _thinks(before)):
+            return _thought(before, after, text, self._frame.right)
+        doubled = self._frame.opens(text) and turn.startswith(self._frame.left + text[:1])
+        return self._frame.put(text) + self._frame.right if doubled else turn
+
+    def _cut_off(self, before: str, text: str) -> str:
+        """A reply as far as it came. A thought that the prompt has opened is what the text goes on with."""
+        return text if _thinks(before) and not self._frame.opens(text) else self._frame.put(text)
+
+    # ---------------------------------------------------------------- tokens
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        """The prompt that was asked for last: both answers of a pair have the same."""
+        return {}
+
+    def _prompt(self, messages: Messages) -> tuple[str, list[int]]:
+        if self._last.get("messages") != messages:
+            text = self._render(messages, True)
+            self._last.update(messages=[dict(m) for m in messages], text=text, ids=self._encode(text))
+        return self._last["text"], self._last["ids"]
+
+    def _following(self, before: str, prompt: list[int], turn: str) -> list[int]:
+        """The turn's tokens behind the prompt's."""
+        ids = self._encode(before + turn)
+        return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._inside(turn)
+
+    def _inside(self, text: str) -> list[int]:
+        """Tokens of a text that is not the beginning of anything."""
+        for anchor in ANCHORS:
+            start, ids = self._tokenize(anchor), self._tokenize(anchor + text)
+            if ids[: len(start)] == start and len(ids) > len(start):
+                return ids[len(start) :]
+        return self._tokenize(text)
+
+    def _ended(self, ids: list[int], ended: bool) -> list[int]:
+        """Up to the first end token; with one added if there is none, as a response must teach to stop."""
         for i, token in enumerate(ids):
             if token in self.stop_ids:
-                return ids[: i + 1]
-        return [*ids, self.end_id]
+                return ids[: i + 1] if ended else ids[:i]
+        return [*ids, self.end_id] if ended else ids
 
-    @cached_property
-    def _prompt_frame(self) -> Frame | None:
-        return _frame(lambda text: self._render([{"role": "user", "content": text}], generation=True))
+    def _decode(self, ids: list[int], skip: bool) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)).strip()
 
-    @cached_property
-    def _response_frame(self) -> Frame | None:
-        return _frame(self._rendered_response)
-
-    def _rendered_response(self, text: str) -> str:
-        probe = [{"role": "user", "content": "x"}]
-        before = self._render(probe, generation=True)
-        return _suffix(before, self._render([*probe, {"role": "assistant", "content": text}], generation=False))
-
-    def _render(self, messages: Messages, generation: bool) -> str:
-        if self.tokenizer.chat_template is None:
-            return _plain(messages, generation)
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-
-    def _encode(self, text: str, first: bool = False) -> list[int]:
-        """Ids of a piece of text; in the plain format the first piece gets the tokenizer's BOS, if it uses one."""
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a whole text; in the plain format it begins with the tokenizer's BOS, if it uses one."""
         ids = self._tokenize(text)
-        if first and self._plain_bos is not None:
-            ids.insert(0, self._plain_bos)
-        return ids
+        return ids if self._plain_bos is None else [self._plain_bos, *ids]
 
     @cached_property
     def _plain_bos(self) -> int | None:
@@ -122,7 +193,8 @@ class ChatFormat:
 def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
     """The format of a tokenizer; end tokens come from the model's generation settings too, if a model is given.
 
-    A classifier has no such settings; its config may name several end tokens.
+    A classifier has no such settings; its config may name several end tokens. Raises BadInput for a tokenizer without
+    end token, and for a template that does not show what is said.
     """
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no end-of-sequence token, so no response could end")
@@ -131,37 +203,81 @@ def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
     more = getattr(settings, "eos_token_id", None)
     if more is not None:
         stop |= set(more if isinstance(more, list) else [more])
-    return ChatFormat(tokenizer, frozenset(stop))
+    chat = ChatFormat(tokenizer, frozenset(stop))
+    end = _end_of_turn(chat)
+    return chat if end is None else replace(chat, stop_ids=chat.stop_ids | {end})
+
+
+def answer_frame(render: Render) -> Frame:
+    """What a template puts around an answer. Raises BadInput if it shows no texts, or answers otherwise than it asks."""
+    question = {"role": "user", "content": QUESTION}
+    before = render([question], True)
+    after = render([question, {"role": "assistant", "content": ANSWER}], False)
+    if QUESTION not in before.lower() or ANSWER not in after.lower():
+        raise BadInput("the chat template leaves out the text of messages, as those for images do: give another")
+    at = after.lower().rindex(ANSWER)
+    right = after[at + len(ANSWER) :]
+    turn = _behind(render, [question], before, after)
+    if turn is None:
+        turn = _thought(before, after, ANSWER, right)
+    return Frame(turn[: turn.lower().rindex(ANSWER)], right)
+
+
+def _behind(render: Render, messages: Messages, before: str, after: str) -> str | None:
+    """What of a rendered conversation stands behind its prompt, or None if that is not in it.
+
+    Where the answered turns are shown otherwise in the two, it begins behind what asks the assistant to speak.
+    """
+    if after.startswith(before):
+        return after[len(before) :]
+    said = render(messages, False)
+    asking = before[len(said) :] if before.startswith(said) else ""
+    at = after.rfind(asking) if asking else -1
+    return after[at + len(asking) :] if at >= 0 else None
+
+
+def _end_of_turn(chat: ChatFormat) -> int | None:
+    """The last special token with which an answer ends whether or not another turn follows; None if there is none.
+
+    Some templates (Phi-3) close the conversation too. Where the last turn ends otherwise than earlier ones (gpt-oss), it
+    is the last turn's token: the other also stands between the parts of one answer.
+    """
+    marks = set(chat.tokenizer.get_added_vocab().values()) | set(chat.tokenizer.all_special_ids)
+    last = chat._inside(chat._frame.right) if chat._frame.right else []
+    common = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(last, _earlier_end(chat), strict=False))]
+    found = [token for token in common if token in marks][-1:] or [token for token in last if token in marks][:1]
+    shown = [token for token in found if chat.tokenizer.convert_ids_to_tokens(token).strip("▁ \n")]
+    return shown[0] if shown else None
+
+
+def _earlier_end(chat: ChatFormat) -> list[int]:
+    """Tokens behind an answer that is followed by a question."""
+    question = {"role": "user", "content": QUESTION}
+    text = chat._render([question, {"role": "assistant", "content": ANSWER}, question], True)
+    return chat._inside(text[text.lower().rindex(ANSWER) + len(ANSWER) :])
 
 
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 
-def _frame(render: Callable[[str], str]) -> Frame | None:
-    """What ``render`` puts around a text, or None if it does not insert texts as they are."""
-    left, found, right = render(FRAME_PROBES[0]).partition(FRAME_PROBES[0])
-    verbatim = all(render(probe) == left + probe + right for probe in FRAME_PROBES)
-    return (left, right) if found and verbatim else None
+def _thinks(before: str) -> bool:
+    """Whether a rendered prompt leaves the assistant in the middle of a thought."""
+    return before.rstrip().endswith(THINK)
 
 
-def _framed(frame: Frame | None, text: str) -> str | None:
-    """The rendered text without rendering, or None where only rendering is sure to be right.
-
-    Rendering a template takes longer than encoding a short text, and a preference pair needs five of them.
-    """
-    return None if frame is None or SPECIAL_TEXT.search(text) else frame[0] + text + frame[1]
-
-
-def _plain(messages: Messages, generation: bool) -> str:
-    parts = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-    return "\n\n".join([*parts, "Assistant: "] if generation else parts)
-
-
-def _suffix(before: str, after: str) -> str:
-    if not after.startswith(before):
+def _thought(before: str, after: str, text: str, right: str) -> str:
+    """A reply to a prompt that opens a thought, or has closed it, where the template shows it otherwise afterwards."""
+    opened = before.rstrip()
+    if opened.endswith(THOUGHT):
+        return text.rsplit(THOUGHT, maxsplit=1)[-1].lstrip() + right
+    if not _thinks(before):
         raise BadInput(
-            "the chat template changes earlier text when a turn is added, so what to learn cannot be told apart; "
-            "use a template that only appends"
+            "the chat template shows an answer otherwise than it asks for it, so what to learn cannot be told apart; "
+            "use a template whose answers follow its generation prompt"
         )
-    return after[len(before) :]
+    if THOUGHT in text:
+        return text.lstrip().removeprefix(THINK).lstrip() + right
+    if after.startswith(opened + THOUGHT):
+        return after[len(opened) :]
+    return f"\n{THOUGHT}\n\n{text}{right}"

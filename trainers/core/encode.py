@@ -1,15 +1,19 @@
 """From rows to token sequences. One encode path for training, scoring and generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trainers.core.batch import Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.rows import Row
+from trainers.core.templates import Messages
+
+Turn = tuple[list[int], list[int]]
+"""Tokens of a prompt and of the answer to it."""
 
 
-def prompt_messages(row: Row) -> list[dict[str, str]]:
+def prompt_messages(row: Row) -> Messages:
     return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
 
 
@@ -18,17 +22,12 @@ def prompt_ids(chat: ChatFormat, row: Row) -> list[int]:
     return chat.prompt(prompt_messages(row))
 
 
-def response_sequence(chat: ChatFormat, prompt: list[int], response: str, max_length: int) -> Sequence | None:
+def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence | None:
     """Prompt and response, only the response (with its end token) scored; None if the response alone is too long.
 
     A long prompt loses its left end: cutting the right end would remove what is being asked, and cutting the response
     would teach the model to stop in the middle.
     """
-    return joined(prompt, chat.response(response), max_length)
-
-
-def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence | None:
-    """See :func:`response_sequence`; for a response that is already tokens."""
     room = max_length - len(response)
     if room < 1:
         return None
@@ -41,21 +40,43 @@ def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence 
 
 def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> list[Sequence]:
     """The training sequences of an sft row; none if nothing of it can be learned within the limit."""
-    if "messages" not in row:
-        sequence = response_sequence(chat, prompt_ids(chat, row), row["response"], max_length)
+    if "messages" in row:
+        found = conversation(chat.turns(row["messages"]), max_length)
     else:
-        sequence = _conversation(chat, row["messages"], max_length)
-    if sequence is not None and everything:
-        sequence = Sequence(sequence.ids, np.ones(len(sequence), dtype=bool))
-    return [] if sequence is None else [sequence]
+        found = conversation([chat.answer(prompt_messages(row), row["response"])], max_length)
+    return [replace(s, scored=np.ones(len(s), dtype=bool)) for s in found] if everything else found
 
 
-def _conversation(chat: ChatFormat, messages: list[dict[str, str]], max_length: int) -> Sequence | None:
-    """All turns, the assistant's scored. Too long a conversation loses its oldest tokens."""
-    ids, scored = chat.conversation(messages)
-    ids, scored = ids[-max_length:], scored[-max_length:]
-    sequence = Sequence(np.array(ids, dtype=np.int64), np.array(scored, dtype=bool))
-    return sequence if sequence.num_scored else None
+def conversation(turns: list[Turn], max_length: int) -> list[Sequence]:
+    """A conversation's answers, each learned once, after the tokens that prompt for it and by the rules of ``joined``.
+
+    As long as a prompt goes on where the last answer ended, they are one sequence. A template that shows earlier turns
+    otherwise than it asked for them (Qwen3 takes out their thoughts) makes a sequence of every answer, as does a limit.
+    """
+    found: list[Sequence] = []
+    left_out = 0
+    for prompt, response in turns:
+        longer = _continued(found[-1], prompt, response, max_length) if found else None
+        sequence = longer or joined(prompt, response, max_length)
+        if sequence is None:
+            left_out += len(response)
+        elif longer is not None:
+            found[-1] = sequence
+        else:
+            found.append(sequence)
+    if found and left_out:
+        found[-1] = replace(found[-1], shortened=found[-1].shortened + left_out)
+    return found
+
+
+def _continued(sequence: Sequence, prompt: list[int], response: list[int], max_length: int) -> Sequence | None:
+    """A sequence with the answer that follows it, or None if it does not."""
+    start = len(sequence)
+    if len(prompt) + len(response) > max_length or prompt[:start] != sequence.ids.tolist():
+        return None
+    between = np.zeros(len(prompt) - start, dtype=bool)
+    ids = np.array(prompt + response, dtype=np.int64)
+    return Sequence(ids, np.concatenate([sequence.scored, between, np.ones(len(response), dtype=bool)]))
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,7 @@ class Pair:
 
 def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:
     """Both sequences of a preference row as one pair; none if a response is too long."""
-    prompt = prompt_ids(chat, row)
-    chosen = response_sequence(chat, prompt, row["chosen"], max_length)
-    rejected = response_sequence(chat, prompt, row["rejected"], max_length)
+    chosen, rejected = (
+        joined(*chat.answer(prompt_messages(row), row[side]), max_length) for side in ("chosen", "rejected")
+    )
     return [] if chosen is None or rejected is None else [Pair(chosen, rejected)]

@@ -11,12 +11,13 @@ import torch
 
 from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
-from trainers.core.chat import ChatFormat, Messages
+from trainers.core.chat import ChatFormat
 from trainers.core.encode import joined
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.reward_models import score_head
 from trainers.core.scoring import error_share, hidden_states, in_eval_mode, in_fp32, probe_sequences, tolerance
+from trainers.core.templates import Messages
 
 
 def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -78,10 +79,8 @@ def response_rewards(
 
 def reward_sequence(chat: ChatFormat, prompt: Messages, response: str, ended: bool, max_length: int) -> Sequence:
     """What the reward model reads: as in training, but a response that is too long is cut, not dropped."""
-    ids = chat.response(response)
-    if not ended:
-        ids = ids[:-1]
-    sequence = joined(chat.prompt(prompt), ids[: max_length - 1], max_length)
+    question, answer = chat.answer(prompt, response, ended)
+    sequence = joined(question, answer[: max_length - 1], max_length)
     assert sequence is not None  # one token of the prompt always has room
     return sequence
 

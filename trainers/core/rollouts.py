@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trainers.contract import BadInput, Diverged
-from trainers.core.chat import ChatFormat, Messages
+from trainers.core.chat import ChatFormat
 from trainers.core.context import PhaseContext
 from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.generate import generate
@@ -17,6 +17,7 @@ from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.shares import over_ranks
+from trainers.core.templates import Messages
 from trainers.spec import PromptData, Sampling
 
 

@@ -17,7 +17,7 @@ from trainers.core.batch import Batch, BatchOrder, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
-from trainers.core.encode import joined, prompt_ids
+from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm, load_some_layers
@@ -173,10 +173,8 @@ def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
     if not math.isfinite(row["reward"]):
         raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
-    response = chat.response(row["teacher_response"])
-    if not row.get("ended", True):
-        response = response[:-1]  # cut off by the length limit: the teacher did not end here
-    sequence = joined(prompt_ids(chat, row), response, max_length) if response else None
+    prompt, response = chat.answer(prompt_messages(row), row["teacher_response"], row.get("ended", True))
+    sequence = joined(prompt, response, max_length) if response else None
     return [] if sequence is None else [Example(sequence, float(row["reward"]))]
 
 

@@ -15,7 +15,7 @@ import torch
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Sequence as Tokens
 from trainers.core.batch import collate, plan_micro_batches
-from trainers.core.encode import joined, prompt_ids, prompt_messages, sft_sequences
+from trainers.core.encode import conversation, joined, prompt_ids, prompt_messages
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
@@ -221,17 +221,14 @@ class Bench:
         return prompt_ids(self.loaded.chat, row)[-limit:]
 
     def _given(self, row: Row, limit: int) -> list[Tokens]:
-        """A row's responses. One that does not fit the model is cut, so no model skips a row.
-
-        A conversation is several sequences where the template changes earlier turns.
-        """
+        """A row's prompts and responses. A response that does not fit the model is cut, so no model skips a row."""
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
         if "messages" in row:
-            sequences = sft_sequences(chat, row, longest, everything=False)
+            turns = chat.turns(row["messages"])
         else:
-            response = chat.response(row["response"])[: longest - 1]
-            joint = joined(self._prompt(row, limit), response, longest)
-            sequences = [joint] if joint is not None else []
+            prompt, response = chat.answer(prompt_messages(row), row["response"])
+            turns = [(prompt[-limit:], response)]
+        sequences = conversation([(prompt, response[: longest - 1]) for prompt, response in turns], longest)
         if not sequences:
             raise BadInput(f"{self.label}: a row leaves nothing to score within {longest} tokens")
         return sequences

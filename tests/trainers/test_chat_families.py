@@ -1,0 +1,149 @@
+"""The real families' tokenizers and templates, and all templates of TRL's: training tokens against the rendered whole."""
+
+import re
+from functools import cache
+
+import pytest
+import real_tokenizers
+from test_chat import bytes_tokenizer
+
+from trainers.contract import BadInput
+from trainers.core.chat import ChatFormat, chat_format
+from trainers.core.encode import conversation
+
+QUESTION = [{"role": "user", "content": "What is  2+2?\n"}]
+TALK = [
+    *QUESTION,
+    {"role": "assistant", "content": "It's 4, of course."},
+    {"role": "user", "content": "And 3+3?"},
+    {"role": "assistant", "content": "Six: é 日本 😀\n\n  - yes"},
+]
+THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt's 4."
+ENDS = {
+    "deepseek_v3": {"<｜end▁of▁sentence｜>"},
+    "gemma3": {"<end_of_turn>"},
+    "gptoss": {"<|return|>"},
+    "llama3_1": {"<|eot_id|>"},
+    "qwen3": {"<|im_end|>"},
+}
+IMAGES = {"idefics3", "llava_next", "smolvlm"}
+"""Templates that show parts of messages, not texts."""
+
+
+@cache
+def family(name: str) -> ChatFormat:
+    return chat_format(real_tokenizers.tokenizer(name))
+
+
+@cache
+def trl(name: str) -> ChatFormat:
+    """A template of TRL's on a tokenizer of bytes that has all its marks."""
+    template = real_tokenizers.trl_template(name)
+    tokenizer = bytes_tokenizer(template)
+    marks = set(re.findall(r"<[|｜/a-zA-Z_][^<>\n ']*>", template)) - set(tokenizer.all_special_tokens)
+    tokenizer.add_special_tokens({"extra_special_tokens": sorted(marks)})
+    return chat_format(tokenizer)
+
+
+def rendered(chat: ChatFormat, messages) -> list[int]:
+    """transformers' rendering encoded as one text by transformers."""
+    template = re.sub(r"strftime_now\(.%Y-%m-%d.\)", "'2024-07-26'", chat.tokenizer.chat_template)
+    text = chat.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_turns(chat: ChatFormat, talk) -> None:
+    turns = chat.turns(talk)
+    for (prompt, response), last in zip(turns, (2, 4), strict=True):
+        assert prompt == chat.prompt(talk[: last - 1]), "training starts from what generation starts from"
+        assert response[-1] in chat.stop_ids
+        assert sum(token in chat.stop_ids for token in response) == 1
+        assert chat.text(response) == talk[last - 1]["content"]
+        half = response[: len(response) // 2]
+        cut = chat.answer(talk[: last - 1], chat.text(half), ended=False)[1]
+        assert chat.tokenizer.decode(cut).rstrip() == chat.tokenizer.decode(half).rstrip()
+    sequences = conversation(turns, 10**6)
+    learned = [token for s in sequences for token in s.ids[s.scored].tolist()]
+    assert learned == [token for _, response in turns for token in response]
+
+
+@pytest.mark.parametrize("name", real_tokenizers.FAMILIES)
+def test_a_familys_training_tokens_are_those_of_the_rendered_conversation(name):
+    chat = family(name)
+    check_turns(chat, TALK)
+    for last in (2, 4):
+        prompt, response = chat.turns(TALK[:last])[-1]
+        assert rendered(chat, TALK[:last])[: len(prompt + response)] == prompt + response
+    assert {chat.tokenizer.decode([token]) for token in chat.stop_ids} == ENDS[name]
+
+
+@pytest.mark.parametrize("name", [n for n in real_tokenizers.FAMILIES if n not in ("qwen3", "gptoss")])
+def test_a_template_that_only_appends_makes_one_sequence_of_a_conversation(name):
+    chat = family(name)
+    (sequence,) = conversation(chat.turns(TALK), 10**6)
+    assert sequence.ids.tolist() == rendered(chat, TALK)[: len(sequence)]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+def test_a_template_that_changes_earlier_turns_makes_one_of_every_answer(name):
+    assert len(conversation(family(name).turns(TALK), 10**6)) == 2
+
+
+def test_qwen3_learns_each_thought_where_it_is_asked_for():
+    chat = family("qwen3")
+    talk = [{**m, "content": THOUGHT} if m["role"] == "assistant" else m for m in TALK]
+    for prompt, response in chat.turns(talk):
+        assert chat.tokenizer.decode(response) == THOUGHT + "<|im_end|>"
+        assert "Two and two" not in chat.tokenizer.decode(prompt)
+        assert chat.text(response) == THOUGHT
+    cut = chat.answer(QUESTION, THOUGHT[:15], ended=False)[1]
+    assert chat.tokenizer.decode(cut) == THOUGHT[:15]
+
+
+def test_gpt_oss_output_of_several_channels_comes_back_as_it_was():
+    chat = family("gptoss")
+    raw = "<|channel|>analysis<|message|>Sum.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
+    ids = chat.tokenizer(raw, add_special_tokens=False)["input_ids"]
+    assert chat.answer(QUESTION, chat.text(ids))[1] == ids
+    cut = chat.tokenizer(raw, add_special_tokens=False)["input_ids"][:5]
+    assert chat.answer(QUESTION, chat.text(cut), ended=False)[1] == cut
+
+
+def test_gemma_takes_no_turns_that_do_not_alternate():
+    chat = family("gemma3")
+    with pytest.raises(BadInput, match="refuses a conversation of user, user: Conversation roles must alternate"):
+        chat.prompt([*QUESTION, *QUESTION])
+
+
+def test_a_gemma_without_system_turns_says_so():
+    with pytest.raises(BadInput, match="refuses a conversation of system, user: System role not supported"):
+        trl("gemma").prompt([{"role": "system", "content": "be brief"}, *QUESTION])
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss"])
+def test_a_familys_date_stands_still(name):
+    text = trl(name).prompt_text(QUESTION)
+    assert "26 Jul 2024" in text or "2024-07-26" in text
+
+
+@pytest.mark.parametrize("name", real_tokenizers.trl_template_names())
+def test_every_template_of_trl_trains_what_it_prompts_for(name):
+    if name.removesuffix("_training") in IMAGES:
+        with pytest.raises(BadInput, match=r"leaves out the text|refuses"):
+            trl(name)
+    else:
+        check_turns(trl(name), TALK)
+
+
+@pytest.mark.parametrize("name", [n for n in real_tokenizers.trl_template_names() if n.endswith("_training")])
+def test_what_is_learned_is_what_trls_templates_mark_as_generated(name):
+    """TRL's training templates mark the assistant's tokens; ours are found without marks."""
+    if name.removesuffix("_training") in IMAGES:
+        return
+    chat = trl(name)
+    marked = chat.tokenizer.apply_chat_template(
+        TALK[:2], return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+    )
+    theirs = [i for i, flag in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if flag]
+    learned = chat.tokenizer.decode(chat.turns(TALK[:2])[0][1])
+    assert learned[learned.index(TALK[1]["content"]) :] in chat.tokenizer.decode(theirs)

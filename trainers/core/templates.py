@@ -1,0 +1,81 @@
+"""Chat templates: rendered with a date that stands still, refusals as bad input, settings written into the text.
+
+The plain format of a tokenizer without template is ``User: …\\n\\nAssistant: …<eos>`` with ``System: …\\n\\n`` before it
+when there is a system turn; the end token stands after every answer, and the prompt ends without a blank, because most
+tokenizers join a blank with the word behind it.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from trainers.contract import BadInput
+
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages, bool], str]
+"""Text of a conversation; the second argument says whether the assistant is asked to speak next."""
+
+DAY = datetime.date(2024, 7, 26)
+"""Today, for templates that ask. Tokens of a run must not depend on when it runs; Llama 3 has the same default."""
+
+DATE_CODES = ("a", "A", "b", "B", "d", "-d", "H", "I", "j", "m", "-m", "M", "p", "S", "U", "w", "W", "y", "Y", "F", "%")
+
+
+def renderer(tokenizer: Any) -> Render:
+    """How a tokenizer's conversations become text. Raises BadInput for a template that is none."""
+    template = _template(tokenizer)
+    if template is None:
+        return lambda messages, generation: _plain(messages, generation, tokenizer.eos_token)
+    dated = _clock(DAY) + template if "strftime_now" in template else template
+
+    def render(messages: Messages, generation: bool) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=dated, tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except TemplateSyntaxError as error:
+            raise BadInput(f"the chat template is no valid template: {error.message} (line {error.lineno})") from error
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise BadInput(f"the chat template refuses a conversation of {roles or 'no turns'}: {error}") from error
+
+    return render
+
+
+def with_settings(template: str, options: Mapping[str, bool | int | float | str], date: datetime.date | None) -> str:
+    """The template with values for variables that it asks for, which a caller's own still override.
+
+    They become part of the text, so that a model keeps them when it is saved, and is prompted as it was trained.
+    """
+    values = dict(options) | ({"date_string": date.strftime("%d %b %Y")} if date else {})
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}\n"
+        for name, value in values.items()
+    ]
+    return "".join(lines) + (_clock(date) if date else "") + template
+
+
+def _clock(date: datetime.date) -> str:
+    """A line that gives templates ``strftime_now`` of this day. transformers' own reads the clock."""
+    steps = "".join(f" | replace({'%' + code!r}, {date.strftime('%' + code)!r})" for code in DATE_CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"
+
+
+def _template(tokenizer: Any) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise BadInput(f"the model has several chat templates ({names}) and none is the default") from error
+
+
+def _plain(messages: Messages, generation: bool, end: str) -> str:
+    parts = [f"{m['role'].capitalize()}: {m['content']}" + (end if m["role"] == "assistant" else "") for m in messages]
+    return "\n\n".join([*parts, "Assistant:"] if generation else parts)
