@@ -182,6 +182,24 @@ def test_changed_data_are_scored_again(run_phase, tiny_model_dir, tmp_path, stop
     assert sizes == [20, 24]
 
 
+def test_damaged_scores_are_made_again(run_phase, tiny_model_dir, tmp_path, stop_after, capsys):
+    spec, whole, output = (
+        spec_for(tiny_model_dir),
+        tmp_path / "whole" / "run" / "dpo",
+        tmp_path / "other" / "run" / "dpo",
+    )
+    run_phase("dpo", spec, None, whole)
+    with stop_after(2):
+        run_phase("dpo", spec, None, output)
+    (stored,) = (output / "reference").iterdir()
+    content = stored.read_bytes()
+    stored.write_bytes(content[:-8] + bytes(8))
+    assert run_phase("dpo", spec, None, output)[0] == 0
+    assert "its pairs are scored again" in capsys.readouterr().err
+    assert stored.read_bytes() == content
+    assert difference(whole, output) == 0.0
+
+
 def test_sigterm_is_answered_while_the_reference_scores(run_phase, tiny_model_dir, tmp_path, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)

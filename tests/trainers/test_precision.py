@@ -61,16 +61,19 @@ HELD = [("fp32", "auto"), ("bf16", "auto"), ("bf16", "bf16")]
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize("how", ["precompute", "on-the-fly"])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("precision", "dtype"), HELD)
 def test_the_reference_is_the_policy_at_step_0_bit_for_bit(
-    run_phase, sharp_model, tmp_path, precision, dtype, packing, lora
+    run_phase, sharp_model, tmp_path, precision, dtype, packing, how, lora
 ):
-    changes = {"referenceScores": "on-the-fly"} | ({"lora": lora} if lora else {})
+    """Of three steps, so that what is stored is not scored in one go; a small forward pass, so that a step is several."""
+    changes = {"referenceScores": how, "duration": {"maxSteps": 3}} | ({"lora": lora} if lora else {})
+    changes["parallel"] = {"precision": precision, "microBatchTokens": 200}
     output = tmp_path / "run" / "dpo"
     code, _ = run_phase("dpo", dpo(sharp_model, precision, dtype, packing, **changes), None, output)
     assert code == 0
-    (first,) = lines(output)
+    first = lines(output)[0]
     assert first["log_ratio"] == 0.0
     assert (first["reward"], first["accuracy"]) == (0.0, 0.5)
     assert first["logps/chosen"] != pytest.approx(first["logps/rejected"]), "there is something to see"

@@ -232,11 +232,9 @@ class BatchOrder:
         last = min(first + self.batch_size, self.total_examples)
         return [self._at(place) for place in range(first, last)]
 
-    def used(self) -> list[int]:
-        """Indices of the examples that some step sees, ascending: a short run need not prepare the others."""
-        if self.total_examples >= self.num_examples:
-            return list(range(self.num_examples))
-        return sorted(index for step in range(self.total_steps) for index in self.indices(step))
+    def first_batches(self) -> list[list[int]]:
+        """The steps' indices until every example that some step sees has been seen: a short run prepares no others."""
+        return [self.indices(step) for step in range(min(self.total_steps, -(-self.num_examples // self.batch_size)))]
 
     def _at(self, place: int) -> int:
         epoch, offset = divmod(place, self.num_examples)

@@ -6,10 +6,11 @@ A safetensors file tells when it was cut short, but not when blocks of it were l
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SUMS = "sums"
@@ -21,8 +22,19 @@ class DamagedError(Exception):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file(*_with_sums(tensors, path))
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of such a file; for small ones."""
+    return save(*_with_sums(tensors))
+
+
+def _with_sums(tensors: Mapping[str, torch.Tensor], *between: Any) -> tuple[Any, ...]:
+    """Arguments of safetensors' functions, which copy nothing that is contiguous."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, {SUMS: json.dumps({name: content_sum(tensor) for name, tensor in whole.items()})})
+    sums = {name: content_sum(tensor) for name, tensor in whole.items()}
+    return whole, *between, {SUMS: json.dumps(sums)}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,13 +1,13 @@
 """The reference's log-probabilities of chosen and rejected responses: computed once and stored, or at every step."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save
 
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch
@@ -16,6 +16,7 @@ from trainers.core.encode import Pair
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, in_eval_mode, scored
+from trainers.core.tensors import DamagedError, read_tensors, tensor_bytes
 from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
 
@@ -29,11 +30,15 @@ def pair_logprobs(scorer: Any, pairs: list[Pair], batch: Batch) -> torch.Tensor:
 
 
 def reference_for(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], pairs: dict[str, list[Pair]]
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
 ) -> Reference:
-    """The spec's reference for these lists of pairs, by name. Call it while the policy still has its first weights."""
+    """The spec's reference for these batches of pairs, by name. Call it while the policy still has its first weights.
+
+    Pairs are scored in the forward passes in which the steps will see them first. So a reference that is the policy
+    at the start gives the first step the very same numbers: rounding depends on what shares a forward pass.
+    """
     if spec.reference_scores == "precompute":
-        return _stored(spec, ctx, policy, layout, pairs)
+        return _stored(spec, ctx, policy, layout, batches)
     return _live(ctx, *_model(spec, ctx, policy, stays=True))
 
 
@@ -50,29 +55,32 @@ def _live(ctx: PhaseContext, model: LoadedModel, unchanged: Callable[[], Abstrac
 
 
 def _stored(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], pairs: dict[str, list[Pair]]
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
 ) -> Reference:
-    """Scores from files in the phase's directory, made first where they are missing.
+    """Scores from files in the phase's directory, made first where they are missing or damaged.
 
     A file's name is a digest of the reference and of the tokens it scored, so a resumed phase finds its own and
     nothing else, whatever happened to data or models in between.
     """
     folder = ctx.dir.root / "reference"
+    # By the pair's id(): the lists keep the pairs alive. A step may see a pair twice; the first score counts.
+    pairs = {
+        name: list({id(pair): pair for batch in found for pair in batch}.values()) for name, found in batches.items()
+    }
     paths = {name: folder / f"{_key(spec, ctx, policy, found)}.safetensors" for name, found in pairs.items()}
-    if ctx.workers.any(not all(path.exists() for path in paths.values())):
+    found = {name: _read(path) for name, path in paths.items()}
+    scores: dict[int, torch.Tensor] = {}
+    if ctx.workers.any(any(rows is None for rows in found.values())):
         model, unchanged = _model(spec, ctx, policy, stays=False)
         score = _live(ctx, model, unchanged)
-        found = {}
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
-            found[name] = _all_scores(ctx, layout, score, pairs[name])
-            _store(ctx, path, found[name])
+            scores |= _all_scores(ctx, layout, score, batches[name])
+            _store(ctx, path, torch.stack([scores[id(pair)] for pair in pairs[name]]))
         ctx.workers.barrier()
     else:
-        found = {name: load_file(path)["logprobs"] for name, path in paths.items()}
-    scores: dict[int, torch.Tensor] = {}  # by the pair's id(): the lists above keep the pairs alive
-    for name, rows in found.items():
-        scores |= {id(pair): row for pair, row in zip(pairs[name], rows, strict=True)}
+        for name, rows in found.items():
+            scores |= {id(pair): row for pair, row in zip(pairs[name], cast(torch.Tensor, rows), strict=True)}
 
     def look_up(wanted: list[Pair], batch: Batch) -> torch.Tensor:
         rows = [scores[id(pair)] for pair in wanted]
@@ -81,19 +89,34 @@ def _stored(
     return look_up
 
 
-def _all_scores(ctx: PhaseContext, layout: Layout[Pair], score: Reference, pairs: list[Pair]) -> torch.Tensor:
-    """Scores of all pairs, each process computing its share: (P, 2), CPU."""
+def _all_scores(
+    ctx: PhaseContext, layout: Layout[Pair], score: Reference, batches: list[list[Pair]]
+) -> dict[int, torch.Tensor]:
+    """Scores of all pairs by their id(), (2,) on the CPU each; every process computes its share of every batch."""
 
     def stoppable(some: list[Pair], batch: Batch) -> list[list[float]]:
         ctx.stop_if_asked()
         return score(some, batch).tolist()
 
-    return torch.tensor(scored(ctx.workers, layout, pairs, stoppable))
+    found: dict[int, torch.Tensor] = {}
+    for batch in batches:
+        for pair, row in zip(batch, torch.tensor(scored(ctx.workers, layout, batch, stoppable)), strict=True):
+            found.setdefault(id(pair), row)
+    return found
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    """Stored scores, (P, 2), or None."""
+    try:
+        return read_tensors(path)["logprobs"] if path.exists() else None
+    except (DamagedError, KeyError) as error:
+        print(f"{path} cannot be used ({error}): its pairs are scored again", file=sys.stderr)
+        return None
 
 
 def _store(ctx: PhaseContext, path: Path, scores: torch.Tensor) -> None:
     if ctx.workers.is_main:
-        write_atomic(path, save({"logprobs": scores}))
+        write_atomic(path, tensor_bytes({"logprobs": scores}))
         ctx.keep(path)
 
 

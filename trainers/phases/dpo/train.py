@@ -32,8 +32,9 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     layout = Layout[Pair](
         lambda pair: pair.sequences, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs
     )
-    wanted = {"train": [train[i] for i in order.used()], "eval": held_out}
-    reference = reference_for(spec, ctx, loaded, layout, {name: pairs for name, pairs in wanted.items() if pairs})
+    wanted = {"train": [[train[i] for i in batch] for batch in order.first_batches()]}
+    wanted |= {"eval": [held_out]} if held_out else {}
+    reference = reference_for(spec, ctx, loaded, layout, wanted)
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     first = checkpoints.restore()
