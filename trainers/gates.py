@@ -2,14 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from trainers.contract import GateFailed
-from trainers.spec import Gate
+from trainers.contract import BadInput, GateFailed
+from trainers.spec import Gate, PhaseSpec
 
 
 def check_gates(gates: Iterable[Gate], metrics: Mapping[str, float]) -> None:
     """Raise GateFailed naming every metric that missed its threshold, or has no value to meet it with."""
     if found := missed(gates, metrics):
         raise GateFailed(found)
+
+
+def check_metrics(spec: PhaseSpec) -> None:
+    """Raise BadInput for a gate on a metric that the phase cannot have, before anything is computed."""
+    known = spec.final_metrics()
+    for gate in spec.gates:
+        if known and gate.metric not in known:
+            raise BadInput(f"gates: no metric {gate.metric!r}; this phase has {', '.join(known)}")
 
 
 def missed(gates: Iterable[Gate], metrics: Mapping[str, float]) -> str:

@@ -26,7 +26,7 @@ from trainers.contract import (
 )
 from trainers.failures import fail, terminate
 from trainers.files import write_atomic
-from trainers.gates import check_gates
+from trainers.gates import check_gates, check_metrics
 from trainers.origins import origins_of
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
@@ -52,6 +52,7 @@ def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]])
         inputs = {name: entry.digest for name, entry in file.inputs.items()}
         digest = contract.phase_digest(kind.name, spec, file.image, inputs)
         said = Termination(digest=digest)
+        check_metrics(spec)
         result = _result_of(kind, file, spec, digest)
         said = _said(result, spec)
         check_gates(spec.gates, result.metrics)

@@ -445,6 +445,10 @@ class PhaseSpec(SpecModel):
         """Every data source in the spec, with its dotted path."""
         yield from find_models(self, DataSource)
 
+    def final_metrics(self) -> tuple[str, ...]:
+        """Names of all metrics that the phase can have at its end, which are those that gates can judge."""
+        raise NotImplementedError
+
 
 class ModelPhaseSpec(PhaseSpec):
     """Fields of the phases that leave a model."""

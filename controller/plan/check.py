@@ -7,8 +7,11 @@ from controller.api.problems import Problem, nearest
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
+from controller.plan.resolve import resolve
 from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
+
+SHOWN_METRICS = 12
 
 
 def check_run(run: AlignmentRun) -> list[Problem]:
@@ -16,7 +19,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     types = {entry.name: entry.type for entry in run.phases}
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
-        problems += tokenizer_problems(run)
+        problems += [*tokenizer_problems(run), *_gate_problems(run)]
     return problems
 
 
@@ -43,6 +46,21 @@ def _model_problems(run: AlignmentRun) -> Iterator[Problem]:
         if model is None and "model" in type(entry.spec).model_fields and getattr(entry.spec, "model") is None:  # noqa: B009
             path = f"spec.phases[{entry.name}].{entry.type.name}.model"
             yield Problem(path, "is not set, and spec.model, which would stand in for it, is not set either")
+
+
+def _gate_problems(run: AlignmentRun) -> Iterator[Problem]:
+    """Gates on metrics that their phase cannot have: they would fail after all the training."""
+    for phase in resolve(run):
+        known = phase.spec.final_metrics()
+        for i, gate in enumerate(phase.spec.gates):
+            if gate.metric not in known:
+                path = f"spec.phases[{phase.name}].{phase.type.name}.gates[{i}].metric"
+                yield Problem(path, f'"{gate.metric}" is no metric of this phase; {_listed(gate.metric, known)}')
+
+
+def _listed(metric: str, known: Sequence[str]) -> str:
+    shown = known if len(known) <= SHOWN_METRICS else [*known[:SHOWN_METRICS], f"and {len(known) - SHOWN_METRICS} more"]
+    return f"metrics are: {', '.join(shown)}{nearest(metric, known)}"
 
 
 def _duplicates(entries: Sequence[PhaseEntry]) -> Iterator[Problem]:

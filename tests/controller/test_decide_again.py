@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from builders import START, after, artifact, digests, job, make_run, seen, sft, started, with_status
+from builders import DATA, START, after, artifact, digests, job, make_run, seen, sft, started, with_status
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
@@ -15,7 +15,9 @@ OOM = FailureClass.OUT_OF_MEMORY
 
 
 def gated(at_least: float, metric: str = "evalLoss", **more: Any) -> AlignmentRun:
-    return make_run(sft("base", gates=[{"metric": metric, "atLeast": at_least}]), sft("next", "base"), **more)
+    data = {**DATA, "eval": DATA["train"]}
+    gates = [{"metric": metric, "atLeast": at_least}]
+    return make_run(sft("base", data=data, gates=gates), sft("next", "base"), **more)
 
 
 def edited(run: AlignmentRun, decision: Decision) -> AlignmentRun:

@@ -81,7 +81,10 @@ def run_phase() -> RunPhase:
         path.write_text(yaml.safe_dump(document))
         with _own_process():
             code = launch.run_phase(kind, path, [])
-        return code, PhaseDir(output).read_result()
+        result = PhaseDir(output).read_result()
+        if result is not None:
+            _check_metrics(kind, spec, result)
+        return code, result
 
     return run
 
@@ -105,6 +108,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractConte
             yield
 
     return stopping
+
+
+def _check_metrics(kind: str, spec: dict[str, Any], result: Any) -> None:
+    """Every phase that any test runs has the metrics that it declares, and no other."""
+    from trainers.phases import phase_type
+
+    declared = phase_type(kind).spec.model_validate(spec).final_metrics()
+    if declared:  # an evaluation that names no models has those of its inputs
+        assert set(result.metrics) <= set(declared)
 
 
 def _inputs(directories: dict[str, Path]) -> dict[str, dict[str, str]]:

@@ -119,3 +119,8 @@ class DistillSpec(TrainingSpec):
         yield from super().data_sources()
         if self.traces is not None and self.traces.files is not None:
             yield "traces[0]", DataSource(files=self.traces.files)
+
+    def final_metrics(self) -> tuple[str, ...]:
+        streams = {"offPolicy": self.on_policy_fraction < 1, "onPolicy": self.on_policy_fraction > 0}
+        last = [f"{stream}{figure}Last" for stream, runs in streams.items() if runs for figure in ("Kl", "Reward")]
+        return (*last, "parameters", "teacherParameters")

@@ -38,3 +38,7 @@ class DpoSpec(TrainingSpec):
                 f"labelSmoothing {self.label_smoothing} has no effect with loss {self.loss}: use sigmoid or robust"
             )
         return self
+
+    def final_metrics(self) -> tuple[str, ...]:
+        held_out = ("evalLoss", "evalAccuracy", "evalMargin") if self.data.eval else ()
+        return (*held_out, "parameters")

@@ -18,6 +18,12 @@ class Benchmark:
     spec: type[BenchmarkSpec]
     run: Callable[[Any, Subject], list[Metric]]
     """Takes the settings and a model. Called more than once."""
+    metrics: tuple[str, ...]
+    """Keys of all metrics that it can have."""
+    reward_metrics: tuple[str, ...] = ()
+    """Further ones, where there is a reward model."""
+    baseline_metrics: tuple[str, ...] = ()
+    """Further ones, of models other than the baseline."""
     schema: str = "prompt"
     """Kind of its rows."""
     problem: Callable[[Sequence[Row]], str | None] = lambda rows: None

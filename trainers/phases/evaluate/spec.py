@@ -1,5 +1,6 @@
 """What a user can set for evaluation."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveInt, create_model, model_validator
@@ -19,6 +20,10 @@ from trainers.spec import (
 )
 
 LATENCY = "latency"
+LATENCY_METRICS = (
+    *(f"{time}P{q}" for time in ("timeToFirstToken", "timePerOutputToken") for q in (50, 95, 99)),
+    "tokensPerSecond", "peakMemoryBytes", "parameters",
+)  # fmt: skip
 
 
 class EntryBase(SpecModel):
@@ -117,3 +122,16 @@ class EvaluateSpec(PhaseSpec):
             if kind.needs_reference and self.reference is None and self.baseline is None:
                 raise ValueError(f"{place} needs reference, or baseline")
         return self
+
+    def final_metrics(self) -> tuple[str, ...]:
+        """Of the models that are named: a run fills in all of its own (:func:`controller.plan.resolve.resolve`)."""
+        return tuple(name for label in shown_labels(self.models) for name in self._of_model(label))
+
+    def _of_model(self, label: str) -> Iterator[str]:
+        for entry in self.benchmarks:
+            kind = entry.benchmark
+            rewarded = kind.reward_metrics if self.reward_model is not None else ()
+            compared = kind.baseline_metrics if self.baseline not in (None, label) else ()
+            yield from (f"{label}/{entry.name}/{key}" for key in (*kind.metrics, *rewarded, *compared))
+        if self.latency.enabled:
+            yield from (f"{label}/{LATENCY}/{key}" for key in LATENCY_METRICS)

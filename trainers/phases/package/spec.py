@@ -21,3 +21,6 @@ class PackageSpec(PhaseSpec):
     def _labels(self) -> Self:
         shown_labels(self.models)
         return self
+
+    def final_metrics(self) -> tuple[str, ...]:
+        return ("models",)

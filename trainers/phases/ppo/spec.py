@@ -72,3 +72,7 @@ class PpoSpec(ModelPhaseSpec):
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature 0 never explores: PPO needs a temperature above 0")
         return self
+
+    def final_metrics(self) -> tuple[str, ...]:
+        last = ("rewardLast", "klLast", "klSequenceLast", "klCoefLast", "responseLengthLast", "endedShareLast")
+        return ("rewardFirst", *last, "parameters")

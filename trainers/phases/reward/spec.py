@@ -4,6 +4,12 @@ from pydantic import Field
 
 from trainers.spec import Lora, ModelRef, TrainData, TrainingSpec
 
+HELD_OUT = (
+    "evalLoss", "evalAccuracy", "evalMargin", "evalCalibrationError", "lengthBaselineAccuracy", "rewardMean",
+    "rewardStd", "lengthCorrelation",
+)  # fmt: skip
+"""Metrics of held-out pairs."""
+
 
 class RewardSpec(TrainingSpec):
     """Bradley-Terry reward model on `{"prompt", "chosen", "rejected"}` rows."""
@@ -20,3 +26,6 @@ class RewardSpec(TrainingSpec):
     """Weight of a language-model loss on the chosen response, which keeps what the backbone knows about content."""
     lora: Lora | None = None
     """Train low-rank adapters and the score head instead of all weights."""
+
+    def final_metrics(self) -> tuple[str, ...]:
+        return (*HELD_OUT, "parameters") if self.data.eval else ("parameters",)

@@ -21,3 +21,10 @@ class RolloutSpec(PhaseSpec):
     """Generation settings."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
+
+    def final_metrics(self) -> tuple[str, ...]:
+        found = ("responses", "rewardMean", "rewardStd", "tokensMean", "endedShare")
+        if self.sampling.max_new_tokens > 1:
+            return found
+        checked = ("promptTokensMin", "promptTokensMean", "promptTokensMax", "unknownTokens")
+        return (*found, *checked, *(["rewardModelSameTokens"] if self.reward_model else []))

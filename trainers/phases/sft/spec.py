@@ -16,3 +16,6 @@ class SftSpec(TrainingSpec):
     """Train on responses (assistant turns) only, or on prompts too."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
+
+    def final_metrics(self) -> tuple[str, ...]:
+        return ("evalLoss", "parameters") if self.data.eval else ("parameters",)

@@ -76,4 +76,4 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers and not cut else None
 
 
-BENCHMARK = Benchmark("accuracy", AccuracySpec, run, problem=problem)
+BENCHMARK = Benchmark("accuracy", AccuracySpec, run, ("accuracy",), problem=problem)

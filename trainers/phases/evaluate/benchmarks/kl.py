@@ -22,4 +22,4 @@ def run(spec: KlSpec, model: Subject) -> list[Metric]:
     ]
 
 
-BENCHMARK = Benchmark("kl", KlSpec, run, needs_reference=True)
+BENCHMARK = Benchmark("kl", KlSpec, run, ("perSequence", "perToken"), needs_reference=True)

@@ -38,4 +38,4 @@ def correlation(x: Any, y: Any) -> Any:
     return (x * y).mean(-1) / ((x * x).mean(-1) * (y * y).mean(-1)) ** 0.5
 
 
-BENCHMARK = Benchmark("length", LengthSpec, run)
+BENCHMARK = Benchmark("length", LengthSpec, run, ("tokens", "ended"), reward_metrics=("rewardCorrelation",))

@@ -27,4 +27,4 @@ def run(spec: PerplexitySpec, model: Subject) -> list[Metric]:
     return [Metric("perplexity", "perplexity", columns, higher_is_better=False, statistic=perplexity)]
 
 
-BENCHMARK = Benchmark("perplexity", PerplexitySpec, run, schema="sft")
+BENCHMARK = Benchmark("perplexity", PerplexitySpec, run, ("perplexity",), schema="sft")

@@ -61,4 +61,7 @@ def length_controlled(won: Any, longer: Any, steps: int = 25, ridge: float = 1e-
     return (1 / (1 + math.e**-intercept))[..., 0]
 
 
-BENCHMARK = Benchmark("reward", RewardBenchmarkSpec, run, needs_reward_model=True)
+BENCHMARK = Benchmark(
+    "reward", RewardBenchmarkSpec, run, ("score",),
+    baseline_metrics=("winRate", "winRateLengthControlled"), needs_reward_model=True,
+)  # fmt: skip

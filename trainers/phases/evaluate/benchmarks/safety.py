@@ -43,4 +43,4 @@ def _is_marked(row: Row) -> bool:
     return isinstance(row.get("shouldRefuse"), bool)
 
 
-BENCHMARK = Benchmark("safety", SafetySpec, run, problem=problem)
+BENCHMARK = Benchmark("safety", SafetySpec, run, ("refusal", "overRefusal"), problem=problem)

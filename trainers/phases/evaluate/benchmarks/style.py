@@ -41,4 +41,4 @@ def in_style(texts: Sequence[str], spec: StyleSpec, pause: Callable[[], None]) -
     return [hit and match is None for hit, match in zip(hits, rejected, strict=True)]
 
 
-BENCHMARK = Benchmark("style", StyleSpec, run, problem=problem)
+BENCHMARK = Benchmark("style", StyleSpec, run, ("match",), problem=problem)
