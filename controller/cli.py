@@ -278,6 +278,39 @@ def resume(
     raise typer.Exit(BAD_INPUT)
 
 
+@app.command("import")
+def import_(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="alpaca, sharegpt, messages, preference-messages, hh or prompt-completion.",
+            show_default=False,
+        ),
+    ],
+    source: Annotated[
+        str,
+        typer.Argument(help="A file or a glob in quotes: JSONL, or one list in .json; also .gz.", show_default=False),
+    ],
+    target: Annotated[Path, typer.Argument(help="The JSONL file to write, .jsonl or .jsonl.gz.", show_default=False)],
+    column: Annotated[
+        list[str],
+        typer.Option(
+            "--column",
+            default_factory=list,
+            metavar="KEY=COLUMN",
+            help="The source's column for a key of the format, for example instruction=question.",
+            show_default=False,
+        ),
+    ],
+    skip: Annotated[bool, typer.Option("--skip", help="Leave malformed rows out instead of stopping.")] = False,
+) -> None:
+    """Write rows of a known format as JSONL that every phase reads."""
+    from controller.commands.import_rows import import_command
+
+    raise typer.Exit(import_command(name, source, target, column, skip))
+
+
 @app.command()
 def gen(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,

@@ -32,17 +32,36 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
     Raises BadInput with file and line for a file that cannot be read or decompressed.
     """
+    for number, line in enumerate(_all_lines(path), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _all_lines(path: Path) -> Iterator[bytes]:
     number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                content = line.removeprefix(BOM) if number == 1 else line
-                if content.strip():
-                    yield f"{path}:{number}", content
+                yield line.removeprefix(BOM) if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(f"{path}:{number + 1}: cannot be read: damaged gzip file ({error})") from error
     except PermissionError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Like :func:`lines`; of a ``.json`` file that is one list, (``file row number``, value) of every item."""
+    _, first = next(lines(path), ("", b"")) if ".json" in path.suffixes[-2:] else ("", b"")
+    yield from _listed(path) if first.lstrip().startswith(b"[") else lines(path)
+
+
+def _listed(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        found = parse(b"".join(_all_lines(path)))
+    except Malformed as problem:
+        raise BadInput(f"{path}: {problem}") from problem
+    for number, value in enumerate(found, 1):
+        yield f"{path} row {number}", value
 
 
 def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
@@ -66,7 +85,8 @@ def parse(line: bytes | str) -> Any:
     except UnicodeEncodeError as error:
         raise Malformed(f"half a character: \\u{ord(error.object[error.start]):04x} alone is no text") from error
     except json.JSONDecodeError as error:
-        raise Malformed(f"not valid JSON ({error.msg} at column {error.colno})") from error
+        line_number = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise Malformed(f"not valid JSON ({error.msg} at {line_number}column {error.colno})") from error
     except RecursionError as error:
         raise Malformed(f"nested deeper than {MAX_NESTING} levels") from error
     except Malformed:

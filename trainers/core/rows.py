@@ -94,7 +94,7 @@ def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, bytes | 
     """(place for error messages, line of JSON or decoded row)."""
     if source.files is not None:
         for path in source_files(source.files, base_dir):
-            yield from jsonl.lines(path)
+            yield from jsonl.items(path)
     elif source.synthetic is not None:
         from trainers.synthetic import generate
 

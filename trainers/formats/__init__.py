@@ -38,13 +38,18 @@ def seed_row(raw: object, schema: str, name: str | None, columns: Mapping[str, s
 
     Raises Malformed, with the format that the row seems to be of if it is another than ``name``.
     """
-    if not isinstance(raw, dict):
-        raise Malformed(f"expected an object, got {type(raw).__name__}")
-    row = {**raw, **{key: raw[column] for key, column in columns.items() if column in raw}}
+    row = renamed(raw, columns)
     try:
         return _converted(row, schema, name)
     except Malformed as problem:
         raise Malformed(f"{problem}{_hint(row, schema, name, problem)}") from problem
+
+
+def renamed(raw: object, columns: Mapping[str, str]) -> Row:
+    """A row with what its columns hold under the names that are wanted too. Raises Malformed for what is no object."""
+    if not isinstance(raw, dict):
+        raise Malformed(f"expected an object, got {type(raw).__name__}")
+    return {**raw, **{key: raw[column] for key, column in columns.items() if column in raw}}
 
 
 def _converted(row: Row, schema: str, name: str | None) -> Row:

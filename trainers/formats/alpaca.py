@@ -13,10 +13,9 @@ def alpaca(row: dict[str, Any]) -> dict[str, Any]:
         raise Malformed("alpaca rows need an instruction and an input that are texts (the input may be missing)")
     prompt = f"{asked}\n\n{more}" if more else asked
     answer = {"response": row["output"]} if "output" in row else {}
-    kept = {**without(row, "instruction", "input", "output", "history"), **answer}
-    if not row.get("history"):
-        return {**kept, "prompt": prompt}
-    return {**kept, "prompt": [*_earlier(row["history"]), {"role": "user", "content": prompt}]}
+    turns = [*_earlier(row.get("history") or []), {"role": "user", "content": prompt}]
+    kept = without(row, "instruction", "input", "output", "history")
+    return {"prompt": prompt if len(turns) == 1 else turns, **answer, **kept}
 
 
 def _earlier(history: object) -> list[dict[str, str]]:
