@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from trainers.spec import ArtifactKind, PhaseSpec, SpecModel, identifying
 
@@ -117,6 +117,8 @@ class Interrupted(PhaseError):
 
 class Termination(SpecModel):
     """What a phase says when it ends: at most 4 KiB of JSON, read by the controller."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a failure can always be told; JSON leaves them out
 
     failure: FailureClass | None = None
     """None is success."""

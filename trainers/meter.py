@@ -178,7 +178,7 @@ class Meter:
             update={
                 "step": step,
                 "total_steps": self.total_steps,
-                "loss": values.get("loss", self._progress.loss),
+                "loss": _finite(values.get("loss", self._progress.loss)),
                 # Of all processes, which share the work evenly; this one knows its own.
                 "tokens_per_second": self._rate * self._processes if self._rate is not None else None,
                 "eta_seconds": self._eta(),
@@ -189,9 +189,7 @@ class Meter:
             self._bar.update(step - self._bar.n)
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
-        # JSON has no NaN; what is not finite is a gap in the curve.
-        known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        self._file.write(jsonl.dump(known))
+        self._file.write(jsonl.dump({key: _finite(value) for key, value in line.items()}))
         self._file.flush()
 
     def _publish(self, force: bool = False) -> None:
@@ -214,6 +212,11 @@ class Meter:
     def _of(self, name: str, *more: str) -> Any:
         """The series of a metric; ``more`` are the values of its further labels."""
         return self._collectors[PREFIX + name].labels(*(self.labels[label] for label in COMMON_LABELS), *more)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; what is not finite is a gap in the curve."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rewind(directory: PhaseDir, step: int) -> None:

@@ -22,6 +22,7 @@ class SpecModel(BaseModel):
         populate_by_name=True,
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
@@ -275,8 +276,6 @@ def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
 class Optim(SpecModel):
     """AdamW, its schedule, and gradient clipping."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     lr: float = Field(default=2e-5, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -377,8 +376,6 @@ class Tracking(SpecModel):
 class Sampling(SpecModel):
     """How responses are generated."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     NOT_IDENTITY = frozenset({"batch_size"})
     SHRINKS = frozenset({"batch_size"})
 
@@ -413,8 +410,6 @@ class Gate(SpecModel):
 
 class PhaseSpec(SpecModel):
     """Fields every phase type has."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     NOT_IDENTITY = frozenset({"checkpoint", "tracking", "gates"})
 

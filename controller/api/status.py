@@ -12,9 +12,12 @@ from trainers.spec import SpecModel
 
 
 class StatusModel(SpecModel):
-    """Base of what the controller writes. Fields of a newer version are dropped, so an older one can read them."""
+    """Base of what the controller writes. Fields of a newer version are dropped, so an older one can read them.
 
-    model_config = ConfigDict(extra="ignore")
+    What a phase reports may be no number; the planner leaves it out.
+    """
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
     def document(self, **kwargs: Any) -> dict[str, Any]:
         """Without what is empty: people read this in `kubectl describe`."""

@@ -1,6 +1,7 @@
 """The phase contract: digests, atomic writing, history, reuse, termination messages."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -208,3 +209,40 @@ def test_every_field_of_every_phase_is_documented(entry):
                     walk(kind)
 
     walk(entry.spec)
+
+
+def models_in(kind):
+    """Every pydantic model that a type is made of."""
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    for part in get_args(kind):
+        yield from models_in(part)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+        for field in kind.model_fields.values():
+            yield from models_in(field.annotation)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_setting_takes_what_is_no_number(number):
+    """YAML has words for them (`.nan`, `.inf`), and 1e999 is one too."""
+    from typing import get_args
+
+    from pydantic import ValidationError
+
+    from controller.api.run import RunSpec
+
+    kinds = {model for kind in [RunSpec, *(entry.spec for entry in REGISTRY)] for model in models_in(kind)}
+    fields = [
+        (m, name)
+        for m in kinds
+        for name, f in m.model_fields.items()
+        if float in (f.annotation, *get_args(f.annotation))
+    ]
+    assert len(fields) > 40
+    for model, name in fields:
+        with pytest.raises(ValidationError) as refused:
+            model.__pydantic_validator__.validate_assignment(model.model_construct(), name, number)
+        assert "finite_number" in {error["type"] for error in refused.value.errors()}, (model.__name__, name)

@@ -147,3 +147,20 @@ def test_every_type_of_phase_is_a_type(kind, tmp_path):
     made.begin(0, 1)
     made.log(1, reward=1.0)
     assert ("reward_margin" in values(made)) == (kind in ("reward", "dpo"))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_leaves_progress_and_lines_readable(wrong, tmp_path):
+    measured = meter(tmp_path)
+    measured.begin(0, 1)
+    measured.log(1, loss=wrong, reward=2.0)
+    measured.stage("done")
+    measured.close()
+
+    def refused(constant):
+        raise AssertionError(constant)
+
+    progress = json.loads((tmp_path / "progress.json").read_text(), parse_constant=refused)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refused)
+    assert (progress["step"], progress.get("loss")) == (1, None)
+    assert (line["loss"], line["reward"]) == (None, 2.0)
