@@ -51,6 +51,21 @@ def traces_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def larger_student(teacher_dir, tmp_path_factory) -> Path:
+    """A student with an added token and rows for more, which it would say all the time."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    tokenizer.add_tokens(["surprise"])
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    model.resize_token_embeddings(len(tokenizer) + 7, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[-8:] = 100 * model.lm_head.weight[:8]
+    directory = tmp_path_factory.mktemp("larger")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def spec_for(teacher_dir, tiny_reward_dir, traces_file):
     def make(**changes):
         return {
@@ -213,6 +228,12 @@ def test_without_weighting_it_is_plain_distillation_and_needs_no_reward_model(
     assert_same(weights(tmp_path / "run" / "equal"), weights(tmp_path / "run" / "plain"))
 
 
+def test_a_student_with_a_larger_head_samples_what_its_teacher_reads(run_phase, spec_for, larger_student, tmp_path):
+    changes = {"student": {"source": str(larger_student)}, "onPolicyFraction": 1.0, "duration": {"maxSteps": 2}}
+    code, _ = run_phase("distill", spec_for(**changes), None, tmp_path / "run" / "distill")
+    assert code == 0
+
+
 def test_padding_rows_of_the_head_do_not_matter(run_phase, spec_for, teacher_dir, tmp_path):
     """The same tokenizer, but a vocabulary rounded up on one side, with loud logits in the padding."""
     spec = spec_for(student={"source": str(teacher_dir)}, duration={"maxSteps": 1}, onPolicyFraction=0)
@@ -243,6 +264,13 @@ class TestWrongInput:
         student = {"scratch": {"hiddenSize": 16, "numLayers": 1, "tokenizer": tokenizer}}
         message = self.message(run_phase, capsys, spec_for(student=student), tmp_path)
         assert "student: its tokenizer cannot serve the teacher's" in message
+
+    def test_a_token_that_the_teacher_does_not_know(self, run_phase, capsys, spec_for, larger_student, tmp_path):
+        row = {"prompt": "say surprise", "teacher_response": "yes", "reward": 1.0}
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+        changes = {"student": {"source": str(larger_student)}, "traces": {"files": str(tmp_path / "t.jsonl")}}
+        assert run_phase("distill", spec_for(**changes), None, tmp_path / "run" / "distill")[0] == 2
+        assert "traces: the teacher does not know the token 'surprise'" in capsys.readouterr().err
 
     def test_a_layer_that_is_not_there(self, run_phase, capsys, spec_for, tmp_path):
         spec = spec_for(student={"teacherLayers": [0, 7]})

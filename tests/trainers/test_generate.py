@@ -46,6 +46,20 @@ def common_tokens(model, count):
     return frozenset(answer[3 + 2 * i] for i, answer in enumerate(answers[:count]))
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_an_id_that_nobody_knows_is_never_chosen(model, temperature):
+    """Rows of the head beyond the tokens are padding: here they would win every time."""
+    loud = llama()
+    with torch.no_grad():
+        loud.lm_head.weight.copy_(model.lm_head.weight)
+        loud.lm_head.weight[33:] *= 50
+    sampling = Sampling(temperature=temperature, max_new_tokens=20, batch_size=4)
+    free = generate(loud, PROMPTS, sampling, frozenset(), torch.Generator().manual_seed(0), PAD)
+    assert max(max(r.ids) for r in free) >= 33
+    bound = generate(loud, PROMPTS, sampling, frozenset(), torch.Generator().manual_seed(0), PAD, num_known=33)
+    assert max(max(r.ids) for r in bound) < 33
+
+
 @pytest.mark.parametrize("stops", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
 def test_greedy_is_transformers_own(model, stops, batch_size):

@@ -42,13 +42,14 @@ def generate(
     pad_id: int = 0,
     keep_times: bool = False,
     uniforms: torch.Tensor | None = None,
+    num_known: int | None = None,
 ) -> list[Response]:
     """Respond to prompts (token ids, none empty). Answers come in the order of the prompts.
 
     What is random comes from ``uniforms``, (N, max_new_tokens) in [0, 1), or is drawn from ``generator`` on whatever
     device that lives; greedy sampling (temperature 0) needs neither. Prompts of like length go together, so little is
     padded. The model is put in eval mode meanwhile, in which gradient checkpointing does not switch the cache off.
-    Raises Diverged when logits are not finite.
+    Only ids below ``num_known`` are chosen. Raises Diverged when logits are not finite.
     """
     if uniforms is None:
         uniforms = _draw(generator, len(prompts), sampling)
@@ -58,7 +59,9 @@ def generate(
     responses: dict[int, Response] = {}
     for start in range(0, len(order), sampling.batch_size):
         chosen = order[start : start + sampling.batch_size]
-        batch = _Batch(model, [prompts[i] for i in chosen], sampling, stop_ids, uniforms[chosen], pad_id, keep_times)
+        batch = _Batch(
+            model, [prompts[i] for i in chosen], sampling, stop_ids, uniforms[chosen], pad_id, keep_times, num_known
+        )
         responses |= zip(chosen, batch.run(), strict=True)
     model.train(was_training)
     return [responses[i] for i in range(len(prompts))]
@@ -84,9 +87,10 @@ class _Batch:
         uniforms: torch.Tensor,
         pad_id: int,
         keep_times: bool,
+        num_known: int | None,
     ) -> None:
         self.model, self.sampling, self.stop_ids = model, sampling, stop_ids
-        self.keep_times = keep_times
+        self.keep_times, self.num_known = keep_times, num_known
         device = next(model.parameters()).device
         self.uniforms = uniforms.to(device)
         self.responses = [Response([], False) for _ in prompts]
@@ -142,7 +146,7 @@ class _Batch:
         if self.cache is None:
             kind = self.model.config.model_type
             raise BadInput(f"models of type {kind} cannot generate: their forward pass gives no cache to go on from")
-        return out.logits[:, -1].float()
+        return out.logits[:, -1, : self.num_known].float()
 
     def _store(self, tokens: list[int], now: float) -> None:
         """Add a token to every response that still goes on."""

@@ -14,6 +14,7 @@ from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
 from trainers.core.layers import keep_layers
+from trainers.core.vocabulary import num_known
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 transformers_logging.disable_progress_bar()
@@ -30,6 +31,8 @@ class LoadedModel:
     """The peft model around ``model`` when low-rank adapters are trained."""
     export_dtype: torch.dtype | None = None
     """Type of the weights that are saved; None: as they are held."""
+    num_known: int | None = None
+    """Responses hold ids below this alone: a phase lowers it to what those embed who read the responses. None: no limit."""
     packs: bool = True
     """Whether several sequences can share a row without seeing each other; the start-up check finds out."""
 
@@ -111,10 +114,11 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     chat = chat_format(tokenizer, model)
     if frozen:
         model.requires_grad_(False).eval()
-        return LoadedModel(model, tokenizer, chat)
+        return LoadedModel(model, tokenizer, chat, num_known=num_known(model, tokenizer))
     if ctx.spec.parallel.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapters = with_adapters(model, lora, ctx.seed) if lora is not None else None
     plain = adapters.base_model.model if adapters is not None else model
-    return LoadedModel(plain, tokenizer, chat, adapters, DTYPES[ctx.spec.export_dtype])
+    dtype = DTYPES[ctx.spec.export_dtype]
+    return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))

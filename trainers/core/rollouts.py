@@ -98,6 +98,7 @@ def respond(
                 loaded.chat.stop_ids,
                 pad_id=loaded.tokenizer.pad_token_id,
                 uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
+                num_known=loaded.num_known,
             )
         samples = [
             Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)

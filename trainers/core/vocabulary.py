@@ -1,6 +1,27 @@
-"""Whether two models mean the same by a token."""
+"""Which tokens models know, and whether two of them mean the same by one."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+
+from trainers.contract import BadInput
+
+
+def num_known(model: Any, tokenizer: Any) -> int:
+    """Ids below this may be tokens that the model embeds. Above are rows that only make a matrix's size a round one."""
+    named = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return int(min(named, model.get_input_embeddings().weight.shape[0]))
+
+
+def check_known(rows: Iterable[Any], known: int | None, tokenizer: Any, where: str, reader: str) -> None:
+    """Raise BadInput if a row of token ids holds one that a model does not know. ``where``: the field of the rows."""
+    largest = max((int(np.max(row)) for row in rows if len(row)), default=-1)
+    if known is not None and largest >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise BadInput(
+            f"{where}: the {reader} does not know the token {token!r}: use rows without it, or another {reader}"
+        )
 
 
 def same_tokens(teacher: Any, student: Any) -> str | None:

@@ -27,7 +27,7 @@ from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
-from trainers.core.vocabulary import same_tokens
+from trainers.core.vocabulary import check_known, same_tokens
 from trainers.phases.distill.loss import forward_kl, generalized_jsd
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
@@ -59,6 +59,8 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
     trace_rows, traces = _traces(spec, ctx, student)
     prompt_rows, prompts = _prompts(spec, ctx, student)
+    check_known((e.sequence.ids for e in traces), teacher.num_known, student.tokenizer, "traces", "teacher")
+    check_known((p.ids for p in prompts), teacher.num_known, student.tokenizer, "prompts", "teacher")
     streams = Streams(spec.on_policy_fraction)
     order = BatchOrder(len(traces or prompts), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
     total_steps = spec.duration.max_steps or streams.total_steps(order.total_steps)
@@ -158,6 +160,7 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
         raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")
     check_scoring(teacher, ctx.workers)
     check_scoring(student, ctx.workers)
+    student.num_known = teacher.num_known  # it may have more tokens, which the teacher cannot read
     return teacher, student
 
 

@@ -245,7 +245,10 @@ class Bench:
         return found["differ"]
 
     def _compare_tokens(self) -> str | None:
-        reason = same_tokens(self.laboratory.reference.tokenizer, self.loaded.tokenizer)
+        reference = self.laboratory.reference
+        reason = same_tokens(reference.tokenizer, self.loaded.tokenizer)
+        if reason is None and (self.loaded.num_known or 0) > (reference.num_known or 0):
+            reason = f"it knows {self.loaded.num_known}, the reference {reference.num_known}"
         return None if reason is None else f"its tokens are not the reference's: {reason}"
 
     def _data(self, data: BenchmarkRows | None) -> BenchmarkRows:
