@@ -7,6 +7,22 @@ from pydantic import Field, model_validator
 from trainers.spec import Checkpoint, ModelPhaseSpec, ModelRef, Optim, PromptData, RewardModelRef, Sampling, SpecModel
 
 
+class PolicyOptim(Optim):
+    """AdamW, its schedule, and gradient clipping, for a policy."""
+
+    lr: float = Field(default=3e-6, gt=0)
+    """Peak learning rate."""
+    eps: float = Field(default=1e-5, gt=0)
+    """Added to the denominator."""
+
+
+class CriticOptim(PolicyOptim):
+    """AdamW, its schedule, and gradient clipping, for a critic."""
+
+    lr: float = Field(default=6e-6, gt=0)
+    """Peak learning rate; it has to keep up with the policy."""
+
+
 class KlControl(SpecModel):
     coef: float = Field(default=0.05, ge=0)
     """Weight of the per-token KL penalty in the reward."""
@@ -39,9 +55,9 @@ class PpoSpec(ModelPhaseSpec):
     """Passes over a round's responses."""
     sampling: Sampling = Sampling()
     """Rollouts; training uses the same temperature."""
-    optim: Optim = Optim(lr=3e-6, eps=1e-5)
+    optim: PolicyOptim = PolicyOptim()
     """The policy's optimizer."""
-    critic_optim: Optim = Optim(lr=6e-6, eps=1e-5)
+    critic_optim: CriticOptim = CriticOptim()
     """The critic's optimizer."""
     kl: KlControl = KlControl()
     """Penalty for leaving the reference."""
