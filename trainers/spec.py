@@ -299,12 +299,12 @@ class Optim(SpecModel):
 
 
 class Duration(SpecModel):
-    """How long to train: `epochs`, cut at `maxSteps` if that is set."""
+    """How long to train: `epochs`, or exactly `maxSteps` if that is set."""
 
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training rows."""
+    """Passes over the training rows; of a distillation over the traces, or over the prompts if it has no traces."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, whatever `epochs` says; the data is repeated if it runs out."""
+    """Optimizer steps, whatever `epochs` says: fewer than its passes need, or more, for which the rows are repeated."""
 
 
 class Lora(SpecModel):

@@ -4,7 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import Checkpoint, ModelPhaseSpec, ModelRef, Optim, PromptData, RewardModelRef, Sampling, SpecModel
+from trainers.spec import (
+    Checkpoint,
+    Lora,
+    ModelPhaseSpec,
+    ModelRef,
+    Optim,
+    PromptData,
+    RewardModelRef,
+    Sampling,
+    SpecModel,
+)
 
 
 class PolicyOptim(Optim):
@@ -45,6 +55,8 @@ class PpoSpec(ModelPhaseSpec):
     """Model that the policy is held close to; the policy as it was at the start unless set."""
     data: PromptData
     """Prompts to respond to."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the policy instead of all weights; the critic is trained whole."""
     iterations: int = Field(default=100, ge=1)
     """Rounds of generating and optimising."""
     batch_size: int = Field(default=64, ge=1)
@@ -87,6 +99,10 @@ class PpoSpec(ModelPhaseSpec):
             raise ValueError(f"batchSize {self.batch_size} is not a multiple of miniBatchSize {size}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature 0 never explores: PPO needs a temperature above 0")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout {self.lora.dropout} makes the ratio of new to old probability noise: PPO needs 0"
+            )
         return self
 
     def final_metrics(self) -> tuple[str, ...]:
