@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from foreign_models import save_encoder
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from trainers.core.rewards import response_rewards
 from trainers.workspace import PhaseDir
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
@@ -202,47 +204,6 @@ def test_a_round_ends_early_when_the_policy_has_moved(run_phase, spec_for, tmp_p
     assert [line["updates"] for line in lines(tmp_path / "run" / "ppo")] == [1, 1, 1]
 
 
-def test_a_round_never_ends_before_its_first_update(run_phase, spec_for, tmp_path):
-    """What seems to have moved by then is rounding: other rows beside a response."""
-    spec = spec_for(maxKlPerUpdate=1e-30, parallel={"precision": "bf16", "microBatchTokens": 24})
-    assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 0
-    assert [line["updates"] for line in lines(tmp_path / "run" / "ppo")] == [1, 1, 1]
-
-
-class TestLora:
-    LORA = {"rank": 4, "targetModules": ["q_proj", "down_proj"]}
-
-    def test_the_reference_is_the_base_without_adapters(self, run_phase, spec_for, tiny_model_dir, tmp_path):
-        """As with a copy of the base as reference, to the bit."""
-        spec = spec_for(lora=self.LORA)
-        assert run_phase("ppo", spec, None, tmp_path / "a" / "ppo")[0] == 0
-        copy = spec_for(lora=self.LORA, reference={"source": str(tiny_model_dir)})
-        assert run_phase("ppo", copy, None, tmp_path / "b" / "ppo")[0] == 0
-        assert_same(weights(tmp_path / "a" / "ppo"), weights(tmp_path / "b" / "ppo"))
-        first, *_, last = lines(tmp_path / "a" / "ppo")
-        assert first["kl"] == 0 and last["kl"] > 0
-
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    def test_adapters_are_trained_and_merged(
-        self, run_phase, stop_after, spec_for, tiny_model_dir, tmp_path, precision
-    ):
-        spec = spec_for(lora=self.LORA, parallel={"precision": precision}, optim={"lr": 1e-2, "eps": 1e-5})
-        output, stopped = tmp_path / "a" / "ppo", tmp_path / "b" / "ppo"
-        assert run_phase("ppo", spec, None, output)[0] == 0
-        before, after = load_file(tiny_model_dir / "model.safetensors"), weights(output)
-        changed = {name for name in before if not torch.equal(before[name].to(after[name]), after[name])}
-        assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
-        with stop_after(2):
-            run_phase("ppo", spec, None, stopped)
-        assert run_phase("ppo", spec, None, stopped)[0] == 0
-        assert_same(weights(stopped), after)
-
-    def test_dropout_is_refused(self, run_phase, spec_for, tmp_path, capsys):
-        spec = spec_for(lora={**self.LORA, "dropout": 0.1})
-        assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 2
-        assert "lora.dropout 0.1" in capsys.readouterr().err
-
-
 def test_it_learns_what_is_rewarded(run_phase, spec_for, tmp_path):
     """A penalty for not ending, and nothing else worth having: responses learn to end."""
     spec = spec_for(
@@ -275,12 +236,77 @@ def test_dropout_is_taken_out(run_phase, spec_for, tiny_model_dir, tmp_path):
     assert lines(tmp_path / "run" / "ppo")[0]["approx_kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_critic_with_other_tokens_is_refused(run_phase, spec_for, tiny_reward_dir, tmp_path, capsys):
+@pytest.fixture
+def other_reward_dir(tiny_reward_dir, tmp_path):
+    """A reward model whose tokens have other ids than the policy's, and whose template is another."""
+    from tokenizers import Tokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
-    tokenizer.add_tokens(["extra"])
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = [token for token in core["model"]["vocab"] if not token.startswith("<")]
+    ids = [core["model"]["vocab"][name] for name in names]
+    core["model"]["vocab"] |= dict(zip(names, reversed(ids), strict=True))
+    other = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    other.chat_template = "{% for m in messages %}{{ m.content }} <eos> {% endfor %}"
     AutoModelForSequenceClassification.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    code, _ = run_phase("ppo", spec_for(rewardModel={"source": str(tmp_path / "rm")}), None, tmp_path / "run" / "ppo")
-    assert code == 2
-    assert "rewardModel (the critic starts from it)" in capsys.readouterr().err
+    other.save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def test_a_reward_model_with_other_tokens_scores_text(run_phase, spec_for, other_reward_dir, tmp_path, capsys):
+    """Its rewards are those it gives the responses' text; the critic is the policy with a fresh head."""
+    assert_scores_text(run_phase, spec_for, other_reward_dir, tmp_path)
+    said = capsys.readouterr().out
+    assert "the critic starts from the policy with a fresh head: the reward model reads other tokens" in said
+
+
+def test_an_encoder_is_a_reward_model_too(run_phase, spec_for, tmp_path, capsys):
+    assert_scores_text(run_phase, spec_for, save_encoder("bert", tmp_path / "rm"), tmp_path)
+    assert "reward models of type bert score a text as a whole" in capsys.readouterr().out
+
+
+def assert_scores_text(run_phase, spec_for, folder, tmp_path):
+    scored = []
+
+    def spy(workers, model, prompts, responses, *args, **kwargs):
+        found = response_rewards(workers, model, prompts, responses, *args, **kwargs)
+        scored.append((model, prompts, responses, found))
+        return found
+
+    output = tmp_path / "run" / "ppo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.core.rollouts.response_rewards", spy)
+        code, result = run_phase("ppo", spec_for(rewardModel={"source": str(folder)}, iterations=2), None, output)
+    assert code == 0
+    assert all(text.split() for _, _, responses, _ in scored for text in responses)  # no tokens, no empty texts
+    mean = sum(scored[-1][3]) / len(scored[-1][3])
+    assert result.metrics["rewardLast"] == pytest.approx(mean, abs=1e-5)
+    assert len(set(scored[-1][3])) > 1
+    trained = load_file(output / "model" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in trained.values())
+
+
+def test_the_critic_can_have_a_start_of_its_own(
+    run_phase, spec_for, tiny_reward_dir, other_reward_dir, tmp_path, capsys
+):
+    spec = spec_for(
+        rewardModel={"source": str(other_reward_dir)}, critic={"source": str(tiny_reward_dir)}, iterations=1
+    )
+    assert run_phase("ppo", spec, None, tmp_path / "a" / "ppo")[0] == 0
+    assert "fresh head" not in capsys.readouterr().out
+    refused = {**spec, "critic": {"source": str(other_reward_dir)}}
+    assert run_phase("ppo", refused, None, tmp_path / "b" / "ppo")[0] == 2
+    assert "critic: it must read the policy's tokens, but" in capsys.readouterr().err
+
+
+def test_a_fresh_critic_goes_on_from_its_checkpoint(run_phase, spec_for, other_reward_dir, tmp_path, stop_after):
+    spec = spec_for(rewardModel={"source": str(other_reward_dir)}, iterations=3)
+    whole, output = tmp_path / "a" / "run" / "ppo", tmp_path / "b" / "run" / "ppo"
+    assert run_phase("ppo", spec, None, whole)[0] == 0
+    with stop_after(2):
+        assert run_phase("ppo", spec, None, output)[0] == 143
+    assert run_phase("ppo", spec, None, output)[0] == 0
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (whole, output))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -48,3 +48,11 @@ def _kept_weights(model: Any, layers: tuple[int, ...]) -> dict[str, torch.Tensor
 def score_head_name(model: Any) -> str | None:
     """Attribute of a sequence classifier that makes scores of hidden states; None for other models."""
     return next((name for name in ("score", "classifier") if isinstance(getattr(model, name, None), nn.Module)), None)
+
+
+def score_head(model: Any) -> Any:
+    """The linear layer that makes a score of a hidden state, or peft's trained copy of it."""
+    head = getattr(model, score_head_name(model) or "", None)
+    if isinstance(getattr(head, "original_module", head), nn.Linear):
+        return head
+    raise BadInput(f"models of type {model.config.model_type} have no linear score head")

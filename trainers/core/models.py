@@ -33,6 +33,8 @@ class LoadedModel:
     """Type of the weights that are saved; None: as they are held."""
     num_known: int | None = None
     """Responses hold ids below this alone: a phase lowers it to what those embed who read the responses. None: no limit."""
+    whole_turns: bool = False
+    """Of a reward model from elsewhere: it is read at the end of all that its template writes, not of the response."""
     packs: bool = True
     """Whether several sequences can share a row without seeing each other; the start-up check finds out."""
 
@@ -59,12 +61,10 @@ def load_causal_lm(
     return prepared(ctx, *causal_lm(ctx, ref, dtype or held_in(ctx, ref, frozen or lora is not None)), lora, frozen)
 
 
-def load_some_layers(
-    ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...], lora: Lora | None = None
-) -> LoadedModel:
+def load_some_layers(ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...]) -> LoadedModel:
     """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
-    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
-    return prepared(ctx, keep_layers(model, layers), tokenizer, lora, frozen=False)
+    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=False))
+    return prepared(ctx, keep_layers(model, layers), tokenizer, None, frozen=False)
 
 
 def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bool) -> torch.dtype:

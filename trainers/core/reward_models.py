@@ -9,17 +9,58 @@ from transformers import AutoModelForSequenceClassification
 
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
+from trainers.core.classifiers import RewardModel, TextClassifier, check_text_scores
 from trainers.core.context import PhaseContext
+from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel, causal_lm, held_in, prepared, pretrained
+from trainers.core.rewards import check_reward_scoring, reads_last_token
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
+MARK = "score_token_ids"
+"""In the config of the project's own reward models: the tokens at which, as a response's last, a score is read."""
 
-def load_reward_model(ctx: PhaseContext, ref: RewardModelRef, frozen: bool = True) -> LoadedModel:
-    """A one-label sequence classifier with its tokenizer, on the device."""
-    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, held_in(ctx, ref, frozen))
+
+def load_reward_model(ctx: PhaseContext, ref: RewardModelRef) -> RewardModel:
+    """A frozen one-label sequence classifier with its tokenizer, on the device, read as its architecture demands.
+
+    One whose score is a linear layer on its last token's hidden state is scored as the project's own are; any other by
+    its own forward. Raises BadInput for a model that has not one label.
+    """
+    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=True))
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        loaded = prepared(ctx, model, tokenizer, None, frozen=True)
+        loaded.whole_turns = ref.phase is None and not hasattr(model.config, MARK)
+        if reads_last_token(loaded, ctx.workers):
+            return loaded
+    if ref.dtype == "auto" and model.dtype != torch.float32:
+        model, tokenizer = _classifier(ctx, ref, torch.float32)
+    return _text_classifier(ctx, model, tokenizer)
+
+
+def load_value_model(ctx: PhaseContext, ref: RewardModelRef) -> LoadedModel:
+    """A one-label sequence classifier to be trained further, read at every token. Raises BadInput for other kinds."""
+    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=False))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        kind = model.config.model_type
+        raise BadInput(f"reward models of type {kind} score a text as a whole, so none of its tokens has a value")
+    loaded = prepared(ctx, model, tokenizer, None, frozen=False)
+    check_reward_scoring(loaded, ctx.workers)
+    return loaded
+
+
+def _classifier(ctx: PhaseContext, ref: RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
+    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, dtype)
     if model.config.num_labels != 1:
         raise BadInput(f"{ref.source or ref.phase} has {model.config.num_labels} labels; a reward model has one")
-    return prepared(ctx, model, tokenizer, None, frozen)
+    return model, tokenizer
+
+
+def _text_classifier(ctx: PhaseContext, model: Any, tokenizer: Any) -> TextClassifier:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    classifier = TextClassifier(model.to(ctx.workers.device).requires_grad_(False).eval(), tokenizer)
+    check_text_scores(ctx.workers, classifier)
+    return classifier
 
 
 def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None) -> tuple[LoadedModel, Any]:
@@ -35,6 +76,7 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
     config.pad_token_id = tokenizer.pad_token_id
     if len(stop_ids) > 1:  # a classifier has no generation settings to keep them in
         config.eos_token_id = sorted(stop_ids)
+    setattr(config, MARK, sorted(stop_ids))
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -64,12 +106,3 @@ def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None
     tokenizer.add_special_tokens({"pad_token": free[0] if free else "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-
-
-def score_head(model: Any) -> Any:
-    """The linear layer that makes a score of a hidden state, or peft's trained copy of it."""
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(getattr(head, "original_module", head), nn.Linear):
-            return head
-    raise BadInput(f"models of type {model.config.model_type} have no linear score head")

@@ -7,17 +7,18 @@ place when pad and end token are the same, and makes the score depend on the bat
 from collections.abc import Sequence as List
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
-from trainers.core.chat import ChatFormat
+from trainers.core.classifiers import RewardModel, TextClassifier, text_scores
 from trainers.core.encode import joined
+from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
-from trainers.core.reward_models import score_head
 from trainers.core.scoring import error_share, hidden_states, in_eval_mode, in_fp32, probe_sequences, tolerance
-from trainers.core.templates import Messages
+from trainers.core.templates import Messages, renderer
 
 
 def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -56,7 +57,7 @@ def score_sequences(
 
 def response_rewards(
     workers: Workers,
-    loaded: LoadedModel,
+    model: RewardModel,
     prompts: List[Messages],
     responses: List[str],
     ended: List[bool] | None,
@@ -69,30 +70,48 @@ def response_rewards(
     ``prompts[i]`` are the messages that ``responses[i]`` answers; ``ended[i]`` says whether the response stopped by
     itself (None: all did). One that hit the length limit is scored without an end token, which it did not earn.
     """
+    if isinstance(model, TextClassifier):
+        texts = [model.encoded(*pair, max_length) for pair in zip(prompts, responses, strict=True)]
+        return [float(score) for score in text_scores(workers, model, texts, micro_batch_tokens)]
     flags = [True] * len(responses) if ended is None else ended
     sequences = [
-        reward_sequence(loaded.chat, prompt, response, flag, max_length)
+        reward_sequence(model, prompt, response, flag, max_length)
         for prompt, response, flag in zip(prompts, responses, flags, strict=True)
     ]
-    return [float(s) for s in score_sequences(workers, loaded, sequences, micro_batch_tokens, packing)]
+    return [float(s) for s in score_sequences(workers, model, sequences, micro_batch_tokens, packing)]
 
 
-def reward_sequence(chat: ChatFormat, prompt: Messages, response: str, ended: bool, max_length: int) -> Sequence:
+def reward_sequence(loaded: LoadedModel, prompt: Messages, response: str, ended: bool, max_length: int) -> Sequence:
     """What the reward model reads: as in training, but a response that is too long is cut, not dropped."""
-    question, answer = chat.answer(prompt, response, ended)
+    if ended and loaded.whole_turns:
+        return _whole_turn(loaded, prompt, response, max_length)
+    question, answer = loaded.chat.answer(prompt, response, ended)
     sequence = joined(question, answer[: max_length - 1], max_length)
     assert sequence is not None  # one token of the prompt always has room
     return sequence
 
 
-@torch.no_grad()
+def _whole_turn(loaded: LoadedModel, prompt: Messages, response: str, max_length: int) -> Sequence:
+    """All that the template writes, as published reward models were trained: many read the line break behind the end."""
+    text = renderer(loaded.tokenizer)([*prompt, {"role": "assistant", "content": response}], False)
+    ids = np.array(loaded.tokenizer(text, add_special_tokens=False)["input_ids"][-max_length:], dtype=np.int64)
+    return Sequence(ids, np.zeros(len(ids), dtype=bool))
+
+
 def check_reward_scoring(loaded: LoadedModel, workers: Workers) -> None:
-    """Compare scores with those of the model's own forward on single sequences, and find out whether these can share rows.
+    """Raise BadInput unless a score is the head's product with the last token's hidden state; see below."""
+    if not reads_last_token(loaded, workers):
+        kind = loaded.model.config.model_type
+        raise BadInput(f"reward models of type {kind} cannot be used: padded scores differ from the model's own")
+
+
+@torch.no_grad()
+def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
+    """Whether scores are those of the model's own forward on single sequences; and whether these can share rows.
 
     Sets ``loaded.packs``; see :func:`trainers.core.scoring.check_scoring` for what this guards against.
     """
     model, device = loaded.model, workers.device
-    kind = model.config.model_type
     sequences = probe_sequences(model)
     with in_eval_mode(model):
         own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
@@ -102,9 +121,11 @@ def check_reward_scoring(loaded: LoadedModel, workers: Workers) -> None:
             return error_share(list(scores[:, None, None]), own) > tolerance(model)
 
         if differs(packing=False):
-            raise BadInput(f"reward models of type {kind} cannot be used: padded scores differ from the model's own")
+            return False
         loaded.packs = not differs(packing=True)
     if not loaded.packs and workers.is_main:
+        kind = model.config.model_type
         print(
             f"packing is off: reward models of type {kind} cannot keep sequences in one row apart, so rows are padded"
         )
+    return True

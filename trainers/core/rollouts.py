@@ -9,6 +9,7 @@ import torch
 
 from trainers.contract import BadInput, Diverged
 from trainers.core.chat import ChatFormat
+from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.generate import generate
@@ -80,7 +81,7 @@ def respond(
     prompts: List[Prompt],
     sampling: Sampling,
     keys: List[tuple[int, ...]],
-    reward_model: LoadedModel | None = None,
+    reward_model: RewardModel | None = None,
     micro_batch_tokens: int = 8192,
 ) -> list[Sample]:
     """One response per prompt, in order and the same on all ranks, which share the work.
@@ -114,7 +115,7 @@ def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:
     return torch.from_numpy(np.array(rows).reshape(len(keys), count))
 
 
-def _rewarded(workers: Workers, model: LoadedModel, samples: list[Sample], micro_batch_tokens: int) -> list[Sample]:
+def _rewarded(workers: Workers, model: RewardModel, samples: list[Sample], micro_batch_tokens: int) -> list[Sample]:
     rewards = response_rewards(
         workers,
         model,

@@ -16,6 +16,7 @@ from trainers.contract import BadInput
 from trainers.core.batch import Batch, BatchOrder, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
+from trainers.core.classifiers import RewardModel
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
@@ -150,10 +151,11 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
     """Teacher and student. Raises BadInput when the same token id means different things to them."""
     teacher = load_causal_lm(ctx, spec.teacher, frozen=True)
     if spec.student.teacher_layers is not None:
-        start = spec.teacher.model_copy(update={"dtype": spec.student.dtype})
-        student = load_some_layers(ctx, start, spec.student.teacher_layers, spec.lora)
+        student = load_some_layers(
+            ctx, spec.teacher.model_copy(update={"dtype": spec.student.dtype}), spec.student.teacher_layers
+        )
     else:
-        student = load_causal_lm(ctx, spec.student, spec.lora)
+        student = load_causal_lm(ctx, spec.student)
     problem = same_tokens(teacher.tokenizer, student.tokenizer)
     if problem:
         raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")
@@ -192,7 +194,7 @@ def _own_samples(
     spec: DistillSpec,
     ctx: PhaseContext,
     student: LoadedModel,
-    reward_model: LoadedModel | None,
+    reward_model: RewardModel | None,
     prompts: List[Prompt],
     step: int,
 ) -> list[Example]:

@@ -1,14 +1,15 @@
 """What all models of an evaluation share: rows, cells, the reward model and the reference."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 from trainers.contract import BadInput, DataRecord, Diverged, canonical_json, sha256_text
+from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rows import Row, Rows, read_rows
+from trainers.core.rows import Row, read_rows
+from trainers.files import tree_digest
 from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.phases.evaluate.spec import EntryBase, EvaluateSpec
@@ -20,9 +21,9 @@ class Laboratory:
         self.ctx, self.spec = ctx, spec
         self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
         self.reference_ref = reference
-        self._rows: dict[tuple[str, str], Rows] = {}
-        self._shortened: set[int] = set()
-        self._reward_model: LoadedModel | None = None
+        self.records: dict[str, DataRecord] = {}
+        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._reward_model: RewardModel | None = None
         self._reference: LoadedModel | None = None
         self._digests: dict[str, str] = {}
 
@@ -37,30 +38,13 @@ class Laboratory:
     def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
         if (where, schema) not in self._rows:
-            self._rows[where, schema] = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
-        return self._rows[where, schema].rows
-
-    def place(self, row: Row) -> str:
-        """Where a row stands, for messages."""
-        pairs = (pair for rows in self._rows.values() for pair in zip(rows.rows, rows.places, strict=True))
-        return next(place for other, place in pairs if other is row)
-
-    def shortened(self, row: Row) -> None:
-        """Note that some model has not seen a row's whole prompt."""
-        self._shortened.add(id(row))
-
-    def records(self) -> list[DataRecord]:
-        """What was read of each source."""
-        found: dict[str, DataRecord] = {}
-        for rows in self._rows.values():
-            flags = iter([id(row) in self._shortened for row in rows.rows])
-            for record in rows.records:
-                shortened = sum(islice(flags, record.rows))
-                found[record.source] = record.model_copy(update={"shortened": shortened})
-        return list(found.values())
+            found = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
+            self._rows[where, schema] = found.rows
+            self.records |= {record.source: record for record in found.records}
+        return self._rows[where, schema]
 
     @property
-    def reward_model(self) -> LoadedModel:
+    def reward_model(self) -> RewardModel:
         if self._reward_model is None:
             assert self.spec.reward_model is not None
             self._reward_model = load_reward_model(self.ctx, self.spec.reward_model)
@@ -82,19 +66,20 @@ class Laboratory:
         return self._digests[name]
 
     def _content(self, ref: ModelRef | RewardModelRef) -> str:
-        """Its phase's artifact, what was found of it before the start (a folder's files, a hub's commit), or a seed."""
+        """Its phase's artifact, a folder's files, a name on a hub (whose commit is the reference's revision), a seed."""
         if ref.phase is not None:
             return self.ctx.file.inputs[ref.phase].digest
-        path = next(path for path, other in find_models(self.spec, type(ref)) if other is ref)
-        return self.ctx.origins.content.get(path) or ref.source or f"seed {self.ctx.seed}"
+        if ref.source is None:
+            return f"seed {self.ctx.seed}"
+        folder = self.ctx.base_dir / ref.source
+        return tree_digest(folder) if folder.is_dir() else ref.source
 
     def cell(self, model: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """A measurement of a model from its cell, or made now. All processes get the same.
 
         Raises Diverged when what was measured is not finite.
         """
-        made_by = {"image": self.ctx.file.image, "program": self.ctx.origins.program}
-        key = {**key, **made_by, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
+        key = {**key, "image": self.ctx.file.image, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
         main = self.ctx.workers.is_main
         value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
         if value is None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from trainers.core.batch import Batch, Sequence
 from trainers.core.encode import joined
+from trainers.core.layers import score_head
 from trainers.core.parallel import Workers
-from trainers.core.reward_models import score_head
 from trainers.core.rollouts import Sample
 from trainers.core.scoring import hidden_states, in_fp32
 from trainers.core.step import Layout, scored

@@ -18,7 +18,6 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
-from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
@@ -26,6 +25,7 @@ from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import same_tokens
 from trainers.phases.ppo.advantages import explained_variance
+from trainers.phases.ppo.critic import load_critic
 from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
 from trainers.phases.ppo.loss import adapted_coef, clipped, kl_estimate, policy_loss, value_loss
 from trainers.phases.ppo.spec import PpoSpec
@@ -33,12 +33,11 @@ from trainers.phases.ppo.spec import PpoSpec
 
 def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
-    loaded = load_causal_lm(ctx, spec.policy, spec.lora)
-    check_scoring(loaded, ctx.workers)
-    reference = load_reference(ctx, spec.reference, spec.policy, loaded)
+    loaded = load_causal_lm(ctx, spec.policy)
+    reference = load_causal_lm(ctx, spec.reference or spec.policy, frozen=True, like=loaded)
     reward_model = load_reward_model(ctx, spec.reward_model)
-    critic_model = load_reward_model(ctx, spec.reward_model, frozen=False)
-    _check_models(loaded, critic_model)
+    critic_model = load_critic(ctx, spec, loaded, reward_model)
+    _check_models(ctx, loaded, reference, critic_model)
     data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
     check_room(loaded, prompts, spec.sampling)
     order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
@@ -47,7 +46,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     critic = Trainee(
         ctx.workers, Critic(critic_model.model), spec.critic_optim, updates, model_flops(critic_model.model)
     )
-    packing = spec.packing and loaded.packs and reference.loaded.packs and critic_model.packs
+    packing = spec.packing and loaded.packs and reference.packs and critic_model.packs
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
     checkpoints.state = {"kl_coef": spec.kl.coef}
     first = checkpoints.restore()
@@ -68,7 +67,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
                 samples,
                 state["kl_coef"],
                 logprobs_of(policy.module, spec.sampling.temperature),
-                _reference_logprobs(reference, spec.sampling.temperature),
+                logprobs_of(Scorer(reference.model), spec.sampling.temperature),
                 critic.module,
                 packing,
             )
@@ -178,25 +177,16 @@ def logprobs_of(scorer: nn.Module, temperature: float) -> TokenScores:
     return scores
 
 
-def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores:
-    score = logprobs_of(Scorer(reference.loaded.model), temperature)
-
-    def scores(batch: Batch) -> torch.Tensor:
-        with reference.scoring():
-            return score(batch)
-
-    return scores
-
-
-def _check_models(policy: LoadedModel, critic: LoadedModel) -> None:
-    """Raise BadInput unless both read the same tokens; and take dropout out of what is trained.
+def _check_models(ctx: PhaseContext, policy: LoadedModel, reference: LoadedModel, critic: LoadedModel) -> None:
+    """Raise BadInput unless the reference reads the policy's tokens; and take dropout out of what is trained.
 
     With dropout the ratio of new to old probability is noise even before the first update.
     """
-    problem = same_tokens(policy.tokenizer, critic.tokenizer)
+    problem = same_tokens(policy.tokenizer, reference.tokenizer)
     if problem:
-        reason = problem.replace("teacher", "policy")
-        raise BadInput(f"rewardModel (the critic starts from it): its tokenizer is not the policy's: {reason}")
+        raise BadInput(f"reference: its tokenizer is not the policy's: {problem.replace('teacher', 'policy')}")
+    check_scoring(policy, ctx.workers)
+    check_scoring(reference, ctx.workers)
     for loaded in (policy, critic):
         for module in loaded.model.modules():
             if isinstance(module, nn.Dropout):

@@ -8,6 +8,7 @@ import statistics
 from typing import Any
 
 from trainers import jsonl
+from trainers.core.classifiers import RewardModel
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
@@ -90,7 +91,7 @@ def _summary(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def _token_check(loaded: LoadedModel, reward_model: LoadedModel | None, prompts: list[Prompt]) -> dict[str, float]:
+def _token_check(loaded: LoadedModel, reward_model: RewardModel | None, prompts: list[Prompt]) -> dict[str, float]:
     """What ``--max-new-tokens 1`` is for. Raises BadInput when prompts do not become sane tokens."""
     metrics = check_tokens(loaded.chat, prompts, "policy")
     if reward_model is not None:
@@ -98,6 +99,7 @@ def _token_check(loaded: LoadedModel, reward_model: LoadedModel | None, prompts:
         metrics["rewardModelSameTokens"] = float(difference is None)
         if difference is not None:
             print(f"the reward model reads responses as text, its tokens are others: {difference}")
-            check_tokens(reward_model.chat, prompts, "rewardModel")
+            if isinstance(reward_model, LoadedModel):
+                check_tokens(reward_model.chat, prompts, "rewardModel")
     print(f"tokens of {len(prompts)} prompts checked: {metrics}")
     return metrics
