@@ -1,6 +1,5 @@
 """Everything that can be known to be wrong with a run before anything starts; the part that looks at files included."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
 from trainers.phases import phase_type
 from trainers.spec import (
+    ChatSettings,
     DataSource,
     ModelRef,
     RewardModelRef,
@@ -26,6 +26,7 @@ from trainers.spec import (
     is_address,
 )
 from trainers.synthetic import TASKS
+from trainers.vocabulary import other_tokens, stored_vocabulary
 
 
 def load_run(document: Document, base_dir: Path | None = None, local: bool = False) -> AlignmentRun:
@@ -106,6 +107,7 @@ def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Prob
     models: list[tuple[str, ModelRef | RewardModelRef]] = [*_find(spec, ModelRef), *_find(spec, RewardModelRef)]
     for path, model in models:
         yield from _model_problems(f"{_join(place, path)}.source", model.source, base_dir)
+        yield from _template_problems(f"{_join(place, path)}.chatTemplate", model, base_dir)
 
 
 T = TypeVar("T", bound=SpecModel)
@@ -172,6 +174,14 @@ def _model_problems(path: str, source: str | None, base_dir: Path) -> Iterator[P
         yield Problem(path, f'"{source}" is not there: {folder.absolute()} does not exist')
 
 
+def _template_problems(path: str, settings: ChatSettings, base_dir: Path) -> Iterator[Problem]:
+    file = settings.chat_template_file(base_dir)
+    if file is not None and not file.is_file():
+        yield Problem(
+            path, f'"{settings.chat_template}" is neither a template nor a file: {file.absolute()} is not there'
+        )
+
+
 def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:
     """Pairs of models in local folders whose vocabularies differ."""
     entries = {entry.name: entry for entry in run.phases}
@@ -179,16 +189,8 @@ def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:
         for path, first, second in model_pairs(entry):
             sources = [root(ref, entry, entries, run.spec.model) for ref in (first, second)]
             folders = [base_dir / s.source for s in sources if s is not None and s.source is not None]
-            vocabularies = [_vocabulary(folder) for folder in folders if (folder / "tokenizer.json").is_file()]
-            if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+            stored = [stored_vocabulary(folder) for folder in folders if (folder / "tokenizer.json").is_file()]
+            if len(stored) == 2 and other_tokens(stored[0], stored[1]) is not None:
                 yield Problem(
                     path, f"its tokenizer ({folders[1]}) has another vocabulary than the other model's ({folders[0]})"
                 )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    document = json.loads((folder / "tokenizer.json").read_text())
-    words = document.get("model", {}).get("vocab", {})
-    if isinstance(words, list):  # Unigram: [piece, score] in the order of their ids.
-        words = {str(piece[0]): i for i, piece in enumerate(words)}
-    return {**words, **{token["content"]: token["id"] for token in document.get("added_tokens", [])}}

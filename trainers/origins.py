@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from trainers.contract import Identity, Origins, PhaseType
-from trainers.fingerprints import fingerprint, folder_fingerprint, is_folder, package_version
+from trainers.fingerprints import files_fingerprint, fingerprint, folder_fingerprint, is_folder, package_version
 from trainers.program import program_identity
 from trainers.spec import ModelRef, PhaseSpec, RewardModelRef, find_models, is_address
 
@@ -48,6 +48,8 @@ def _models(spec: PhaseSpec, base_dir: Path, known: Mapping[str, str]) -> Iterat
     refs: list[tuple[str, ModelRef | RewardModelRef]] = [*find_models(spec, ModelRef)]
     refs += find_models(spec, RewardModelRef)
     for path, ref in refs:
+        if (template := ref.chat_template_file(base_dir)) is not None and template.is_file():
+            yield f"{path}.chatTemplate", files_fingerprint([template])
         if ref.source is not None and (mark := _model(ref.source, ref.revision, base_dir, known)) is not None:
             yield path, mark
 

@@ -4,8 +4,10 @@ This module and every ``phases/*/spec.py`` import no torch, so the controller ca
 YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 """
 
+import datetime
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -202,7 +204,40 @@ class ArtifactRef(SpecModel):
     """Name of the phase in this run whose artifact is meant."""
 
 
-class ModelRef(ArtifactRef):
+class ChatSettings(SpecModel):
+    """How conversations become a model's tokens, where that is not as its files say. Saved with what is trained from it."""
+
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A chat template in place of the model's: its text, or a file with it (relative paths start at the run file). A base model gets its instruct model's format by this and `endToken`."""
+    end_token: str | None = Field(default=None, min_length=1)
+    """The token that ends a text, in place of the tokenizer's, for example `<|im_end|>`. The end of turn that a template writes ends a response anyway."""
+    template_options: dict[str, Any] = {}
+    """Values for variables of the template, for example `{enable_thinking: false}`."""
+    template_date: str | None = Field(default=None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+    """Today, for a template that shows it. Unless set it is 2024-07-26 whenever a run runs, so that its tokens do not change."""
+
+    @model_validator(mode="after")
+    def _values_of_a_template(self) -> Self:
+        for name, value in self.template_options.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or not isinstance(value, bool | int | float | str):
+                raise ValueError(
+                    f"templateOptions.{name}: {value!r} must be a truth value, number or text under a plain name"
+                )
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ValueError(f"templateDate {self.template_date}: {error}") from error
+        return self
+
+    def chat_template_file(self, base_dir: Path) -> Path | None:
+        """Where the template lies; None if there is none, or its text is given. Templates have braces, names do not."""
+        if self.chat_template is None or "{" in self.chat_template:
+            return None
+        return base_dir / self.chat_template
+
+
+class ModelRef(ArtifactRef, ChatSettings):
     """A causal language model: exactly one of `phase`, `source`, `scratch`."""
 
     accepts: ClassVar[tuple[ArtifactKind, ...]] = ("model",)
@@ -220,7 +255,7 @@ class ModelRef(ArtifactRef):
     """How its weights are held: `auto` is `fp32` where they are trained, and the type of the arithmetic (`parallel.precision`) where they are not, as beneath low-rank adapters. `bf16` weights that are trained take half the memory with their gradients, which then add up in bf16, and are rounded at random after each step."""
 
 
-class RewardModelRef(ArtifactRef):
+class RewardModelRef(ArtifactRef, ChatSettings):
     """A scalar reward model: exactly one of `phase`, `source`."""
 
     accepts: ClassVar[tuple[ArtifactKind, ...]] = ("reward-model",)

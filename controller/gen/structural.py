@@ -4,12 +4,16 @@ An allow-list: a keyword that is not known here is an error with the field's pat
 silently reads otherwise than pydantic is worse than none.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 Schema = dict[str, Any]
+
+DETAILS = re.compile(r"(?<=[.!?]) (?=[A-Z`])|[;:] |, for example")
+"""Where a description has said what a field is."""
 
 COPIED = frozenset(
     {
@@ -56,6 +60,8 @@ class _Converter:
         self._definitions = definitions
         self._open: list[str] = []
         """Definitions being inlined, to notice recursion."""
+        self._told: set[str] = set()
+        """Definitions that have been inlined with all that is said of their fields."""
 
     def convert(self, node: Schema, path: str) -> Schema:
         if "$ref" in node:
@@ -88,6 +94,9 @@ class _Converter:
         self._open.append(name)
         inlined = self.convert(self._definitions[name], path)
         self._open.pop()
+        if name in self._told:
+            inlined = _in_brief(inlined)
+        self._told.add(name)
         beside = {key: value for key, value in node.items() if key in ("description",)}
         return inlined | beside | _default(node)
 
@@ -118,6 +127,20 @@ class _Converter:
         if not isinstance(node.get("items"), dict):
             raise NotStructural(path, "items of different types; use a list of one type")
         return {"items": self.convert(node["items"], f"{path}[]")}
+
+
+def _in_brief(schema: Any) -> Any:
+    """The schema with the beginning of every description: all is said where its model first occurs.
+
+    A model of data or of a model occurs in dozens of places, and kubectl takes a CRD of at most 256 KiB.
+    """
+    if isinstance(schema, list):
+        return [_in_brief(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    brief = {key: _in_brief(value) for key, value in schema.items()}
+    said = schema.get("description")
+    return brief | ({"description": DETAILS.split(said)[0]} if isinstance(said, str) else {})
 
 
 def _bounds(node: Schema) -> Schema:

@@ -141,6 +141,10 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         'spec.phases[a].sft.model.source: "./empty" is a folder without config.json; a model saved by Hugging Face '
         "transformers is expected",
     ),
+    "a chat template that is not there": (
+        document({"name": "a", "sft": {"model": {"source": "org/model", "chatTemplate": "chat.jinja"}, "data": DATA}}),
+        'spec.phases[a].sft.model.chatTemplate: "chat.jinja" is neither a template nor a file: HERE/chat.jinja is not there',
+    ),
     "more machines than one": (
         document(BASE, template={"nodes": 2}),
         "spec.template.nodes: 2: a local run has one machine; set 1, or apply the run to a cluster",

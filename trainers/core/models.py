@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
 from trainers.core.chat import ChatFormat, chat_format
+from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
 from trainers.core.layers import keep_layers
@@ -85,6 +86,7 @@ def causal_lm(ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype) -> tu
     from trainers.core.scratch import scratch_model
 
     model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
+    apply_chat_settings(tokenizer, ref, ctx.base_dir)
     return model.to(dtype), tokenizer
 
 
@@ -105,6 +107,7 @@ def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dty
         raise BadInput(f"model {location} cannot be loaded: {reason}") from error
     if ref.source is not None and hub_name(ref.source, ctx.base_dir) is not None:
         config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
+    apply_chat_settings(tokenizer, ref, ctx.base_dir)
     return model, tokenizer
 
 
@@ -124,3 +127,11 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     plain = adapters.base_model.model if adapters is not None else model
     dtype = DTYPES[ctx.spec.export_dtype]
     return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))
+
+
+def speak_alike(teacher: LoadedModel, student: LoadedModel) -> None:
+    """Give a base model the chat format of an instruct model of its family. What it has learned to end with still ends."""
+    student.tokenizer.chat_template = teacher.tokenizer.chat_template
+    if teacher.tokenizer.eos_token in student.tokenizer.get_vocab():
+        student.tokenizer.eos_token = teacher.tokenizer.eos_token
+    student.chat = chat_format(student.tokenizer, student.model)

@@ -1,4 +1,4 @@
-"""Which tokens models know, and whether two of them mean the same by one."""
+"""Which tokens models know, whether two of them mean the same by one, and are spoken to in the same way."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,20 @@ from typing import Any
 import numpy as np
 
 from trainers.contract import BadInput
+from trainers.core.chat import ChatFormat, chat_format
+from trainers.core.templates import Messages
+from trainers.vocabulary import Vocabulary, other_tokens
+
+PROBES: tuple[Messages, ...] = (
+    [{"role": "user", "content": "Is it 5?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it 5?"}],
+    [
+        {"role": "user", "content": "Is it 5?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Is it 6?"},
+    ],
+)
+"""Conversations that two formats make the same tokens of if they are one."""
 
 
 def num_known(model: Any, tokenizer: Any) -> int:
@@ -32,13 +46,36 @@ def other_ids(first: Any, second: Any) -> str | None:
 
 
 def same_tokens(teacher: Any, student: Any) -> str | None:
-    """Why the student's tokenizer cannot serve the teacher's, or None. Ids must mean the same text in both."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    wrong = [token for token, index in theirs.items() if ours.get(token) != index]
-    if wrong:
-        return f"{len(wrong)} of the teacher's {len(theirs)} tokens have another id or none, for example {wrong[0]!r}"
-    if teacher.eos_token_id != student.eos_token_id:
-        return f"the end token is {student.eos_token!r}, the teacher's is {teacher.eos_token!r}"
-    if teacher.chat_template != student.chat_template:
-        return "the chat templates differ"
-    return None
+    """Why the student's tokenizer cannot serve the teacher's, or None: what to change is part of it.
+
+    Ids of text must mean the same in both, and conversations become the same tokens. Other differences are no matter:
+    padding, tokens that nothing uses, the name of the end token where the template ends turns by itself.
+    """
+    difference = other_tokens(vocabulary_of(teacher), vocabulary_of(student))
+    if difference is not None:
+        return f"{difference}; use models of one family"
+    ours, theirs = chat_format(student), chat_format(teacher)
+    return next((reason for probe in PROBES if (reason := _differently(theirs, ours, probe))), None)
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    return Vocabulary(tokenizer.get_vocab(), frozenset(tokenizer.get_added_vocab()), tokenizer.pad_token)
+
+
+def _differently(teacher: ChatFormat, student: ChatFormat, messages: Messages) -> str | None:
+    theirs, ours = _tokens(teacher, messages), _tokens(student, messages)
+    if ours == theirs:
+        return None
+    if ours and theirs and (ours[0], ours[1][:-1]) == (theirs[0], theirs[1][:-1]):
+        wanted = teacher.tokenizer.convert_ids_to_tokens(theirs[1][-1])
+        got = student.tokenizer.convert_ids_to_tokens(ours[1][-1])
+        return f"the end token is {got!r}, the teacher's is {wanted!r}: set its endToken to {wanted!r}"
+    return "the chat templates differ: set its chatTemplate to the text, or the file, of the teacher's"
+
+
+def _tokens(chat: ChatFormat, messages: Messages) -> tuple[list[int], list[int]] | None:
+    """None for a conversation that the template refuses."""
+    try:
+        return chat.answer(messages, "Yes.")
+    except BadInput:
+        return None

@@ -21,7 +21,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel, load_causal_lm, load_some_layers
+from trainers.core.models import LoadedModel, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
@@ -156,6 +156,9 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
         )
     else:
         student = load_causal_lm(ctx, spec.student)
+    if student.tokenizer.chat_template is None and teacher.tokenizer.chat_template is not None:
+        print("student: it has no chat template and gets the teacher's, with its end token")
+        speak_alike(teacher, student)
     problem = same_tokens(teacher.tokenizer, student.tokenizer)
     if problem:
         raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")

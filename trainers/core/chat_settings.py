@@ -1,0 +1,37 @@
+"""What a run says about the conversations of a model: template, options, date, end token."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from trainers.contract import BadInput
+from trainers.core.templates import with_settings
+from trainers.spec import ChatSettings
+
+
+def apply_chat_settings(tokenizer: Any, settings: ChatSettings, base_dir: Path) -> None:
+    """Change a tokenizer as its model's reference says. What is set is saved with the model, and so goes on with it.
+
+    Raises BadInput for a template that is not there, options without template, an end token that is no token.
+    """
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _text(settings, base_dir)
+    if settings.template_options or settings.template_date is not None:
+        if tokenizer.chat_template is None:
+            raise BadInput("templateOptions and templateDate: the model has no chat template; set chatTemplate")
+        day = datetime.date.fromisoformat(settings.template_date) if settings.template_date else None
+        tokenizer.chat_template = with_settings(tokenizer.get_chat_template(), settings.template_options, day)
+    if settings.end_token is not None:
+        if settings.end_token not in tokenizer.get_vocab():
+            raise BadInput(f"endToken: {settings.end_token!r} is no token of the model's vocabulary")
+        tokenizer.eos_token = settings.end_token
+
+
+def _text(settings: ChatSettings, base_dir: Path) -> str:
+    path = settings.chat_template_file(base_dir)
+    if path is None:
+        return str(settings.chat_template)
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"chatTemplate: {path} cannot be read ({error})") from error
