@@ -252,7 +252,7 @@ class ModelRef(ArtifactRef, ChatSettings):
     scratch: ScratchModel | None = None
     """A new model with random weights."""
     dtype: Dtype = "auto"
-    """How its weights are held: `auto` is `fp32` where they are trained, and the type of the arithmetic (`parallel.precision`) where they are not, as beneath low-rank adapters. `bf16` weights that are trained take half the memory with their gradients, which then add up in bf16, and are rounded at random after each step."""
+    """How its weights are held: `auto` is `fp32` if they are trained, else the type of the arithmetic. `bf16` halves them and their gradients, and rounds each step at random."""
 
 
 class RewardModelRef(ArtifactRef, ChatSettings):
@@ -268,7 +268,7 @@ class RewardModelRef(ArtifactRef, ChatSettings):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
     dtype: Dtype = "auto"
-    """How its weights are held: `auto` is the type of the arithmetic (`parallel.precision`), and `fp32` for the critic that starts from it."""
+    """How its weights are held: `auto` is the type of the arithmetic, and `fp32` for a critic that starts from it."""
 
 
 class TracesRef(ArtifactRef):
@@ -334,16 +334,16 @@ class Optim(SpecModel):
 
 
 class Duration(SpecModel):
-    """How long to train: `epochs`, cut at `maxSteps` if that is set."""
+    """How long to train: `epochs`, or exactly `maxSteps` if that is set."""
 
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training rows."""
+    """Passes over the training rows; of a distillation over the traces, or over the prompts if it has no traces."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, whatever `epochs` says; the data is repeated if it runs out."""
+    """Optimizer steps, whatever `epochs` says: fewer than its passes need, or more, for which the rows are repeated."""
 
 
 class Lora(SpecModel):
-    """Low-rank adapters (Hu et al. 2021) through peft; merged into the weights that are saved, and saved alone in `model/adapter`."""
+    """Low-rank adapters (Hu et al. 2021) through peft, trained at about ten times the learning rate of all weights; merged into the weights that are saved, and saved alone in `model/adapter`."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""

@@ -87,7 +87,7 @@ def _resource_schema() -> Schema:
 
 def spec_schema() -> Schema:
     """The spec, with what CEL and list types can check on top of the models."""
-    schema = structural_schema(RunSpec, "spec")
+    schema = _described_once(structural_schema(RunSpec, "spec"))
     phases = schema["properties"]["phases"]
     phases |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
     for steps in reference_paths():
@@ -95,6 +95,24 @@ def spec_schema() -> Schema:
     phases["x-kubernetes-validations"] = reference_rules()
     phases["items"]["x-kubernetes-validations"] = [one_member_rule(), *self_reference_rules()]
     return schema
+
+
+def _described_once(schema: Schema, below: bool = False) -> Schema:
+    """Without the texts below a new tokenizer's `trainOn`: every model has that list, and its sources are those of data.
+
+    kubectl keeps the whole in an annotation, which has room for less than these copies.
+    """
+    kept = {key: value for key, value in schema.items() if not (below and key == "description")}
+    for name in ("items", "additionalProperties"):
+        if isinstance(kept.get(name), dict):
+            kept[name] = _described_once(kept[name], below)
+    if "properties" in kept:
+        inner = kept["properties"].items()
+        kept["properties"] = {name: _described_once(value, below) for name, value in inner}
+        if "trainOn" in kept["properties"]:
+            sources = kept["properties"]["trainOn"]
+            kept["properties"]["trainOn"] = sources | {"items": _described_once(sources["items"], below=True)}
+    return kept
 
 
 def _status_schema() -> Schema:

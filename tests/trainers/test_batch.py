@@ -162,6 +162,31 @@ def test_gradients_do_not_depend_on_the_layout(model):
         torch.testing.assert_close(gradient(model, sequences, packing) / scale, alone / scale, atol=1e-5, rtol=0)
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=1, max_size=30),
+    st.integers(1, 200),
+    st.booleans(),
+    st.integers(1, 8),
+)
+def test_work_is_spread_evenly(lengths, max_tokens, packing, world):
+    """No rank waits that could work, no round of passes more than needed, and no rank has much more than another."""
+    plan = plan_micro_batches(lengths, max_tokens, packing, world)
+    alone = plan_micro_batches(lengths, max_tokens, packing, 1)
+    assert len(plan[0]) == -(-len(alone[0]) // world)
+    empty = sum(not group for groups in plan for group in groups)
+    assert empty == max(0, world * len(plan[0]) - len(lengths))
+    tokens = [[sum(n for i in group for n in lengths[i]) for group in groups] for groups in plan]
+    totals = [sum(groups) for groups in tokens]
+    assert max(totals) - min(totals) <= max(max(groups) for groups in tokens)
+
+
+def test_one_pass_too_many_is_not_left_to_one_rank():
+    """Nine full passes for eight ranks: two rounds of half-full ones, not one rank with two and seven that wait."""
+    plan = plan_micro_batches([[10]] * 72, 80, True, 8)
+    assert sorted(len(group) for groups in plan for group in groups) == [4] * 8 + [5] * 8
+    assert {sum(map(len, groups)) for groups in plan} == {9}
+
+
 # ---------------------------------------------------------------- order
 
 
@@ -205,3 +230,13 @@ def test_used_examples_are_those_that_the_steps_see(count, batch_size, steps, se
         i for step in range(order.total_steps) for i in order.indices(step)
     }
     assert len(first) <= -(-count // batch_size)
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4))
+def test_an_epoch_ends_with_the_step_that_shows_its_last_example(num_examples, batch_size, epochs):
+    order = BatchOrder(num_examples, batch_size, epochs, None, 0)
+    shown = 0
+    for step in range(order.total_steps):
+        before, shown = shown, shown + len(order.indices(step))
+        assert order.ends_epoch(step) == (shown // num_examples > before // num_examples)
+    assert order.ends_epoch(order.total_steps - 1)

@@ -233,3 +233,12 @@ class TestStreams:
     def test_ends(self):
         assert not any(Streams(0).on_policy(step) for step in range(20))
         assert all(Streams(1).on_policy(step) for step in range(20))
+
+    @given(st.integers(0, 100), st.integers(1, 60))
+    def test_as_many_steps_as_the_traces_need(self, percent, wanted):
+        streams = Streams(percent / 100)
+        total = streams.total_steps(wanted)
+        off_policy = sum(not streams.on_policy(step) for step in range(total))
+        assert off_policy == (wanted if percent < 100 else 0)
+        assert percent == 100 or not streams.on_policy(total - 1), "ends with the last of them"
+        assert percent < 100 or total == wanted

@@ -206,6 +206,36 @@ def test_two_processes_give_the_same_weights(reference, spec_for, tmp_path):
     assert PhaseDir(output).read_result().metrics == pytest.approx(reference[1].metrics, rel=1e-4)
 
 
+@pytest.mark.parametrize(("duration", "on_policy"), [({"epochs": 1}, [0, 1, 0, 1, 0]), ({"maxSteps": 2}, [0, 1])])
+def test_an_epoch_shows_every_trace_once(run_phase, spec_for, traces_file, tmp_path, duration, on_policy):
+    spec = spec_for(duration=duration, maxLength=64)
+    assert run_phase("distill", spec, None, tmp_path / "run" / "distill")[0] == 0
+    steps = lines(tmp_path / "run" / "distill")
+    assert [line["on_policy"] for line in steps] == on_policy
+    if "epochs" in duration:
+        rewards = [json.loads(line)["reward"] for line in traces_file.read_text().splitlines()]
+        shown = [line["reward"] for line in steps if not line["on_policy"]]
+        assert sum(shown) / 3 == pytest.approx(sum(rewards) / 24)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_of_the_student_are_trained_and_merged(
+    run_phase, stop_after, spec_for, teacher_dir, tmp_path, precision
+):
+    lora = {"rank": 4, "targetModules": ["q_proj", "down_proj"]}
+    spec = spec_for(lora=lora, parallel={"precision": precision}, optim={"lr": 1e-2})
+    output, stopped = tmp_path / "a" / "distill", tmp_path / "b" / "distill"
+    assert run_phase("distill", spec, None, output)[0] == 0
+    teacher, after = load_file(teacher_dir / "model.safetensors"), weights(output)
+    before = {name: teacher[name.replace("layers.0.", "layers.1.")] for name in after}  # the student has that layer
+    changed = {name for name in after if not torch.equal(before[name].to(after[name]), after[name])}
+    assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
+    with stop_after(3):
+        run_phase("distill", spec, None, stopped)
+    assert run_phase("distill", spec, None, stopped)[0] == 0
+    assert_same(weights(stopped), after)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(run_phase, spec_for, teacher_dir, tmp_path):
     spec = spec_for(student={"teacherLayers": [0, 1]}, duration={"maxSteps": 2}, optim={"lr": 1e-6})
     run_phase("distill", spec, None, tmp_path / "run" / "distill")

@@ -165,9 +165,9 @@ def test_a_reference_with_other_tokens_is_refused(run_phase, tiny_model_dir, tmp
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    spec = spec_for(tiny_model_dir, reference={"source": str(tmp_path / "other")})
+    spec = spec_for(tmp_path / "other", reference={"source": str(tiny_model_dir)})
     assert run_phase("dpo", spec, None, tmp_path / "run" / "dpo") == (2, None)
-    assert "reference: its tokens have other ids than the policy's" in capsys.readouterr().err
+    assert "reference: its tokens are not the policy's" in capsys.readouterr().err
 
 
 def test_changed_data_are_scored_again(run_phase, tiny_model_dir, tmp_path, stop_after):

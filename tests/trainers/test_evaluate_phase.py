@@ -431,3 +431,88 @@ def test_how_a_model_is_read_is_part_of_what_was_measured(spec, run_phase, tmp_p
     few["models"] = [{**few["models"][0], "dtype": "fp32"}]
     assert run_phase("evaluate", few, None, tmp_path / "run" / "eval")[0] == 0
     assert calls.count("respond") == 2
+
+
+def copy_of(source, target, change):
+    """A model's folder with its weights or its tokenizer changed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    with torch.no_grad():
+        change(model, tokenizer)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return str(target)
+
+
+@pytest.mark.parametrize("what", ["weights", "program"])
+def test_what_made_a_measurement_is_part_of_it(spec, run_phase, tmp_path, tiny_model_dir, calls, monkeypatch, what):
+    source = copy_of(tiny_model_dir, tmp_path / "model", lambda model, tokenizer: None)
+    few = {
+        **spec,
+        "benchmarks": BENCHMARKS[:1],
+        "latency": {"enabled": False},
+        "models": [{"name": "a", "source": source}],
+    }
+    output = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", few, None, output)[0] == 0
+    assert run_phase("evaluate", few, None, output)[0] == 0
+    assert calls.count("respond") == 1
+    if what == "weights":
+        copy_of(source, source, lambda model, tokenizer: model.lm_head.weight.mul_(2))
+    else:
+        monkeypatch.setattr("trainers.origins.program_identity", lambda module: "another")
+    assert run_phase("evaluate", few, None, output)[0] == 0
+    assert calls.count("respond") == 2
+
+
+@pytest.mark.parametrize("benchmark", ["length", "perplexity"])
+def test_shortened_prompts_are_counted_each_time(spec, run_phase, tmp_path, calls, benchmark):
+    rows = [{"prompt": "open box : copy A", "response": "A"}, {"prompt": "copy", "response": "A"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"rows": [{"files": str(path)}], "maxPromptLength": 6}
+    few = {**spec, "data": data, "benchmarks": [{"name": "only", benchmark: {}}], "latency": {"enabled": False}}
+    output = tmp_path / "run" / "eval"
+    _, first = run_phase("evaluate", few, None, output)
+    assert [(record.rows, record.shortened) for record in first.data] == [(2, 1)]
+    calls.clear()
+    _, again = run_phase("evaluate", {**few, "data": {**data, "minRows": 0.1}}, None, output)
+    assert [(record.rows, record.shortened) for record in again.data] == [(2, 1)]
+    assert calls.count("respond") == 0
+
+
+def test_what_a_template_refuses_is_told_with_the_row(spec, run_phase, tmp_path, tiny_model_dir, capfd):
+    def strict(model, tokenizer):
+        refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        tokenizer.chat_template = refusal + tokenizer.chat_template
+
+    source = copy_of(tiny_model_dir, tmp_path / "strict", strict)
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "system", "content": "copy"}, {"role": "user", "content": "copy A"}]
+    path.write_text('{"prompt": "copy A"}\n' + json.dumps({"messages": turns}) + "\n")
+    few = {"models": [{"name": "b", "source": source}], "data": {"rows": [{"files": str(path)}]}}
+    code, _ = run_phase(
+        "evaluate", {**few, "benchmarks": [{"name": "length", "length": {}}]}, None, tmp_path / "run" / "e"
+    )
+    assert code == 2
+    error = capfd.readouterr().err
+    assert f"BadInput: {path}:2: " in error and "no system turns" in error and "(model 'b')" in error
+
+
+def test_a_head_wider_than_the_references_embeddings_has_no_kl(spec, run_phase, tmp_path, tiny_model_dir):
+    """Rows that no text uses are still sampled by a model that nobody trained."""
+
+    def wider(model, tokenizer):
+        model.resize_token_embeddings(2 * model.config.vocab_size)
+
+    source = copy_of(tiny_model_dir, tmp_path / "wide", wider)
+    hot = {"maxNewTokens": 6, "temperature": 3}
+    drift = [{"name": "drift", "kl": {}}, {"name": "length", "length": {}}]
+    models = [spec["models"][0], {"name": "wide", "source": source}]
+    changed = {**spec, "models": models, "sampling": hot, "benchmarks": drift, "latency": {"enabled": False}}
+    code, result = run_phase("evaluate", changed, None, tmp_path / "run" / "eval")
+    assert code == 0
+    assert "wide/length/tokens" in result.metrics
+    assert "a/drift/perToken" in result.metrics
+    assert "has sampled token" in document(tmp_path / "run" / "eval")["notes"]["wide"]["drift"]

@@ -204,6 +204,47 @@ def test_a_round_ends_early_when_the_policy_has_moved(run_phase, spec_for, tmp_p
     assert [line["updates"] for line in lines(tmp_path / "run" / "ppo")] == [1, 1, 1]
 
 
+def test_a_round_never_ends_before_its_first_update(run_phase, spec_for, tmp_path):
+    """What seems to have moved by then is rounding: other rows beside a response."""
+    spec = spec_for(maxKlPerUpdate=1e-30, parallel={"precision": "bf16", "microBatchTokens": 24})
+    assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 0
+    assert [line["updates"] for line in lines(tmp_path / "run" / "ppo")] == [1, 1, 1]
+
+
+class TestLora:
+    LORA = {"rank": 4, "targetModules": ["q_proj", "down_proj"]}
+
+    def test_the_reference_is_the_base_without_adapters(self, run_phase, spec_for, tiny_model_dir, tmp_path):
+        """As with a copy of the base as reference, to the bit."""
+        spec = spec_for(lora=self.LORA)
+        assert run_phase("ppo", spec, None, tmp_path / "a" / "ppo")[0] == 0
+        copy = spec_for(lora=self.LORA, reference={"source": str(tiny_model_dir)})
+        assert run_phase("ppo", copy, None, tmp_path / "b" / "ppo")[0] == 0
+        assert_same(weights(tmp_path / "a" / "ppo"), weights(tmp_path / "b" / "ppo"))
+        first, *_, last = lines(tmp_path / "a" / "ppo")
+        assert first["kl"] == 0 and last["kl"] > 0
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_adapters_are_trained_and_merged(
+        self, run_phase, stop_after, spec_for, tiny_model_dir, tmp_path, precision
+    ):
+        spec = spec_for(lora=self.LORA, parallel={"precision": precision}, optim={"lr": 1e-2, "eps": 1e-5})
+        output, stopped = tmp_path / "a" / "ppo", tmp_path / "b" / "ppo"
+        assert run_phase("ppo", spec, None, output)[0] == 0
+        before, after = load_file(tiny_model_dir / "model.safetensors"), weights(output)
+        changed = {name for name in before if not torch.equal(before[name].to(after[name]), after[name])}
+        assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
+        with stop_after(2):
+            run_phase("ppo", spec, None, stopped)
+        assert run_phase("ppo", spec, None, stopped)[0] == 0
+        assert_same(weights(stopped), after)
+
+    def test_dropout_is_refused(self, run_phase, spec_for, tmp_path, capsys):
+        spec = spec_for(lora={**self.LORA, "dropout": 0.1})
+        assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 2
+        assert "lora.dropout 0.1" in capsys.readouterr().err
+
+
 def test_it_learns_what_is_rewarded(run_phase, spec_for, tmp_path):
     """A penalty for not ending, and nothing else worth having: responses learn to end."""
     spec = spec_for(

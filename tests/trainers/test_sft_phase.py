@@ -148,6 +148,23 @@ def test_a_finished_phase_is_reused_and_changed_data_is_not(run_phase, tiny_mode
     assert list((tmp_path / "ws" / "run" / ".history").iterdir()), "the displaced result is kept"
 
 
+def test_bf16_stays_bf16_after_a_checkpoint_and_a_restore(run_phase, stop_after, reference, tiny_model_dir, tmp_path):
+    """Bit by bit the same with no checkpoint before the end, one after every step, and from a restored one."""
+    spec = {"parallel": {"precision": "bf16"}}
+    often = spec_for(tiny_model_dir, **spec, checkpoint={"everySteps": 1})
+    outputs = [tmp_path / name / "sft" for name in ("once", "often", "stopped")]
+    seldom = {"everySeconds": None}
+    assert run_phase("sft", spec_for(tiny_model_dir, **spec, checkpoint=seldom), None, outputs[0])[0] == 0
+    assert run_phase("sft", often, None, outputs[1])[0] == 0
+    with stop_after(2):
+        run_phase("sft", often, None, outputs[2])
+    assert run_phase("sft", often, None, outputs[2])[0] == 0
+    assert_same(weights(outputs[1]), weights(outputs[0]))
+    assert_same(weights(outputs[2]), weights(outputs[0]))
+    first, second = (weights(path) for path in (outputs[0], reference[0]))
+    assert any(not torch.equal(first[name], second[name]) for name in first), "fp32 all along"
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_phase, stop_after, reference, tiny_model_dir, tmp_path):
     output = tmp_path / "run" / "sft"
     spec = spec_for(tiny_model_dir, checkpoint={"everySteps": 1, "keepLast": 3})

@@ -62,10 +62,12 @@ def load_causal_lm(
     return prepared(ctx, *causal_lm(ctx, ref, dtype or held_in(ctx, ref, frozen or lora is not None)), lora, frozen)
 
 
-def load_some_layers(ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...]) -> LoadedModel:
+def load_some_layers(
+    ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...], lora: Lora | None = None
+) -> LoadedModel:
     """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
-    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=False))
-    return prepared(ctx, keep_layers(model, layers), tokenizer, None, frozen=False)
+    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
+    return prepared(ctx, keep_layers(model, layers), tokenizer, lora, frozen=False)
 
 
 def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bool) -> torch.dtype:

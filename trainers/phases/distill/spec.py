@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from trainers.spec import (
     DataSource,
     Evaluation,
+    Lora,
     ModelRef,
     PromptData,
     RewardModelRef,
@@ -82,6 +83,8 @@ class DistillSpec(TrainingSpec):
     """How the student's own responses are generated."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens per sequence."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the student instead of all weights."""
     packing: bool = True
     """Put several sequences in one row without letting them attend to each other."""
 

@@ -151,11 +151,10 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
     """Teacher and student. Raises BadInput when the same token id means different things to them."""
     teacher = load_causal_lm(ctx, spec.teacher, frozen=True)
     if spec.student.teacher_layers is not None:
-        student = load_some_layers(
-            ctx, spec.teacher.model_copy(update={"dtype": spec.student.dtype}), spec.student.teacher_layers
-        )
+        start = spec.teacher.model_copy(update={"dtype": spec.student.dtype})
+        student = load_some_layers(ctx, start, spec.student.teacher_layers, spec.lora)
     else:
-        student = load_causal_lm(ctx, spec.student)
+        student = load_causal_lm(ctx, spec.student, spec.lora)
     if student.tokenizer.chat_template is None and teacher.tokenizer.chat_template is not None:
         print("student: it has no chat template and gets the teacher's, with its end token")
         speak_alike(teacher, student)

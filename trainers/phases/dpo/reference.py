@@ -3,24 +3,24 @@
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from trainers.contract import BadInput, canonical_json, sha256_text
+from trainers.contract import canonical_json, sha256_text
 from trainers.core.batch import Batch
 from trainers.core.context import PhaseContext
 from trainers.core.encode import Pair
-from trainers.core.models import LoadedModel, load_causal_lm
-from trainers.core.scoring import Scorer, check_scoring, target_logprobs
-from trainers.core.step import Layout, in_eval_mode, scored
+from trainers.core.models import LoadedModel
+from trainers.core.reference import Reference, load_reference
+from trainers.core.scoring import Scorer, target_logprobs
+from trainers.core.step import Layout, scored
 from trainers.core.tensors import DamagedError, read_tensors, tensor_bytes
 from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
 
-Reference = Callable[[list[Pair], Batch], torch.Tensor]
+PairScores = Callable[[list[Pair], Batch], torch.Tensor]
 """Takes pairs and their batch (chosen, rejected, chosen, …); returns (P, 2) sums over response tokens, on the device."""
 
 
@@ -31,7 +31,7 @@ def pair_logprobs(scorer: Any, pairs: list[Pair], batch: Batch) -> torch.Tensor:
 
 def reference_for(
     spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
-) -> Reference:
+) -> PairScores:
     """The spec's reference for these batches of pairs, by name. Call it while the policy still has its first weights.
 
     Pairs are scored in the forward passes in which the steps will see them first. So a reference that is the policy
@@ -39,16 +39,15 @@ def reference_for(
     """
     if spec.reference_scores == "precompute":
         return _stored(spec, ctx, policy, layout, batches)
-    return _live(ctx, *_model(spec, ctx, policy, stays=True))
+    return _live(ctx, load_reference(ctx, spec.reference, spec.policy, policy))
 
 
-def _live(ctx: PhaseContext, model: LoadedModel, unchanged: Callable[[], AbstractContextManager[None]]) -> Reference:
-    """Scores beside the policy. ``unchanged`` makes the model what it was at the start."""
-    scorer = Scorer(model.model)
+def _live(ctx: PhaseContext, reference: Reference) -> PairScores:
+    """Scores beside the policy."""
+    scorer = Scorer(reference.loaded.model)
 
-    @torch.no_grad()
     def score(pairs: list[Pair], batch: Batch) -> torch.Tensor:
-        with in_eval_mode(scorer), unchanged(), ctx.workers.autocast():
+        with reference.scoring(), ctx.workers.autocast():
             return pair_logprobs(scorer, pairs, batch)
 
     return score
@@ -56,7 +55,7 @@ def _live(ctx: PhaseContext, model: LoadedModel, unchanged: Callable[[], Abstrac
 
 def _stored(
     spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
-) -> Reference:
+) -> PairScores:
     """Scores from files in the phase's directory, made first where they are missing or damaged.
 
     A file's name is a digest of the reference and of the tokens it scored, so a resumed phase finds its own and
@@ -71,8 +70,7 @@ def _stored(
     found = {name: _read(path) for name, path in paths.items()}
     scores: dict[int, torch.Tensor] = {}
     if ctx.workers.any(any(rows is None for rows in found.values())):
-        model, unchanged = _model(spec, ctx, policy, stays=False)
-        score = _live(ctx, model, unchanged)
+        score = _live(ctx, load_reference(ctx, spec.reference, spec.policy, policy, stays=False))
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
             scores |= _all_scores(ctx, layout, score, batches[name])
@@ -90,7 +88,7 @@ def _stored(
 
 
 def _all_scores(
-    ctx: PhaseContext, layout: Layout[Pair], score: Reference, batches: list[list[Pair]]
+    ctx: PhaseContext, layout: Layout[Pair], score: PairScores, batches: list[list[Pair]]
 ) -> dict[int, torch.Tensor]:
     """Scores of all pairs by their id(), (2,) on the CPU each; every process computes its share of every batch."""
 
@@ -118,25 +116,6 @@ def _store(ctx: PhaseContext, path: Path, scores: torch.Tensor) -> None:
     if ctx.workers.is_main:
         write_atomic(path, tensor_bytes({"logprobs": scores}))
         ctx.keep(path)
-
-
-def _model(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, stays: bool
-) -> tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]:
-    """The model that scores, and what to do around scoring. ``stays``: it must not change when the policy is trained."""
-    if spec.reference is not None:
-        model = load_causal_lm(ctx, spec.reference, frozen=True, like=policy)
-        if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise BadInput(
-                "reference: its tokens have other ids than the policy's; use a model with the same vocabulary"
-            )
-        check_scoring(model, ctx.workers)
-        return model, nullcontext
-    if policy.adapters is not None:
-        return policy, policy.adapters.disable_adapter
-    if stays:
-        return load_causal_lm(ctx, spec.policy, frozen=True, like=policy), nullcontext
-    return policy, nullcontext
 
 
 def _key(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: list[Pair]) -> str:

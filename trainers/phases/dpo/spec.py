@@ -4,7 +4,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import Lora, ModelRef, TrainData, TrainingSpec
+from trainers.spec import Lora, ModelRef, Optim, TrainData, TrainingSpec
+
+
+class DpoOptim(Optim):
+    """AdamW, its schedule, and gradient clipping, for preferences: a learning rate of supervised training forgets too much."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
 
 
 class DpoSpec(TrainingSpec):
@@ -16,6 +23,8 @@ class DpoSpec(TrainingSpec):
     """Model that the policy is held close to; the policy as it was at the start unless set."""
     data: TrainData
     """Preference pairs."""
+    optim: DpoOptim = DpoOptim()
+    """Optimizer and schedule."""
     loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
     """`sigmoid` (Rafailov et al. 2023; with labelSmoothing it is cDPO), `robust` (Chowdhury et al. 2024), `ipo` (Azar et al. 2023), `hinge` (SLiC)."""
     beta: float = Field(default=0.1, gt=0)

@@ -18,7 +18,7 @@ from trainers.core.scoring import Scorer, check_scoring
 from trainers.core.step import Layout, Measures, accumulate, measured
 from trainers.core.trainee import Trainee
 from trainers.phases.dpo.loss import dpo_loss
-from trainers.phases.dpo.reference import Reference, pair_logprobs, reference_for
+from trainers.phases.dpo.reference import PairScores, pair_logprobs, reference_for
 from trainers.phases.dpo.spec import DpoSpec
 
 
@@ -123,7 +123,7 @@ def _evaluate(
     trainee: Trainee,
     layout: Layout[Pair],
     held_out: list[Pair],
-    reference: Reference,
+    reference: PairScores,
     checkpoints: Checkpoints,
     step: int,
 ) -> dict[str, float]:
@@ -142,7 +142,7 @@ def _held_out_metrics(
     trainee: Trainee,
     layout: Layout[Pair],
     held_out: list[Pair],
-    reference: Reference,
+    reference: PairScores,
 ) -> dict[str, float]:
     """Final metrics, the same on all processes. `evalLoss` is the preference loss alone, without the NLL term."""
 

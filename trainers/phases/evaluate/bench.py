@@ -4,8 +4,9 @@ With several processes all go through the same measurements in step and share ea
 Every row's result depends on the seed and the row alone, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -80,6 +81,7 @@ class Bench:
             key = self._responses_key(block, first, sampling, limit)
             found = self.cell(key, partial(self._respond, block, first, sampling, limit))
             replies += [Reply(**reply) for reply in found]
+        self._note_shortened(rows, replies)
         return list(zip(rows, replies, strict=True))
 
     def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[float]:
@@ -97,7 +99,7 @@ class Bench:
         limit = self._data(data).max_prompt_length
         length = self._sampling(sampling).max_new_tokens
 
-        def measure(answered: list[tuple[Row, Reply]]) -> list[list[float]]:
+        def measure(answered: list[tuple[Row, Reply]]) -> list[list[float]] | str:
             return self._diverge(answered, limit, length)
 
         found = self._by_block(data, sampling, {"kind": "kl", "reference": reference}, measure)
@@ -107,12 +109,14 @@ class Bench:
         """Losses on the rows' own responses."""
         rows = self.rows(data, "sft")
         limit = self._data(data).max_prompt_length
-        found = []
+        found: list[list[float]] = []
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = {"kind": "losses", "model": self.digest, "rows": _content(block, "response"), "limit": limit}
             found += self.cell(key, partial(self._lose, block, limit))
-        return [Loss(nll, int(tokens)) for nll, tokens in found]
+        losses = [Loss(nll, int(tokens), int(shortened)) for nll, tokens, shortened in found]
+        self._note_shortened(rows, losses)
+        return losses
 
     def rows(self, data: BenchmarkRows | None, schema: str) -> list[Row]:
         return self.laboratory.rows(self._data(data), schema)
@@ -123,15 +127,18 @@ class Bench:
         """See :meth:`Laboratory.cell`."""
         return self.laboratory.cell(self.label, key, measure)
 
-    def _by_block(self, data: Any, sampling: Any, key: dict[str, Any], measure: Callable[..., list[Any]]) -> list[Any]:
-        """Measure the responses block by block, under their own key and ``key``."""
+    def _by_block(self, data: Any, sampling: Any, key: dict[str, Any], measure: Callable[..., Any]) -> list[Any]:
+        """Measure the responses block by block, under their own key and ``key``. Raises NotComparable for a text."""
         answered = self.answered(data, sampling)
         limit = self._data(data).max_prompt_length
         found: list[Any] = []
         for first in range(0, len(answered), BLOCK):
             block = answered[first : first + BLOCK]
             of = self._responses_key([row for row, _ in block], first, self._sampling(sampling), limit)
-            found += self.cell({"of": of, **key}, partial(measure, block))
+            part = self.cell({"of": of, **key}, partial(measure, block))
+            if isinstance(part, str):
+                raise NotComparable(part)
+            found += part
         return found
 
     def _responses_key(self, rows: list[Row], first: int, sampling: Sampling, limit: int) -> dict[str, Any]:
@@ -150,12 +157,14 @@ class Bench:
         ctx = self.laboratory.ctx
         with ctx.meter.part("rollout"):
             room = self._room(sampling.max_new_tokens)
-            prompts = [Prompt(row, self._prompt(row, min(limit, room))) for row in rows]
+            whole = [self._prompt(row) for row in rows]
+            prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(rows, whole, strict=True)]
             keys = [(ctx.seed, first + i) for i in range(len(rows))]
             samples = respond(ctx.workers, self.loaded, prompts, sampling, keys)
             mine = samples[ctx.workers.rank :: ctx.workers.world]
             ctx.meter.count(sum(len(s.ids) for s in mine), len(mine))
-        return [asdict(Reply(s.text, s.ids, s.ended)) for s in samples]
+        lost = [len(ids) - len(prompt.ids) for ids, prompt in zip(whole, prompts, strict=True)]
+        return [asdict(Reply(s.text, s.ids, s.ended, n)) for s, n in zip(samples, lost, strict=True)]
 
     def _score(self, answered: list[tuple[Row, Reply]]) -> list[float]:
         laboratory = self.laboratory
@@ -176,19 +185,26 @@ class Bench:
         with laboratory.ctx.meter.part("evaluation"):
             return laboratory.spread(len(answered), mine)
 
-    def _diverge(self, answered: list[tuple[Row, Reply]], limit: int, new_tokens: int) -> list[list[float]]:
+    def _diverge(self, answered: list[tuple[Row, Reply]], limit: int, new_tokens: int) -> list[list[float]] | str:
+        """(KL, tokens) of each response, or why there is none: a head may be wider than the reference's embeddings."""
         limit = min(limit, self._room(new_tokens))
-        sequences = [joined(self._prompt(row, limit), reply.ids, limit + len(reply.ids)) for row, reply in answered]
+        sequences = [joined(self._prompt(row), reply.ids, limit + len(reply.ids)) for row, reply in answered]
         reference = self.laboratory.reference.model
+        known = reference.get_input_embeddings().weight.shape[0]
+        if (unknown := max(max(reply.ids) for _, reply in answered)) >= known:
+            return f"it has sampled token {unknown}, and the reference has {known}"
         return self._sums(sequences, lambda batch: divergence_sums(self.loaded.model, reference, batch))
 
     def _lose(self, rows: list[Row], limit: int) -> list[list[float]]:
+        """(loss, scored tokens, tokens left out) of each row."""
         check_scoring(self.loaded, self.laboratory.ctx.workers)
         scorer = Scorer(self.loaded.model)
         given = [self._given(row, limit) for row in rows]
         sequences = [sequence for found in given for sequence in found]
         sums = iter(self._sums(sequences, lambda batch: batch.sums(-scorer(batch, target_logprobs(batch)))))
-        return [[sum(column) for column in zip(*islice(sums, len(found)), strict=True)] for found in given]
+        return [
+            [*map(sum, zip(*islice(sums, len(found)), strict=True)), sum(s.shortened for s in found)] for found in given
+        ]
 
     @torch.no_grad()
     def _sums(self, sequences: list[Any], measure: Callable[[Any], torch.Tensor]) -> list[list[float]]:
@@ -216,22 +232,40 @@ class Bench:
 
     # -- tokens
 
-    def _prompt(self, row: Row, limit: int) -> list[int]:
-        """The prompt's tokens; too long a prompt loses its left end."""
-        return prompt_ids(self.loaded.chat, row)[-limit:]
+    def _prompt(self, row: Row) -> list[int]:
+        """The prompt's tokens. Raises BadInput for what the template refuses."""
+        with self._at(row):
+            return prompt_ids(self.loaded.chat, row)
+
+    @contextmanager
+    def _at(self, row: Row) -> Iterator[None]:
+        """Errors say where the row stands, and for which model."""
+        try:
+            yield
+        except BadInput as problem:
+            raise BadInput(f"{self.laboratory.place(row)}: {problem} (model {self.label!r})") from problem
+
+    def _note_shortened(self, rows: Sequence[Row], found: Sequence[Reply | Loss]) -> None:
+        for row, item in zip(rows, found, strict=True):
+            if item.shortened:
+                self.laboratory.shortened(row)
 
     def _given(self, row: Row, limit: int) -> list[Tokens]:
         """A row's prompts and responses. A response that does not fit the model is cut, so no model skips a row."""
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
-        if "messages" in row:
-            turns = chat.turns(row["messages"])
-        else:
-            prompt, response = chat.answer(prompt_messages(row), row["response"])
-            turns = [(prompt[-limit:], response)]
-        sequences = conversation([(prompt, response[: longest - 1]) for prompt, response in turns], longest)
+        with self._at(row):
+            whole = chat.turns(row["messages"]) if "messages" in row else [self._answer(row)]
+        turns = [(prompt, response[: longest - 1]) for prompt, response in whole]
+        if "messages" not in row:
+            longest = min(longest, limit + len(turns[0][1]))
+        sequences = conversation(turns, longest)
         if not sequences:
-            raise BadInput(f"{self.label}: a row leaves nothing to score within {longest} tokens")
-        return sequences
+            raise BadInput(f"{self.laboratory.place(row)}: it has no response to score (model {self.label!r})")
+        cut = sum(len(response) - len(kept) for (_, response), (_, kept) in zip(whole, turns, strict=True))
+        return [replace(sequences[0], shortened=sequences[0].shortened + cut), *sequences[1:]]
+
+    def _answer(self, row: Row) -> tuple[list[int], list[int]]:
+        return self.loaded.chat.answer(prompt_messages(row), row["response"])
 
     def _room(self, new_tokens: int) -> int:
         room = context_length(self.loaded.model) - new_tokens
@@ -262,4 +296,6 @@ class Bench:
 
 def _content(rows: list[Row], *keys: str) -> str:
     """Digest of what a model reads of rows, so that a changed answer key makes no model answer again."""
-    return sha256_text(canonical_json([{k: row.get(k) for k in ("messages", "prompt", *keys)} for row in rows]))
+    return sha256_text(
+        canonical_json([{k: row.get(k) for k in ("messages", "prompt", "tools", *keys)} for row in rows])
+    )

@@ -1,8 +1,9 @@
 """Finished measurements on disk, by what they depend on, so that nothing is measured twice.
 
-A cell's name is the digest of its key: what is measured, the models' digests, the rows, the settings, the seed. So an
-evaluation that was killed goes on, and an edited one measures only what is new. Cells are found in the phase's own
-directory and in those of other evaluations in the workspace, also where an edit has moved them to the history.
+A cell's name is the digest of its key: what is measured, the models' digests, the rows, the settings, the seed, the
+program. So an evaluation that was killed goes on, and an edited one measures only what is new. Cells are found in the
+phase's own directory and in those of other evaluations in the workspace, also where an edit has moved them to the
+history.
 """
 
 import json
@@ -16,8 +17,6 @@ from trainers.files import write_atomic
 from trainers.workspace import HISTORY
 
 FOLDER = "cells"
-VERSION = 1
-"""Part of every key: raise it when a measurement starts to mean something else."""
 
 Key = Mapping[str, Any]
 
@@ -53,22 +52,18 @@ class Cells:
         name = _name(key)
         self._known[name] = value
         if write:
-            write_atomic(self.own / name, json.dumps({"key": _versioned(key), "value": value}, allow_nan=False))
+            write_atomic(self.own / name, json.dumps({"key": key, "value": value}, allow_nan=False))
             self.keep(self.own / name)
 
 
-def _versioned(key: Key) -> dict[str, Any]:
-    return {**key, "version": VERSION}
-
-
 def _name(key: Key) -> str:
-    return f"{key['kind']}-{sha256_text(canonical_json(_versioned(key)))[:32]}.json"
+    return f"{key['kind']}-{sha256_text(canonical_json(key))[:32]}.json"
 
 
 def _read(path: Path, key: Key) -> Any:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        same = document["key"] == json.loads(canonical_json(_versioned(key)))
+        same = document["key"] == json.loads(canonical_json(key))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # of whatever kind the damage is
     value = document.get("value")

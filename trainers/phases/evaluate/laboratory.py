@@ -1,6 +1,7 @@
 """What all models of an evaluation share: rows, cells, the reward model and the reference."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from trainers.contract import BadInput, DataRecord, Diverged, canonical_json, sha256_text
@@ -8,8 +9,7 @@ from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rows import Row, read_rows
-from trainers.files import tree_digest
+from trainers.core.rows import Row, Rows, read_rows
 from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.phases.evaluate.spec import EntryBase, EvaluateSpec
@@ -21,8 +21,8 @@ class Laboratory:
         self.ctx, self.spec = ctx, spec
         self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
         self.reference_ref = reference
-        self.records: dict[str, DataRecord] = {}
-        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._rows: dict[tuple[str, str], Rows] = {}
+        self._shortened: set[int] = set()
         self._reward_model: RewardModel | None = None
         self._reference: LoadedModel | None = None
         self._digests: dict[str, str] = {}
@@ -38,10 +38,27 @@ class Laboratory:
     def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
         if (where, schema) not in self._rows:
-            found = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
-            self._rows[where, schema] = found.rows
-            self.records |= {record.source: record for record in found.records}
-        return self._rows[where, schema]
+            self._rows[where, schema] = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
+        return self._rows[where, schema].rows
+
+    def place(self, row: Row) -> str:
+        """Where a row stands, for messages."""
+        pairs = (pair for rows in self._rows.values() for pair in zip(rows.rows, rows.places, strict=True))
+        return next(place for other, place in pairs if other is row)
+
+    def shortened(self, row: Row) -> None:
+        """Note that some model has not seen a row's whole prompt."""
+        self._shortened.add(id(row))
+
+    def records(self) -> list[DataRecord]:
+        """What was read of each source."""
+        found: dict[str, DataRecord] = {}
+        for rows in self._rows.values():
+            flags = iter([id(row) in self._shortened for row in rows.rows])
+            for record in rows.records:
+                shortened = sum(islice(flags, record.rows))
+                found[record.source] = record.model_copy(update={"shortened": shortened})
+        return list(found.values())
 
     @property
     def reward_model(self) -> RewardModel:
@@ -66,20 +83,19 @@ class Laboratory:
         return self._digests[name]
 
     def _content(self, ref: ModelRef | RewardModelRef) -> str:
-        """Its phase's artifact, a folder's files, a name on a hub (whose commit is the reference's revision), a seed."""
+        """Its phase's artifact, what was found of it before the start (a folder's files, a hub's commit), or a seed."""
         if ref.phase is not None:
             return self.ctx.file.inputs[ref.phase].digest
-        if ref.source is None:
-            return f"seed {self.ctx.seed}"
-        folder = self.ctx.base_dir / ref.source
-        return tree_digest(folder) if folder.is_dir() else ref.source
+        path = next(path for path, other in find_models(self.spec, type(ref)) if other is ref)
+        return self.ctx.origins.content.get(path) or ref.source or f"seed {self.ctx.seed}"
 
     def cell(self, model: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """A measurement of a model from its cell, or made now. All processes get the same.
 
         Raises Diverged when what was measured is not finite.
         """
-        key = {**key, "image": self.ctx.file.image, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
+        made_by = {"image": self.ctx.file.image, "program": self.ctx.origins.program}
+        key = {**key, **made_by, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
         main = self.ctx.workers.is_main
         value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
         if value is None:

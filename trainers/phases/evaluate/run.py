@@ -68,7 +68,7 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
         write_atomic(root / "latency.json", json.dumps(latency, indent=1))
         write_atomic(root / "summary.md", summary(document, latency))
         write_atomic(root / ARTIFACT_NAMES["evaluation"], json.dumps(document, indent=1))
-    return Outcome(results.flat() | _flat_latency(latency), list(laboratory.records.values()), total_steps)
+    return Outcome(results.flat() | _flat_latency(latency), laboratory.records(), total_steps)
 
 
 def _all_models(ctx: PhaseContext) -> tuple[NamedModel, ...]:

@@ -20,6 +20,8 @@ class Reply:
     """Generated tokens, the end token included."""
     ended: bool
     """Whether it stopped by itself rather than at the length limit."""
+    shortened: int = 0
+    """Tokens that the prompt had lost, because it was too long."""
 
     @property
     def length(self) -> int:
@@ -36,6 +38,8 @@ class Loss:
     nll: float
     """Negative log-likelihood of the row's scored tokens, in nats."""
     tokens: int
+    shortened: int = 0
+    """Tokens that its prompts had lost, because they were too long."""
 
 
 @dataclass(frozen=True)

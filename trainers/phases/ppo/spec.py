@@ -4,7 +4,33 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import Checkpoint, ModelPhaseSpec, ModelRef, Optim, PromptData, RewardModelRef, Sampling, SpecModel
+from trainers.spec import (
+    Checkpoint,
+    Lora,
+    ModelPhaseSpec,
+    ModelRef,
+    Optim,
+    PromptData,
+    RewardModelRef,
+    Sampling,
+    SpecModel,
+)
+
+
+class PolicyOptim(Optim):
+    """AdamW, its schedule, and gradient clipping, for a policy."""
+
+    lr: float = Field(default=3e-6, gt=0)
+    """Peak learning rate."""
+    eps: float = Field(default=1e-5, gt=0)
+    """Added to the denominator."""
+
+
+class CriticOptim(PolicyOptim):
+    """AdamW, its schedule, and gradient clipping, for a critic."""
+
+    lr: float = Field(default=6e-6, gt=0)
+    """Peak learning rate; it has to keep up with the policy."""
 
 
 class KlControl(SpecModel):
@@ -31,6 +57,8 @@ class PpoSpec(ModelPhaseSpec):
     """Model that the policy is held close to; the policy as it was at the start unless set."""
     data: PromptData
     """Prompts to respond to."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the policy instead of all weights; the critic is trained whole."""
     iterations: int = Field(default=100, ge=1)
     """Rounds of generating and optimising."""
     batch_size: int = Field(default=64, ge=1)
@@ -41,9 +69,9 @@ class PpoSpec(ModelPhaseSpec):
     """Passes over a round's responses."""
     sampling: Sampling = Sampling()
     """Rollouts; training uses the same temperature."""
-    optim: Optim = Optim(lr=3e-6, eps=1e-5)
+    optim: PolicyOptim = PolicyOptim()
     """The policy's optimizer."""
-    critic_optim: Optim = Optim(lr=6e-6, eps=1e-5)
+    critic_optim: CriticOptim = CriticOptim()
     """The critic's optimizer."""
     kl: KlControl = KlControl()
     """Penalty for leaving the reference."""
@@ -73,6 +101,10 @@ class PpoSpec(ModelPhaseSpec):
             raise ValueError(f"batchSize {self.batch_size} is not a multiple of miniBatchSize {size}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature 0 never explores: PPO needs a temperature above 0")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout {self.lora.dropout} makes the ratio of new to old probability noise: PPO needs 0"
+            )
         return self
 
     def final_metrics(self) -> tuple[str, ...]:

@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.contract import BadInput
 from trainers.core.batch import Batch, BatchOrder
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
-from trainers.core.vocabulary import same_tokens
 from trainers.phases.ppo.advantages import explained_variance
 from trainers.phases.ppo.critic import load_critic
 from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
@@ -33,11 +32,12 @@ from trainers.phases.ppo.spec import PpoSpec
 
 def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
-    loaded = load_causal_lm(ctx, spec.policy)
-    reference = load_causal_lm(ctx, spec.reference or spec.policy, frozen=True, like=loaded)
+    loaded = load_causal_lm(ctx, spec.policy, spec.lora)
+    check_scoring(loaded, ctx.workers)
+    reference = load_reference(ctx, spec.reference, spec.policy, loaded)
     reward_model = load_reward_model(ctx, spec.reward_model)
     critic_model = load_critic(ctx, spec, loaded, reward_model)
-    _check_models(ctx, loaded, reference, critic_model)
+    _without_dropout(loaded, critic_model)
     data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
     check_room(loaded, prompts, spec.sampling)
     order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
@@ -46,7 +46,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     critic = Trainee(
         ctx.workers, Critic(critic_model.model), spec.critic_optim, updates, model_flops(critic_model.model)
     )
-    packing = spec.packing and loaded.packs and reference.packs and critic_model.packs
+    packing = spec.packing and loaded.packs and reference.loaded.packs and critic_model.packs
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
     checkpoints.state = {"kl_coef": spec.kl.coef}
     first = checkpoints.restore()
@@ -67,7 +67,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
                 samples,
                 state["kl_coef"],
                 logprobs_of(policy.module, spec.sampling.temperature),
-                logprobs_of(Scorer(reference.model), spec.sampling.temperature),
+                _reference_logprobs(reference, spec.sampling.temperature),
                 critic.module,
                 packing,
             )
@@ -177,16 +177,18 @@ def logprobs_of(scorer: nn.Module, temperature: float) -> TokenScores:
     return scores
 
 
-def _check_models(ctx: PhaseContext, policy: LoadedModel, reference: LoadedModel, critic: LoadedModel) -> None:
-    """Raise BadInput unless the reference reads the policy's tokens; and take dropout out of what is trained.
+def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores:
+    score = logprobs_of(Scorer(reference.loaded.model), temperature)
 
-    With dropout the ratio of new to old probability is noise even before the first update.
-    """
-    problem = same_tokens(policy.tokenizer, reference.tokenizer)
-    if problem:
-        raise BadInput(f"reference: its tokenizer is not the policy's: {problem.replace('teacher', 'policy')}")
-    check_scoring(policy, ctx.workers)
-    check_scoring(reference, ctx.workers)
+    def scores(batch: Batch) -> torch.Tensor:
+        with reference.scoring():
+            return score(batch)
+
+    return scores
+
+
+def _without_dropout(policy: LoadedModel, critic: LoadedModel) -> None:
+    """With dropout the ratio of new to old probability is noise even before the first update."""
     for loaded in (policy, critic):
         for module in loaded.model.modules():
             if isinstance(module, nn.Dropout):
