@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from controller.api.problems import InvalidRun, Problem, from_validation, nearest
 from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
 from controller.compose import Document
+from controller.first_rows import row_problems
 from controller.plan.check import check_entries, check_run
 from controller.plan.lineage import model_pairs, root
 from trainers.contract import BadInput, PhaseType
@@ -41,6 +42,10 @@ def load_run(document: Document, base_dir: Path | None = None, local: bool = Fal
         problems += _local_problems(run)
     if base_dir is not None:
         problems += file_problems(run, base_dir)
+        if not problems:
+            problems += [
+                p for e in run.phases for p in row_problems(f"spec.phases[{e.name}].{e.type.name}", e.spec, base_dir)
+            ]
         if not problems:  # follows references, which have to be sound for that
             problems += _tokenizer_problems(run, base_dir)
     if problems:

@@ -6,7 +6,7 @@ YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -474,6 +474,10 @@ class PhaseSpec(SpecModel):
     def data_sources(self) -> Iterator[tuple[str, DataSource]]:
         """Every data source in the spec, with its dotted path."""
         yield from find_models(self, DataSource)
+
+    def row_schemas(self) -> Mapping[str, str]:
+        """Schema of the rows that each field with data holds (:data:`trainers.formats.schemas.SCHEMAS`)."""
+        return {}
 
     def final_metrics(self) -> tuple[str, ...]:
         """Names of all metrics that the phase can have at its end, which are those that gates can judge."""

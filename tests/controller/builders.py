@@ -11,6 +11,7 @@ from trainers.contract import phase_digest
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DATA = {"train": [{"synthetic": {"task": "letters", "split": "demonstrations", "count": 8}}]}
+PAIRS = {"train": [{"synthetic": {"task": "letters", "split": "preferences", "count": 8}}]}
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 8}}]}
 SCRATCH = {"scratch": {"hiddenSize": 8, "numLayers": 1, "tokenizer": {"trainOn": DATA["train"]}}}
 
@@ -25,11 +26,11 @@ def sft(name: str, on: str | None = None, **settings: Any) -> dict[str, Any]:
 
 
 def reward(name: str, on: str) -> dict[str, Any]:
-    return {"name": name, "reward": {"model": {"phase": on}, "data": DATA}}
+    return {"name": name, "reward": {"model": {"phase": on}, "data": PAIRS}}
 
 
 def dpo(name: str, on: str, **settings: Any) -> dict[str, Any]:
-    return {"name": name, "dpo": {"policy": {"phase": on}, "data": DATA, **settings}}
+    return {"name": name, "dpo": {"policy": {"phase": on}, "data": PAIRS, **settings}}
 
 
 def ppo(name: str, on: str, reward_model: str, **settings: Any) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_all_problems_are_listed_whatever_their_kind() -> None:
 
 
 def test_what_is_right_is_accepted(here: Path) -> None:
-    (here / "rows.jsonl").write_text("{}\n")
+    (here / "rows.jsonl").write_text('{"prompt": "q", "response": "a"}\n')
     phases = (
         BASE,
         SFT,

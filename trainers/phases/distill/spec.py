@@ -1,6 +1,6 @@
 """What a user can set for distillation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -122,6 +122,9 @@ class DistillSpec(TrainingSpec):
         yield from super().data_sources()
         if self.traces is not None and self.traces.files is not None:
             yield "traces[0]", DataSource(files=self.traces.files)
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"prompts": "prompt"}
 
     def final_metrics(self) -> tuple[str, ...]:
         streams = {"offPolicy": self.on_policy_fraction < 1, "onPolicy": self.on_policy_fraction > 0}

@@ -1,5 +1,6 @@
 """What a user can set for direct preference optimization."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -47,6 +48,9 @@ class DpoSpec(TrainingSpec):
                 f"labelSmoothing {self.label_smoothing} has no effect with loss {self.loss}: use sigmoid or robust"
             )
         return self
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "preference"}
 
     def final_metrics(self) -> tuple[str, ...]:
         held_out = ("evalLoss", "evalAccuracy", "evalMargin") if self.data.eval else ()

@@ -78,7 +78,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
 
 def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
     where = f"data.{part}"
-    rows = read_rows(getattr(spec.data, part), "preference", ctx.base_dir, spec.data, where)
+    rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
     return rows, encode_rows(
         rows, lambda row: preference_pairs(loaded.chat, row, spec.data.max_length), spec.data, where
     )

@@ -1,6 +1,6 @@
 """What a user can set for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveInt, create_model, model_validator
@@ -122,6 +122,9 @@ class EvaluateSpec(PhaseSpec):
             if kind.needs_reference and self.reference is None and self.baseline is None:
                 raise ValueError(f"{place} needs reference, or baseline")
         return self
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "prompt", "benchmarks": "prompt"}
 
     def final_metrics(self) -> tuple[str, ...]:
         """Of the models that are named: a run fills in all of its own (:func:`controller.plan.resolve.resolve`)."""

@@ -1,5 +1,6 @@
 """What a user can set for PPO."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -106,6 +107,9 @@ class PpoSpec(ModelPhaseSpec):
                 f"lora.dropout {self.lora.dropout} makes the ratio of new to old probability noise: PPO needs 0"
             )
         return self
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "prompt"}
 
     def final_metrics(self) -> tuple[str, ...]:
         last = ("rewardLast", "klLast", "klSequenceLast", "klCoefLast", "responseLengthLast", "endedShareLast")

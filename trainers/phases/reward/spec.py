@@ -1,5 +1,7 @@
 """What a user can set for reward modelling."""
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from trainers.spec import Lora, ModelRef, TrainData, TrainingSpec
@@ -26,6 +28,9 @@ class RewardSpec(TrainingSpec):
     """Weight of a language-model loss on the chosen response, which keeps what the backbone knows about content."""
     lora: Lora | None = None
     """Train low-rank adapters and the score head instead of all weights."""
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "preference with margin" if self.use_margin else "preference"}
 
     def final_metrics(self) -> tuple[str, ...]:
         return (*HELD_OUT, "parameters") if self.data.eval else ("parameters",)

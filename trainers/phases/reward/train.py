@@ -91,8 +91,7 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
 
 def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
     where = f"data.{part}"
-    schema = "preference with margin" if spec.use_margin else "preference"
-    rows = read_rows(getattr(spec.data, part), schema, ctx.base_dir, spec.data, where)
+    rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
     return rows, encode_rows(rows, partial(_encode, spec, loaded), spec.data, where)
 
 

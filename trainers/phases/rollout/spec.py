@@ -1,5 +1,7 @@
 """What a user can set for teacher rollouts."""
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from trainers.spec import ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
@@ -21,6 +23,9 @@ class RolloutSpec(PhaseSpec):
     """Generation settings."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "prompt"}
 
     def final_metrics(self) -> tuple[str, ...]:
         found = ("responses", "rewardMean", "rewardStd", "tokensMean", "endedShare")

@@ -1,5 +1,6 @@
 """What a user can set for supervised fine-tuning."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from trainers.spec import Lora, ModelRef, TrainData, TrainingSpec
@@ -16,6 +17,9 @@ class SftSpec(TrainingSpec):
     """Train on responses (assistant turns) only, or on prompts too."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
+
+    def row_schemas(self) -> Mapping[str, str]:
+        return {"data": "sft"}
 
     def final_metrics(self) -> tuple[str, ...]:
         return ("evalLoss", "parameters") if self.data.eval else ("parameters",)

@@ -67,7 +67,7 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
 
 def _sequences(spec: SftSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Sequence]]:
     where = f"data.{part}"
-    rows = read_rows(getattr(spec.data, part), "sft", ctx.base_dir, spec.data, where)
+    rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
     encode = partial(_encode, spec, loaded)
     return rows, encode_rows(rows, encode, spec.data, where)
 
