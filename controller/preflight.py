@@ -1,12 +1,13 @@
 """Everything that can be known to be wrong with a run before anything starts; the part that looks at files included."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from controller.api.problems import InvalidRun, Problem, from_validation, nearest
+from controller.api.problems import InvalidRun, Problem, from_validation, nearest, shown
 from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
 from controller.compose import Document
 from controller.first_rows import row_problems
@@ -27,7 +28,9 @@ from trainers.spec import (
     is_address,
 )
 from trainers.synthetic import TASKS
-from trainers.vocabulary import other_tokens, stored_vocabulary
+from trainers.vocabulary import Vocabulary, other_tokens, stored_vocabulary
+
+HUB_ID = re.compile(r"([A-Za-z0-9._-]{1,96}/)?[A-Za-z0-9._-]{1,96}")
 
 
 def load_run(document: Document, base_dir: Path | None = None, local: bool = False) -> AlignmentRun:
@@ -111,8 +114,20 @@ def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Prob
             yield from _missing_files(f"{_join(place, path)}.files", traces.files, base_dir)
     models: list[tuple[str, ModelRef | RewardModelRef]] = [*_find(spec, ModelRef), *_find(spec, RewardModelRef)]
     for path, model in models:
-        yield from _model_problems(f"{_join(place, path)}.source", model.source, base_dir)
-        yield from _template_problems(f"{_join(place, path)}.chatTemplate", model, base_dir)
+        if model.source is not None:
+            where = f"{_join(place, path)}.source"
+            yield from _looked_up(where, model.source, _model_problems(where, model.source, base_dir))
+        if model.chat_template is not None:
+            where = f"{_join(place, path)}.chatTemplate"
+            yield from _looked_up(where, model.chat_template, _template_problems(where, model, base_dir))
+
+
+def _looked_up(path: str, name: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+    """The problems; what the file system refuses (a name too long, a folder that may not be read) is one too."""
+    try:
+        yield from problems
+    except OSError as error:
+        yield Problem(path, f"{shown(name)} cannot be looked up: {error.strerror}")
 
 
 T = TypeVar("T", bound=SpecModel)
@@ -140,13 +155,14 @@ def _missing_files(path: str, pattern: str, base_dir: Path) -> Iterator[Problem]
         return  # the phase looks there, with its own credentials
     try:
         source_files(pattern, base_dir)
-    except BadInput:
-        if any(char in pattern for char in "*?["):
-            yield Problem(path, f'"{pattern}" matches no file (relative paths start at {base_dir.resolve()})')
+    except BadInput as error:
+        if isinstance(error.__cause__, OSError):
+            yield Problem(path, f"{shown(pattern)} cannot be looked up: {error.__cause__.strerror}")
+        elif any(char in pattern for char in "*?["):
+            yield Problem(path, f"{shown(pattern)} matches no file (relative paths start at {base_dir.resolve()})")
         else:
-            yield Problem(
-                path, f'"{pattern}" is not there: {(base_dir / pattern).absolute()} does not exist or is not a file'
-            )
+            place = (base_dir / pattern).absolute()
+            yield Problem(path, f"{shown(pattern)} is not there: {place} does not exist or is not a file")
 
 
 def _synthetic_problems(path: str, wanted: SyntheticData) -> Iterator[Problem]:
@@ -164,9 +180,9 @@ def _synthetic_problems(path: str, wanted: SyntheticData) -> Iterator[Problem]:
         )
 
 
-def _model_problems(path: str, source: str | None, base_dir: Path) -> Iterator[Problem]:
+def _model_problems(path: str, source: str, base_dir: Path) -> Iterator[Problem]:
     """A folder must hold a model. `org/name` is a hub id unless there is such a folder."""
-    if source is None or source.startswith("package:") or "://" in source:
+    if source.startswith("package:") or "://" in source:
         return
     folder = base_dir / source
     if folder.is_dir():
@@ -176,7 +192,9 @@ def _model_problems(path: str, source: str | None, base_dir: Path) -> Iterator[P
                 f'"{source}" is a folder without config.json; a model saved by Hugging Face transformers is expected',
             )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        yield Problem(path, f'"{source}" is not there: {folder.absolute()} does not exist')
+        yield Problem(path, f"{shown(source)} is not there: {folder.absolute()} does not exist")
+    elif not HUB_ID.fullmatch(source):
+        yield Problem(path, f"{shown(source)} is no folder, and no hub id, which is `name` or `owner/name`")
 
 
 def _template_problems(path: str, settings: ChatSettings, base_dir: Path) -> Iterator[Problem]:
@@ -194,8 +212,16 @@ def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:
         for path, first, second in model_pairs(entry):
             sources = [root(ref, entry, entries, run.spec.model) for ref in (first, second)]
             folders = [base_dir / s.source for s in sources if s is not None and s.source is not None]
-            stored = [stored_vocabulary(folder) for folder in folders if (folder / "tokenizer.json").is_file()]
+            stored = [found for folder in folders if (found := _vocabulary(folder)) is not None]
             if len(stored) == 2 and other_tokens(stored[0], stored[1]) is not None:
                 yield Problem(
                     path, f"its tokenizer ({folders[1]}) has another vocabulary than the other model's ({folders[0]})"
                 )
+
+
+def _vocabulary(folder: Path) -> Vocabulary | None:
+    """None where there is none that can be read: the phase that loads it says what is wrong."""
+    try:
+        return stored_vocabulary(folder)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return None

@@ -13,8 +13,9 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.backends.local.backend import LocalBackend
-from controller.plan.decide import is_terminal
+from controller.plan.decide import Decision, is_terminal
 from controller.reconcile import reconcile
+from trainers.failures import is_disk_full, no_room
 
 POLL_SECONDS = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,6 +55,7 @@ class Runner:
         self.display = display
         self.only = only
         self._stops = 0
+        self._full = False
         self._woken = asyncio.Event()
 
     async def drive(self) -> Outcome:
@@ -70,7 +72,10 @@ class Runner:
 
     async def _loop(self) -> Outcome:
         while not self._stops:
-            decision = await reconcile(self.run, self.backend, datetime.now(UTC), self._save, self.only)
+            decision = await self._reconciled()
+            if decision is None:
+                await self._sleep()
+                continue
             self.run = self.run.model_copy(update={"status": decision.status})
             self.display.show(decision.status)
             if is_terminal(decision.status):
@@ -80,6 +85,20 @@ class Runner:
             await self._sleep()
         await self._wind_down()
         return Outcome.INTERRUPTED
+
+    async def _reconciled(self) -> Decision | None:
+        """One turn; None if there is no room to write what it comes to, which the next one tries again."""
+        try:
+            decision = await reconcile(self.run, self.backend, datetime.now(UTC), self._save, self.only)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            if not self._full:
+                self.display.say(f"{no_room(error, self.root)}; the run goes on when there is room")
+            self._full = True
+            return None
+        self._full = False
+        return decision
 
     async def _save(self, status: RunStatus) -> None:
         workspace.write_status(self.root, self.run.name, status)

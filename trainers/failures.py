@@ -87,10 +87,11 @@ def _lack(error: BaseException) -> FailureClass | None:
     """Of memory or room on a disk: what is raised while either is cleaned up after hides nothing."""
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
         return None if isinstance(error, PhaseError) else FailureClass.OUT_OF_MEMORY
-    return FailureClass.INFRASTRUCTURE if _is_disk_full(error) else None
+    return FailureClass.INFRASTRUCTURE if is_disk_full(error) else None
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether it says that there is no room to write, in whatever words."""
     if isinstance(error, PhaseError):
         return False
     return (isinstance(error, OSError) and error.errno in NO_ROOM) or DISK_FULL.search(str(error)) is not None
@@ -113,24 +114,21 @@ def fail(error: Exception, termination: Termination, folder: Path | None) -> int
 
 def _message(error: Exception, folder: Path | None) -> str:
     lines = str(error).strip().splitlines() or [""]
-    full = next((e for e in chain(error) if _is_disk_full(e)), None)
+    full = next((e for e in chain(error) if is_disk_full(e)), None)
     if full is not None:
-        return _no_room(full, folder)
+        return f"{no_room(full, folder)}; the phase goes on from its last checkpoint when there is room"
     return lines[0] if isinstance(error, PhaseError) else f"{type(error).__name__}: {lines[-1]}"
 
 
-def _no_room(error: BaseException, folder: Path | None) -> str:
-    """The folder that is full, and how many bytes there are."""
+def no_room(error: BaseException, folder: Path | None) -> str:
+    """The folder that is full (``folder`` where the error names none), and how many bytes there are."""
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
     named = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else None
     place = next((p for p in (named, folder) if p is not None), Path.cwd()).absolute()
     there = next(p for p in (place, *place.parents) if p.exists())
     usage = shutil.disk_usage(there)
     quota = " (a quota may end earlier)" if getattr(error, "errno", None) == errno.EDQUOT else ""
-    return (
-        f"no space left to write in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}; "
-        "the phase goes on from its last checkpoint when there is room"
-    )
+    return f"no space left to write in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}"
 
 
 def terminate(termination: Termination) -> None:

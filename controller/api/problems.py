@@ -72,7 +72,7 @@ def item_label(item: object, index: int) -> str:
 
 
 def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 -- one line per kind of error
-    kind, context, value = detail["type"], detail.get("ctx", {}), _shown(detail["input"])
+    kind, context, value = detail["type"], detail.get("ctx", {}), shown(detail["input"])
     if kind == "extra_forbidden":
         return _unknown_field(detail["loc"], model)
     if kind == "missing":
@@ -122,7 +122,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a message has it: texts in quotes, and not too long."""
     if isinstance(value, str):
         return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'
     if isinstance(value, dict | list):

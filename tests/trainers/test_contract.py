@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from trainers import contract, files, workspace
 from trainers.contract import FAILURES, FailureClass, Result, Termination
-from trainers.failures import classify
 from trainers.gates import check_gates
 from trainers.phases import REGISTRY
 from trainers.phases.dpo.spec import DpoSpec
@@ -177,24 +176,6 @@ class TestGates:
     def test_a_metric_without_a_value_misses_and_those_with_one_are_listed(self):
         with pytest.raises(contract.GateFailed, match="acc has no value; there are kl"):
             check_gates(dpo(gates=[{"metric": "acc", "atLeast": 1}]).gates, {"kl": 1.0})
-
-
-@pytest.mark.parametrize(
-    ("error", "failure"),
-    [
-        (contract.BadInput("x"), FailureClass.BAD_INPUT),
-        (MemoryError(), FailureClass.OUT_OF_MEMORY),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
-            FailureClass.OUT_OF_MEMORY,
-        ),
-        (OSError("No space left on device"), FailureClass.INFRASTRUCTURE),
-        (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), FailureClass.INFRASTRUCTURE),
-        (ZeroDivisionError("x"), FailureClass.INTERNAL),
-    ],
-)
-def test_classification(error, failure):
-    assert classify(error) == failure
 
 
 @pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.name)

@@ -1,0 +1,142 @@
+"""Which class an exception is, in the words of the libraries that raise it; and a disk that is really full."""
+
+import errno
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from trainers.contract import BadInput, FailureClass, Infrastructure
+from trainers.failures import classify
+from trainers.workspace import PhaseDir
+
+OUT_OF_MEMORY = [
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)\nCuda failure 2 'out of memory'",
+    "HIP out of memory. Tried to allocate 2.00 GiB",
+    "MPS backend out of memory (MPS allocated: 8.00 GB)",
+    "XPU out of memory. Tried to allocate 1.00 GiB",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    "[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    "std::bad_alloc",
+    "cudaErrorMemoryAllocation: out of memory",
+    "Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64",
+    "cudaHostAlloc: failed to allocate pinned memory",
+]
+NETWORK = [
+    "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:2713",
+    "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error: timed out connecting",
+    "NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network error, connection refused",
+    "The client socket has timed out after 600000ms while trying to connect to (10.0.0.7, 29500).",
+]
+DISK = [
+    "[enforce fail at inline_container.cc:672] . unexpected pos 584448 vs 584336",
+    "[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0: file write failed",
+    "Error while serializing: I/O error: No space left on device (os error 28)",
+    'Error while serializing: IoError(Os { code: 122, message: "Disk quota exceeded" }) (os error 122)',
+]
+
+
+def raised_from(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def raised_while(error: Exception, handling: BaseException) -> Exception:
+    error.__context__ = handling
+    return error
+
+
+class TransportError(Exception):
+    """By its name: httpx's base of errors of the network."""
+
+
+class ConnectTimeout(TransportError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        *((RuntimeError(text), FailureClass.OUT_OF_MEMORY) for text in OUT_OF_MEMORY),
+        *((RuntimeError(text), FailureClass.INFRASTRUCTURE) for text in [*NETWORK, *DISK]),
+        (MemoryError(), FailureClass.OUT_OF_MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), FailureClass.OUT_OF_MEMORY),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureClass.INFRASTRUCTURE),
+        (OSError(errno.EIO, "Input/output error"), FailureClass.INFRASTRUCTURE),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), FailureClass.BAD_INPUT),
+        (ConnectTimeout("timed out"), FailureClass.INFRASTRUCTURE),
+        (ZeroDivisionError("x"), FailureClass.INTERNAL),
+        (RuntimeError("a template that says: memory"), FailureClass.INTERNAL),
+        # Wrapped, or raised while something else is cleaned up after.
+        (raised_from(BadInput("x"), OSError(errno.ENOSPC, "No space left on device")), FailureClass.INFRASTRUCTURE),
+        (raised_from(BadInput("x"), ValueError("y")), FailureClass.BAD_INPUT),
+        (raised_from(Infrastructure("x"), ValueError("y")), FailureClass.INFRASTRUCTURE),
+        (raised_from(ValueError("x"), ConnectionResetError(errno.ECONNRESET, "reset")), FailureClass.INFRASTRUCTURE),
+        (raised_while(KeyError("x"), RuntimeError("CUDA out of memory")), FailureClass.OUT_OF_MEMORY),
+        (raised_while(KeyError("x"), FileNotFoundError(errno.ENOENT, "gone")), FailureClass.INTERNAL),
+        (BadInput("chat template: 'out of memory' is no role"), FailureClass.BAD_INPUT),
+    ],
+)  # fmt: skip
+def test_classification(error, failure):
+    assert classify(error) == failure
+
+
+def test_a_model_with_a_name_that_is_too_long_is_bad_input(run_phase, tmp_path, capfd):
+    spec = {"model": {"source": "x" * 300}, "data": {"train": [{"files": "rows.jsonl"}]}}
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert run_phase("sft", spec, None, tmp_path / "run" / "sft", base_dir=str(tmp_path))[0] == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- a full disk
+
+SPEC = {"batchSize": 4, "duration": {"maxSteps": 8}, "checkpoint": {"everySteps": 1, "keepLast": 8}}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for three checkpoints or so."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_infrastructure_and_the_phase_goes_on_when_there_is_room(
+    run_phase, tiny_model_dir, tmp_path, small_disk, monkeypatch, capfd
+):
+    monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(tmp_path / "word"))
+    rows = [{"prompt": f"say {letter}", "response": f"{letter} b"} for letter in "abcdefgh"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec: dict[str, Any] = {**SPEC, "model": {"source": str(tiny_model_dir)}}
+    spec["data"] = {"train": [{"files": "rows.jsonl"}], "maxLength": 64}
+    output = small_disk / "run" / "sft"
+    code, result = run_phase("sft", spec, None, output, base_dir=str(tmp_path))
+    word = json.loads((tmp_path / "word").read_text())
+    assert (code, result, word["failure"]) == (75, None, "Infrastructure")
+    assert f"no space left to write in {output}" in word["message"]
+    assert "of 921,600 bytes are free" in word["message"]
+    whole = [path for path in PhaseDir(output).checkpoints.glob("step-*") if (path / "state.json").exists()]
+    assert whole, "the disk is too small for this test to say anything"
+
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    capfd.readouterr()
+    assert run_phase("sft", spec, None, output, base_dir=str(tmp_path))[0] == 0
+    steps = [json.loads(line)["step"] for line in PhaseDir(output).metrics.read_text().splitlines()]
+    assert steps == list(range(1, 9))
+    undisturbed = tmp_path / "other" / "sft"
+    assert run_phase("sft", spec, None, undisturbed, base_dir=str(tmp_path))[0] == 0
+    ours, theirs = (load_file(PhaseDir(place).model / "model.safetensors") for place in (output, undisturbed))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
