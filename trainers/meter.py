@@ -21,6 +21,7 @@ from trainers.contract import Progress
 from trainers.files import write_atomic
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
 from trainers.spec import Tracking
+from trainers.tracker import Tracker
 from trainers.workspace import PhaseDir
 
 
@@ -50,7 +51,7 @@ class Meter:
         self._progress_at = 0.0
         self._file: Any = None
         self._bar: Any = None
-        self._wandb: Any = None
+        self._tracker: Tracker | None = None
 
     # -- the phase's view
 
@@ -72,7 +73,7 @@ class Meter:
             _rewind(self.directory, step)
             self._file = self.directory.metrics.open("a")
             self._bar = _progress_bar(step, total_steps, self.labels["phase"])
-            self._wandb = _wandb_run(self.tracking, self.labels, settings or {})
+            self._tracker = _tracker(self.tracking, self.labels, self.directory, settings or {})
         self.stage("")
 
     @contextmanager
@@ -121,8 +122,8 @@ class Meter:
         self._set_gauges(values)
         if self.rank == 0 and self._file is not None:
             self._write_line({"step": step, **values})
-            if self._wandb is not None:
-                self._wandb.log(values, step=step)
+            if self._tracker is not None:
+                self._tracker.log(step, values)
 
     def stage(self, text: str) -> None:
         """Say what goes on outside the steps; empty while stepping."""
@@ -137,8 +138,8 @@ class Meter:
         for closable in (self._file, self._bar):
             if closable is not None:
                 closable.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     # -- details
 
@@ -172,8 +173,8 @@ class Meter:
             line = {"step": step, "time": round(time.time(), 3), "tokens": self._tokens, "samples": self._samples}
             parts = {f"seconds_{name}": round(seconds, 6) for name, seconds in self._parts.items()}
             self._write_line({**line, **values, **parts})
-            if self._wandb is not None:
-                self._wandb.log(dict(values), step=step)
+            if self._tracker is not None:
+                self._tracker.log(step, values)
         self._progress = self._progress.model_copy(
             update={
                 "step": step,
@@ -198,7 +199,7 @@ class Meter:
         self._progress_at = time.monotonic()
         update = {"updated_at": time.time(), "step": self.step, "total_steps": self.total_steps}
         self._progress = self._progress.model_copy(update=update)
-        write_atomic(self.directory.progress, json.dumps(self._progress.document()))
+        write_atomic(self.directory.progress, json.dumps(self._progress.document(), allow_nan=False))
 
     def _serve(self, port: int) -> int:
         """Serve /metrics. A port of its own choice (0) is for this machine only; a taken one is not worth failing for."""
@@ -235,17 +236,12 @@ def _progress_bar(step: int, total: int, name: str) -> Any:
     return tqdm(initial=step, total=total, desc=name, unit="step")
 
 
-def _wandb_run(tracking: Tracking, labels: Mapping[str, str], settings: Mapping[str, Any]) -> Any:
-    """A wandb run if a project is set and the package is there; metrics.jsonl is written in any case."""
+def _tracker(
+    tracking: Tracking, labels: Mapping[str, str], directory: PhaseDir, settings: Mapping[str, Any]
+) -> Tracker | None:
     if tracking.wandb_project is None:
         return None
-    try:
-        import wandb
-    except ImportError:
-        print("wandb is not installed: metrics go to metrics.jsonl only", file=sys.stderr)
-        return None
-    name = f"{labels['run']}-{labels['phase']}"
-    return wandb.init(project=tracking.wandb_project, name=name, id=name, resume="allow", config=dict(settings))
+    return Tracker(tracking.wandb_project, f"{labels['run']}-{labels['phase']}", directory, settings)
 
 
 def _memory() -> dict[str, int]:

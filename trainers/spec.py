@@ -408,7 +408,7 @@ class Tracking(SpecModel):
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between lines in metrics.jsonl."""
     wandb_project: str | None = None
-    """Weights & Biases project; used when wandb is installed and a key is configured."""
+    """Weights & Biases project; used when wandb is installed, has a key and reaches its server. An edited phase has a run of its own, one that is continued goes on with its run."""
 
 
 class Sampling(SpecModel):

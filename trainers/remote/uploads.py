@@ -12,7 +12,7 @@ from types import TracebackType
 from trainers.contract import Infrastructure, Interrupted
 from trainers.remote.phase import CELLS, MANIFEST, Manifest, RemotePhase, mark_of
 
-NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "identity.json", "checkpoints", "attempts")
+NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "identity.json", "checkpoints", "attempts", "wandb")
 """Goes last, is for this machine only, or is there already."""
 
 
