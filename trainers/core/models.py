@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from trainers.contract import BadInput
@@ -16,6 +16,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
 from trainers.core.layers import keep_layers
 from trainers.core.vocabulary import num_known
+from trainers.core.weights import check_trainable, read_model
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 transformers_logging.disable_progress_bar()
@@ -99,16 +100,9 @@ def context_length(model: Any) -> int:
 
 def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
     location = ctx.model_location(ref)
-    options = {"trust_remote_code": ref.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(location, **options)
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = auto.from_pretrained(location, config=config, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"model {location} cannot be loaded: {reason}") from error
+    model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code)
     if ref.source is not None and hub_name(ref.source, ctx.base_dir) is not None:
-        config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
+        model.config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
     return model, tokenizer
 
@@ -122,6 +116,7 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     if frozen:
         model.requires_grad_(False).eval()
         return LoadedModel(model, tokenizer, chat, num_known=num_known(model, tokenizer))
+    check_trainable(model)
     if ctx.spec.parallel.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

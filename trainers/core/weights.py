@@ -1,0 +1,75 @@
+"""Reading a model's folder: config, tokenizer and every weight, or one line that says what is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from trainers.contract import BadInput, FailureClass
+from trainers.failures import classify
+
+
+def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) by one of transformers' auto classes. Safetensors only.
+
+    Raises BadInput for a folder that cannot be read as such a model; what this machine lacks (memory, a readable disk)
+    passes as it is.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model, found = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if _is_of_this_machine(error):
+            raise
+        raise BadInput(f"model {folder} cannot be loaded: {_reason(error)}") from error
+    _check_weights(folder, model, found)
+    return model, tokenizer
+
+
+def check_trainable(model: Any) -> None:
+    """Raise BadInput for a model whose weights are held in fewer bits than can be trained."""
+    small = next((name for name, weight in model.named_parameters() if not _is_whole(weight)), None)
+    if small is not None:
+        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "fewer bits")
+        raise BadInput(f"{small} is quantized ({method}) and cannot be trained: use a checkpoint with whole weights")
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def _check_weights(folder: str | Path, model: Any, found: dict[str, Any]) -> None:
+    """Refuse what transformers fills with random numbers: weights that the files lack, or hold in another shape."""
+    kind = type(model).__name__
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise BadInput(f"model {folder} is no whole {kind}: its files hold no {missing[0]}{more}")
+    if other := sorted(found["mismatched_keys"]):
+        name, held, wanted = other[0][:3]
+        raise BadInput(
+            f"model {folder} is no whole {kind}: {name} has the shape {list(held)}, its config asks for {list(wanted)}"
+        )
+
+
+def _is_of_this_machine(error: Exception) -> bool:
+    failure = classify(error)
+    has_number = isinstance(error, OSError) and error.errno is not None
+    return failure is FailureClass.OUT_OF_MEMORY or (has_number and failure is FailureClass.INFRASTRUCTURE)
+
+
+def _reason(error: Exception) -> str:
+    """The line that says most: a validator's error has its finding in the last one, others in the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "alidation error" in lines[0]:
+        return lines[-1]
+    return lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
