@@ -17,7 +17,8 @@ from trainers.core.encode import joined
 from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
-from trainers.core.scoring import error_share, hidden_states, in_eval_mode, in_fp32, probe_sequences, tolerance
+from trainers.core.scoring import error_share, hidden_states, in_fp32, probe_sequences, tolerance
+from trainers.core.step import in_eval_mode
 from trainers.core.templates import Messages, renderer
 
 

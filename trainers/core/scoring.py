@@ -6,9 +6,8 @@ score has eight bits: of 300 sequences 258 got distinct ones.
 Names: K scored positions, V vocabulary, H hidden width, S sequences.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as List
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +17,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from trainers.contract import BadInput
+from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate
 from trainers.core.parallel import Workers
+from trainers.core.step import in_eval_mode
 
 if TYPE_CHECKING:
     from trainers.core.models import LoadedModel
@@ -47,9 +48,14 @@ class Scorer(nn.Module):
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states, one row per position: (R * L, H)."""
     backbone = getattr(model, model.base_model_prefix)
-    extra = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    extra: dict[str, Any] = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    wants_balance = balance.is_wanted(model)
+    if hasattr(model.config, "output_router_logits"):
+        extra["output_router_logits"] = wants_balance
     # With a cache transformers does not look for packed sequences, and they would see each other.
     out = backbone(input_ids=batch.input_ids, use_cache=False, **extra)
+    if wants_balance:
+        balance.collect(model, out.router_logits, batch)
     return out.last_hidden_state.flatten(0, 1)
 
 
@@ -80,6 +86,8 @@ def scaled(model: Any, logits: torch.Tensor) -> torch.Tensor:
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / scaling
+    if multiplier := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        logits = logits * multiplier
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -167,13 +175,3 @@ def error_share(ours: List[torch.Tensor], own: List[torch.Tensor]) -> float:
 def tolerance(model: Any) -> float:
     """What rounding explains, as a share of the largest value."""
     return 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-
-
-@contextmanager
-def in_eval_mode(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trainers.contract import Diverged
+from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
 from trainers.core.context import PhaseContext
 from trainers.core.parallel import Workers
@@ -60,20 +61,24 @@ def accumulate(
 
     ``terms`` takes the items of one forward pass and their batch, and returns its part of the loss, (), and of the
     measures. A rank may have a pass without items: its loss is a sum of nothing that still reaches every weight,
-    because all ranks take part in all exchanges. Not ``counted`` are items that another trainee's pass has counted: only
+    because all ranks take part in all exchanges. Where a mixture of experts asks for it, its balance loss is added, and
+    is a measure of its own. Not ``counted`` are items that another trainee's pass has counted: only
     the operations are added to the meter. Raises Diverged if a sum is not finite.
     """
     with ctx.meter.part("data"):
         passes = layout.plan(ctx.workers, items)
+        num_tokens = sum(len(sequence) for item in items for sequence in layout.sequences(item))
     seed_step(ctx.seed, step, ctx.workers.rank)
     sums: Measures = {}
     for i, chosen in enumerate(passes):
         with ctx.meter.part("forward_backward"), ctx.workers.exchange(trainee.module, last=i == len(passes) - 1):
             some = [items[j] for j in chosen]
             batch = layout.collate(some, ctx.workers.device)
-            with ctx.workers.autocast():
+            with ctx.workers.autocast(), balance.collected() as uneven:
                 loss, measures = terms(some, batch)
-            ctx.workers.backward(loss)
+            if uneven:
+                measures = {**measures, "balance_loss": balance.share(uneven, batch, num_tokens if some else 0)}
+            ctx.workers.backward(loss + measures.get("balance_loss", 0))
             _add(sums, {"loss": loss, **measures})
         _count(ctx, trainee, layout, some, counted)
     return _finite(_reduced(ctx.workers, sums), step)

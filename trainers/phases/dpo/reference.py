@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from trainers.contract import canonical_json, sha256_text
+from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch
 from trainers.core.context import PhaseContext
 from trainers.core.encode import Pair
@@ -39,11 +39,14 @@ def reference_for(
     """
     if spec.reference_scores == "precompute":
         return _stored(spec, ctx, policy, layout, batches)
-    return _live(ctx, load_reference(ctx, spec.reference, spec.policy, policy))
+    return _live(ctx, layout, load_reference(ctx, spec.reference, spec.policy, policy))
 
 
-def _live(ctx: PhaseContext, reference: Reference) -> PairScores:
-    """Scores beside the policy."""
+def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> PairScores:
+    """Scores beside the policy, of the same batches. Raises BadInput if the reference cannot read them."""
+    if layout.packing and not reference.loaded.packs:
+        kind = reference.loaded.model.config.model_type
+        raise BadInput(f"reference: models of type {kind} need rows of their own, so set data.packing: false")
     scorer = Scorer(reference.loaded.model)
 
     def score(pairs: list[Pair], batch: Batch) -> torch.Tensor:
@@ -70,7 +73,7 @@ def _stored(
     found = {name: _read(path) for name, path in paths.items()}
     scores: dict[int, torch.Tensor] = {}
     if ctx.workers.any(any(rows is None for rows in found.values())):
-        score = _live(ctx, load_reference(ctx, spec.reference, spec.policy, policy, stays=False))
+        score = _live(ctx, layout, load_reference(ctx, spec.reference, spec.policy, policy, stays=False))
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
             scores |= _all_scores(ctx, layout, score, batches[name])

@@ -9,6 +9,7 @@ import torch
 from trainers.core.batch import Batch, BatchOrder
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
+from trainers.core.dropout import take_out_dropout
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
@@ -26,6 +27,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.policy, spec.lora)
     check_scoring(loaded, ctx.workers)
+    take_out_dropout(loaded.model)
     rows, train = _pairs(spec, ctx, loaded, "train")
     held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
     order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)

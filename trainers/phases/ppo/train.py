@@ -14,9 +14,10 @@ from torch import nn
 from trainers.core.batch import Batch, BatchOrder
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
+from trainers.core.dropout import take_out_dropout
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.models import load_causal_lm
 from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import check_room, read_prompts, respond
@@ -37,7 +38,8 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     reference = load_reference(ctx, spec.reference, spec.policy, loaded)
     reward_model = load_reward_model(ctx, spec.reward_model)
     critic_model = load_critic(ctx, spec, loaded, reward_model)
-    _without_dropout(loaded, critic_model)
+    take_out_dropout(loaded.model)
+    take_out_dropout(critic_model.model)
     data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
     check_room(loaded, prompts, spec.sampling)
     order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
@@ -185,16 +187,6 @@ def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores
             return score(batch)
 
     return scores
-
-
-def _without_dropout(policy: LoadedModel, critic: LoadedModel) -> None:
-    """With dropout the ratio of new to old probability is noise even before the first update."""
-    for loaded in (policy, critic):
-        for module in loaded.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
 
 
 def _summary(experience: Experience) -> dict[str, float]:

@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8},
+    "falcon_h1": {**MAMBA, "lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "head_dim": 8},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
