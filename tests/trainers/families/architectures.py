@@ -4,9 +4,13 @@ A family is a transformers model type and the settings that make it small while 
 windows shorter than the sequences, several experts, both kinds of a hybrid's layers.
 """
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from trainers.core.batch import Sequence
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -105,6 +109,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"num_hidden_layers": 2, "state_size": 8},
     "mamba2": {"num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
 }
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The table of docs/families.md: by family what each column says."""
+    page = Path(__file__).parents[3] / "docs" / "families.md"
+    rows = [line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    (_, *columns), _, *lines = rows
+    return {family: dict(zip(columns, cells, strict=True)) for family, *cells in lines}
+
+
+def sequences() -> list[Sequence]:
+    """Of several lengths, the longest longer than the families' windows; each but its first third scored."""
+    generator = np.random.default_rng(0)
+    return [Sequence(generator.integers(3, 61, n), np.arange(n) > n // 3) for n in (11, 7, 19, 3)]
 
 
 def family_config(name: str, vocabulary: int, **changes: Any) -> Any:

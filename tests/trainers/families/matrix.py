@@ -24,6 +24,10 @@ ROUNDING = {"fp32": 1e-4, "bf16": 3e-2}
 """Of a mean loss, against transformers' own arithmetic in the same precision."""
 
 
+class Refused(Exception):
+    """The phase ended with bad input."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """Where a cell works and what it works with."""
@@ -48,6 +52,8 @@ class Cell:
                 code, _ = self.run_phase(kind, spec, inputs, output)
             assert code == 143
         code, _ = self.run_phase(kind, spec, inputs, output)
+        if code == 2:
+            raise Refused(kind)
         assert code == 0, f"{kind} ended with {code}"
         return output
 

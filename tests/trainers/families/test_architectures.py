@@ -1,9 +1,8 @@
 """Every architecture alone: what a token is worth does not depend on how its sequence is laid out, nor on its batch."""
 
-import numpy as np
 import pytest
 import torch
-from families.architectures import FAMILIES, family_model
+from families.architectures import FAMILIES, documented, family_model, sequences
 
 from trainers.contract import BadInput
 from trainers.core.batch import Sequence, collate
@@ -15,19 +14,12 @@ from trainers.spec import Parallel, Sampling
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0, max_new_tokens=10, batch_size=8)
-LEAKS = {"gpt_oss", "qwen3_next", "lfm2", "bamba", "falcon_h1", "jamba", "zamba2", "mamba", "mamba2"}
-"""Families that cannot tell packed sequences apart. The rest read it from position_ids."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     """Name and model; longer sequences than the sliding window has room for come from the tests."""
     return request.param, family_model(request.param).eval()
-
-
-def sequences() -> list[Sequence]:
-    generator = np.random.default_rng(0)
-    return [Sequence(generator.integers(3, 61, n), np.arange(n) > n // 3) for n in (11, 7, 19, 3)]
 
 
 def own_logprobs(model, sequence: Sequence) -> torch.Tensor:
@@ -46,8 +38,8 @@ def test_packed_or_padded_is_alone_and_packing_is_off_where_it_is_not(family, ca
     name, model = family
     loaded = LoadedModel(model, tokenizer=None, chat=None)
     check_scoring(loaded, Workers(Parallel(precision="fp32")))
-    assert loaded.packs == (name not in LEAKS)
-    assert ("packing is off" in capsys.readouterr().out) == (name in LEAKS)
+    assert loaded.packs == (documented()[name]["packing"] == "yes")
+    assert ("packing is off" in capsys.readouterr().out) != loaded.packs
     alone = torch.cat([own_logprobs(model, s) for s in sequences()])
     expected = gradient(model, alone.sum())
     for packing in {False, loaded.packs}:

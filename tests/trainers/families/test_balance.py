@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import matrix
-from families.architectures import FAMILIES, family_model
-from families.test_architectures import sequences
+from families.architectures import FAMILIES, documented, family_model, sequences
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +14,7 @@ from trainers.core.scoring import Scorer, hidden_states, target_logprobs
 from trainers.synthetic import generate
 
 CPU = torch.device("cpu")
-MIXTURES = [name for name, settings in FAMILIES.items() if settings.get("output_router_logits")]
+MIXTURES = [name for name, row in documented().items() if row["balance loss"] == "yes"]
 
 
 def own_balance(model, sequence: Sequence) -> torch.Tensor:
@@ -35,7 +34,7 @@ def test_it_is_transformers_own_for_every_sequence_however_it_is_laid_out(name, 
     weights = torch.linspace(0.5, 1.5, len(expected))
     gradient = _gradient(model, (expected * weights).sum())
     assert gradient.abs().max() > 0
-    for packing in (False, True) if name in ("qwen3_moe", "mixtral") else (False,):
+    for packing in {False, documented()[name]["packing"] == "yes"}:
         batch = collate(sequences(), packing, CPU)
         with collected() as found:
             Scorer(model)(batch, target_logprobs(batch))
@@ -89,6 +88,10 @@ def test_positions_know_their_sequence(packing):
     expected = torch.where(batch.input_ids.flatten() == 0, len(lengths), batch.input_ids.flatten() - 1)
     assert torch.equal(owners(batch), expected)
     assert token_counts(batch).tolist() == lengths
+
+
+def test_the_families_that_ask_for_it_are_those_of_the_table():
+    assert [name for name in FAMILIES if coefficient(family_model(name)) > 0] == MIXTURES
 
 
 def test_nothing_is_recorded_that_is_not_trained_or_not_asked_for():
