@@ -350,3 +350,22 @@ def test_the_share_is_that_of_all_sources_together(tmp_path):
     rows = read_rows(sources, "sft", tmp_path, RowPolicy(on_malformed="skip"), "d")
     assert [record.rows for record in rows.records] == [0, 2]
     assert encode_rows(rows, lambda row: [Prompt(row, [1])], RowPolicy(), "d")[0].row == GOOD
+
+
+# ---------------------------------------------------------------- a tokenizer's texts
+
+
+def test_a_tokenizer_knows_the_words_of_rows_of_every_form(tmp_path):
+    rows = [
+        {"prompt": "plain", "score": 1},
+        {"messages": [{"role": "user", "content": "talk"}]},
+        {"chosen": [{"role": "user", "content": "better"}], "rejected": [{"role": "user", "content": "worse"}]},
+        {"conversations": [{"from": "human", "value": "shared"}]},
+        [{"content": "listed"}],
+        {"prompt": "beyond"},
+    ]
+    write(tmp_path / "d.jsonl", rows)
+    spec = ScratchTokenizer.model_validate({"kind": "word", "trainOn": [{"files": "d.jsonl", "limit": 5}]})
+    words = set(scratch_tokenizer(spec, tmp_path).get_vocab())
+    assert {"plain", "talk", "better", "worse", "shared", "listed"} <= words
+    assert not {"beyond", "user", "human"} & words

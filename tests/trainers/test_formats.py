@@ -1,10 +1,14 @@
 """Rows as the world writes them: each format becomes the project's rows, and is proposed where it was not named."""
 
+import copy
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainers.formats import FORMATS, seed_row
+from trainers.formats.schemas import SCHEMAS
 from trainers.jsonl import Malformed
 from trainers.spec import DataSource
 
@@ -311,3 +315,37 @@ def test_sources_name_exactly_the_formats_there_are():
     names, none = get_args(DataSource.model_fields["format"].annotation)
     assert set(get_args(names)) == set(FORMATS)
     assert none is type(None)
+
+
+WORDS = ["", "q", "user", "assistant", "tool", "human", "function_call", "[]", "{", "\n\nHuman: q"]
+atoms = st.none() | st.booleans() | st.sampled_from([1, 0.5]) | st.sampled_from(WORDS)
+anything = (
+    atoms | st.lists(atoms, max_size=2) | st.dictionaries(st.sampled_from(["role", "content"]), atoms, max_size=2)
+)
+
+
+@st.composite
+def damaged(draw):
+    """A good row with something else at some place in it, or nothing."""
+    row = copy.deepcopy(draw(st.sampled_from(CASES))[2])
+    parent, key = row, draw(st.sampled_from(list(row)))
+    while draw(st.booleans()) and isinstance(parent[key], dict | list) and parent[key]:
+        parent = parent[key]
+        key = draw(st.sampled_from(list(parent) if isinstance(parent, dict) else range(len(parent))))
+    if draw(st.booleans()):
+        del parent[key]
+    else:
+        parent[key] = draw(anything)
+    return row
+
+
+@settings(max_examples=600)
+@given(damaged(), st.sampled_from(sorted(SCHEMAS)), st.sampled_from([None, *FORMATS]))
+def test_whatever_a_row_holds_it_is_ours_or_malformed(raw, schema, name):
+    try:
+        found = seed_row(raw, schema, name, {})
+    except Malformed:
+        return
+    assert "prompt" in found or "messages" in found
+    assert all(isinstance(m["content"], str) for m in found.get("messages", []))
+    assert seed_row(found, schema, None, {}) == found

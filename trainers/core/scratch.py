@@ -1,5 +1,7 @@
 """Models made on the spot: random Llama weights and a tokenizer learned from the run's own text."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,29 @@ def scratch_tokenizer(spec: ScratchTokenizer, base_dir: Path) -> Any:
 
 
 def _texts(spec: ScratchTokenizer, base_dir: Path) -> list[str]:
-    """Every text value of every row, and every turn of a conversation."""
-    texts = []
+    """Every text in every row, those of turns too; only not who speaks."""
+    return [text for row in _all_rows(spec, base_dir) for text in _in(row) if text]
+
+
+def _all_rows(spec: ScratchTokenizer, base_dir: Path) -> Iterator[Any]:
     for source in spec.train_on:
-        for place, raw in raw_rows(source, base_dir):
+        for place, raw in islice(raw_rows(source, base_dir), source.limit):
             try:
-                row = jsonl.parse(raw) if isinstance(raw, bytes) else raw
+                yield jsonl.parse(raw) if isinstance(raw, bytes) else raw
             except jsonl.Malformed as problem:
                 raise BadInput(f"{place}: {problem}") from problem
-            values = [m.get("content") for m in row.get("messages", [])] + list(row.values())
-            texts += [value for value in values if isinstance(value, str) and value]
-    return texts
+
+
+def _in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from _in(item)
 
 
 def _words(texts: list[str], vocab_size: int) -> Tokenizer:
