@@ -445,20 +445,26 @@ def copy_of(source, target, change):
     return str(target)
 
 
-@pytest.mark.parametrize("what", ["weights", "program"])
+@pytest.mark.parametrize("what", ["weights", "template", "program"])
 def test_what_made_a_measurement_is_part_of_it(spec, run_phase, tmp_path, tiny_model_dir, calls, monkeypatch, what):
+    from transformers import AutoTokenizer
+
     source = copy_of(tiny_model_dir, tmp_path / "model", lambda model, tokenizer: None)
+    template = tmp_path / "template.jinja"
+    template.write_text(AutoTokenizer.from_pretrained(source).chat_template)
     few = {
         **spec,
         "benchmarks": BENCHMARKS[:1],
         "latency": {"enabled": False},
-        "models": [{"name": "a", "source": source}],
+        "models": [{"name": "a", "source": source, "chatTemplate": str(template)}],
     }
     output = tmp_path / "run" / "eval"
     assert run_phase("evaluate", few, None, output)[0] == 0
     assert run_phase("evaluate", few, None, output)[0] == 0
     assert calls.count("respond") == 1
-    if what == "weights":
+    if what == "template":
+        template.write_text("{# edited #}" + template.read_text())
+    elif what == "weights":
         copy_of(source, source, lambda model, tokenizer: model.lm_head.weight.mul_(2))
     else:
         monkeypatch.setattr("trainers.origins.program_identity", lambda module: "another")

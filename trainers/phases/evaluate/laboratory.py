@@ -82,12 +82,13 @@ class Laboratory:
             self._digests[name] = sha256_text(canonical_json([self._content(ref), reading]))
         return self._digests[name]
 
-    def _content(self, ref: ModelRef | RewardModelRef) -> str:
-        """Its phase's artifact, what was found of it before the start (a folder's files, a hub's commit), or a seed."""
-        if ref.phase is not None:
-            return self.ctx.file.inputs[ref.phase].digest
-        path = next(path for path, other in find_models(self.spec, type(ref)) if other is ref)
-        return self.ctx.origins.content.get(path) or ref.source or f"seed {self.ctx.seed}"
+    def _content(self, ref: ModelRef | RewardModelRef) -> dict[str, str]:
+        """Its phase's artifact, or what was found of it before the start (a folder's files, a hub's commit), or a seed."""
+        path = next((path for path, other in find_models(self.spec, type(ref)) if other is ref), None)
+        content = self.ctx.origins.content
+        found = {key.removeprefix(f"{path}."): mark for key, mark in content.items() if key.startswith(f"{path}.")}
+        made = self.ctx.file.inputs[ref.phase].digest if ref.phase is not None else content.get(path or "")
+        return {**found, "": made or ref.source or f"seed {self.ctx.seed}"}
 
     def cell(self, model: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """A measurement of a model from its cell, or made now. All processes get the same.
