@@ -339,7 +339,21 @@ def test_the_critic_can_have_a_start_of_its_own(
     assert "fresh head" not in capsys.readouterr().out
     refused = {**spec, "critic": {"source": str(other_reward_dir)}}
     assert run_phase("ppo", refused, None, tmp_path / "b" / "ppo")[0] == 2
-    assert "critic: it must read the policy's tokens, but" in capsys.readouterr().err
+    assert "critic: it cannot read the policy's tokens: " in capsys.readouterr().err
+
+
+def test_the_policy_says_nothing_that_the_critic_cannot_embed(run_phase, spec_for, tiny_model_dir, tmp_path):
+    """It has a token more, as likely as any other."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["extra"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "more")
+    tokenizer.save_pretrained(tmp_path / "more")
+    spec = spec_for(
+        policy={"source": str(tmp_path / "more")}, sampling={"maxNewTokens": 32, "batchSize": 8}, iterations=1
+    )
+    assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 0
 
 
 def test_a_fresh_critic_goes_on_from_its_checkpoint(run_phase, spec_for, other_reward_dir, tmp_path, stop_after):

@@ -38,13 +38,6 @@ def check_known(rows: Iterable[Any], known: int | None, tokenizer: Any, where: s
         )
 
 
-def other_ids(first: Any, second: Any) -> str | None:
-    """Which of the first tokenizer's tokens are others in the second one, or None if the second reads what it writes."""
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    wrong = [token for token, index in ours.items() if theirs.get(token) != index]
-    return f"{len(wrong)} of {len(ours)} have another id or none, for example {wrong[0]!r}" if wrong else None
-
-
 def same_tokens(teacher: Any, student: Any) -> str | None:
     """Why the student's tokenizer cannot serve the teacher's, or None: what to change is part of it.
 

@@ -6,8 +6,9 @@ from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel
 from trainers.core.reward_models import load_value_model, new_reward_model
 from trainers.core.rewards import check_reward_scoring
-from trainers.core.vocabulary import other_ids
+from trainers.core.vocabulary import vocabulary_of
 from trainers.phases.ppo.spec import PpoSpec
+from trainers.vocabulary import other_tokens
 
 
 def load_critic(ctx: PhaseContext, spec: PpoSpec, policy: LoadedModel, reward_model: RewardModel) -> LoadedModel:
@@ -17,8 +18,8 @@ def load_critic(ctx: PhaseContext, spec: PpoSpec, policy: LoadedModel, reward_mo
     """
     if spec.critic is not None:
         critic = load_value_model(ctx, spec.critic)
-        if (problem := other_ids(policy.tokenizer, critic.tokenizer)) is not None:
-            raise BadInput(f"critic: it must read the policy's tokens, but {problem}")
+        if (problem := _other_tokens(policy, critic)) is not None:
+            raise BadInput(f"critic: it cannot read the policy's tokens: {problem}")
         return critic
     reason = _cannot_start_from(policy, reward_model)
     if reason is None:
@@ -33,5 +34,9 @@ def load_critic(ctx: PhaseContext, spec: PpoSpec, policy: LoadedModel, reward_mo
 def _cannot_start_from(policy: LoadedModel, reward_model: RewardModel) -> str | None:
     if isinstance(reward_model, TextClassifier):
         return f"reward models of type {reward_model.model.config.model_type} score a text as a whole"
-    problem = other_ids(policy.tokenizer, reward_model.tokenizer)
+    problem = _other_tokens(policy, reward_model)
     return None if problem is None else f"the reward model reads other tokens ({problem})"
+
+
+def _other_tokens(policy: LoadedModel, reader: LoadedModel) -> str | None:
+    return other_tokens(vocabulary_of(policy.tokenizer), vocabulary_of(reader.tokenizer))

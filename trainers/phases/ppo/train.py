@@ -17,13 +17,14 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import load_causal_lm
+from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import check_room, read_prompts, respond
+from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
+from trainers.core.vocabulary import check_known
 from trainers.phases.ppo.advantages import explained_variance
 from trainers.phases.ppo.critic import load_critic
 from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
@@ -42,6 +43,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     take_out_dropout(critic_model.model)
     data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
     check_room(loaded, prompts, spec.sampling)
+    _only_known_tokens(loaded, prompts, {"reference": reference.loaded, "critic": critic_model})
     order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
     updates = spec.iterations * updates_per_round(spec)
     policy = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, updates, model_flops(loaded.model))
@@ -187,6 +189,14 @@ def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores
             return score(batch)
 
     return scores
+
+
+def _only_known_tokens(policy: LoadedModel, prompts: list[Prompt], readers: dict[str, LoadedModel]) -> None:
+    """Let the policy say nothing that a reader cannot embed. Raises BadInput for a prompt that one cannot."""
+    for name, reader in readers.items():
+        check_known((p.ids for p in prompts), reader.num_known, policy.tokenizer, "data.prompts", name)
+    known = [model.num_known for model in (policy, *readers.values()) if model.num_known is not None]
+    policy.num_known = min(known, default=None)
 
 
 def _summary(experience: Experience) -> dict[str, float]:
