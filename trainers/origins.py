@@ -11,7 +11,7 @@ from pathlib import Path
 from trainers.contract import Identity, Origins, PhaseType
 from trainers.fingerprints import files_fingerprint, fingerprint, folder_fingerprint, is_folder, package_version
 from trainers.program import program_identity
-from trainers.spec import ModelRef, PhaseSpec, RewardModelRef, find_models, is_address
+from trainers.spec import ChatSettings, ModelRef, PhaseSpec, RewardModelRef, find_models, is_address
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -22,7 +22,9 @@ def origins_of(kind: PhaseType, spec: PhaseSpec, base_dir: Path, known: Mapping[
     ``known`` has the fingerprints of model sources that do not lie on this machine yet. What lies in an object store and
     is not known is left out, and what is read from the hub without a commit: the phase itself looks at it.
     """
-    content = dict(_data(spec, base_dir)) | dict(_models(spec, base_dir, known or {}))
+    content = (
+        dict(_data(spec, base_dir)) | dict(_models(spec, base_dir, known or {})) | dict(_templates(spec, base_dir))
+    )
     return Origins(program=program_identity(kind.module), content=content)
 
 
@@ -52,6 +54,13 @@ def _models(spec: PhaseSpec, base_dir: Path, known: Mapping[str, str]) -> Iterat
             yield f"{path}.chatTemplate", files_fingerprint([template])
         if ref.source is not None and (mark := _model(ref.source, ref.revision, base_dir, known)) is not None:
             yield path, mark
+
+
+def _templates(spec: PhaseSpec, base_dir: Path) -> Iterator[tuple[str, str]]:
+    for path, settings in find_models(spec, ChatSettings):
+        file = settings.chat_template_file(base_dir)
+        if file is not None and file.is_file():
+            yield f"{path}.chatTemplate", files_fingerprint([file])
 
 
 def _model(source: str, revision: str | None, base_dir: Path, known: Mapping[str, str]) -> str | None:

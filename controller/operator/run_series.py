@@ -12,7 +12,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseStatus, RunStatus
 from controller.operator.metrics import PREFIX, RUN_METRICS
 from controller.operator.queue import Key
-from controller.plan.attempts import budget
+from controller.plan.attempts import budget, of_settings
 from controller.plan.resolve import merge_templates
 from trainers.contract import FailureClass
 
@@ -104,11 +104,9 @@ def _results(key: Key, status: RunStatus) -> Iterator[Sample]:
 
 def _failures(phase: PhaseStatus) -> Counter[FailureClass]:
     """Of what is asked for now: earlier settings' failures do not count."""
-    return Counter(
-        a.failure
-        for a in phase.attempts
-        if a.state == AttemptState.FAILED and a.failure is not None and phase.digest in (a.digest, None)
-    )
+    newest = phase.attempts[-1].settings if phase.attempts else ""
+    counted = of_settings(phase.attempts, phase.digest, newest) if phase.digest else phase.attempts
+    return Counter(a.failure for a in counted if a.state == AttemptState.FAILED and a.failure is not None)
 
 
 def _times(what: str, labels: tuple[str, ...], start: datetime | None, end: datetime | None) -> Iterator[Sample]:

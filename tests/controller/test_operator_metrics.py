@@ -254,15 +254,18 @@ def attempt(number: int, state: AttemptState, **more: Any) -> Attempt:
 
 def test_retries_used_are_the_failures_of_what_is_asked_for_now():
     old = Attempt(number=1, digest="old", state=AttemptState.FAILED, failure=INFRA)
+    edited = Attempt(number=1, digest="d", settings="of before", state=AttemptState.FAILED, failure=INFRA)
     new = [attempt(n, AttemptState.FAILED, failure=INFRA) for n in (2, 3)]
     full = attempt(4, AttemptState.FAILED, failure=FailureClass.OUT_OF_MEMORY)
-    phase = PhaseStatus(name="base", type="sft", digest="d", state=PhaseState.BACKING_OFF, attempts=(old, *new, full))
+    phase = PhaseStatus(
+        name="base", type="sft", digest="d", state=PhaseState.BACKING_OFF, attempts=(old, edited, *new, full)
+    )
     run = make_run(sft("base"), failurePolicy={"retries": {"infrastructure": 3}})
     found = shown(run, RunStatus(phases=(phase,)))
     told = {(key[0], key[3]): value for key, value in found.items() if key[0].startswith("phase_retries")}
     assert told == {
         ("phase_retries_used", "Infrastructure"): 2, ("phase_retries_allowed", "Infrastructure"): 3,
-        ("phase_retries_used", "OutOfMemory"): 1, ("phase_retries_allowed", "OutOfMemory"): 1,
+        ("phase_retries_used", "OutOfMemory"): 1, ("phase_retries_allowed", "OutOfMemory"): 3,
     }  # fmt: skip
 
 

@@ -241,6 +241,17 @@ def test_what_lies_in_an_object_store_is_left_to_the_phase(tmp_path):
     assert origins_of(kind, spec, tmp_path, {"s3://b/m": "mark"}).content == {"model": "mark"}
 
 
+def test_a_template_in_a_file_is_its_content(tmp_path):
+    kind = phase_type("sft")
+    model = {"source": "org/name", "chatTemplate": "chat.jinja"}
+    spec = kind.spec.model_validate({"model": model, "data": {"train": [{"files": "s3://b/x.jsonl"}]}})
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    first = origins_of(kind, spec, tmp_path).content
+    (tmp_path / "chat.jinja").write_text("{{ messages[0] }}")
+    assert list(first) == ["model.chatTemplate"]
+    assert origins_of(kind, spec, tmp_path).content != first
+
+
 def test_a_difference_is_named():
     now = Identity(digest="d", origins=Origins(program="1", content={"model": "a", "data.train[0]": "x"}))
     assert difference(now, now) is None
