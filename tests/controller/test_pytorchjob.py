@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from builders import START, digests, make_run, seen, sft
+from builders import START, after, digests, make_run, seen, sft
+from builders import job as attempt
 from hypothesis import given
 from hypothesis import strategies as st
 from pods import job, pod, said, terminated
@@ -85,6 +86,15 @@ class TestRender:
         spec = phase_type("sft").spec.model_validate(file.spec)
         assert phase_digest("sft", spec, file.image, {}) == digests(run)["base"]
         assert (file.output, file.base_dir) == ("/workspace/test/base", "/workspace")
+
+    def test_an_attempt_after_running_out_of_memory_is_told_to_take_less(self):
+        run = WORK.applied(make_run(sft("base")))
+        full = attempt(run, "base", 1, JobState.FAILED, failure=FailureClass.OUT_OF_MEMORY, finished_at=START)
+        (action,) = decide(run, seen(full), after(100)).actions
+        annotations = worker(render(action.job, OWNER, "trainer:1"))["template"]["metadata"]["annotations"]
+        file = PhaseFile.model_validate_json(annotations["alignment.dev/phase-file"])
+        assert file.spec["parallel"]["microBatchTokens"] == 4096
+        assert action.job.digest == digests(run)["base"]
 
     def test_an_object_store_is_mirrored_in_scratch_space(self):
         document = rendered(make_run(sft("base"), workspace={"uri": "s3://bucket/prefix/"}))
@@ -233,6 +243,11 @@ class TestObserve:
         got = observe.result_of(pods)
         assert (got.digest, got.artifact_digest, got.metrics) == ("d", "a", {"loss": 1.5})
         assert observe.result_of(pods[1:]) is None
+
+    @pytest.mark.parametrize(("failure", "known"), [("GateFailed", True), ("Diverged", False)])
+    def test_a_phase_that_missed_its_gates_has_left_a_result(self, failure, known):
+        word = said(failure, "gate missed", digest="d", artifactDigest="a", metrics={"loss": 1.5})
+        assert (observe.result_of([pod(0, "Failed", terminated=terminated(3, word))]) is not None) == known
 
 
 class TestQueue:
