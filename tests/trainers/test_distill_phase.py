@@ -323,3 +323,16 @@ class TestWrongInput:
     def test_held_out_evaluation_is_refused(self, run_phase, capsys, spec_for, tmp_path):
         spec = spec_for(evaluation={"keepBest": True})
         assert "evaluation has no effect" in self.message(run_phase, capsys, spec, tmp_path)
+
+
+def test_prompts_whose_samples_may_not_fit_are_dropped_and_counted(run_phase, spec_for, tmp_path):
+    """Shortened after they were sampled, samples would be trained behind another prompt than they came from."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a " * n}) + "\n" for n in (1, 2, 3, 20)))
+    spec = spec_for(prompts={"prompts": [{"files": str(path)}]}, onPolicyFraction=1, maxLength=16, traces=None)
+    spec["sampling"] = spec.get("sampling", {}) | {"maxNewTokens": 8}
+    code, result = run_phase(
+        "distill", {k: v for k, v in spec.items() if v is not None}, None, tmp_path / "run" / "distill"
+    )
+    assert code == 0
+    assert [(record.rows, record.dropped) for record in result.data] == [(3, 1)]

@@ -187,7 +187,10 @@ def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
 def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Prompt]]:
     if spec.prompts is None or spec.on_policy_fraction == 0:
         return Rows(), []
-    rows, prompts = read_prompts(ctx, spec.prompts, student.chat, "prompts")
+    # A sample that did not fit maxLength would be trained behind another prompt than it was sampled from.
+    longest = min(spec.prompts.max_prompt_length, spec.max_length - spec.sampling.max_new_tokens)
+    data = spec.prompts.model_copy(update={"max_prompt_length": longest})
+    rows, prompts = read_prompts(ctx, data, student.chat, "prompts")
     check_room(student, prompts, spec.sampling)
     return rows, prompts
 
