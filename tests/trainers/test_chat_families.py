@@ -147,3 +147,77 @@ def test_what_is_learned_is_what_trls_templates_mark_as_generated(name):
     theirs = [i for i, flag in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if flag]
     learned = chat.tokenizer.decode(chat.turns(TALK[:2])[0][1])
     assert learned[learned.index(TALK[1]["content"]) :] in chat.tokenizer.decode(theirs)
+
+
+# ---------------------------------------------------------------- tools
+
+
+ADD = {
+    "name": "add",
+    "description": "Adds.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
+CALLS = [
+    {"role": "user", "content": "2+2?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+    },
+    {"role": "tool", "content": "four", "name": "add", "tool_call_id": "call00001"},
+    {"role": "assistant", "content": "It is 4."},
+]
+WITH_TOOLS = [{"role": "tools", "tools": [{"type": "function", "function": ADD}]}, *CALLS]
+NO_DEFINITIONS = {
+    "cohere",
+    "cohere2",
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "gemma",
+    "gemma3",
+    "llama3",
+    "phi3",
+    "phi3_5",
+}
+NO_CALLS = (NO_DEFINITIONS - {"deepseekv3"}) | {"lfm2"}
+NO_DEFINITIONS |= {"qwen2_5_vl"}
+NO_CALLS |= {"qwen2_5_vl"}
+
+
+@pytest.mark.parametrize("name", [n for n in real_tokenizers.trl_template_names() if not n.endswith("_training")])
+def test_calls_of_tools_are_learned_where_a_template_shows_them(name):
+    if name in IMAGES:
+        return
+    chat = trl(name)
+    if name in NO_CALLS:
+        with pytest.raises(BadInput, match="shows no calls of tools"):
+            chat.turns(CALLS)
+        return
+    (_, call), (prompt, answer) = chat.turns(CALLS)
+    assert "add" in chat.tokenizer.decode(call)
+    assert "four" in chat.tokenizer.decode(prompt)
+    assert "It is 4." in chat.tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("name", [n for n in real_tokenizers.trl_template_names() if not n.endswith("_training")])
+def test_definitions_of_tools_are_shown_or_refused(name):
+    if name in IMAGES:
+        return
+    if name in NO_DEFINITIONS:
+        with pytest.raises(BadInput, match="shows no definitions of tools"):
+            trl(name).prompt(WITH_TOOLS[:2])
+    else:
+        assert "Adds." in trl(name).prompt_text(WITH_TOOLS[:2])
+
+
+def test_tools_of_a_real_family_become_the_tokens_that_transformers_gives():
+    chat = family("qwen3")
+    text = chat.tokenizer.apply_chat_template(CALLS, tools=WITH_TOOLS[0]["tools"], tokenize=False)
+    prompt, answer = chat.turns(WITH_TOOLS)[-1]
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt + answer)] == prompt + answer
+
+
+def test_the_plain_format_has_no_tools():
+    with pytest.raises(BadInput, match="plain format has no tools"):
+        chat_format(bytes_tokenizer(None)).turns(CALLS)

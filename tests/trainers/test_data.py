@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format
-from trainers.core.encode import joined, preference_pairs, prompt_ids, sft_sequences
+from trainers.core.encode import joined, preference_pairs, prompt_ids, prompt_messages, sft_sequences
 from trainers.core.rollouts import Prompt
 from trainers.core.rows import encode_rows, read_rows
 from trainers.core.scratch import scratch_tokenizer
@@ -244,6 +244,14 @@ def test_messages_and_prompt_with_response_are_the_same_sequence(chat):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.scored.tolist() == other.scored.tolist()
         assert one.shortened == other.shortened == max(0, 5 - limit)
+
+
+def test_the_tools_of_a_row_are_part_of_its_prompt(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    row = {"prompt": "q", "tools": tools, "response": "a"}
+    assert prompt_messages(row) == [{"role": "tools", "tools": tools}, {"role": "user", "content": "q"}]
+    assert prompt_messages({"messages": TURNS, "tools": tools})[1:] == TURNS
+    assert prompt_messages({"messages": TURNS, "tools": []}) == TURNS
 
 
 def test_training_and_generation_start_from_the_same_tokens(chat):

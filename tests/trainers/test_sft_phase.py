@@ -307,3 +307,46 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         assert process.poll() is None, process.stdout.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- the format of conversations
+
+
+def test_no_row_is_longer_than_the_models_positions(run_phase, tmp_path):
+    """maxLength is 1024 unless set, and a model of 12 positions would be trained on places that it has never seen."""
+    rows = [{"prompt": "a " * n, "response": "b"} for n in (2, 20)] + [{"prompt": "a", "response": "b " * 20}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"kind": "word", "trainOn": [{"files": "rows.jsonl"}]}
+    model = {"scratch": {"hiddenSize": 8, "numLayers": 1, "numHeads": 2, "maxPositions": 12, "tokenizer": words}}
+    spec = {"model": model, "data": {"train": [{"files": "rows.jsonl"}]}, "duration": {"maxSteps": 1}}
+    code, result = run_phase("sft", spec, None, tmp_path / "run" / "sft", base_dir=str(tmp_path))
+    assert code == 0
+    assert [(record.rows, record.dropped, record.shortened) for record in result.data] == [(2, 1, 1)]
+
+
+def test_a_base_model_takes_on_a_template_and_keeps_it(run_phase, tiny_model_dir, tmp_path):
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role == 'assistant' %} <unk>{% endif %} {% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant> {% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    model = {"source": str(tiny_model_dir), "chatTemplate": "chat.jinja", "endToken": "<unk>"}
+    spec = spec_for(tiny_model_dir, duration={"maxSteps": 1}) | {"model": model}
+    code, _ = run_phase("sft", spec, None, tmp_path / "run" / "sft", base_dir=str(tmp_path))
+    assert code == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "sft" / "model")
+    assert (saved.chat_template, saved.eos_token) == (template, "<unk>")
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_row(run_phase, tiny_model_dir, tmp_path, capfd):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    template += AutoTokenizer.from_pretrained(tiny_model_dir).chat_template
+    turns = [{"role": role, "content": "A"} for role in ("system", "user", "assistant")]
+    rows = [{"messages": turns[1:]}, {"messages": turns}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"source": str(tiny_model_dir), "chatTemplate": template}
+    spec = spec_for(tiny_model_dir, data={"train": [{"files": "rows.jsonl"}]}) | {"model": model}
+    code, _ = run_phase("sft", spec, None, tmp_path / "run" / "sft", base_dir=str(tmp_path))
+    assert code == 2
+    assert (
+        "rows.jsonl:2: the chat template refuses a conversation of system, user: no system turn"
+        in capfd.readouterr().err
+    )

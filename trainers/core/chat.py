@@ -125,8 +125,9 @@ class ChatFormat:
                 raise
             return self._frame.put(text) + self._frame.right
         turn = _behind(self._render, messages, before, after)
-        if turn is None or (THOUGHT in text and _thinks(before)):
-            return _thought(before, after, text, self._frame.right)
+        spoken = THOUGHT in text and not message.get("tool_calls")
+        if turn is None or (spoken and _thinks(before)):
+            return _thought(before, after, text if spoken else "", self._frame.right)
         doubled = self._frame.opens(text) and turn.startswith(self._frame.left + text[:1])
         return self._frame.put(text) + self._frame.right if doubled else turn
 
@@ -219,7 +220,7 @@ def answer_frame(render: Render) -> Frame:
     right = after[at + len(ANSWER) :]
     turn = _behind(render, [question], before, after)
     if turn is None:
-        turn = _thought(before, after, ANSWER, right)
+        turn = _thought(before, after, "", right)
     return Frame(turn[: turn.lower().rindex(ANSWER)], right)
 
 
@@ -267,17 +268,19 @@ def _thinks(before: str) -> bool:
 
 
 def _thought(before: str, after: str, text: str, right: str) -> str:
-    """A reply to a prompt that opens a thought, or has closed it, where the template shows it otherwise afterwards."""
-    opened = before.rstrip()
-    if opened.endswith(THOUGHT):
-        return text.rsplit(THOUGHT, maxsplit=1)[-1].lstrip() + right
-    if not _thinks(before):
+    """A reply to a prompt that opens a thought, or has closed it, where the template shows it otherwise afterwards.
+
+    ``text`` is one with a thought, or empty.
+    """
+    asked, opened = before[: before.rfind(THINK)], before.rstrip()
+    closed = opened.endswith(THOUGHT)
+    if not (closed or _thinks(before)) or not after.startswith(asked):
         raise BadInput(
             "the chat template shows an answer otherwise than it asks for it, so what to learn cannot be told apart; "
             "use a template whose answers follow its generation prompt"
         )
-    if THOUGHT in text:
-        return text.lstrip().removeprefix(THINK).lstrip() + right
+    if text:
+        return (text.rsplit(THOUGHT, maxsplit=1)[-1] if closed else text.lstrip().removeprefix(THINK)).lstrip() + right
     if after.startswith(opened + THOUGHT):
         return after[len(opened) :]
-    return f"\n{THOUGHT}\n\n{text}{right}"
+    return ("" if closed else f"\n{THOUGHT}\n\n") + after[len(asked) :]

@@ -14,7 +14,9 @@ Turn = tuple[list[int], list[int]]
 
 
 def prompt_messages(row: Row) -> Messages:
-    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    """The turns of a row, behind the tools that they may use (:mod:`trainers.core.tools`)."""
+    turns: Messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return [{"role": "tools", "tools": row["tools"]}, *turns] if row.get("tools") else turns
 
 
 def prompt_ids(chat: ChatFormat, row: Row) -> list[int]:
@@ -41,7 +43,7 @@ def joined(prompt: list[int], response: list[int], max_length: int) -> Sequence 
 def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool) -> list[Sequence]:
     """The training sequences of an sft row; none if nothing of it can be learned within the limit."""
     if "messages" in row:
-        found = conversation(chat.turns(row["messages"]), max_length)
+        found = conversation(chat.turns(prompt_messages(row)), max_length)
     else:
         found = conversation([chat.answer(prompt_messages(row), row["response"])], max_length)
     return [replace(s, scored=np.ones(len(s), dtype=bool)) for s in found] if everything else found

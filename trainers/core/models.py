@@ -98,6 +98,11 @@ def context_length(model: Any) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
+def length_limit(loaded: LoadedModel, wanted: int) -> int:
+    """Tokens of a sequence that is trained on: no more than the model has positions. What is cut to it is counted."""
+    return min(wanted, context_length(loaded.model))
+
+
 def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
     location = ctx.model_location(ref)
     model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code)

@@ -13,8 +13,10 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trainers.contract import BadInput
+from trainers.core.tools import Turns, with_tools
 
-Messages = list[dict[str, Any]]
+Messages = Turns
+
 Render = Callable[[Messages, bool], str]
 """Text of a conversation; the second argument says whether the assistant is asked to speak next."""
 
@@ -31,11 +33,11 @@ def renderer(tokenizer: Any) -> Render:
         return lambda messages, generation: _plain(messages, generation, tokenizer.eos_token)
     dated = _clock(DAY) + template if "strftime_now" in template else template
 
-    def render(messages: Messages, generation: bool) -> str:
+    def render(messages: Messages, generation: bool, tools: list[Any] | None) -> str:
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    messages, chat_template=dated, tokenize=False, add_generation_prompt=generation
+                    messages, tools=tools, chat_template=dated, tokenize=False, add_generation_prompt=generation
                 )
             )
         except TemplateSyntaxError as error:
@@ -44,7 +46,7 @@ def renderer(tokenizer: Any) -> Render:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise BadInput(f"the chat template refuses a conversation of {roles or 'no turns'}: {error}") from error
 
-    return render
+    return with_tools(render)
 
 
 def with_settings(template: str, options: Mapping[str, bool | int | float | str], date: datetime.date | None) -> str:
@@ -77,5 +79,7 @@ def _template(tokenizer: Any) -> str | None:
 
 
 def _plain(messages: Messages, generation: bool, end: str) -> str:
+    if any(m["role"] in ("tools", "tool") or m.get("tool_calls") for m in messages):
+        raise BadInput("the plain format has no tools: give the model a chat template that has (chatTemplate)")
     parts = [f"{m['role'].capitalize()}: {m['content']}" + (end if m["role"] == "assistant" else "") for m in messages]
     return "\n\n".join([*parts, "Assistant:"] if generation else parts)

@@ -21,7 +21,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel, load_causal_lm, load_some_layers, speak_alike
+from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
@@ -173,7 +173,8 @@ def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple
     policy = RowPolicy(min_rows=spec.traces.min_rows)
     files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
     rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, policy, "traces")
-    return rows, encode_rows(rows, partial(_examples, student.chat, spec.max_length), policy, "traces")
+    longest = length_limit(student, spec.max_length)
+    return rows, encode_rows(rows, partial(_examples, student.chat, longest), policy, "traces")
 
 
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:

@@ -13,7 +13,7 @@ from trainers.core.dropout import take_out_dropout
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.models import LoadedModel, length_limit, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring
 from trainers.core.step import Layout, Measures, accumulate, measured
@@ -82,7 +82,10 @@ def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> 
     where = f"data.{part}"
     rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
     return rows, encode_rows(
-        rows, lambda row: preference_pairs(loaded.chat, row, spec.data.max_length), spec.data, where
+        rows,
+        lambda row: preference_pairs(loaded.chat, row, length_limit(loaded, spec.data.max_length)),
+        spec.data,
+        where,
     )
 
 

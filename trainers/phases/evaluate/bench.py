@@ -247,7 +247,7 @@ class Bench:
         """A row's prompts and responses. A response that does not fit the model is cut, so no model skips a row."""
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
         with self._at(row):
-            whole = chat.turns(row["messages"]) if "messages" in row else [self._answer(row)]
+            whole = chat.turns(prompt_messages(row)) if "messages" in row else [self._answer(row)]
         turns = [(prompt, response[: longest - 1]) for prompt, response in whole]
         if "messages" not in row:
             longest = min(longest, limit + len(turns[0][1]))

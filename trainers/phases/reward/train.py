@@ -17,7 +17,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel
+from trainers.core.models import LoadedModel, length_limit
 from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
@@ -97,7 +97,10 @@ def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) 
 
 def _encode(spec: RewardSpec, loaded: LoadedModel, row: Row) -> list[Pair]:
     margin = float(row["margin"]) if spec.use_margin else 0.0
-    return [replace(pair, margin=margin) for pair in preference_pairs(loaded.chat, row, spec.data.max_length)]
+    return [
+        replace(pair, margin=margin)
+        for pair in preference_pairs(loaded.chat, row, length_limit(loaded, spec.data.max_length))
+    ]
 
 
 def _sequences(pair: Pair) -> list[Sequence]:

@@ -75,7 +75,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
 
 
 def _row(sample: Sample) -> Row:
-    chat = {"messages": sample.prompt.messages} if "messages" in sample.prompt.row else {}
+    chat: Row = {key: sample.prompt.row[key] for key in ("messages", "tools") if key in sample.prompt.row}
     answer = {"prompt": sample.prompt.text, "teacher_response": sample.text, "reward": sample.reward}
     return {**answer, **chat, "ended": sample.ended, "tokens": len(sample.ids)}
 

@@ -14,7 +14,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import sft_sequences
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
-from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.models import LoadedModel, length_limit, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate, measured
@@ -73,7 +73,7 @@ def _sequences(spec: SftSpec, ctx: PhaseContext, loaded: LoadedModel, part: str)
 
 
 def _encode(spec: SftSpec, loaded: LoadedModel, row: dict[str, object]) -> list[Sequence]:
-    return sft_sequences(loaded.chat, row, spec.data.max_length, spec.loss_on == "everything")
+    return sft_sequences(loaded.chat, row, length_limit(loaded, spec.data.max_length), spec.loss_on == "everything")
 
 
 def _alone(sequence: Sequence) -> list[Sequence]:
