@@ -105,6 +105,23 @@ def test_the_card_says_where_it_comes_from(packaged, little_run):
     assert "AutoModelForSequenceClassification" in (packaged[0] / "models" / "reward" / "README.md").read_text()
 
 
+def test_the_cards_own_code_gives_the_score_that_was_trained(packaged, little_run, monkeypatch):
+    """Its two blocks, run as a reader would, against the phase's own way of scoring."""
+    from test_reward_phase import our_scores
+
+    card = (packaged[0] / "models" / "reward" / "README.md").read_text()
+    assert "that ends the response: `<eos>`" in card
+    code = "\n".join(re.findall(r"```python\n(.*?)```", card, re.S))
+    row = {"prompt": "open hat", "chosen": "A B", "rejected": "B"}
+    for text in (row["prompt"], row["chosen"]):
+        code = code.replace("…", text, 1)
+    monkeypatch.chdir(packaged[0])
+    found: dict = {}
+    exec(code, found)
+    expected = our_scores(little_run["reward"] / "model", [row])[0, 0]
+    assert float(found["score"].detach()) == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_every_figure_is_in_one_file(packaged, little_run):
     found = json.loads((packaged[0] / "metrics.json").read_text())
     assert set(found["phases"]) == set(little_run)

@@ -1,8 +1,12 @@
 """A model card: what the model is, what it was made from, how it does, and what is not known about it."""
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from trainers.core.export import ADAPTER
+from trainers.core.reward_models import MARK
 from trainers.phases.package.effects import benchmark_name
 from trainers.phases.package.gather import Model, Phase, Run
 from trainers.phases.package.templating import render
@@ -19,6 +23,8 @@ def model_card(run: Run, model: Model, reward_model: bool = False) -> str:
         model=model,
         result=model.phase.result,
         reward_model=reward_model,
+        read_at=score_tokens(model.path) if reward_model else [],
+        adapter=(model.path / ADAPTER).is_dir(),
         chain=[model.phase, *run.ancestors(model.phase)],
         settings=dict(flat(shown_settings(model.phase))),
         data=data_rows(model.phase),
@@ -26,6 +32,14 @@ def model_card(run: Run, model: Model, reward_model: bool = False) -> str:
             (e, label, _figures(e.results, label)) for e in run.evaluations if (label := e.label(model.phase.name))
         ],
     )
+
+
+def score_tokens(folder: Path) -> list[str]:
+    """The tokens at which a reward model's score is read, as they are written."""
+    from transformers import AutoTokenizer
+
+    ids = json.loads((folder / "config.json").read_text()).get(MARK, [])
+    return [f"`{token}`" for token in AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(ids)]
 
 
 def _figures(results: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
