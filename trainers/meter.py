@@ -71,7 +71,7 @@ class Meter:
         self._of("total_steps").set(total_steps)
         if self.rank == 0:
             _rewind(self.directory, step)
-            self._file = self.directory.metrics.open("a")
+            self._file = self.directory.metrics.open("a", encoding="utf-8")
             self._bar = _progress_bar(step, total_steps, self.labels["phase"])
             self._tracker = _tracker(self.tracking, self.labels, self.directory, settings or {})
         self.stage("")

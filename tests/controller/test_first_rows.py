@@ -49,7 +49,7 @@ FILES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "prompts": (
         [BASE, reward("r", "base"), reading(ppo("x", "base", "r"), "ppo", {"prompts": [{"files": "d.jsonl"}]})],
         {"text": "q"},
-        "spec.phases[x].ppo.data.prompts[0]: {}:1: key 'prompt' is missing; prompt rows need prompt; this one has text",
+        "spec.phases[x].ppo.data.prompts[0]: {}:1: key 'prompt' is missing; prompt rows need prompt; this one has 'text'",
     ),
     "rows of a benchmark": (
         [BASE, {"name": "x", "evaluate": {"models": [{"phase": "base"}], "data": {"rows": [{"files": "d.jsonl"}]}}}],

@@ -241,7 +241,7 @@ def test_columns_rename_what_a_format_reads():
     row = {"question": "q", "context": "it", "reply": "a"}
     names = {"instruction": "question", "input": "context", "output": "reply"}
     assert seed_row(row, "sft", "alpaca", names)["prompt"] == "q\n\nit"
-    with pytest.raises(Malformed, match=r"key 'prompt' is missing.*this one has question, context, reply"):
+    with pytest.raises(Malformed, match=r"key 'prompt' is missing.*this one has 'question', 'context', 'reply'"):
         seed_row(row, "sft", None, {})
 
 
@@ -261,13 +261,16 @@ REFUSED = [
         None,
         "sft",
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        "messages[1].tool_calls[0].function.arguments is a text that is not valid JSON",
+        "messages[1].tool_calls[0].function.arguments: not valid JSON",
     ),
     (None, "sft", {"messages": [USER, {"role": "assistant", "tool_calls": 3}]}, "messages[1].tool_calls is int"),
     (None, "sft", {"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0] needs a"),
     (None, "sft", {"prompt": "q", "response": 3, "system": "s"}, "response is int, expected text"),
     (None, "sft", {"prompt": "q", "response": "a", "system": 3}, "system is int, expected text"),
-    (None, "sft", {"messages": [USER, says("a")], "tools": "{"}, "tools is a text that is not valid JSON"),
+    (None, "sft", {"messages": [USER, says("a")], "tools": "{"}, "tools: not valid JSON"),
+    (None, "sft", {"messages": [USER, says("a")], "tools": '[{"a": "\\ud800"}]'}, "tools: half a character"),
+    (None, "sft", {"messages": [USER, says("a")], "tools": "[" * 2000}, "tools: nested deeper than 64 levels"),
+    (None, "sft", {"a\u2028b": 1}, "key 'prompt' is missing; sft rows need prompt, response; this one has 'a\\u2028b'"),
     (None, "preference", PAIR | {"chosen": "c"}, "only rejected is a list of messages"),
     (None, "preference", PAIR | {"rejected": []}, "rejected must be a non-empty list"),
     (None, "preference", PAIR | {"chosen": [USER]}, "chosen must be a conversation that ends with an assistant's"),
@@ -294,7 +297,12 @@ REFUSED = [
     ("sharegpt", "sft", {"conversations": []}, "messages must be a non-empty list"),
     ("sharegpt", "sft", {"conversations": [{"from": "me", "value": "q"}]}, "conversations[0].from is 'me', expected"),
     ("sharegpt", "sft", {"conversations": [{"from": "gpt"}]}, "conversations[0] needs a text value"),
-    ("sharegpt", "sft", {"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0]: a function_c"),
+    (
+        "sharegpt",
+        "sft",
+        {"conversations": [{"from": "function_call", "value": "{"}]},
+        "conversations[0]: not valid JSON",
+    ),
     ("hh", "preference", {"chosen": "q", "rejected": "\n\nHuman: q\n\nAssistant: r"}, "chosen must be a text that be"),
     ("hh", "preference", {"chosen": "\n\nHuman: q\n\nAssistant: r"}, "rejected must be a text that begins"),
     ("messages", "sft", {"prompt": 3}, "messages rows need messages, a list"),

@@ -75,6 +75,6 @@ def _hint(row: Row, schema: str, name: str | None, problem: Malformed) -> str:
             return f"; its keys are those of `format: {other}`"
     if "is missing" not in str(problem) or not row:
         return ""
-    names = [str(key) for key in row]
+    names = [repr(key[:40]) for key in row]
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     return f"; this one has {shown} (`columns` renames keys, `format` names a known form)"

@@ -1,10 +1,9 @@
 """Formats made of lists of turns: OpenAI's and TRL's `messages`, and ShareGPT's `conversations`."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.formats.turns import Message, without
+from trainers.formats.turns import Message, embedded, without
 from trainers.jsonl import Malformed
 
 Row = dict[str, Any]
@@ -79,8 +78,5 @@ def _turn(turn: object, name: str) -> Message:
 
 def _calls(text: str, name: str) -> list[Any]:
     """What a tool is called with: the JSON of one call, or of a list."""
-    try:
-        calls = json.loads(text)
-    except ValueError as error:
-        raise Malformed(f"{name}: a function_call must be JSON") from error
+    calls = embedded(text, name)
     return calls if isinstance(calls, list) else [calls]

@@ -1,10 +1,9 @@
 """Turns of a conversation: `{"role", "content"}` messages, checked and in one form."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.jsonl import Malformed
+from trainers.jsonl import Malformed, parse
 
 Message = dict[str, Any]
 
@@ -72,10 +71,7 @@ def _tool_call(call: object, name: str) -> dict[str, Any]:
         raise Malformed(f"{name} needs a function with a name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI's interface gives them; templates would quote the text once more
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise Malformed(f"{name}.function.arguments is a text that is not valid JSON") from error
+        arguments = embedded(arguments or "{}", f"{name}.function.arguments")
     if not isinstance(arguments, dict):
         raise Malformed(f"{name}.function.arguments is {type(arguments).__name__}, expected an object")
     outside = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -85,13 +81,18 @@ def _tool_call(call: object, name: str) -> dict[str, Any]:
 def checked_tools(tools: object) -> list[Any]:
     """The definitions of the tools that a conversation may use: a list, or the text of one. Raises Malformed."""
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools or "[]")
-        except ValueError as error:
-            raise Malformed("tools is a text that is not valid JSON") from error
+        tools = embedded(tools or "[]", "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Malformed("tools must be a list of objects")
     return tools
+
+
+def embedded(text: str, name: str) -> Any:
+    """The value of a text that is JSON itself. Raises Malformed."""
+    try:
+        return parse(text)
+    except Malformed as problem:
+        raise Malformed(f"{name}: {problem}") from problem
 
 
 def asked(turns: list[Message]) -> dict[str, Any]:
