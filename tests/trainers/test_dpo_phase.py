@@ -159,16 +159,20 @@ def test_stored_scores_are_live_scores(run_phase, tiny_model_dir, other_model_di
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_a_reference_with_other_tokens_is_refused(run_phase, tiny_model_dir, tmp_path, capsys):
+def test_a_reference_that_lacks_tokens_is_refused(run_phase, tiny_model_dir, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.add_tokens(["surprise"])
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    spec = spec_for(tmp_path / "other", reference={"source": str(tiny_model_dir)})
-    assert run_phase("dpo", spec, None, tmp_path / "run" / "dpo") == (2, None)
-    assert "reference: its tokens are not the policy's" in capsys.readouterr().err
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "surprise", "rejected": "b"}) + "\n")
+    data = {"train": [{"files": str(tmp_path / "d.jsonl")}], "maxLength": 64}
+    for mode in ("precompute", "on-the-fly"):
+        spec = spec_for(tmp_path / "other", reference={"source": str(tiny_model_dir)}, data=data, referenceScores=mode)
+        assert run_phase("dpo", spec, None, tmp_path / "run" / "dpo") == (2, None)
+        said = capsys.readouterr().err
+        assert "reference: its tokens are not" in said or "data.train: the reference does not know the token" in said
 
 
 def test_changed_data_are_scored_again(run_phase, tiny_model_dir, tmp_path, stop_after):

@@ -249,7 +249,7 @@ def test_it_learns_what_is_rewarded(run_phase, spec_for, tmp_path):
     """A penalty for not ending, and nothing else worth having: responses learn to end."""
     spec = spec_for(
         iterations=12, batchSize=32, miniBatchSize=32, ppoEpochs=4, missingEosPenalty=3.0, kl={"coef": 0.0},
-        optim={"lr": 5e-3, "schedule": "constant"}, criticOptim={"lr": 5e-3}, whitenRewards=True,
+        optim={"lr": 5e-3, "schedule": "constant", "eps": 1e-8}, criticOptim={"lr": 5e-3, "eps": 1e-8}, whitenRewards=True,
         sampling={"maxNewTokens": 6, "batchSize": 32},
     )  # fmt: skip
     _, result = run_phase("ppo", spec, None, tmp_path / "run" / "ppo")

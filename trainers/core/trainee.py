@@ -50,6 +50,11 @@ class Trainee:
         self.discard_gradients()
         return {"grad_norm": norm, "learning_rate": lr}
 
+    @property
+    def moment_bytes(self) -> int:
+        """Of one number of one moment."""
+        return 2 if self.optim.state_dtype == "bf16" else 4
+
     def discard_gradients(self) -> None:
         """Take the step's gradients back instead of updating."""
         self.optimizer.zero_grad(set_to_none=True)

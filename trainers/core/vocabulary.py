@@ -28,6 +28,11 @@ def num_known(model: Any, tokenizer: Any) -> int:
     return int(min(named, model.get_input_embeddings().weight.shape[0]))
 
 
+def lowest(*known: int | None) -> int | None:
+    """The ids that all of some models know; None sets no limit."""
+    return min((number for number in known if number is not None), default=None)
+
+
 def check_known(rows: Iterable[Any], known: int | None, tokenizer: Any, where: str, reader: str) -> None:
     """Raise BadInput if a row of token ids holds one that a model does not know. ``where``: the field of the rows."""
     largest = max((int(np.max(row)) for row in rows if len(row)), default=-1)

@@ -21,6 +21,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
@@ -28,7 +29,7 @@ from trainers.core.rows import Row, Rows, encode_rows, read_rows
 from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
-from trainers.core.vocabulary import check_known, same_tokens
+from trainers.core.vocabulary import check_known, lowest, same_tokens
 from trainers.phases.distill.loss import forward_kl, generalized_jsd
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
@@ -70,6 +71,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    print_memory(ctx, [(trainee, student.model)], [teacher.model, *([reward_model.model] if reward_model else [])])
     first = checkpoints.restore()
     ctx.meter.begin(first, total_steps, spec.document())
 
@@ -163,7 +165,7 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
         raise BadInput(f"student: its tokenizer cannot serve the teacher's: {problem}")
     check_scoring(teacher, ctx.workers)
     check_scoring(student, ctx.workers)
-    student.num_known = teacher.num_known  # it may have more tokens, which the teacher cannot read
+    student.num_known = lowest(student.num_known, teacher.num_known)
     return teacher, student
 
 

@@ -17,6 +17,7 @@ from trainers.core.reference import Reference, load_reference
 from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.step import Layout, scored
 from trainers.core.tensors import DamagedError, read_tensors, tensor_bytes
+from trainers.core.vocabulary import check_known
 from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
 
@@ -31,15 +32,29 @@ def pair_logprobs(scorer: Any, pairs: list[Pair], batch: Batch) -> torch.Tensor:
 
 def reference_for(
     spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
-) -> PairScores:
-    """The spec's reference for these batches of pairs, by name. Call it while the policy still has its first weights.
+) -> tuple[PairScores, list[Any]]:
+    """The spec's reference for these batches of pairs, by name, and the models that it keeps in memory.
+
+    Call it while the policy still has its first weights.
 
     Pairs are scored in the forward passes in which the steps will see them first. So a reference that is the policy
     at the start gives the first step the very same numbers: rounding depends on what shares a forward pass.
     """
     if spec.reference_scores == "precompute":
-        return _stored(spec, ctx, policy, layout, batches)
-    return _live(ctx, layout, load_reference(ctx, spec.reference, spec.policy, policy))
+        return _stored(spec, ctx, policy, layout, batches), []
+    reference = _reference(spec, ctx, policy, batches)
+    return _live(ctx, layout, reference), [reference.loaded.model]
+
+
+def _reference(
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, batches: dict[str, list[list[Pair]]], stays: bool = True
+) -> Reference:
+    """Raises BadInput if the reference does not know a token of some pair."""
+    reference = load_reference(ctx, spec.reference, spec.policy, policy, stays)
+    for name, found in batches.items():
+        ids = (sequence.ids for batch in found for pair in batch for sequence in pair.sequences)
+        check_known(ids, reference.loaded.num_known, policy.tokenizer, f"data.{name}", "reference")
+    return reference
 
 
 def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> PairScores:
@@ -73,7 +88,7 @@ def _stored(
     found = {name: _read(path) for name, path in paths.items()}
     scores: dict[int, torch.Tensor] = {}
     if ctx.workers.any(any(rows is None for rows in found.values())):
-        score = _live(ctx, layout, load_reference(ctx, spec.reference, spec.policy, policy, stays=False))
+        score = _live(ctx, layout, _reference(spec, ctx, policy, batches, stays=False))
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
             scores |= _all_scores(ctx, layout, score, batches[name])

@@ -13,6 +13,7 @@ from trainers.core.dropout import take_out_dropout
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring
@@ -36,9 +37,10 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     )
     wanted = {"train": [[train[i] for i in batch] for batch in order.first_batches()]}
     wanted |= {"eval": [held_out]} if held_out else {}
-    reference = reference_for(spec, ctx, loaded, layout, wanted)
+    reference, beside = reference_for(spec, ctx, loaded, layout, wanted)
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    print_memory(ctx, [(trainee, loaded.model)], beside)
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 

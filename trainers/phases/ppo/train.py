@@ -17,6 +17,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
@@ -24,7 +25,7 @@ from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
-from trainers.core.vocabulary import check_known
+from trainers.core.vocabulary import check_known, lowest
 from trainers.phases.ppo.advantages import explained_variance
 from trainers.phases.ppo.critic import load_critic
 from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
@@ -53,6 +54,11 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     packing = spec.packing and loaded.packs and reference.loaded.packs and critic_model.packs
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
     checkpoints.state = {"kl_coef": spec.kl.coef}
+    print_memory(
+        ctx,
+        [(policy, loaded.model), (critic, critic_model.model)],
+        [reference.loaded.model, reward_model.model],
+    )
     first = checkpoints.restore()
     state = checkpoints.state
     ctx.meter.begin(first, spec.iterations, spec.document())
@@ -195,8 +201,7 @@ def _only_known_tokens(policy: LoadedModel, prompts: list[Prompt], readers: dict
     """Let the policy say nothing that a reader cannot embed. Raises BadInput for a prompt that one cannot."""
     for name, reader in readers.items():
         check_known((p.ids for p in prompts), reader.num_known, policy.tokenizer, "data.prompts", name)
-    known = [model.num_known for model in (policy, *readers.values()) if model.num_known is not None]
-    policy.num_known = min(known, default=None)
+    policy.num_known = lowest(policy.num_known, *(reader.num_known for reader in readers.values()))
 
 
 def _summary(experience: Experience) -> dict[str, float]:

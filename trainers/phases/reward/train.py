@@ -17,6 +17,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit
 from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores
@@ -56,6 +57,7 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     module = RewardModule(loaded.model, language if spec.lm_weight else None)
     trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    print_memory(ctx, [(trainee, loaded.model)])
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 

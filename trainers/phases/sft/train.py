@@ -14,6 +14,7 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import sft_sequences
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
@@ -32,6 +33,7 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
     layout = Layout(_alone, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs)
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
+    print_memory(ctx, [(trainee, loaded.model)])
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 

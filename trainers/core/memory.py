@@ -1,0 +1,127 @@
+"""What a phase will need of a device's memory, said before it is needed. Bytes everywhere."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from trainers.core.adamw import MOMENTS
+from trainers.core.batch import Sequence, collate
+from trainers.core.context import PhaseContext
+from trainers.core.parallel import Workers
+from trainers.core.scoring import CHUNK_ELEMENTS, hidden_states
+from trainers.core.step import in_eval_mode
+from trainers.core.trainee import Trainee
+
+PROBES = (32, 64, 128)
+"""Tokens of the small forward passes that show what a large one keeps."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Estimated: what the largest forward pass keeps for its backward pass, and a chunk of logits."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def print_memory(ctx: PhaseContext, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any] = ()) -> None:
+    """One line on rank 0. ``trained``: each trainee with its transformers model; ``frozen``: models beside them."""
+    found = memory_needed(ctx.workers, trained, frozen, ctx.spec.parallel.micro_batch_tokens)
+    if ctx.workers.is_main:
+        print(memory_line(found, ctx.spec.parallel.micro_batch_tokens, device_bytes(ctx.workers.device)))
+
+
+def memory_needed(
+    workers: Workers, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any], max_tokens: int
+) -> Memory:
+    """On one device. Trainees take turns, so of activations the largest count."""
+    models = [model for _, model in trained] + list(frozen)
+    weights = {id(p): p for model in models for p in model.parameters()}
+    parameters = [p for trainee, _ in trained for p in trainee.parameters]
+    moments = [p.numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.parameters]
+    copies = 1 if workers.world == 1 else 2  # DDP gathers gradients in buckets beside them
+    return Memory(
+        sum(map(_size, weights.values())),
+        copies * sum(map(_size, parameters)),
+        len(MOMENTS) * sum(moments),
+        max(activation_bytes(workers, model, max_tokens) for _, model in trained),
+    )
+
+
+def activation_bytes(workers: Workers, model: Any, max_tokens: int) -> int:
+    """Found by three small forward passes: a part is fixed (weights cast to bf16), most grows with the tokens, and what
+    attention keeps where it is written out grows with their square.
+    """
+    kept = [kept_bytes(workers, model, n) for n in PROBES]
+    square, linear, fixed = np.polyfit(PROBES, kept, 2)
+    growing = max(square, 0.0) * max_tokens**2 + linear * max_tokens
+    if model.is_gradient_checkpointing:
+        config = model.config.get_text_config()
+        # Of every layer only its input is kept, and one layer at a time is computed again.
+        growing = growing / config.num_hidden_layers + 4 * config.hidden_size * config.num_hidden_layers * max_tokens
+    return int(max(fixed, 0.0) + growing) + _head_bytes(model, max_tokens)
+
+
+def kept_bytes(workers: Workers, model: Any, num_tokens: int) -> int:
+    """What a forward pass of the backbone keeps for its backward pass, without gradient checkpointing."""
+    ids = np.arange(num_tokens, dtype=np.int64) % min(64, model.get_input_embeddings().weight.shape[0])
+    batch = collate([Sequence(ids, np.ones(num_tokens, dtype=bool))], False, workers.device)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Eval mode: transformers checkpoints gradients in training mode alone.
+    with in_eval_mode(model), saved_tensors_hooks(look, lambda tensor: tensor), workers.autocast():
+        hidden = hidden_states(model, batch)  # holds what is kept, so no address is used twice
+    del hidden
+    return sum(kept.values())
+
+
+def _head_bytes(model: Any, max_tokens: int) -> int:
+    """A chunk of logits, its log-probabilities and its gradient in fp32; and an fp32 copy of a bf16 head and gradient."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return 0
+    chunk = min(CHUNK_ELEMENTS, max_tokens * head.weight.shape[0])
+    copies = 0 if head.weight.dtype == torch.float32 else 2 * head.weight.numel()
+    return 4 * (3 * chunk + copies)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None for a CPU, whose memory is shared with others."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def memory_line(memory: Memory, max_tokens: int, available: int | None) -> str:
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        f"activations of {max_tokens} tokens (estimated)": memory.activations,
+    }
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+    of = "" if available is None else f" of {_gib(available)}"
+    return f"memory on a device: {listed}; {_gib(memory.total)}{of} in all"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
