@@ -11,8 +11,13 @@ from trainers.contract import BadInput
 from trainers.core.layers import score_head_name
 from trainers.spec import Lora
 
-WITHOUT_ADAPTER = {"falcon_h1": ("out_proj",), "mamba": ("out_proj",), "mamba2": ("out_proj",)}
-"""Layers whose weight the fused kernels of a model type read without calling the layer: peft refuses them."""
+READ_DIRECTLY = {
+    "falcon_h1": ("out_proj",),
+    "jamba": ("dt_proj", "x_proj"),
+    "mamba": ("dt_proj", "out_proj", "x_proj"),
+    "mamba2": ("out_proj",),
+}
+"""Layers of model types that read their weight without calling the layer: an adapter would be merged and never trained."""
 
 
 def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
@@ -53,7 +58,8 @@ def linear_names(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and all(module is not head for head in heads)
     }
-    return sorted(found - set(WITHOUT_ADAPTER.get(model.config.model_type, ())))
+    numbers = {name for name in found if name.isdigit()}  # places in a list, which other layers have too
+    return sorted(found - numbers - set(READ_DIRECTLY.get(model.config.model_type, ())))
 
 
 def save_adapters(adapters: Any, folder: Path) -> None:
@@ -71,6 +77,9 @@ def _check_names(model: Any, names: list[str]) -> None:
     for name in names:
         if not any(_means(name, module) for module in modules):
             raise BadInput(f"lora.targetModules {name!r}: no layer is called that; there are {linear_names(model)}")
+        kind = model.config.model_type
+        if name.rsplit(".", 1)[-1] in READ_DIRECTLY.get(kind, ()):
+            raise BadInput(f"lora.targetModules {name!r}: models of type {kind} read its weight without calling it")
 
 
 def _untie(model: Any, names: list[str]) -> None:
