@@ -142,3 +142,15 @@ def test_metrics_that_are_not_finite_are_gaps_and_a_resumed_phase_reads_them(tmp
     lines = list(jsonl.read(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {(line["loss"], line["note"]) for line in lines} == {(None, 1.0)}
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json"])
+@given(data=st.binary(max_size=60) | st.text(st.sampled_from('[]{}":,0eN\\ud8\n '), max_size=40).map(str.encode))
+def test_whatever_a_file_holds_it_is_read_or_bad_input(tmp_path_factory, name, data):
+    path = tmp_path_factory.mktemp("any") / name
+    path.write_bytes(data)
+    try:
+        for _, found in jsonl.items(path):
+            jsonl.dump({"a": jsonl.parse(found) if isinstance(found, bytes) else found})
+    except (BadInput, jsonl.Malformed) as problem:
+        assert len(str(problem).splitlines()) == 1  # noqa: PT017 - either outcome is right
