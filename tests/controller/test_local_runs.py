@@ -205,6 +205,16 @@ def test_a_failed_phase_is_retried_within_its_budget(bench: Bench) -> None:
     assert len(list((bench.workspace / "test/base/attempts").glob("*.log"))) == 3
 
 
+def test_an_attempt_after_running_out_of_memory_takes_half(bench: Bench) -> None:
+    settings = ["--set", "spec.failurePolicy.backoff.initialSeconds=0.1"]
+    status, output = bench.run("run", "run.yaml", *settings, FAKE_FAIL_BASE="OutOfMemory")
+    assert status == 1, output
+    for attempt, tokens in enumerate((8192, 4096, 2048, 1024), 1):
+        assert f"base tokens {tokens}\n" in bench.log("base", attempt)
+    record = yaml.safe_load((bench.workspace / "test/status.json").read_text())["phases"][0]["attempts"][-1]
+    assert record["halvings"] == 3
+
+
 def test_only_and_from(bench: Bench) -> None:
     status, output = bench.run("run", "run.yaml", "--only", "dpo")
     assert status == 2

@@ -85,6 +85,27 @@ def test_changed_data_makes_a_new_result(in_pod, bucket, tiny_model_dir):
     assert PhaseDir(bucket.path / "ws/run/sft").read_result() == first
 
 
+def test_work_on_other_data_or_with_another_model_is_not_gone_on_with(in_pod, stop_after, bucket, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, bucket.path / "ws/models/tiny")
+    (bucket.path / "ws/train.jsonl").write_text(ROWS)
+    spec = sft("./models/tiny", data={"train": [{"files": "train.jsonl"}], "maxLength": 64})
+    with stop_after(2):
+        assert in_pod("sft", spec)[0] == 143
+    (bucket.path / "ws/train.jsonl").write_text(ROWS.replace("copy", "sort"))
+    code, first, output = in_pod("sft", spec)
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert (code, steps) == (0, list(range(1, 7)))
+    history = bucket.path / "ws/run/.history"
+    assert len(list(history.glob("*/checkpoints/step-2/.manifest.json"))) == 1, "it is kept"
+    assert not trained(in_pod("sft", spec)[2])
+
+    config = bucket.path / "ws/models/tiny/generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"temperature": 0.5}))
+    code, second, output = in_pod("sft", spec)
+    assert code == 0 and trained(output)
+    assert second.digest == first.digest and second.artifact_digest != first.artifact_digest
+
+
 # ---------------------------------------------------------------- data and models by address
 
 
