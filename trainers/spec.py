@@ -322,7 +322,7 @@ class Optim(SpecModel):
     """Decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, ge=1e-20)
     """Added to the denominator."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after warm-up."""
@@ -420,13 +420,21 @@ class Sampling(SpecModel):
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
-    """0 is greedy."""
+    """0 is greedy; else 0.001 at least."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is all."""
     batch_size: int = Field(default=64, ge=1)
     """Responses generated side by side on one device."""
+
+    @model_validator(mode="after")
+    def _logits_stay_numbers(self) -> Self:
+        if 0 < self.temperature < 0.001:
+            raise ValueError(
+                f"temperature {self.temperature:g} makes logits overflow: set 0, which is greedy, or 0.001 and more"
+            )
+        return self
 
 
 class Gate(SpecModel):

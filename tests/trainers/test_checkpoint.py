@@ -165,6 +165,14 @@ def test_a_checkpoint_of_a_wider_model_is_not_used(ctx, capsys):
     assert "bias has shape [5], the model's has [6]" in capsys.readouterr().err
 
 
+def test_a_file_in_a_checkpoints_place_is_passed_over(ctx):
+    made = checkpoints(ctx)
+    train(made, 0, 1)
+    (ctx.dir.checkpoints / "step-7").write_text("no folder")
+    assert checkpoints(ctx).restore() == 1
+    train(made, 1, 2)  # which also clears away old checkpoints
+
+
 def test_without_its_best_weights_a_checkpoint_is_of_no_use(ctx, capsys):
     made = checkpoints(ctx)
     train(made, 0, 1)

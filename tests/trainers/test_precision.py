@@ -108,9 +108,12 @@ def test_bf16_weights_learn_and_leave_a_bf16_model(run_phase, sharp_model, tmp_p
     assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("dtype", "state"), [("auto", "fp32"), ("auto", "bf16"), ("bf16", "fp32")])
-def test_in_bf16_going_on_is_exact(run_phase, stop_after, sharp_model, tmp_path, dtype, state):
-    spec = sft(sharp_model, dtype, optim={"lr": 1e-2, "stateDtype": state})
+@pytest.mark.parametrize(
+    ("dtype", "state", "lora"),
+    [("auto", "fp32", None), ("auto", "bf16", None), ("bf16", "fp32", None), ("auto", "fp32", {"rank": 4})],
+)
+def test_in_bf16_going_on_is_exact(run_phase, stop_after, sharp_model, tmp_path, dtype, state, lora):
+    spec = sft(sharp_model, dtype, optim={"lr": 1e-2, "stateDtype": state}) | ({"lora": lora} if lora else {})
     whole, stopped = (tmp_path / name / "run" / "sft" for name in ("whole", "stopped"))
     run_phase("sft", spec, None, whole)
     with stop_after(2):

@@ -1,9 +1,10 @@
 """What the settings of phases promise, whatever the phase."""
 
 import pytest
+from pydantic import ValidationError
 
 from trainers.phases import REGISTRY
-from trainers.spec import Optim
+from trainers.spec import Optim, Sampling
 
 FIELDS = [
     (kind.spec, name)
@@ -33,3 +34,32 @@ def test_learning_rates_are_the_fields():
         "PpoSpec.critic_optim": 6e-6,
         "DistillSpec.optim": 2e-5,
     }
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9])
+def test_a_temperature_that_makes_logits_overflow_is_refused(temperature):
+    with pytest.raises(ValidationError, match="set 0, which is greedy"):
+        Sampling(temperature=temperature)
+
+
+def test_the_lowest_temperature_still_samples():
+    import torch
+
+    from trainers.core.generate import sample
+
+    logits = torch.tensor([[200.0, 199.0, -200.0], [3.0, 3.0, 3.0]])
+    found = sample(logits, Sampling(temperature=0.001), torch.tensor([0.99, 0.99]))
+    assert found.tolist() == [0, 2]
+
+
+def test_the_smallest_eps_divides_where_there_was_no_gradient():
+    """Below fp32's smallest number it would be 0 / 0 for every token that a step does not see."""
+    import torch
+
+    smallest = Optim(eps=1e-20)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([1.0, 0.0])
+    torch.optim.AdamW([weight], lr=0.1, eps=smallest.eps).step()
+    assert weight.isfinite().all()
+    with pytest.raises(ValidationError):
+        Optim(eps=1e-50)

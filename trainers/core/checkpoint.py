@@ -208,5 +208,5 @@ def steps_in(root: Path) -> list[tuple[int, Path]]:
     """Whole checkpoints, oldest first. Names are given last, so a directory with the right name is whole."""
     if not root.is_dir():
         return []
-    found = [(int(m.group(1)), path) for path in root.iterdir() if (m := NAME.match(path.name))]
+    found = [(int(m.group(1)), path) for path in root.iterdir() if (m := NAME.match(path.name)) and path.is_dir()]
     return sorted(found)

@@ -38,7 +38,7 @@ class Workers:
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.world: int = self.accelerator.num_processes
-        if self.bf16:
+        if self.bf16 and cuda:
             # Heads alone multiply in fp32 then. TF32 rounds what they are given to 11 bits instead of bf16's 8 and
             # adds up in fp32; plain fp32 would be 15 times slower on tensor cores.
             torch.set_float32_matmul_precision("high")

@@ -75,7 +75,7 @@ class DistillSpec(TrainingSpec):
     """Share of optimizer steps that use the student's own samples (lambda of GKD, Agarwal et al. 2024)."""
     divergence_beta: float = Field(default=0.0, ge=0, le=1)
     """Generalized Jensen-Shannon divergence: 0 is forward KL(teacher || student), 1 is reverse KL, between them JSD (not scaled at its ends)."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.001)
     """Divides both models' logits in the divergence."""
     weighting: RewardWeighting = RewardWeighting()
     """Reward weights."""

@@ -23,7 +23,7 @@ class PolicyOptim(Optim):
 
     lr: float = Field(default=3e-6, gt=0)
     """Peak learning rate."""
-    eps: float = Field(default=1e-5, gt=0)
+    eps: float = Field(default=1e-5, ge=1e-20)
     """Added to the denominator."""
 
 
