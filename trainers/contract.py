@@ -238,7 +238,7 @@ class DataRecord(SpecModel):
     dropped: int = 0
     """Rows of which nothing could be used, because they are too long."""
     shortened: int = 0
-    """Rows used without the left end of their prompt, which was too long."""
+    """Rows used in part: without the left end of a prompt, or without turns, that were too long."""
     first_skipped: str = ""
     """Place of the first malformed row, and what is wrong with it."""
 
@@ -248,7 +248,11 @@ class DataRecord(SpecModel):
         return self.rows + self.skipped + self.dropped
 
     def __str__(self) -> str:
-        counts = {"dropped (too long)": self.dropped, "shortened": self.shortened, "skipped (malformed)": self.skipped}
+        counts = {
+            "dropped (too long)": self.dropped,
+            "used in part": self.shortened,
+            "skipped (malformed)": self.skipped,
+        }
         losses = "".join(f", {count} {name}" for name, count in counts.items() if count)
         first = f"; the first: {self.first_skipped}" if self.first_skipped else ""
         return f"{self.source}: {self.rows} of {self.read} rows used{losses}{first}"

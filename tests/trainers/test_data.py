@@ -43,6 +43,7 @@ MALFORMED = [
     ("sft", {"messages": [{"content": "x"}]}, "messages[0].role is 'None', expected system, user, assistant or tool"),
     ("sft", {"messages": [*TALK, {"role": "human", "content": "x"}]}, "messages[2].role is 'human', expected system"),
     ("sft", {"messages": TALK[:1]}, "messages hold no assistant turn to learn from"),
+    ("sft", {"messages": [*TALK[1:], *TALK[:1]]}, "messages hold no assistant turn to learn from, behind a user's"),
     ("prompt", {"messages": TALK[1:]}, "messages hold no user turn to respond to"),
     ("prompt", {"text": "p"}, "key 'prompt' is missing"),
     (
@@ -317,7 +318,7 @@ def test_every_row_is_counted_once(tmp_path):
     assert (len(items), record.rows, record.shortened, record.dropped, record.skipped) == (4, 4, 2, 1, 1)
     assert record.read == 6
     assert str(record) == (
-        "data.train[0]: 4 of 6 rows used, 1 dropped (too long), 2 shortened, 1 skipped (malformed); "
+        "data.train[0]: 4 of 6 rows used, 1 dropped (too long), 2 used in part, 1 skipped (malformed); "
         f"the first: {tmp_path}/d.jsonl:6: the chat template refuses it"
     )
 

@@ -35,7 +35,7 @@ def test_every_row_is_accounted_for(sft, tmp_path, run_phase):
     (record,) = result.data
     assert (record.rows, record.shortened, record.dropped, record.skipped) == (5, 1, 1, 1)
     line = (
-        "data.train[0]: 5 of 7 rows used, 1 dropped (too long), 1 shortened, 1 skipped (malformed); "
+        "data.train[0]: 5 of 7 rows used, 1 dropped (too long), 1 used in part, 1 skipped (malformed); "
         f"the first: {tmp_path}/d.jsonl:3: not valid JSON (Expecting property name enclosed in double quotes at column 2)"
     )
     assert printed.splitlines().count(line) == 1

@@ -6,6 +6,7 @@ messages. All of these become `prompt` (one user's text) or `messages` beside te
 
 import math
 from collections.abc import Mapping
+from itertools import dropwhile
 from typing import Any
 
 from trainers.formats.turns import Message, asked, checked_tools, checked_turns, without
@@ -52,8 +53,8 @@ def check_row(row: Row, schema: str) -> None:
         del keys["prompt"]
         if schema == "sft":
             del keys["response"]
-            if all(m["role"] != "assistant" for m in row["messages"]):
-                raise Malformed("messages hold no assistant turn to learn from")
+            if not _answers(row["messages"]):
+                raise Malformed("messages hold no assistant turn to learn from, behind a user's")
         elif all(m["role"] != "user" for m in row["messages"]):
             raise Malformed("messages hold no user turn to respond to")
         elif row["messages"][-1]["role"] not in ASKING:
@@ -65,6 +66,12 @@ def check_row(row: Row, schema: str) -> None:
         _check_value(key, row[key], kind)
     if schema == "traces" and not isinstance(row.get("ended", True), bool):
         raise Malformed(f"ended is {type(row['ended']).__name__}, expected true or false")
+
+
+def _answers(turns: list[Message]) -> bool:
+    """Whether the assistant says something after it was asked."""
+    behind = dropwhile(lambda turn: turn["role"] != "user", turns)
+    return any(turn["role"] == "assistant" for turn in behind)
 
 
 def _check_value(key: str, value: object, kind: type | tuple[type, ...]) -> None:
