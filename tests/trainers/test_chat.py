@@ -286,6 +286,14 @@ def test_a_template_that_cannot_be_used_is_refused_at_once(template, problem):
         chat_format(bytes_tokenizer(template))
 
 
+def test_a_template_for_one_question_only_can_be_used():
+    once = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + CHATML
+    last = CHATML.replace("m in messages", "m in messages[-1:]")
+    for template in (once, last):
+        chat = chat_format(bytes_tokenizer(template, eos="<eos>"))
+        assert shown(chat, chat.answer(QUESTION, "so")[1]) == "so<|end|>"
+
+
 def test_of_several_templates_the_default_is_used():
     chat = chat_format(bytes_tokenizer({"default": CHATML, "tool_use": OPEN}))
     assert chat.prompt(QUESTION) == chat_format(bytes_tokenizer(CHATML)).prompt(QUESTION)

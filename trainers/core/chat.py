@@ -252,10 +252,14 @@ def _end_of_turn(chat: ChatFormat) -> int | None:
 
 
 def _earlier_end(chat: ChatFormat) -> list[int]:
-    """Tokens behind an answer that is followed by a question."""
+    """Tokens behind an answer that is followed by a question; none if the template shows or takes no such answer."""
     question = {"role": "user", "content": QUESTION}
-    text = chat._render([question, {"role": "assistant", "content": ANSWER}, question], True)
-    return chat._inside(text[text.lower().rindex(ANSWER) + len(ANSWER) :])
+    try:
+        text = chat._render([question, {"role": "assistant", "content": ANSWER}, question], True)
+    except BadInput:
+        return []
+    at = text.lower().rfind(ANSWER)
+    return chat._inside(text[at + len(ANSWER) :]) if at >= 0 else []
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.contract import BadInput
-from trainers.core.templates import with_settings
+from trainers.core.templates import template_of, with_settings
 from trainers.spec import ChatSettings
 
 
@@ -17,10 +17,11 @@ def apply_chat_settings(tokenizer: Any, settings: ChatSettings, base_dir: Path) 
     if settings.chat_template is not None:
         tokenizer.chat_template = _text(settings, base_dir)
     if settings.template_options or settings.template_date is not None:
-        if tokenizer.chat_template is None:
+        template = template_of(tokenizer)
+        if template is None:
             raise BadInput("templateOptions and templateDate: the model has no chat template; set chatTemplate")
         day = datetime.date.fromisoformat(settings.template_date) if settings.template_date else None
-        tokenizer.chat_template = with_settings(tokenizer.get_chat_template(), settings.template_options, day)
+        tokenizer.chat_template = with_settings(template, settings.template_options, day)
     if settings.end_token is not None:
         if settings.end_token not in tokenizer.get_vocab():
             raise BadInput(f"endToken: {settings.end_token!r} is no token of the model's vocabulary")

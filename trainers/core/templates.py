@@ -28,7 +28,7 @@ DATE_CODES = ("a", "A", "b", "B", "d", "-d", "H", "I", "j", "m", "-m", "M", "p",
 
 def renderer(tokenizer: Any) -> Render:
     """How a tokenizer's conversations become text. Raises BadInput for a template that is none."""
-    template = _template(tokenizer)
+    template = template_of(tokenizer)
     if template is None:
         return lambda messages, generation: _plain(messages, generation, tokenizer.eos_token)
     dated = _clock(DAY) + template if "strftime_now" in template else template
@@ -68,7 +68,8 @@ def _clock(date: datetime.date) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"
 
 
-def _template(tokenizer: Any) -> str | None:
+def template_of(tokenizer: Any) -> str | None:
+    """The text of a tokenizer's template, or None. Raises BadInput if it has several and none is the default."""
     if tokenizer.chat_template is None:
         return None
     try:
