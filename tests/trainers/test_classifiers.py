@@ -1,12 +1,12 @@
 """Reward models from outside give the scores that transformers alone gives, whatever their architecture."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foreign_models import ENCODERS, save_encoder
+from one_rank import OneRank
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from trainers.contract import BadInput
@@ -31,13 +31,9 @@ NEWLINE_TEMPLATE = (
 
 
 def context(bf16: bool = False):
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-
-    workers = SimpleNamespace(device=CPU, bf16=bf16, autocast=autocast, is_main=True)
     spec = SimpleNamespace(parallel=Parallel(), export_dtype="auto")
     return SimpleNamespace(
-        workers=workers, seed=0, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
+        workers=OneRank(bf16=bf16), seed=0, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
     )
 
 

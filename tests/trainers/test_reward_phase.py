@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from one_rank import OneRank
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -38,10 +38,9 @@ def spec_for(model: Path, **changes):
 
 def context(seed: int = 0):
     """As much of a phase's context as loading a model takes."""
-    workers = SimpleNamespace(device=CPU, bf16=False, autocast=nullcontext)
     spec = SimpleNamespace(parallel=Parallel(), export_dtype="auto")
     return SimpleNamespace(
-        workers=workers, seed=seed, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
+        workers=OneRank(), seed=seed, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
     )
 
 

@@ -4,13 +4,14 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from one_rank import OneRank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.contract import Diverged
@@ -18,31 +19,6 @@ from trainers.core.batch import Sequence
 from trainers.core.flops import model_flops
 from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.step import Layout, accumulate, in_eval_mode, measured, scored
-
-
-class OneOf:
-    """A rank among others that are not there: what it would send stays with it."""
-
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self.device = rank, world, torch.device("cpu")
-        self.last: list[bool] = []
-
-    def autocast(self):
-        return nullcontext()
-
-    @contextmanager
-    def exchange(self, module, last):
-        self.last.append(last)
-        yield
-
-    def backward(self, loss):
-        loss.backward()
-
-    def sum(self, value):
-        return value
-
-    def gather_objects(self, items):
-        return items
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +38,7 @@ def some_sequences(count: int) -> list[Sequence]:
 
 def step(model, sequences, rank=0, world=1, max_tokens=1000, packing=True, step=0, measures=None):
     """The sums and gradients that one rank adds, what it counted, and in which passes gradients were exchanged."""
-    workers, counted = OneOf(rank, world), []
+    workers, counted = OneRank(rank, world), []
     meter = SimpleNamespace(part=lambda _: nullcontext(), count=lambda *work: counted.append(work))
     trainee = SimpleNamespace(module=Scorer(model), flops=model_flops(model))
     layout = Layout(lambda sequence: [sequence], max_tokens, packing)
@@ -134,7 +110,7 @@ def test_measures_and_scores_are_those_of_single_sequences(model):
     def sums(micro):
         return micro.sums(dropping[1](dropping[0](micro, target_logprobs(micro))))
 
-    layout, workers = Layout(lambda sequence: [sequence], 16, packing=True), OneOf(0, 1)
+    layout, workers = Layout(lambda sequence: [sequence], 16, packing=True), OneRank(0, 1)
     found = measured(
         SimpleNamespace(workers=workers), dropping, layout, sequences, lambda _, micro: {"sum": sums(micro).sum()}
     )

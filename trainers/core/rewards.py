@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
+from trainers.core.batch import Batch, Sequence, collate
 from trainers.core.classifiers import RewardModel, TextClassifier, text_scores
 from trainers.core.encode import joined
 from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import error_share, hidden_states, in_fp32, probe_sequences, tolerance
-from trainers.core.step import in_eval_mode
+from trainers.core.shares import over_ranks
+from trainers.core.step import Layout, in_eval_mode, scored
 from trainers.core.templates import Messages, renderer
 
 
@@ -32,30 +33,6 @@ def head_scores(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     return in_fp32(score_head(model))(hidden[batch.last_at]).squeeze(-1)
 
 
-@torch.no_grad()
-def score_sequences(
-    workers: Workers,
-    loaded: LoadedModel,
-    sequences: List[Sequence],
-    micro_batch_tokens: int = 8192,
-    packing: bool = True,
-) -> torch.Tensor:
-    """Scores of this process's sequences: (S,) on the CPU in fp32, in the order given.
-
-    Nothing is exchanged between processes, so each may bring another number of sequences, or none.
-    """
-    scores = torch.empty(len(sequences))
-    packing = packing and loaded.packs
-    was_training = loaded.model.training
-    loaded.model.eval()
-    for chosen in plan_micro_batches([[len(s)] for s in sequences], micro_batch_tokens, packing)[0]:
-        batch = collate([sequences[i] for i in chosen], packing, workers.device)
-        with workers.autocast():
-            scores[chosen] = reward_scores(loaded.model, batch).cpu()
-    loaded.model.train(was_training)
-    return scores
-
-
 def response_rewards(
     workers: Workers,
     model: RewardModel,
@@ -66,20 +43,31 @@ def response_rewards(
     micro_batch_tokens: int = 8192,
     packing: bool = True,
 ) -> list[float]:
-    """Rewards of this process's responses, tokenised with the reward model's own tokenizer and chat template.
+    """Rewards of responses, tokenised with the reward model's own tokenizer and chat template.
 
     ``prompts[i]`` are the messages that ``responses[i]`` answers; ``ended[i]`` says whether the response stopped by
-    itself (None: all did). One that hit the length limit is scored without an end token, which it did not earn.
+    itself (None: all did). One that hit the length limit is scored without an end token, which it did not earn. All
+    ranks are given all responses, share the work, and get all rewards.
     """
     if isinstance(model, TextClassifier):
         texts = [model.encoded(*pair, max_length) for pair in zip(prompts, responses, strict=True)]
-        return [float(score) for score in text_scores(workers, model, texts, micro_batch_tokens)]
+
+        def work(mine: List[int]) -> list[float]:
+            return text_scores(workers, model, [texts[i] for i in mine], micro_batch_tokens).tolist()
+
+        return over_ranks(workers, len(texts), work)
     flags = [True] * len(responses) if ended is None else ended
     sequences = [
         reward_sequence(model, prompt, response, flag, max_length)
         for prompt, response, flag in zip(prompts, responses, flags, strict=True)
     ]
-    return [float(s) for s in score_sequences(workers, model, sequences, micro_batch_tokens, packing)]
+    layout = Layout[Sequence](lambda sequence: [sequence], micro_batch_tokens, packing and model.packs)
+
+    def score(some: list[Sequence], batch: Batch) -> list[float]:
+        return reward_scores(model.model, batch)[: len(some)].tolist()
+
+    with in_eval_mode(model.model):
+        return scored(workers, layout, sequences, score)
 
 
 def reward_sequence(loaded: LoadedModel, prompt: Messages, response: str, ended: bool, max_length: int) -> Sequence:

@@ -101,12 +101,12 @@ def respond(
                 uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
                 num_known=loaded.num_known,
             )
-        samples = [
+        return [
             Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
         ]
-        return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
 
-    return over_ranks(workers, len(prompts), work)
+    samples = over_ranks(workers, len(prompts), work)
+    return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
 
 
 def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:

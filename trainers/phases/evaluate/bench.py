@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from trainers.contract import BadInput, canonical_json, sha256_text
+from trainers.core.batch import Batch
 from trainers.core.batch import Sequence as Tokens
-from trainers.core.batch import collate, plan_micro_batches
 from trainers.core.encode import conversation, joined, prompt_ids, prompt_messages
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
 from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_tokens
 from trainers.phases.evaluate.divergence import divergence_sums
 from trainers.phases.evaluate.laboratory import Laboratory
@@ -166,25 +167,21 @@ class Bench:
     def _score(self, answered: list[tuple[Row, Reply]]) -> list[float]:
         laboratory = self.laboratory
         judge = laboratory.reward_model
-
-        def mine(indices: Sequence[int]) -> list[float]:
-            chosen = [answered[i] for i in indices]
+        with laboratory.ctx.meter.part("evaluation"):
             return response_rewards(
                 laboratory.ctx.workers,
                 judge,
-                [prompt_messages(row) for row, _ in chosen],
-                [reply.text for _, reply in chosen],
-                [reply.ended for _, reply in chosen],
+                [prompt_messages(row) for row, _ in answered],
+                [reply.text for _, reply in answered],
+                [reply.ended for _, reply in answered],
                 context_length(judge.model),
                 laboratory.spec.parallel.micro_batch_tokens,
             )
 
-        with laboratory.ctx.meter.part("evaluation"):
-            return laboratory.spread(len(answered), mine)
-
     def _diverge(self, answered: list[tuple[Row, Reply]], limit: int, new_tokens: int) -> list[list[float]]:
         limit = min(limit, self._room(new_tokens))
-        sequences = [joined(self._prompt(row), reply.ids, limit + len(reply.ids)) for row, reply in answered]
+        found = [joined(self._prompt(row), reply.ids, limit + len(reply.ids)) for row, reply in answered]
+        sequences = [sequence for sequence in found if sequence is not None]  # all: there is room for every reply
         reference = self.laboratory.reference.model
         return self._sums(sequences, lambda batch: divergence_sums(self.loaded.model, reference, batch))
 
@@ -199,29 +196,17 @@ class Bench:
             [*map(sum, zip(*islice(sums, len(found)), strict=True)), sum(s.shortened for s in found)] for found in given
         ]
 
-    @torch.no_grad()
-    def _sums(self, sequences: list[Any], measure: Callable[[Any], torch.Tensor]) -> list[list[float]]:
-        """(sum, scored tokens) of each sequence, in micro-batches, without packing: any architecture can do that."""
-        workers = self.laboratory.ctx.workers
+    def _sums(self, sequences: list[Tokens], measure: Callable[[Batch], torch.Tensor]) -> list[list[float]]:
+        """(sum, scored tokens) of each sequence, in forward passes without packing: any architecture can do that."""
+        ctx = self.laboratory.ctx
+        layout = Layout[Tokens](lambda sequence: [sequence], ctx.spec.parallel.micro_batch_tokens, packing=False)
 
-        def mine(indices: Sequence[int]) -> list[list[float]]:
-            found: dict[int, list[float]] = {}
-            chosen = [sequences[i] for i in indices]
-            plan = plan_micro_batches(
-                [[len(s)] for s in chosen], self.laboratory.spec.parallel.micro_batch_tokens, False
-            )
-            for group in plan[0]:
-                batch = collate([chosen[i] for i in group], False, workers.device)
-                with workers.autocast():
-                    sums = measure(batch).float().tolist()
-                found |= {
-                    i: list(pair)
-                    for i, pair in zip(group, zip(sums, batch.counts().tolist(), strict=True), strict=True)
-                }
-            return [found[i] for i in range(len(chosen))]
+        def score(some: list[Tokens], batch: Batch) -> list[list[float]]:
+            sums = measure(batch).float().tolist()
+            return [[total, sequence.num_scored] for sequence, total in zip(some, sums, strict=False)]
 
-        with self.laboratory.ctx.meter.part("evaluation"):
-            return self.laboratory.spread(len(sequences), mine)
+        with ctx.meter.part("evaluation"):
+            return scored(ctx.workers, layout, sequences, score)
 
     # -- tokens
 

@@ -1,6 +1,6 @@
 """What all models of an evaluation share: rows, cells, the reward model and the reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -97,21 +97,12 @@ class Laboratory:
         """
         made_by = {"image": self.ctx.file.image, "program": self.ctx.origins.program}
         key = {**key, **made_by, "precision": "bf16" if self.ctx.workers.bf16 else "fp32"}
-        main = self.ctx.workers.is_main
-        value = self.ctx.workers.gather_objects([self.cells.get(key)] if main else [])[0]
+        value = self.ctx.workers.from_main(lambda: self.cells.get(key))
         if value is None:
             self.ctx.stop_if_asked()
             value = measure()
             if (wrong := not_finite(value)) is not None:
                 raise Diverged(f"model {model!r}: its {key['kind']} hold {wrong}, which is no number")
-            if main:
+            if self.ctx.workers.is_main:
                 self.cells.put(key, value)
         return value
-
-    def spread(self, count: int, measure: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
-        """Results by index; every process measures its share of the indices."""
-        workers = self.ctx.workers
-        mine = range(count)[workers.rank :: workers.world]
-        pairs: list[object] = list(zip(mine, measure(mine), strict=True))
-        gathered: dict[int, Any] = dict(workers.gather_objects(pairs))  # type: ignore[arg-type]
-        return [gathered[i] for i in range(count)]

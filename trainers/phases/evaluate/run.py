@@ -108,8 +108,7 @@ def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         check_positions(bench.loaded, spec.latency)
         # One process at a time: on a shared machine two would slow each other down.
-        found: list[object] = [measure_latency(bench.loaded, spec.latency, workers)] if workers.is_main else []
-        return workers.gather_objects(found)[0]  # type: ignore[return-value]
+        return workers.from_main(lambda: measure_latency(bench.loaded, spec.latency, workers))
 
     found: dict[str, Any] = bench.cell(key, measure)
     return found
