@@ -78,6 +78,18 @@ FAILURES: Mapping[FailureClass, Failure] = {
 }
 
 
+ROOT_CAUSES = (
+    FailureClass.BAD_INPUT, FailureClass.GATE_FAILED, FailureClass.DIVERGED, FailureClass.OUT_OF_MEMORY,
+    FailureClass.INTERNAL, FailureClass.INTERRUPTED, FailureClass.INFRASTRUCTURE,
+)  # fmt: skip
+"""When a process fails, its peers fail after it with errors of the network: the cause is the class that comes first here."""
+
+
+def cause_rank(failure: FailureClass) -> int:
+    """Where a class comes in :data:`ROOT_CAUSES`; those that only an onlooker can tell come last."""
+    return ROOT_CAUSES.index(failure) if failure in ROOT_CAUSES else len(ROOT_CAUSES)
+
+
 def exit_status(failure: FailureClass) -> int:
     """The status that a process ends with."""
     code = FAILURES[failure].code

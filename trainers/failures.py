@@ -15,6 +15,7 @@ from trainers.contract import (
     FailureClass,
     PhaseError,
     Termination,
+    cause_rank,
     exit_status,
     termination_json,
 )
@@ -132,16 +133,30 @@ def no_room(error: BaseException, folder: Path | None) -> str:
 
 
 def terminate(termination: Termination) -> None:
-    """Leave the termination message. Rank 0's word counts; another rank speaks only if nothing has been said yet."""
+    """Leave the termination message. Of several ranks' words that of the root cause stands, else rank 0's."""
     path = os.environ.get(TERMINATION_VARIABLE)
     if path is None:
         return
     target = Path(path)
-    if rank() and target.exists() and target.stat().st_size:
+    if not _outweighs(termination, _said_before(target)):
         return
     with suppress(OSError):  # the exit status still tells the class
         # A plain write: in a pod this path is a mounted file, which cannot be replaced.
         target.write_text(termination_json(termination))
+
+
+def _said_before(target: Path) -> Termination | None:
+    try:
+        return Termination.model_validate_json(target.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _outweighs(ours: Termination, before: Termination | None) -> bool:
+    if before is None or before.failure is None or ours.failure is None:
+        return before is None or rank() == 0
+    ranks = cause_rank(ours.failure), cause_rank(before.failure)
+    return ranks[0] < ranks[1] or (ranks[0] == ranks[1] and rank() == 0)
 
 
 def rank() -> int:

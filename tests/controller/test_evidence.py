@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pods import disruption, pod, said, terminated
 
 from controller.backends.pytorchjob import evidence
-from trainers.contract import FAILURES, FailureClass
+from trainers.contract import FAILURES, ROOT_CAUSES, FailureClass
 
 BAD = said("BadInput", "data/a.jsonl:3: no key response")
 
@@ -93,7 +93,7 @@ def test_the_cause_and_not_what_followed_from_it():
 
 
 def test_every_class_that_a_process_can_end_with_has_its_place_among_causes():
-    assert set(evidence.ROOT_CAUSES) == {f for f, known in FAILURES.items() if known.code is not None}
+    assert set(ROOT_CAUSES) == {f for f, known in FAILURES.items() if known.code is not None}
 
 
 def test_a_pod_may_say_what_only_an_onlooker_can_tell():

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from trainers.contract import BadInput, FailureClass, Infrastructure
-from trainers.failures import classify
+from trainers.contract import BadInput, FailureClass, Infrastructure, Termination
+from trainers.failures import classify, terminate
 from trainers.workspace import PhaseDir
 
 OUT_OF_MEMORY = [
@@ -95,6 +95,28 @@ def test_a_model_with_a_name_that_is_too_long_is_bad_input(run_phase, tmp_path, 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     assert run_phase("sft", spec, None, tmp_path / "run" / "sft", base_dir=str(tmp_path))[0] == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "stands"),
+    [
+        ([(1, "OutOfMemory"), (0, "Infrastructure")], "OutOfMemory"),
+        ([(0, "Infrastructure"), (1, "OutOfMemory")], "OutOfMemory"),
+        ([(1, "Infrastructure"), (0, "OutOfMemory")], "OutOfMemory"),
+        ([(1, "Infrastructure"), (0, "Infrastructure")], "Infrastructure of rank 0"),
+        ([(0, "Infrastructure"), (1, "Infrastructure")], "Infrastructure of rank 0"),
+        ([(1, "Interrupted"), (0, "Infrastructure"), (2, "BadInput")], "BadInput"),
+        ([(1, "Infrastructure"), (0, None)], "success"),
+        ([(0, None), (1, "Infrastructure")], "success"),
+    ],
+)
+def test_of_several_processes_the_root_cause_has_the_last_word(words, stands, tmp_path, monkeypatch):
+    """The others fail after it, with errors of the network."""
+    monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(tmp_path / "word"))
+    for number, failure in words:
+        monkeypatch.setenv("RANK", str(number))
+        terminate(Termination(failure=failure, message=f"{failure or 'success'} of rank {number}"))
+    assert json.loads((tmp_path / "word").read_text())["message"].startswith(stands)
 
 
 # ---------------------------------------------------------------- a full disk

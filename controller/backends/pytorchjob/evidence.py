@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from controller.backends.pytorchjob.render import CONTAINER
-from trainers.contract import FAILURES, FailureClass, Termination
+from trainers.contract import FAILURES, FailureClass, Termination, cause_rank
 
 Object = Mapping[str, Any]
 
@@ -37,12 +37,6 @@ POD_REASONS = {
 BAD_WAITS = ("InvalidImageName",)
 """Reasons to wait that time cannot heal."""
 
-ROOT_CAUSES = (
-    FailureClass.BAD_INPUT, FailureClass.GATE_FAILED, FailureClass.DIVERGED, FailureClass.OUT_OF_MEMORY,
-    FailureClass.INTERNAL, FailureClass.INTERRUPTED, FailureClass.INFRASTRUCTURE,
-)  # fmt: skip
-"""When a pod fails, its peers fail after it with errors of the network: the cause is the class that comes first here."""
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -56,12 +50,7 @@ class Evidence:
 def find(pods: Iterable[Object]) -> Evidence | None:
     """The root cause among a job's pods."""
     found = [evidence for pod in pods if (evidence := of_pod(pod)) is not None]
-    return min(found, key=lambda e: (_rank(e.failure), e.at or "~"), default=None)
-
-
-def _rank(failure: FailureClass) -> int:
-    """A pod's word may be anyone's, so it may also name a class that only an onlooker can tell."""
-    return ROOT_CAUSES.index(failure) if failure in ROOT_CAUSES else len(ROOT_CAUSES)
+    return min(found, key=lambda e: (cause_rank(e.failure), e.at or "~"), default=None)
 
 
 def of_pod(pod: Object) -> Evidence | None:
