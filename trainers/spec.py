@@ -113,7 +113,7 @@ class DataSource(SpecModel):
     one_of: ClassVar[tuple[str, ...]] = ("files", "hub", "synthetic")
 
     files: str | None = None
-    """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.jsonl.gz`); relative paths start at the run file. Or an object store address, `s3://bucket/data/train-*.jsonl`."""
+    """One JSONL file or a glob of shards (`data/train-*.jsonl`, also `.gz`, or one list in a `.json` file); relative paths start at the run file. Or an object store address, `s3://bucket/data/train-*.jsonl`."""
     hub: HubDataset | None = None
     """A Hugging Face dataset."""
     synthetic: SyntheticData | None = None

@@ -170,6 +170,25 @@ def test_a_dataset_folder_is_read_by_path_and_split(tmp_path, monkeypatch, form)
         read(tmp_path, "preference", hub={"name": str(folder), "split": "nothing"})
 
 
+def test_messages_of_a_dataset_have_no_keys_that_are_null(tmp_path, monkeypatch):
+    """Columns of a table are the same in all rows: what a message lacks is null there."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    rows = [
+        {"messages": [*TALK, {"role": "tool", "content": "r", "name": "f"}], "system": None},
+        {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}], "system": "s"},
+    ]
+    (tmp_path / "set").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    found = read(tmp_path, "sft", hub={"name": str(tmp_path / "set")}).rows
+    assert found[0] == {"messages": rows[0]["messages"]}
+    called = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    system, asked, answer = found[1]["messages"]
+    assert (system["content"], asked) == ("s", TALK[0])
+    assert answer == {"role": "assistant", "content": "", "tool_calls": [called]}
+
+
 def test_a_dataset_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(BadInput, match="nowhere split train"):
         read(tmp_path, hub={"name": str(tmp_path / "nowhere")})

@@ -154,3 +154,14 @@ def test_whatever_a_file_holds_it_is_read_or_bad_input(tmp_path_factory, name, d
             jsonl.dump({"a": jsonl.parse(found) if isinstance(found, bytes) else found})
     except (BadInput, jsonl.Malformed) as problem:
         assert len(str(problem).splitlines()) == 1  # noqa: PT017 - either outcome is right
+
+
+@given(st.lists(texts, min_size=1, max_size=3))
+def test_a_stopped_rollout_goes_on_behind_any_response(tmp_path_factory, responses):
+    from trainers.phases.rollout.parts import Parts
+
+    parts = Parts(tmp_path_factory.mktemp("parts"))
+    rows = [{"prompt": "p", "teacher_response": text, "reward": 0.5} for text in responses]
+    parts.write(0, rows)
+    parts.write(len(rows), rows)
+    assert parts.read() == rows + rows
