@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainers.contract import BadInput
 from trainers.core.chat import ChatFormat, chat_format
@@ -152,15 +152,13 @@ def test_blank_added_tokens_end_nothing():
 
 
 def test_generation_settings_may_name_more_end_tokens():
-    class Model:
-        class generation_config:
-            eos_token_id = None
-
     tokenizer = bytes_tokenizer(OPEN)
     pad, eos = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>"])
-    assert chat_format(tokenizer, Model).stop_ids == {eos}
-    Model.generation_config.eos_token_id = [pad]
-    assert chat_format(tokenizer, Model).stop_ids == {eos, pad}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, **sizes))
+    assert chat_format(tokenizer, model).stop_ids == {eos}
+    model.generation_config.eos_token_id = [pad]
+    assert chat_format(tokenizer, model).stop_ids == {eos, pad}
 
 
 def test_a_tokenizer_without_end_token_is_refused():

@@ -59,6 +59,8 @@ class ChatFormat:
     tokenizer: Any
     stop_ids: frozenset[int]
     """Tokens that end a response, the end of turn of the template among them."""
+    num_embedded: int | None = None
+    """Ids below this have an embedding; None where no model is spoken to."""
 
     @property
     def end_id(self) -> int:
@@ -66,8 +68,11 @@ class ChatFormat:
         return int(self.tokenizer.eos_token_id)
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Ids up to where the assistant starts to speak. Raises BadInput where the template refuses the messages."""
-        return list(self._prompt(messages)[1])
+        """Ids up to where the assistant starts to speak.
+
+        Raises BadInput where the template refuses the messages, and for a token that the model has no embedding of.
+        """
+        return self._embedded(list(self._prompt(messages)[1]))
 
     def prompt_text(self, messages: Messages) -> str:
         """What :meth:`prompt` encodes."""
@@ -85,7 +90,8 @@ class ChatFormat:
         before, prompt = self._prompt(messages)
         message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
         turn = self._turn(messages, before, message) if ended else self._cut_off(before, message["content"])
-        return list(prompt), self._ended(self._following(before, prompt, turn), ended)
+        following = self._ended(self._following(before, prompt, turn), ended)
+        return self._embedded(list(prompt)), self._embedded(following)
 
     def turns(self, messages: Messages) -> list[tuple[list[int], list[int]]]:
         """:meth:`answer` for every turn of the assistant's that answers something."""
@@ -168,6 +174,16 @@ class ChatFormat:
                 return ids[: i + 1] if ended else ids[:i]
         return [*ids, self.end_id] if ended else ids
 
+    def _embedded(self, ids: list[int]) -> list[int]:
+        largest = max(ids, default=-1)
+        if self.num_embedded is not None and largest >= self.num_embedded:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise BadInput(
+                f"the token {token!r} is number {largest}, and the model embeds {self.num_embedded}: its tokenizer is another "
+                "model's, or has tokens that were added to it alone"
+            )
+        return ids
+
     def _decode(self, ids: list[int], skip: bool) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)).strip()
 
@@ -204,7 +220,8 @@ def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
     more = getattr(settings, "eos_token_id", None)
     if more is not None:
         stop |= set(more if isinstance(more, list) else [more])
-    chat = ChatFormat(tokenizer, frozenset(stop))
+    embedded = model.get_input_embeddings().weight.shape[0] if model is not None else None
+    chat = ChatFormat(tokenizer, frozenset(stop), embedded)
     end = _end_of_turn(chat)
     return chat if end is None else replace(chat, stop_ids=chat.stop_ids | {end})
 

@@ -9,30 +9,73 @@ from torch import nn
 from trainers.contract import BadInput
 
 
+def backbone(model: Any) -> Any:
+    """The part of a model that makes hidden states, without a head. Raises BadInput where none is known."""
+    found = getattr(model, model.base_model_prefix, None) or getattr(model, "model", None)
+    if found is None:
+        raise BadInput(f"models of type {model.config.model_type} cannot be used: no backbone is known of them")
+    return found
+
+
 def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
-    """A copy of a Llama-like model with only these decoder layers."""
-    decoder = getattr(model, model.base_model_prefix)
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise BadInput(
-            f"teacherLayers needs a model with a plain list of decoder layers; {model.config.model_type} has none"
-        )
-    count = len(decoder.layers)
+    """A copy of a model with only these decoder layers.
+
+    Raises BadInput if it has too few, or if a layer would be another in its new place, as in models whose config says
+    by number which layers are of which kind.
+    """
+    place, decoder_layers = _decoder_layers(model)
+    count = len(decoder_layers)
     if layers[-1] >= count:
         raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {count - 1}")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
-    small = type(model)(config).to(next(model.parameters()).dtype)
-    small.load_state_dict(_kept_weights(model, layers))
+    small = type(model)(_kept_config(model.config, layers)).to(next(model.parameters()).dtype)
+    for old, new in zip((decoder_layers[i] for i in layers), _decoder_layers(small)[1], strict=True):
+        if _settings(old) != _settings(new):
+            kind = model.config.model_type
+            raise BadInput(f"teacherLayers {list(layers)}: in models of type {kind} these layers would be others there")
+    small.load_state_dict(_kept_weights(model, place, layers))
     # It may name more end tokens than the tokenizer does.
     small.generation_config = copy.deepcopy(model.generation_config)
     return small
 
 
-def _kept_weights(model: Any, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name within the model, and modules."""
+    count = model.config.num_hidden_layers
+    decoder = backbone(model)
+    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found:
+        raise BadInput(
+            f"teacherLayers needs a model with a plain list of decoder layers; {model.config.model_type} has none"
+        )
+    return next(name for name, module in model.named_modules() if module is found[0]), found[0]
+
+
+def _kept_config(config: Any, layers: tuple[int, ...]) -> Any:
+    """The config of the smaller model: what it lists by layer is that of the kept ones."""
+    count = config.num_hidden_layers
+    kept = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            setattr(kept, name, [value[i] for i in layers])
+    dense = getattr(config, "first_k_dense_replace", None)  # DeepSeek: the layers before it have no experts
+    if dense is not None:
+        kept.first_k_dense_replace = sum(i < dense for i in layers)
+    kept.num_hidden_layers = len(layers)
+    return kept
+
+
+def _settings(layer: Any) -> list[Any]:
+    """What a layer is: its modules, the shapes of its weights, and the plain numbers that they compute with."""
+    found: list[Any] = [(name, tuple(weight.shape)) for name, weight in layer.named_parameters()]
+    for module in layer.modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        found.append((type(module).__name__, {k: v for k, v in plain.items() if k not in ("layer_idx", "training")}))
+    return found
+
+
+def _kept_weights(model: Any, place: str, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """The state dict with layers renumbered."""
-    marker = f"{model.base_model_prefix}.layers."
+    marker = f"{place}."
     weights = {}
     for name, tensor in model.state_dict().items():
         if name.startswith(marker):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from trainers.contract import BadInput
 from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate
+from trainers.core.layers import backbone
 from trainers.core.parallel import Workers
 from trainers.core.step import in_eval_mode
 
@@ -47,13 +48,12 @@ class Scorer(nn.Module):
 
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states, one row per position: (R * L, H)."""
-    backbone = getattr(model, model.base_model_prefix)
     extra: dict[str, Any] = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     wants_balance = balance.is_wanted(model)
     if hasattr(model.config, "output_router_logits"):
         extra["output_router_logits"] = wants_balance
     # With a cache transformers does not look for packed sequences, and they would see each other.
-    out = backbone(input_ids=batch.input_ids, use_cache=False, **extra)
+    out = backbone(model)(input_ids=batch.input_ids, use_cache=False, **extra)
     if wants_balance:
         balance.collect(model, out.router_logits, batch)
     return out.last_hidden_state.flatten(0, 1)
@@ -132,8 +132,8 @@ def check_scoring(loaded: "LoadedModel", workers: Workers) -> None:
     """
     model, device = loaded.model, workers.device
     kind = model.config.model_type
-    if getattr(model, model.base_model_prefix, None) is None or model.get_output_embeddings() is None:
-        raise BadInput(f"models of type {kind} cannot be used: no backbone or no language head is known of them")
+    if model.get_output_embeddings() is None:
+        raise BadInput(f"models of type {kind} cannot be used: no language head is known of them")
     sequences = probe_sequences(model)
     with torch.no_grad(), in_eval_mode(model):
         own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits[0, :-1].float() for s in sequences]
