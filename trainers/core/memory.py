@@ -34,15 +34,20 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def print_memory(ctx: PhaseContext, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any] = ()) -> None:
-    """One line on rank 0. ``trained``: each trainee with its transformers model; ``frozen``: models beside them."""
-    found = memory_needed(ctx.workers, trained, frozen, ctx.spec.parallel.micro_batch_tokens)
+def print_memory(
+    ctx: PhaseContext, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any] = (), row: int | None = None
+) -> None:
+    """One line on rank 0. ``trained``: each trainee with its transformers model; ``frozen``: models beside them;
+    ``row``: the tokens of the longest row, unless one holds a whole forward pass, as packed ones do.
+    """
+    tokens = ctx.spec.parallel.micro_batch_tokens
+    found = memory_needed(ctx.workers, trained, frozen, tokens, min(row or tokens, tokens))
     if ctx.workers.is_main:
-        print(memory_line(found, ctx.spec.parallel.micro_batch_tokens, device_bytes(ctx.workers.device)))
+        print(memory_line(found, tokens, device_bytes(ctx.workers.device)))
 
 
 def memory_needed(
-    workers: Workers, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any], max_tokens: int
+    workers: Workers, trained: List[tuple[Trainee, Any]], frozen: Iterable[Any], max_tokens: int, row: int
 ) -> Memory:
     """On one device. Trainees take turns, so of activations the largest count."""
     models = [model for _, model in trained] + list(frozen)
@@ -54,17 +59,17 @@ def memory_needed(
         sum(map(_size, weights.values())),
         copies * sum(map(_size, parameters)),
         len(MOMENTS) * sum(moments),
-        max(activation_bytes(workers, model, max_tokens) for _, model in trained),
+        max(activation_bytes(workers, model, max_tokens, row) for _, model in trained),
     )
 
 
-def activation_bytes(workers: Workers, model: Any, max_tokens: int) -> int:
+def activation_bytes(workers: Workers, model: Any, max_tokens: int, row: int) -> int:
     """Found by three small forward passes: a part is fixed (weights cast to bf16), most grows with the tokens, and what
-    attention keeps where it is written out grows with their square.
+    attention keeps where it is written out grows with the square of a row's.
     """
     kept = [kept_bytes(workers, model, n) for n in PROBES]
     square, linear, fixed = np.polyfit(PROBES, kept, 2)
-    growing = max(square, 0.0) * max_tokens**2 + linear * max_tokens
+    growing = max(square, 0.0) * max_tokens * row + linear * max_tokens
     if model.is_gradient_checkpointing:
         config = model.config.get_text_config()
         # Of every layer only its input is kept, and one layer at a time is computed again.

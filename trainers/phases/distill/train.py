@@ -71,7 +71,8 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    print_memory(ctx, [(trainee, student.model)], [teacher.model, *([reward_model.model] if reward_model else [])])
+    beside = [teacher.model, *([reward_model.model] if reward_model else [])]
+    print_memory(ctx, [(trainee, student.model)], beside, None if packing else spec.max_length)
     first = checkpoints.restore()
     ctx.meter.begin(first, total_steps, spec.document())
 

@@ -40,7 +40,8 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     reference, beside = reference_for(spec, ctx, loaded, layout, wanted)
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    print_memory(ctx, [(trainee, loaded.model)], beside)
+    row = None if layout.packing else spec.data.max_length
+    print_memory(ctx, [(trainee, loaded.model)], beside, row)
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 

@@ -58,6 +58,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
         ctx,
         [(policy, loaded.model), (critic, critic_model.model)],
         [reference.loaded.model, reward_model.model],
+        None if packing else spec.data.max_prompt_length + spec.sampling.max_new_tokens,
     )
     first = checkpoints.restore()
     state = checkpoints.state

@@ -57,7 +57,8 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     module = RewardModule(loaded.model, language if spec.lm_weight else None)
     trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    print_memory(ctx, [(trainee, loaded.model)])
+    row = None if layout.packing else spec.data.max_length
+    print_memory(ctx, [(trainee, loaded.model)], row=row)
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 

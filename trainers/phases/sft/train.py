@@ -33,7 +33,8 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
     layout = Layout(_alone, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs)
     trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    print_memory(ctx, [(trainee, loaded.model)])
+    row = None if layout.packing else spec.data.max_length
+    print_memory(ctx, [(trainee, loaded.model)], row=row)
     first = checkpoints.restore()
     ctx.meter.begin(first, order.total_steps, spec.document())
 
