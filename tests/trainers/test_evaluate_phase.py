@@ -520,3 +520,17 @@ def test_a_head_wider_than_the_references_is_compared_on_what_both_know(spec, ru
     code, result = run_phase("evaluate", changed, None, tmp_path / "run" / "eval")
     assert code == 0
     assert result.metrics["wide/drift/perToken"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_model_without_room_for_the_responses_is_told_before_any_is_loaded(
+    spec, run_phase, tmp_path, tiny_model_dir, capfd, calls
+):
+    def short(model, tokenizer):
+        model.config.max_position_embeddings = 64
+
+    source = copy_of(tiny_model_dir, tmp_path / "short", short)
+    wordy = {"name": "wordy", "length": {"sampling": {"maxNewTokens": 64}}}
+    changed = {**spec, "models": [*spec["models"], {"name": "c", "source": source}], "benchmarks": [*BENCHMARKS, wordy]}
+    assert run_phase("evaluate", changed, None, tmp_path / "run" / "eval")[0] == 2
+    assert "model 'c': sampling.maxNewTokens 64 leaves its 64 positions no prompt" in capfd.readouterr().err
+    assert calls == []

@@ -95,7 +95,11 @@ def causal_lm(ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype) -> tu
 
 def context_length(model: Any) -> int:
     """Positions that the model was made for; a very large number when its kind has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    return positions(model.config)
+
+
+def positions(config: Any) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
 def length_limit(loaded: LoadedModel, wanted: int) -> int:

@@ -1,5 +1,7 @@
 """Reading a model's folder: config, tokenizer and every weight, or one line that says what is wrong with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_c
     Raises BadInput for a folder that cannot be read as such a model; what this machine lacks (memory, a readable disk)
     passes as it is.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code)
+    with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model, found = auto.from_pretrained(
             folder,
@@ -28,12 +30,24 @@ def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_c
             ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
         )
+    _check_weights(folder, model, found)
+    return model, tokenizer
+
+
+def read_config(folder: str | Path, trust_remote_code: bool) -> Any:
+    """A model's config alone. Raises as :func:`read_model` does."""
+    with _readable(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _readable(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if _is_of_this_machine(error):
             raise
         raise BadInput(f"model {folder} cannot be loaded: {_reason(error)}") from error
-    _check_weights(folder, model, found)
-    return model, tokenizer
 
 
 def check_trainable(model: Any) -> None:

@@ -25,7 +25,7 @@ from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_tokens
 from trainers.phases.evaluate.divergence import divergence_sums
-from trainers.phases.evaluate.laboratory import Laboratory
+from trainers.phases.evaluate.laboratory import Laboratory, check_room
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.phases.evaluate.subject import Divergence, Loss, NotComparable, Reply
 from trainers.spec import NamedModel, Sampling
@@ -246,10 +246,7 @@ class Bench:
         return self.loaded.chat.answer(prompt_messages(row), row["response"])
 
     def _room(self, new_tokens: int) -> int:
-        room = context_length(self.loaded.model) - new_tokens
-        if room < 1:
-            raise BadInput(f"{self.label}: sampling.maxNewTokens {new_tokens} leaves no room for a prompt")
-        return room
+        return check_room(self.label, context_length(self.loaded.model), new_tokens)
 
     def _other_tokens(self, reference: str) -> str | None:
         key = {"kind": "tokens", "model": self.digest, "reference": reference}

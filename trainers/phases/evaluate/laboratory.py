@@ -1,19 +1,29 @@
 """What all models of an evaluation share: rows, cells, the reward model and the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 from trainers.contract import BadInput, DataRecord, Diverged, canonical_json, sha256_text
 from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
-from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.models import LoadedModel, load_causal_lm, positions
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rows import Row, Rows, read_rows
+from trainers.core.weights import read_config
 from trainers.phases.evaluate.cells import Cells, not_finite
-from trainers.phases.evaluate.settings import BenchmarkRows
+from trainers.phases.evaluate.settings import BenchmarkRows, SampledSpec
 from trainers.phases.evaluate.spec import EntryBase, EvaluateSpec
-from trainers.spec import ModelRef, RewardModelRef, find_models
+from trainers.spec import ModelRef, NamedModel, RewardModelRef, find_models
+
+
+def check_room(label: str, positions: int, new_tokens: int) -> int:
+    """Positions left for a prompt. Raises BadInput if there are none."""
+    if positions <= new_tokens:
+        raise BadInput(
+            f"model {label!r}: sampling.maxNewTokens {new_tokens} leaves its {positions} positions no prompt"
+        )
+    return positions - new_tokens
 
 
 class Laboratory:
@@ -34,6 +44,15 @@ class Laboratory:
         problem = entry.benchmark.problem(self.rows(data, entry.benchmark.schema))
         if problem is not None:
             raise BadInput(f"benchmark {entry.name!r} ({entry.benchmark.name}): {problem}")
+
+    def check_models(self, models: Mapping[str, NamedModel]) -> None:
+        """Look at the models' configs before any is loaded. Raises BadInput for one that cannot answer so long."""
+        sampled = [e.settings for e in self.spec.benchmarks if isinstance(e.settings, SampledSpec)]
+        longest = max(((s.sampling or self.spec.sampling).max_new_tokens for s in sampled), default=0)
+        for label, ref in models.items():
+            if ref.scratch is None:
+                config = read_config(self.ctx.model_location(ref), ref.trust_remote_code)
+                check_room(label, positions(config), longest)
 
     def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"

@@ -31,6 +31,7 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
     laboratory = Laboratory(ctx, spec, reference)
     for entry in spec.benchmarks:
         laboratory.check_rows(entry)
+    laboratory.check_models(by_label)
     benches = {label: Bench(laboratory, model) for label, model in by_label.items()}
     total_steps = len(models) * (len(spec.benchmarks) + spec.latency.enabled)
     ctx.meter.begin(0, total_steps, spec.document())
