@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families.architectures import family_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,18 @@ CONFIGS = {
 }
 
 
+WIDE = {"sliding_window": 64}
+"""No shorter than what is counted here."""
+FAMILIES = {
+    name: family_config(name, 96, **changes)
+    for name, changes in {
+        "qwen3": {}, "phi3": WIDE, "gemma2": WIDE, "mistral": WIDE, "deepseek_v3": {}, "qwen3_moe": {},
+        "gpt_neox": {}, "gpt_oss": WIDE,
+    }.items()
+}  # fmt: skip
+CONFIGS |= FAMILIES
+
+
 def counted(model: torch.nn.Module, backward: bool) -> int:
     """By torch. It counts the whole square of the attention, we what a causal model needs of it."""
     ids = torch.arange(LENGTH)[None] % 96
@@ -41,17 +54,38 @@ def counted(model: torch.nn.Module, backward: bool) -> int:
 
 def square(flops: ModelFlops, passes: int) -> int:
     """What torch counts above ours: the half of the attention's square that causal models mask, less the diagonal."""
-    return passes * 2 * flops.attention * (LENGTH * LENGTH - LENGTH)
+    return passes * 2 * (flops.attention + flops.windowed) * (LENGTH * LENGTH - LENGTH)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_as_torch_counts_them(name, backward):
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    # Experts one after the other: torch does not count their grouped product.
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], **plain).eval()
     flops = model_flops(model)
     ours = (flops.training if backward else flops.forward)([LENGTH], LENGTH)
     theirs = counted(model, backward) - square(flops, 3 if backward else 1)
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("length", "window"), [(7, 3), (3, 7), (5, 5), (9, 1)])
+def test_a_window_is_seen_and_nothing_else(length, window):
+    flops = ModelFlops(body=0, head=0, trained=1.0, attention=0, windowed=10, window=window)
+    pairs = sum(query - window < key <= query for query in range(length) for key in range(length))
+    assert flops.forward([length], 0) == 2 * 2 * 10 * pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "attending", "windowed"),
+    [("qwen3_next", 1, 0), ("lfm2", 1, 0), ("bamba", 1, 0), ("jamba", 1, 0), ("falcon_h1", 2, 0), ("zamba2", 1, 0),
+     ("mamba", 0, 0), ("mamba2", 0, 0), ("gemma3_text", 1, 1), ("gpt_oss", 1, 1), ("mistral", 0, 2)],
+)  # fmt: skip
+def test_only_layers_that_attend_count_as_attention(name, attending, windowed):
+    config = family_config(name, 96)
+    flops = model_flops(AutoModelForCausalLM.from_config(config))
+    width = getattr(config, "num_attention_heads", 0) * (getattr(config, "head_dim", None) or 8)
+    assert (flops.attention, flops.windowed) == (attending * width, windowed * width)
 
 
 def test_the_head_is_for_scored_positions_alone():
