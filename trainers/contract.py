@@ -259,6 +259,11 @@ class DataRecord(SpecModel):
         """Rows looked at."""
         return self.rows + self.skipped + self.dropped
 
+    @property
+    def whole(self) -> bool:
+        """Whether all rows were used as they are."""
+        return not (self.skipped or self.dropped or self.shortened)
+
     def __str__(self) -> str:
         counts = {
             "dropped (too long)": self.dropped,

@@ -24,6 +24,7 @@ from controller.plan.explain import explain, select, unmet_inputs
 from controller.plan.resolve import merge_templates, resolve
 from controller.preflight import load_run
 from controller.runner import Outcome, Runner
+from trainers.workspace import PhaseDir
 
 LOG_LINES = 15
 
@@ -113,6 +114,7 @@ def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Col
         typer.echo(f"stopped. The same command continues where it was: alignctl run {_again(request)}")
     elif outcome == Outcome.SUSPENDED:
         typer.echo("suspended: " + ", ".join(p.name for p in status.phases if p.state == PhaseState.SUSPENDED))
+    report_rows(run, request.workspace)
     report_failures(status, run.name, backend)
     if outcome == Outcome.SUCCEEDED:
         report_results(run, request.workspace, console)
@@ -123,6 +125,15 @@ def _again(request: Request) -> str:
     return " ".join(
         [str(request.file), *(f"-f {path}" for path in request.fragments), *(f"--set {s}" for s in request.settings)]
     )
+
+
+def report_rows(run: AlignmentRun, root: Path) -> None:
+    """Of each finished phase the data of which rows were left out or used in part."""
+    for phase in resolve(run):
+        result = PhaseDir(root / run.name / phase.name).read_result()
+        for record in result.data if result is not None else ():
+            if not record.whole:
+                typer.echo(f"{phase.name}: {record}")
 
 
 def report_failures(status: RunStatus, run: str, backend: LocalBackend) -> None:

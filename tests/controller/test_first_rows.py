@@ -1,6 +1,7 @@
 """Data that a phase could not read is named before anything starts."""
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 from builders import document, dpo, ppo, reward, sft
 
 from controller.api.problems import InvalidRun
+from controller.commands.run import report_rows
 from controller.compose import merge
 from controller.preflight import load_run
 from trainers import jsonl
+from trainers.contract import DataRecord
 
 PAIR = {"prompt": "q", "chosen": "c", "rejected": "r"}
 ALPACA = {"instruction": "q", "output": "a"}
@@ -124,3 +127,17 @@ def test_it_looks_at_the_beginning_only(tmp_path: Path) -> None:
     good = jsonl.dump({"prompt": "q", "response": "a"})
     (tmp_path / "d.jsonl").write_text(good * 50 + "{\n")
     assert problems(one(), tmp_path) == []
+
+
+def test_the_run_says_at_its_end_which_rows_were_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = load_run(document(BASE, sft("x", "base"), sft("unfinished", "base")))
+    records = {
+        "base": DataRecord(source="data.train[0]", fingerprint="", rows=8),
+        "x": DataRecord(source="data.train[0]", fingerprint="", rows=6, dropped=2, shortened=1),
+    }
+    for name, record in records.items():
+        place = {"run": "test", "phase": name, "type": "sft", "digest": "d", "artifactDigest": "a"}
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / "result.json").write_text(json.dumps({**place, "data": [record.document()]}))
+    report_rows(run, tmp_path)
+    assert capsys.readouterr().out == "x: data.train[0]: 6 of 8 rows used, 2 dropped (too long), 1 used in part\n"
