@@ -92,7 +92,8 @@ def _inputs_change(phase: ResolvedPhase, plans: Mapping[str, PhasePlan], before:
     pending = [name for name in phase.inputs if plans[name].artifact_digest is None]
     if before is None:
         return "not run yet"
-    return f"input {', '.join(pending)} changes"
+    refused = [name for name in pending if plans[name].action == "reuse"]
+    return f"input {refused[0]} misses its gates" if refused else f"input {', '.join(pending)} changes"
 
 
 def _changes(phase: ResolvedPhase, before: ObservedResult, inputs: Mapping[str, str], digest: str) -> str:

@@ -215,23 +215,25 @@ def identity(kind: str) -> str:
         program.program_identity.cache_clear()
 
 
+CODE, WORDS, RULE = "\nX = 1\n", '\n# A comment.\n"""And a text that nobody reads."""\n', "\np { margin: 0 }\n"
+
+
 @pytest.mark.parametrize(
-    ("file", "old", "new", "changed"),
+    ("file", "added", "changed", "same"),
     [
-        ("phases/sft/train.py", "-trainee", "+trainee", {"sft"}),
-        ("phases/sft/train.py", '"""Supervised fine-tuning.', '# a comment\n"""Other words.', set()),
-        ("phases/dpo/loss.py", "import torch", "import torch\nX = 1", {"dpo"}),
-        ("core/trainee.py", "world).backward()", "world * 2).backward()", {"sft", "dpo"}),
-        ("meter.py", '"utf-8"', '"utf-16"', set()),
-        ("phases/package/templates/report.css", "{", " {", {"package"}),
+        ("phases/sft/train.py", CODE, {"sft"}, {"dpo", "package"}),
+        ("phases/sft/train.py", WORDS, set(), {"sft"}),
+        ("core/trainee.py", CODE, {"sft", "dpo"}, set()),
+        ("meter.py", CODE, set(), {"sft"}),
+        ("phases/package/templates/report.css", RULE, {"package"}, {"sft"}),
     ],
+    ids=["its own code", "words", "shared code", "what only carries it out", "a template"],
 )
-def test_a_program_is_the_sources_that_a_phase_type_uses(sources, file, old, new, changed):
-    before = {kind: identity(kind) for kind in ("sft", "dpo", "package")}
-    text = (sources / file).read_text()
-    (sources / file).write_text(text.replace(old, new, 1) if old in text else f"{text}\nX = 1\n")
-    after = {kind: identity(kind) for kind in ("sft", "dpo", "package")}
-    assert {name for name in before if before[name] != after[name]} == changed
+def test_a_program_is_the_sources_that_a_phase_type_uses(sources, file, added, changed, same):
+    before = {kind: identity(kind) for kind in changed | same}
+    with (sources / file).open("a") as edited:
+        edited.write(added)
+    assert {kind for kind in before if before[kind] != identity(kind)} == changed
 
 
 def test_what_lies_in_an_object_store_is_left_to_the_phase(tmp_path):

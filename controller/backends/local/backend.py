@@ -126,7 +126,7 @@ class LocalBackend:
             results=observed.results,
             capacity=self.jobs,
             unfinished=left,
-            elsewhere=self.results.by_digest(),
+            elsewhere=self.results.by_digest(resolve(run)),
         )
 
     @property

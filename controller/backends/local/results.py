@@ -1,12 +1,15 @@
 """Finished phases in a workspace, and whether they still hold: what they were made of may have changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from controller.plan.observed import ObservedResult, Unfinished
+from controller.plan.resolve import ResolvedPhase
 from trainers.contract import BadInput, Identity, Origins, PhaseType, Result
 from trainers.origins import difference, origins_of
-from trainers.spec import PhaseSpec
+from trainers.spec import PhaseSpec, identifying
 from trainers.workspace import HISTORY, PhaseDir, intact
 
 
@@ -36,9 +39,14 @@ class Results:
                 return root
         return None
 
-    def by_digest(self) -> Mapping[str, ObservedResult]:
-        """Everything in the workspace. What it was made of is not checked: that needs the spec."""
-        return {result.digest: _observed(result, None, root) for root, result in self._all()}
+    def by_digest(self, phases: Sequence[ResolvedPhase]) -> Mapping[str, ObservedResult]:
+        """Results anywhere in the workspace with the settings of one of these phases, that still hold."""
+        return {
+            result.digest: _observed(result, None, root)
+            for root, result in self._all()
+            for phase in phases
+            if _same_settings(result, phase) and self._why_stale(root, result, phase.type, phase.spec) is None
+        }
 
     def identity(self, digest: str, kind: PhaseType, spec: PhaseSpec) -> Identity | None:
         """What a phase that starts now would be working on; None for one that will tell that its data is not there."""
@@ -98,6 +106,15 @@ class Results:
     def _changed(self, result: Result, kind: PhaseType, spec: PhaseSpec) -> str | None:
         now = self.identity(result.digest, kind, spec)
         return difference(now, result.identity) if now is not None else "its data is not there any more"
+
+
+def _same_settings(result: Result, phase: ResolvedPhase) -> bool:
+    if result.type != phase.type.name:
+        return False
+    try:
+        return identifying(type(phase.spec).model_validate(result.settings)) == identifying(phase.spec)
+    except ValidationError:  # those of another version
+        return False
 
 
 def _observed(result: Result, stale: str | None, root: Path) -> ObservedResult:
