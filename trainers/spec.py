@@ -289,7 +289,7 @@ class TracesRef(ArtifactRef):
 class NamedModel(ModelRef):
     """A model with the name it has in tables and reports."""
 
-    name: str | None = Field(default=None, min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str | None = Field(default=None, min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
     """Shown name; the phase's name unless set."""
 
     @property
@@ -303,8 +303,9 @@ def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"models: the name {label!r} is used more than once; set name")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
-            raise ValueError(f"models: {label!r} cannot be used as a name; set name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", label):
+            shown = label if len(label) <= 100 else f"{label[:40]}…"
+            raise ValueError(f"models: {shown!r} cannot be used as a name; set name, at most 100 letters and digits")
     return labels
 
 

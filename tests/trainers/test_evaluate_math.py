@@ -342,6 +342,9 @@ DATA = {"rows": [{"synthetic": {"task": "letters", "split": "test", "count": 8}}
         ({"models": [{"phase": "a"}], "baseline": "b"}, "baseline 'b' is none of the models"),
         ({"models": [{"phase": "a"}, {"source": "x/a"}]}, "'a' is used more than once"),
         ({"models": [{"source": ".."}]}, "cannot be used as a name"),
+        ({"models": [{"source": "x/" + "a" * 300}]}, "'a{40}…' cannot be used as a name"),
+        ({"models": [{"name": "a" * 300, "source": "x"}]}, "at most 100"),
+        ({"benchmarks": [{"name": "a" * 300, "length": {}}], "data": DATA}, "at most 63"),
     ],
 )
 def test_a_wrong_spec_is_told_in_one_line(spec, says):

@@ -29,7 +29,7 @@ LATENCY_METRICS = (
 class EntryBase(SpecModel):
     """A benchmark with a name of its own: exactly one member, named after the kind."""
 
-    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    name: str = Field(max_length=63, pattern=r"^[a-z0-9-]+$")
     """First part of its metrics' names."""
     headline: bool = True
     """Show its main figures in the short table."""
