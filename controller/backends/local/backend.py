@@ -46,6 +46,8 @@ class Live:
     root: Path
     handle: subprocess.Popen[bytes]
     record: JobRecord
+    oom_kills: int
+    """Of this machine, when it was started."""
     asked_to_stop: float | None = None
     """When, on the monotonic clock."""
 
@@ -158,10 +160,11 @@ class LocalBackend:
         process.termination_file(root, job.attempt).unlink(missing_ok=True)
         environ = self._environment(job, root, threads, gpus)
         command = self.command(job, PhaseDir(root).phase_file)
+        starved_before = process.oom_kills()
         handle = process.start(command, environ, process.log_file(root, job.attempt))
         record = process.record_of(handle, job.attempt, job.digest, threads, gpus)
         process.write_record(root, record)
-        self._live[job.phase] = Live(job.phase, root, handle, record)
+        self._live[job.phase] = Live(job.phase, root, handle, record, starved_before)
 
     def _environment(self, job: PhaseJob, root: Path, threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
         environ = {
@@ -260,7 +263,8 @@ def _observed_live(live: Live) -> ObservedJob:
 
 
 def _observed_end(live: Live, status: int) -> ObservedJob:
-    failure, message = process.classify(status, live.root, live.record.attempt)
+    starved = process.oom_kills() > live.oom_kills
+    failure, message = process.classify(status, live.root, live.record.attempt, starved)
     return ObservedJob(
         phase=live.phase,
         attempt=live.record.attempt,

@@ -17,6 +17,8 @@ from controller.api.status import StatusModel
 from trainers.contract import FAILURES, FailureClass, Termination
 from trainers.files import write_atomic
 
+VMSTAT = Path("/proc/vmstat")
+
 LEASH = Path(__file__).with_name("leash.py")
 
 MARKER = "ALIGNMENT_JOB"
@@ -159,14 +161,28 @@ def end_all(directory: Path, grace: float) -> int:
 # ---------------------------------------------------------------- what an end means
 
 
-def classify(status: int, root: Path, attempt: int) -> tuple[FailureClass | None, str]:
-    """(failure, message) of an attempt that ended: by its own word if it left one, else by its exit status."""
+def classify(status: int, root: Path, attempt: int, starved: bool = False) -> tuple[FailureClass | None, str]:
+    """(failure, message) of an attempt that ended: by its own word if it left one, else by its exit status.
+
+    ``starved``: since it began, the kernel has killed a process because the machine was out of memory.
+    """
     said = _termination(termination_file(root, attempt))
-    if said is not None and said.failure is not None:
+    if said is not None and said.failure is not None and not (starved and said.failure == FailureClass.INFRASTRUCTURE):
         return said.failure, said.message
     if status == 0:
         return None, ""
+    if starved:
+        return FailureClass.OUT_OF_MEMORY, "the machine ran out of memory, and the kernel ended a process"
     return _by_status(status, root, attempt)
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory since it began; 0 where it does not say."""
+    try:
+        lines = VMSTAT.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _termination(path: Path) -> Termination | None:
