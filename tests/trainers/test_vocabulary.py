@@ -5,10 +5,11 @@ import json
 
 import pytest
 import real_tokenizers
+import torch
 from test_chat import CHATML, OPEN, WITH_BOS, bytes_tokenizer
 
 from trainers.core.models import LoadedModel, speak_alike
-from trainers.core.vocabulary import same_tokens
+from trainers.core.vocabulary import same_ids, same_tokens
 from trainers.vocabulary import Vocabulary, other_tokens, stored_vocabulary
 
 TEXT = {"a": 0, "b": 1, "c": 2}
@@ -69,7 +70,7 @@ def test_the_name_of_the_end_token_is_no_matter_where_the_template_ends_turns():
 @pytest.mark.parametrize("template", [WITH_BOS, OPEN, None])
 def test_another_end_token_is_told_with_what_to_set(template):
     reason = same_tokens(bytes_tokenizer(template, eos="<eos>"), bytes_tokenizer(template, eos="<|end|>"))
-    assert reason == "the end token is '<|end|>', the teacher's is '<eos>': set its endToken to '<eos>'" or (
+    assert reason == "the end token is '<|end|>', the other model's is '<eos>': set endToken to '<eos>'" or (
         template is None and "differ" in reason
     )
 
@@ -77,7 +78,7 @@ def test_another_end_token_is_told_with_what_to_set(template):
 @pytest.mark.parametrize("student", [None, OPEN, WITH_BOS])
 def test_another_template_is_told_with_what_to_set(student):
     reason = same_tokens(bytes_tokenizer(CHATML), bytes_tokenizer(student))
-    assert reason == "the chat templates differ: set its chatTemplate to the text, or the file, of the teacher's"
+    assert reason == "the chat templates differ: set chatTemplate to the text, or the file, of the other model's"
 
 
 def test_templates_that_write_the_same_are_the_same():
@@ -96,6 +97,10 @@ def test_a_base_model_of_the_family_speaks_as_its_instruct_model_does():
         class generation_config:
             eos_token_id = base.eos_token_id
 
+        @staticmethod
+        def get_input_embeddings():
+            return torch.nn.Embedding(151936, 1)
+
     student = LoadedModel(Model, base, chat=None)
     speak_alike(LoadedModel(None, instruct, chat=None), student)
     assert same_tokens(instruct, base) is None
@@ -105,3 +110,25 @@ def test_a_base_model_of_the_family_speaks_as_its_instruct_model_does():
 @pytest.mark.parametrize("other", ["llama3_1", "gemma3"])
 def test_families_are_not_mixed(other):
     assert "other ids" in same_tokens(real_tokenizers.tokenizer("qwen3"), real_tokenizers.tokenizer(other))
+
+
+# ---------------------------------------------------------------- models that only read
+
+
+def test_a_model_that_only_reads_needs_no_template():
+    instruct = real_tokenizers.tokenizer("qwen3")
+    base = copy.deepcopy(instruct)
+    base.chat_template, base.eos_token = None, "<|endoftext|>"
+    assert same_ids(instruct, base) is None
+
+
+def test_a_model_that_only_reads_must_know_the_marks_of_conversations():
+    speaker, reader = bytes_tokenizer(CHATML), bytes_tokenizer(CHATML)
+    speaker.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    reader.add_special_tokens({"extra_special_tokens": ["<place 7>"]})
+    assert same_ids(speaker, reader) is None, "nothing says it"
+    speaker.chat_template = CHATML.replace("<|start|>", "<turn>")
+    assert (
+        same_ids(speaker, reader)
+        == "'<turn>', which conversations have, is '<place 7>' to it; use a model that knows it"
+    )

@@ -11,7 +11,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.scoring import check_scoring
 from trainers.core.step import in_eval_mode
-from trainers.core.vocabulary import same_tokens
+from trainers.core.vocabulary import same_ids
 from trainers.spec import ModelRef
 
 
@@ -44,8 +44,8 @@ def load_reference(
     if ref is None and not stays:
         return Reference(policy)
     loaded = load_causal_lm(ctx, ref or start, frozen=True, like=policy)
-    problem = same_tokens(policy.tokenizer, loaded.tokenizer)
+    problem = same_ids(policy.tokenizer, loaded.tokenizer)
     if problem:
-        raise BadInput(f"reference: its tokens are not the policy's: {problem.replace('teacher', 'policy')}")
+        raise BadInput(f"reference: its tokens are not the policy's: {problem}")
     check_scoring(loaded, ctx.workers)
     return Reference(loaded)

@@ -56,6 +56,23 @@ def same_tokens(teacher: Any, student: Any) -> str | None:
     return next((reason for probe in PROBES if (reason := _differently(theirs, ours, probe))), None)
 
 
+def same_ids(speaker: Any, reader: Any) -> str | None:
+    """Why a model that only scores, with the tokenizer ``reader``, cannot read the tokens of ``speaker``; or None.
+
+    It is never asked anything, so its own template is no matter: the marks of the other's are tokens like all others.
+    """
+    difference = other_tokens(vocabulary_of(speaker), vocabulary_of(reader))
+    if difference is not None:
+        return f"{difference}; use models of one family"
+    chat = chat_format(speaker)
+    found = [tokens for probe in PROBES if (tokens := _tokens(chat, probe)) is not None]
+    for index in sorted({index for prompt, answer in found for index in (*prompt, *answer)}):
+        wanted, got = (tokenizer.convert_ids_to_tokens(index) for tokenizer in (speaker, reader))
+        if wanted != got:
+            return f"{wanted!r}, which conversations have, is {got!r} to it; use a model that knows it"
+    return None
+
+
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     return Vocabulary(tokenizer.get_vocab(), frozenset(tokenizer.get_added_vocab()), tokenizer.pad_token)
 
@@ -67,8 +84,8 @@ def _differently(teacher: ChatFormat, student: ChatFormat, messages: Messages) -
     if ours and theirs and (ours[0], ours[1][:-1]) == (theirs[0], theirs[1][:-1]):
         wanted = teacher.tokenizer.convert_ids_to_tokens(theirs[1][-1])
         got = student.tokenizer.convert_ids_to_tokens(ours[1][-1])
-        return f"the end token is {got!r}, the teacher's is {wanted!r}: set its endToken to {wanted!r}"
-    return "the chat templates differ: set its chatTemplate to the text, or the file, of the teacher's"
+        return f"the end token is {got!r}, the other model's is {wanted!r}: set endToken to {wanted!r}"
+    return "the chat templates differ: set chatTemplate to the text, or the file, of the other model's"
 
 
 def _tokens(chat: ChatFormat, messages: Messages) -> tuple[list[int], list[int]] | None:

@@ -23,7 +23,7 @@ from trainers.core.rollouts import Prompt, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, scored
-from trainers.core.vocabulary import same_tokens
+from trainers.core.vocabulary import same_ids
 from trainers.phases.evaluate.divergence import divergence_sums
 from trainers.phases.evaluate.laboratory import Laboratory, check_room
 from trainers.phases.evaluate.settings import BenchmarkRows
@@ -255,7 +255,7 @@ class Bench:
 
     def _compare_tokens(self) -> str | None:
         reference = self.laboratory.reference
-        reason = same_tokens(reference.tokenizer, self.loaded.tokenizer)
+        reason = same_ids(self.loaded.tokenizer, reference.tokenizer)
         if reason is None and (self.loaded.num_known or 0) > (reference.num_known or 0):
             reason = f"it knows {self.loaded.num_known}, the reference {reference.num_known}"
         return None if reason is None else f"its tokens are not the reference's: {reason}"
