@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainers.core.adapters import save_adapters
+from trainers.core.layers import hold
 from trainers.core.models import LoadedModel
 from trainers.files import commit_directory
 
@@ -25,7 +26,7 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
             loaded.model.float()  # before merging, not after
         loaded.model = loaded.adapters.merge_and_unload()
         loaded.adapters = None
-    loaded.model.to(dtype)
+    hold(loaded.model, dtype)
     write_stop_tokens(loaded)
     loaded.model.save_pretrained(temporary, safe_serialization=True)
     loaded.tokenizer.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""Parts of models by what they are: decoder layers, of which a smaller model is made, and score heads."""
+"""Parts of models by what they are: decoder layers, of which a smaller model is made, score heads, weights of a type."""
 
 import copy
 from typing import Any
@@ -17,6 +17,19 @@ def backbone(model: Any) -> Any:
     return found
 
 
+def hold(model: Any, dtype: torch.dtype) -> Any:
+    """Turn a model's weights into a type, in place, as ``from_pretrained`` would have loaded them.
+
+    A module's own ``to`` turns its tables too: in bf16 rotary angles are off by a 256th, and what was trained with them
+    is another model once it is loaded again. Weights that an architecture keeps in fp32 stay so.
+    """
+    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, weight in model.named_parameters():
+        if not any(part in name for part in strict):
+            weight.data = weight.data.to(dtype)
+    return model
+
+
 def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     """A copy of a model with only these decoder layers.
 
@@ -27,12 +40,15 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     count = len(decoder_layers)
     if layers[-1] >= count:
         raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {count - 1}")
-    small = type(model)(_kept_config(model.config, layers)).to(next(model.parameters()).dtype)
+    small = type(model)(_kept_config(model.config, layers))
     for old, new in zip((decoder_layers[i] for i in layers), _decoder_layers(small)[1], strict=True):
         if _settings(old) != _settings(new):
             kind = model.config.model_type
             raise BadInput(f"teacherLayers {list(layers)}: in models of type {kind} these layers would be others there")
-    small.load_state_dict(_kept_weights(model, place, layers))
+    weights = _kept_weights(model, place, layers)
+    for name, weight in small.named_parameters():
+        weight.data = weight.data.to(weights[name].dtype)
+    small.load_state_dict(weights)
     # It may name more end tokens than the tokenizer does.
     small.generation_config = copy.deepcopy(model.generation_config)
     return small

@@ -14,7 +14,7 @@ from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
-from trainers.core.layers import keep_layers
+from trainers.core.layers import hold, keep_layers
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
 from trainers.spec import Lora, ModelRef, RewardModelRef
@@ -90,7 +90,7 @@ def causal_lm(ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype) -> tu
 
     model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
-    return model.to(dtype), tokenizer
+    return hold(model, dtype), tokenizer
 
 
 def context_length(model: Any) -> int:

@@ -7,7 +7,7 @@ from families.architectures import FAMILIES, family_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.contract import BadInput
-from trainers.core.layers import keep_layers
+from trainers.core.layers import hold, keep_layers
 
 BY_PLACE = {"bamba", "jamba"}
 """Their configs say by number which layers attend, so a layer is another one in another place."""
@@ -52,3 +52,26 @@ def test_a_token_without_an_embedding_is_bad_input(phase, row, tiny_model_dir, r
     assert code == 2
     message = capsys.readouterr().err
     assert "rows.jsonl:2" in message and f"the token 'zebra' is number {len(tokenizer) - 1}" in message
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "mamba2"])
+def test_weights_are_held_as_from_pretrained_loads_them(name, tmp_path):
+    """A module's own ``to(bfloat16)`` rounds the tables of rotary angles as well."""
+    family_model(name).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    held = hold(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), torch.bfloat16)
+    types = [{key: weight.dtype for key, weight in model.named_parameters()} for model in (held, loaded)]
+    assert types[0] == types[1]
+    ids = torch.arange(40)[None]
+    assert torch.equal(held(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
+def test_a_smaller_bf16_model_is_itself_once_it_is_loaded_again(name, tmp_path):
+    family_model(name).save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    small = keep_layers(whole, tuple(range(1, whole.config.num_hidden_layers))).eval()
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").eval()
+    ids = torch.arange(40)[None]
+    assert torch.equal(small(input_ids=ids).logits, again(input_ids=ids).logits)
