@@ -402,6 +402,10 @@ class Evaluation(SpecModel):
     keep_best: bool = False
     """Export the weights of the best score instead of the last ones."""
 
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether to score after this many finished steps; after the last one it is done anyway."""
+        return self.every_steps is not None and step % self.every_steps == 0 and step < total_steps
+
 
 class Tracking(SpecModel):
     """Where metrics go besides metrics.jsonl and /metrics."""

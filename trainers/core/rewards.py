@@ -5,6 +5,7 @@ place when pad and end token are the same, and makes the score depend on the bat
 """
 
 from collections.abc import Sequence as List
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,8 @@ def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
     """
     model, device = loaded.model, workers.device
     sequences = probe_sequences(model)
-    with in_eval_mode(model):
+    # A head in fp32, as a fresh one is, takes what a backbone in bf16 gives under autocast only.
+    with in_eval_mode(model), workers.autocast() if model.dtype != torch.float32 else nullcontext():
         own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
 
         def differs(packing: bool) -> bool:

@@ -90,7 +90,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
 
         def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
-            found = trainee.module(micro, divergence(ctx, teacher, micro, spec.divergence_beta, spec.temperature))
+            found = trainee.module(micro, divergence(teacher, micro, spec.divergence_beta, spec.temperature))
             shares = torch.tensor([e.weight for e in some]).to(found) / sum(e.weight * e.num_tokens for e in batch)
             kl = found[:, 1].sum() / sum(e.num_tokens for e in batch)
             return (shares[micro.segment] * found[:, 0]).sum(), {"kl": kl}
@@ -125,13 +125,13 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, total_steps)
 
 
-def divergence(ctx: PhaseContext, teacher: LoadedModel, batch: Batch, beta: float, temperature: float) -> LogitsFn:
+def divergence(teacher: LoadedModel, batch: Batch, beta: float, temperature: float) -> LogitsFn:
     """For the student's logits (k, V): the divergence to train on and KL(teacher || student), (k, 2).
 
     The teacher's last hidden states are computed at once, its logits only for the student's chunk. Where the two heads
     have different numbers of padding rows, both are cut to the shared ones, which renormalises them.
     """
-    with torch.no_grad(), ctx.workers.autocast():
+    with torch.no_grad():
         hidden = hidden_states(teacher.model, batch)[batch.scored_at]
 
     def fn(logits: torch.Tensor, where: slice) -> torch.Tensor:

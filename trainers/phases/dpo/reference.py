@@ -65,7 +65,7 @@ def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> Pair
     scorer = Scorer(reference.loaded.model)
 
     def score(pairs: list[Pair], batch: Batch) -> torch.Tensor:
-        with reference.scoring(), ctx.workers.autocast():
+        with reference.scoring():
             return pair_logprobs(scorer, pairs, batch)
 
     return score

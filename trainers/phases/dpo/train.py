@@ -63,7 +63,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **sums, **update)
-        if held_out and _is_due(spec, step + 1, order.total_steps):
+        if held_out and spec.evaluation.is_due(step + 1, order.total_steps):
             _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, step + 1)
         checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
 
@@ -118,11 +118,6 @@ def _means(spec: DpoSpec, logprobs: torch.Tensor, ratios: torch.Tensor, batch: l
     num_tokens = sum(sequence.num_scored for pair in batch for sequence in pair.sequences)
     means = {name: values.sum() / len(batch) for name, values in over_pairs.items()}
     return means | {"log_ratio": ratios.sum() / num_tokens}
-
-
-def _is_due(spec: DpoSpec, step: int, total_steps: int) -> bool:
-    every = spec.evaluation.every_steps
-    return every is not None and step % every == 0 and step < total_steps
 
 
 def _evaluate(

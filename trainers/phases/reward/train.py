@@ -74,7 +74,7 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **sums, **update)
-        if held_out and _is_due(spec, step + 1, order.total_steps):
+        if held_out and spec.evaluation.is_due(step + 1, order.total_steps):
             _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, step + 1)
         checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
 
@@ -129,11 +129,6 @@ def _loss(
     difference = (chosen - rejected).detach()
     right = loss.right(difference)
     return total, {"accuracy": right.sum() / len(batch), "reward": difference.sum() / len(batch)}
-
-
-def _is_due(spec: RewardSpec, step: int, total_steps: int) -> bool:
-    every = spec.evaluation.every_steps
-    return every is not None and step % every == 0 and step < total_steps
 
 
 def _evaluate(

@@ -50,7 +50,7 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **sums, **update)
-        if held_out and spec.evaluation.every_steps and (step + 1) % spec.evaluation.every_steps == 0:
+        if held_out and spec.evaluation.is_due(step + 1, order.total_steps):
             _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, step + 1)
         checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
 

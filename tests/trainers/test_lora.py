@@ -1,0 +1,72 @@
+"""Low-rank adapters in every training phase, on a base in bf16: what is trained, in which type, and what is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LORA = {"rank": 4, "targetModules": ["q_proj", "down_proj"]}
+PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 16}}]}
+SHORT = {"maxNewTokens": 6}
+
+
+def rows(split: str) -> dict:
+    return {"train": [{"synthetic": {"task": "letters", "split": split, "count": 16}}], "maxLength": 64}
+
+
+def spec_for(kind: str, model: Path, reward_model: Path) -> dict:
+    source = {"source": str(model)}
+    steps = {"batchSize": 8, "duration": {"maxSteps": 2}}
+    specs = {
+        "sft": {"model": source, "data": rows("demonstrations"), **steps},
+        "reward": {"model": source, "data": rows("preferences"), "lmWeight": 0.1, **steps},
+        "dpo": {"policy": source, "data": rows("preferences"), **steps},
+        "ppo": {
+            "policy": source, "rewardModel": {"source": str(reward_model)}, "data": PROMPTS, "sampling": SHORT,
+            "iterations": 2, "batchSize": 8,
+        },
+        "distill": {
+            "teacher": source, "student": {"teacherLayers": [0]}, "prompts": PROMPTS, "onPolicyFraction": 1,
+            "sampling": SHORT, "maxLength": 64, **steps,
+        },
+    }  # fmt: skip
+    return specs[kind] | {"lora": LORA, "optim": {"lr": 1e-2}}
+
+
+@pytest.fixture
+def trained(monkeypatch) -> dict[str, torch.dtype]:
+    """Type of each parameter that is trained beside adapters, by name; filled when a checkpoint is written."""
+    from trainers.core.trainee import Trainee
+
+    found: dict[str, torch.dtype] = {}
+    before = Trainee.trained_weights
+
+    def watched(self):
+        weights = before(self)
+        if any("lora_" in name for name in weights):
+            found.update({name: tensor.dtype for name, tensor in weights.items()})
+        return weights
+
+    monkeypatch.setattr(Trainee, "trained_weights", watched)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "distill"])
+@pytest.mark.parametrize("changes", [{}, {"gradientCheckpointing": True}], ids=["plain", "gradient-checkpointing"])
+def test_adapters_alone_are_trained_in_fp32(
+    run_phase, tiny_model_dir, tiny_reward_dir, tmp_path, trained, kind, changes
+):
+    spec = spec_for(kind, tiny_model_dir, tiny_reward_dir) | {"parallel": {"precision": "bf16", **changes}}
+    output = tmp_path / "run" / kind
+    assert run_phase(kind, spec, None, output)[0] == 0
+    head = {name for name in trained if "score" in name}
+    assert len(head) == (kind == "reward")
+    assert all("lora_" in name and ("q_proj" in name or "down_proj" in name) for name in trained.keys() - head)
+    assert set(trained.values()) == {torch.float32}
+    before, after = load_file(tiny_model_dir / "model.safetensors"), load_file(output / "model" / "model.safetensors")
+    changed = {n for n in after if n in before and not torch.equal(before[n].to(after[n]), after[n])}
+    assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["grad_norm"] > 0 for line in lines)
