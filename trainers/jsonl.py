@@ -23,6 +23,10 @@ BOM = b"\xef\xbb\xbf"
 """The byte order mark that Windows programs put at the start of a file."""
 
 
+TABLES = (".parquet", ".csv", ".tsv", ".arrow")
+"""Ends of files that are no lines of JSON, but that ``datasets`` reads."""
+
+
 class Malformed(ValueError):
     """A line or a row that cannot be used; the message says why, without the place."""
 
@@ -51,6 +55,10 @@ def _all_lines(path: Path) -> Iterator[bytes]:
 
 def items(path: Path) -> Iterator[tuple[str, Any]]:
     """Like :func:`lines`; of a ``.json`` file that is one list, (``file row number``, value) of every item."""
+    if path.suffix in TABLES:
+        raise BadInput(
+            f"{path}: not JSONL; a folder of {path.suffix} files is read as a data set: hub: {{name: FOLDER}}"
+        )
     _, first = next(lines(path), ("", b"")) if ".json" in path.suffixes[-2:] else ("", b"")
     yield from _listed(path) if first.lstrip().startswith(b"[") else lines(path)
 

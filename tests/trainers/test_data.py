@@ -170,6 +170,19 @@ def test_a_dataset_folder_is_read_by_path_and_split(tmp_path, monkeypatch, form)
         read(tmp_path, "preference", hub={"name": str(folder), "split": "nothing"})
 
 
+def test_tables_are_read_from_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for form in ("parquet", "csv"):
+        (tmp_path / form).mkdir()
+        getattr(Dataset.from_list([GOOD]), f"to_{form}")(tmp_path / form / f"train.{form}")
+        with pytest.raises(
+            BadInput, match=f"not JSONL; a folder of .{form} files is read as a data set: hub: {{name: FOLDER}}"
+        ):
+            read(tmp_path, files=f"{form}/*")
+        assert read(tmp_path, hub={"name": str(tmp_path / form)}).rows == [GOOD]
+
+
 def test_messages_of_a_dataset_have_no_keys_that_are_null(tmp_path, monkeypatch):
     """Columns of a table are the same in all rows: what a message lacks is null there."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
