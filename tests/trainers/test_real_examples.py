@@ -31,7 +31,7 @@ SIZE = {
 }
 
 
-def tiny_model(family: str, folder: Path, **tokens: str | None) -> None:
+def tiny_model(family: str, folder: Path, seed: int, **tokens: str | None) -> None:
     """Random weights behind a family's own tokenizer; ``tokens``: as the base model's files name them."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -40,7 +40,7 @@ def tiny_model(family: str, folder: Path, **tokens: str | None) -> None:
     for name, token in tokens.items():
         setattr(tokenizer, name, token)
     config, kind = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama3_1": (LlamaConfig, LlamaForCausalLM)}[family]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     kind(config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **SIZE)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -100,9 +100,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("examples")
     shutil.copytree(EXAMPLES / "templates", found / "templates")
     rows(found)
-    tiny_model("qwen3", found / "qwen3-instruct")
-    tiny_model("qwen3", found / "qwen3-base", eos_token="<|endoftext|>")
-    tiny_model("llama3_1", found / "llama3-base", eos_token="<|end_of_text|>", chat_template=None)
+    tiny_model("qwen3", found / "qwen3-instruct", 0)
+    tiny_model("qwen3", found / "qwen3-base", 1, eos_token="<|endoftext|>")
+    tiny_model("llama3_1", found / "llama3-base", 2, eos_token="<|end_of_text|>", chat_template=None)
     return found
 
 
