@@ -315,9 +315,9 @@ def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
 class Optim(SpecModel):
     """AdamW, its schedule, and gradient clipping."""
 
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0, le=1e6)
     """Peak learning rate."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     """Decoupled weight decay; never applied to biases and norms."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trainers.core.scratch import scratch_model
+from trainers.core.trainee import Trainee
 from trainers.spec import ScratchModel
 
 DEMONSTRATIONS = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 32}}
@@ -148,3 +149,22 @@ def test_bf16_weights_in_fp32_arithmetic_are_refused(run_phase, sharp_model, tmp
     spec = sft(sharp_model, parallel={"precision": precision})
     assert run_phase("sft", spec, None, tmp_path / "run" / "sft")[0] == 2
     assert "dtype bf16" in (said := capsys.readouterr().err) and "precision" in said
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_weights_that_the_last_step_sends_to_infinity_are_no_model(
+    run_phase, sharp_model, tmp_path, capsys, monkeypatch, lora
+):
+    update = Trainee.update
+
+    def overflowing(self, step):
+        found = update(self, step)
+        if step == 3:
+            self.parameters[-1].data.view(-1)[0] = torch.inf
+        return found
+
+    monkeypatch.setattr(Trainee, "update", overflowing)
+    spec = sft(sharp_model, "auto") | ({"lora": lora} if lora else {})
+    code, result = run_phase("sft", spec, None, tmp_path / "run" / "sft")
+    assert (code, result) == (4, None)
+    assert "is not finite after the last step" in capsys.readouterr().err

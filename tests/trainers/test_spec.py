@@ -63,3 +63,9 @@ def test_the_smallest_eps_divides_where_there_was_no_gradient():
     assert weight.isfinite().all()
     with pytest.raises(ValidationError):
         Optim(eps=1e-50)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 1e38}, {"lr": 0}, {"weight_decay": 1e300}])
+def test_settings_that_overflow_in_the_first_step_are_refused(settings):
+    with pytest.raises(ValidationError):
+        Optim(**settings)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trainers.contract import Diverged
 from trainers.core.adapters import save_adapters
 from trainers.core.layers import hold
 from trainers.core.models import LoadedModel
@@ -16,7 +17,10 @@ ADAPTER = "adapter"
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
-    """Write a Hugging Face model directory, all or nothing: adapters merged, and beside that alone."""
+    """Write a Hugging Face model directory, all or nothing: adapters merged, and beside that alone.
+
+    Raises Diverged if a weight is not finite: the last step's update is seen by no loss.
+    """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     dtype = loaded.export_dtype or loaded.model.dtype
@@ -27,6 +31,9 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
         loaded.model = loaded.adapters.merge_and_unload()
         loaded.adapters = None
     hold(loaded.model, dtype)
+    for name, weight in loaded.model.named_parameters():
+        if not weight.isfinite().all():
+            raise Diverged(f"{name} is not finite after the last step; try a lower optim.lr")
     write_stop_tokens(loaded)
     loaded.model.save_pretrained(temporary, safe_serialization=True)
     loaded.tokenizer.save_pretrained(temporary)

@@ -11,7 +11,7 @@ from trainers.spec import Lora, ModelRef, Optim, TrainData, TrainingSpec
 class DpoOptim(Optim):
     """AdamW, its schedule, and gradient clipping, for preferences: a learning rate of supervised training forgets too much."""
 
-    lr: float = Field(default=1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0, le=1e6)
     """Peak learning rate."""
 
 

@@ -21,7 +21,7 @@ from trainers.spec import (
 class PolicyOptim(Optim):
     """AdamW, its schedule, and gradient clipping, for a policy."""
 
-    lr: float = Field(default=3e-6, gt=0)
+    lr: float = Field(default=3e-6, gt=0, le=1e6)
     """Peak learning rate."""
     eps: float = Field(default=1e-5, ge=1e-20)
     """Added to the denominator."""
@@ -30,7 +30,7 @@ class PolicyOptim(Optim):
 class CriticOptim(PolicyOptim):
     """AdamW, its schedule, and gradient clipping, for a critic."""
 
-    lr: float = Field(default=6e-6, gt=0)
+    lr: float = Field(default=6e-6, gt=0, le=1e6)
     """Peak learning rate; it has to keep up with the policy."""
 
 
