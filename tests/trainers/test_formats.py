@@ -156,6 +156,12 @@ CASES = [
     (
         None,
         "preference",
+        {"prompt": " q\n", "chosen": [SYSTEM, USER, says("c")], "rejected": [SYSTEM, USER, says("r")]},
+        {"messages": [SYSTEM, USER], "chosen": "c", "rejected": "r"},
+    ),
+    (
+        None,
+        "preference",
         {"prompt": "q", "system": "s", "chosen": "c", "rejected": "r"},
         {"messages": [SYSTEM, USER], "chosen": "c", "rejected": "r"},
     ),

@@ -5,7 +5,6 @@ by `format`. Adding one takes a function, its line in :data:`FORMATS` and its na
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from trainers.formats.alpaca import alpaca
 from trainers.formats.conversations import messages, preference_messages, prompt_completion, sharegpt
@@ -13,24 +12,15 @@ from trainers.formats.hh import hh
 from trainers.formats.schemas import Row, check_row, plain_row
 from trainers.jsonl import Malformed
 
-
-@dataclass(frozen=True)
-class Format:
-    keys: str
-    """The keys that its rows have, for messages and documentation."""
-    convert: Callable[[Row], Row]
-    """Raises Malformed for a row that is not of this format."""
-
-
-FORMATS: Mapping[str, Format] = {
-    "alpaca": Format("instruction, input, output (or chosen, rejected), system, history", alpaca),
-    "sharegpt": Format("conversations of from and value (and chosen, rejected), system, tools", sharegpt),
-    "messages": Format("messages of role and content, tools", messages),
-    "preference-messages": Format("chosen and rejected, each a list of messages, prompt", preference_messages),
-    "hh": Format("chosen and rejected (or transcript), each a text of Human: and Assistant: turns", hh),
-    "prompt-completion": Format("prompt and completion, each a text or a list of messages", prompt_completion),
+FORMATS: Mapping[str, Callable[[Row], Row]] = {
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "messages": messages,
+    "preference-messages": preference_messages,
+    "hh": hh,
+    "prompt-completion": prompt_completion,
 }
-"""By the name that a source gives as `format`."""
+"""By the name that a source gives as `format`. Each raises Malformed for a row that is not of the format."""
 
 
 def seed_row(raw: object, schema: str, name: str | None, columns: Mapping[str, str]) -> Row:
@@ -53,7 +43,7 @@ def renamed(raw: object, columns: Mapping[str, str]) -> Row:
 
 
 def _converted(row: Row, schema: str, name: str | None) -> Row:
-    found = plain_row(FORMATS[name].convert(row) if name else row, schema)
+    found = plain_row(FORMATS[name](row) if name else row, schema)
     check_row(found, schema)
     return found
 

@@ -54,7 +54,7 @@ def import_rows(name: str, pattern: str, target: Path, columns: Mapping[str, str
 def _schema(raw: object, name: str, columns: Mapping[str, str]) -> str:
     """What a row of the format is good for: two answers to compare, one to learn, or none."""
     try:
-        row = FORMATS[name].convert(renamed(raw, columns))
+        row = FORMATS[name](renamed(raw, columns))
     except jsonl.Malformed:
         return "sft"  # which will not do either, and says why
     if "chosen" in row:

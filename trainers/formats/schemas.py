@@ -141,6 +141,11 @@ def _given_prompt(prompt: object) -> list[Message]:
     return checked_turns(prompt, "prompt")
 
 
+def _said(turns: list[Message]) -> set[tuple[str, str]]:
+    """Who said what, whatever blanks a table has lost."""
+    return {(turn["role"], turn["content"].strip()) for turn in turns}
+
+
 def _conversation(turns: object, prompt: list[Message] | None, name: str) -> list[Message]:
     """Prompt and answer: the prompt may be in the conversation, beside it, or both."""
     found = checked_turns(turns, name)
@@ -148,7 +153,7 @@ def _conversation(turns: object, prompt: list[Message] | None, name: str) -> lis
         if len(found) > 1:
             raise Malformed(f"{name} has {len(found)} turns after the prompt, expected one answer")
         found = [*prompt, *found]
-    elif prompt is not None and not all(turn in found[:-1] for turn in prompt):
+    elif prompt is not None and not _said(prompt) <= _said(found[:-1]):
         raise Malformed(f"{name} begins with a {found[0]['role']} turn and does not hold the prompt")
     if found[-1]["role"] != "assistant" or len(found) < 2:
         raise Malformed(f"{name} must be a conversation that ends with an assistant's answer")
