@@ -66,7 +66,9 @@ class Cell:
 
 
 def sft(cell: Cell) -> None:
-    rows = [row for row in generate("letters", "demonstrations", 64, 0) if len(row["response"].split()) < 4][:4]
+    # transformers gives Qwen2 a tokenizer of its own, which leaves out words; letters it knows.
+    known = (row for row in generate("letters", "demonstrations", 64, 0) if row["response"].isupper())
+    rows = [row for row in known if len(row["response"].split()) < 4][:4]
     write(cell.root / "rows.jsonl", rows)
     data = {"train": [{"files": str(cell.root / "rows.jsonl")}], "eval": [{"files": str(cell.root / "rows.jsonl")}]}
     spec = {"model": {"source": str(cell.model)}, "data": data, "optim": PLAIN, "batchSize": 4}
@@ -251,9 +253,8 @@ def plain_answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> tu
 def assert_stops(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     """Having learnt the rows by heart, it answers them and ends, under transformers' generate with no settings."""
     for row in rows:
-        text, answer = plain_answer(model, tokenizer, row["prompt"], 20)
-        assert answer[-1] == tokenizer.eos_token_id and len(answer) < 20
-        assert text == row["response"]
+        _, answer = plain_answer(model, tokenizer, row["prompt"], 20)
+        assert answer == [*tokenizer(row["response"])["input_ids"], tokenizer.eos_token_id]
 
 
 def moved(model: Path, target: Path) -> Path:
