@@ -21,6 +21,8 @@ class FakeHub:
     commits: dict[str, list[Files]] = field(default_factory=dict)
     failures: list[int] = field(default_factory=list)
     """Statuses that the next requests get instead of an answer; 0 breaks the connection off."""
+    refusal: tuple[int, str] | None = None
+    """Status and error code of every answer."""
     requests: list[str] = field(default_factory=list)
     endpoint: str = ""
 
@@ -65,6 +67,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                     return
                 self._send(status, b"{}", {})
+                return
+            if hub.refusal is not None:
+                self._send(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
                 return
             self._send(*_answer(hub, unquote(urlsplit(self.path).path)))
 

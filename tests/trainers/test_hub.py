@@ -161,17 +161,23 @@ def test_what_was_read_before_is_read_without_the_hub(hub: FakeHub, tiny_model_d
 
 
 @pytest.mark.parametrize(
-    ("name", "revision"), [("org/none", None), ("org/model", "v9"), ("org/model", "1" * 40), ("no such name!", None)]
+    ("name", "revision", "words"),
+    [
+        ("org/none", None, "model org/none: there is no such repository"),
+        ("org/model", "v9", "model org/model@v9: it has no such revision"),
+        ("org/model", "1" * 40, f"model org/model@{'1' * 40}: it has no such revision"),
+        ("no such name!", None, "model no such name!: Repo id must"),
+    ],
 )
 def test_what_the_hub_does_not_have_is_bad_input(
-    run_phase, hub: FakeHub, tiny_model_dir, here: Path, capsys, name, revision
+    run_phase, hub: FakeHub, tiny_model_dir, here: Path, capsys, name, revision, words
 ):
     hub.push("org/model", tiny_model_dir)
     spec = sft(name, **({"revision": revision} if revision else {}))
     code, _ = run_phase("sft", spec, None, here / "run" / "a", baseDir=str(here))
     assert code == exit_status(FailureClass.BAD_INPUT)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"BadInput: model {name}"), last
+    assert last.startswith(f"BadInput: {words}"), last
 
 
 def test_a_folder_that_is_missing_is_never_asked_for_on_the_hub(run_phase, hub: FakeHub, here: Path, capsys):
@@ -205,6 +211,30 @@ def test_this_machines_own_errors_keep_their_class():
 
     with pytest.raises(OSError, match="No space left"):
         from_hub("model x", full)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [(401, "RepoNotFound", "HF_TOKEN"), (403, "GatedRepo", "grant you access"), (403, "", "org/model: 403")],
+)
+def test_what_needs_access_is_bad_input_that_says_so(hub: FakeHub, status: int, code: str, words: str):
+    hub.refusal = (status, code)
+    with pytest.raises(BadInput, match=words):
+        resolve("org/model", None)
+    assert len(hub.requests) == 1  # asking again would not help
+
+
+def test_a_transfer_that_fails_in_rust_is_infrastructure(monkeypatch):
+    monkeypatch.setattr(client, "WAITS", (0.0,))
+    tries = []
+
+    def fetch() -> None:
+        tries.append(1)
+        raise RuntimeError("Data processing error: CAS service error : Reqwest Error: error sending request")
+
+    with pytest.raises(Infrastructure, match="does not answer"):
+        from_hub("model x", fetch)
+    assert len(tries) == 2
 
 
 def test_offline_mode_is_said_not_retried(hub: FakeHub, monkeypatch):

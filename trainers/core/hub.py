@@ -3,11 +3,12 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from trainers.contract import BadInput, Infrastructure
+from trainers.failures import chain
 
 T = TypeVar("T")
 RepoType = Literal["model", "dataset"]
@@ -15,11 +16,23 @@ RepoType = Literal["model", "dataset"]
 WAITS = (1.0, 4.0, 16.0)
 """Seconds between the tries of a call that the hub does not answer."""
 
+NO = {
+    "GatedRepoError": "its owner has to grant you access to it, on its page; then set HF_TOKEN",
+    "RepositoryNotFoundError": "there is no such repository, or it is private and HF_TOKEN does not open it",
+    "DatasetNotFoundError": "there is no such repository or revision, or it is private and HF_TOKEN does not open it",
+    "RevisionNotFoundError": "it has no such revision",
+    "DisabledRepoError": "the hub has disabled it",
+}
+"""What the hub's refusals mean, by the names of their types; the first that fits says it."""
+
 BUSY = (408, 425, 429)
 """HTTP statuses below 500 that say: ask again later."""
 
 MODEL_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py")
 """What a model is loaded from. Repositories hold the same weights in other forms too, and often twice the bytes."""
+
+TRANSFER = re.compile(r"CAS (service|client) error|reqwest|xet.*(timed out|connection)", re.IGNORECASE)
+"""What the hub's transfer library, which is written in Rust, says of a network that fails."""
 
 PATH_LIKE = re.compile(r"^[./~]|^.*//|.*/.*/")
 """Sources that can only be paths: a hub id is `name` or `owner/name`."""
@@ -55,7 +68,8 @@ def resolve(name: str, revision: str | None, repo_type: RepoType = "model") -> s
         try:
             return HfApi().resolve_revision(name, repo_type=repo_type, revision=revision).resolved
         except RevisionResolutionError as error:
-            raise error.__cause__ or error from None
+            reason = error.__cause__ or error
+        raise reason  # outside of the handler: else each would be the other's reason
 
     return from_hub(f"{repo_type} {_shown(name, revision)}", ask)
 
@@ -91,7 +105,7 @@ def _refusal(what: str, error: Exception) -> Exception:
 
 
 def _is_offline(error: BaseException) -> bool:
-    return any("OfflineModeIsEnabled" in _bases(e) for e in _chain(error))
+    return any("OfflineModeIsEnabled" in _bases(e) for e in chain(error))
 
 
 def _is_unanswered(error: BaseException) -> bool:
@@ -99,13 +113,15 @@ def _is_unanswered(error: BaseException) -> bool:
 
     By name: the hub's client and ``datasets`` use two versions of one HTTP library, and wrap its errors.
     """
-    for e in _chain(error):
+    for e in chain(error):
         status = getattr(getattr(e, "response", None), "status_code", None)
         if status is not None:
             return status >= 500 or status in BUSY
         if "OfflineModeIsEnabled" in _bases(e):
             return False
-        if isinstance(e, ConnectionError | TimeoutError) or "TransportError" in _bases(e):
+        if isinstance(e, ConnectionError | TimeoutError) or _bases(e) & {"TransportError", "XetDownloadError"}:
+            return True
+        if isinstance(e, RuntimeError) and TRANSFER.search(str(e)):
             return True
     return False
 
@@ -114,13 +130,9 @@ def _bases(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _reason(error: BaseException) -> str:
+    for e in chain(error):
+        if known := next((text for name, text in NO.items() if name in _bases(e)), None):
+            return known
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
