@@ -408,6 +408,30 @@ def test_any_texts_give_prompts_that_answers_follow(texts):
             assert sum(token in chat.stop_ids for token in response) == 1
 
 
+@given(st.text(alphabet=st.sampled_from("ab \n<>[]{}/&\"'é你%|"), max_size=12))
+def test_what_is_not_rendered_is_what_rendering_gives(text):
+    for template in TEMPLATES.values():
+        chat = _cached(template)
+        question = [{"role": "user", "content": text}]
+        prompt = chat._render(question, True)
+        assert chat.prompt_text(question) == prompt
+        answer = {"role": "assistant", "content": text}
+        assert chat._turn(question, prompt, answer) == chat._rendered_turn(question, prompt, answer)
+
+
+def test_ordinary_texts_are_not_rendered(monkeypatch):
+    chat = chat_format(bytes_tokenizer(CHATML))
+    chat.answer(QUESTION, "first")
+    rendered = []
+    monkeypatch.setitem(chat.__dict__, "_render", lambda *args: rendered.append(args) or "")
+    prompt, response = chat.answer([{"role": "user", "content": "two words"}], "It's 5, isn't it?")
+    assert (
+        shown(chat, prompt + response)
+        == "<|start|>user\ntwo words<|end|>\n<|start|>assistant\nIt's 5, isn't it?<|end|>"
+    )
+    assert not rendered
+
+
 @cache
 def _cached(template: str | None) -> ChatFormat:
     return chat_format(bytes_tokenizer(template))

@@ -23,6 +23,11 @@ QUESTION, ANSWER = "q7x", "a7x"
 MARK = re.compile(r"\s*(<[^>]*>|[^\s<]+)")
 """What opens a text: a mark such as ``<think>``, or a word."""
 
+SPECIAL_TEXT = re.compile(r"^$|^\s|\s$|[<\[{/]")
+"""Texts that a template may treat in its own way: blanks it strips, and marks such as </think> that it cuts at."""
+
+PROBES = ("x7q", "two words", 'It\'s 5 > 4, "so" & so:\n\n  - yes')
+
 THINK, THOUGHT = "<think>", "</think>"
 ANCHORS = ("\n", "a", ".")
 """Texts to encode others behind."""
@@ -88,7 +93,7 @@ class ChatFormat:
         Where tokens of the whole cross the border, the prompt keeps its own and the reply is encoded behind it.
         """
         before, prompt = self._prompt(messages)
-        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+        message = _answer(reply) if isinstance(reply, str) else reply
         turn = self._turn(messages, before, message) if ended else self._cut_off(before, message["content"])
         following = self._ended(self._following(before, prompt, turn), ended)
         return self._embedded(list(prompt)), self._embedded(following)
@@ -121,8 +126,31 @@ class ChatFormat:
     def _frame(self) -> Frame:
         return answer_frame(self._render)
 
+    @cached_property
+    def _prompt_frame(self) -> Frame | None:
+        """What stands around a lone question, or None if questions are not shown as they are."""
+        left, _, right = self._render(_question(PROBES[0]), True).partition(PROBES[0])
+        shown = all(self._render(_question(probe), True) == left + probe + right for probe in PROBES)
+        return Frame(left, right) if shown else None
+
+    @cached_property
+    def _shows_answers(self) -> bool:
+        """Whether answers to a lone question are shown as they are in their frame."""
+        before, frame = self._render(_question(QUESTION), True), self._frame
+        turns = [self._rendered_turn(_question(QUESTION), before, _answer(probe)) for probe in PROBES]
+        return turns == [frame.left + probe + frame.right for probe in PROBES]
+
     def _turn(self, messages: Messages, before: str, message: dict[str, Any]) -> str:
-        """A whole reply as it follows the rendered prompt."""
+        """A whole reply as it follows the rendered prompt.
+
+        Rendering takes longer than encoding a short text, so it is spared where its outcome is sure.
+        """
+        ordinary = len(messages) == 1 and message.keys() == {"role", "content"} and _is_ordinary(message["content"])
+        if ordinary and self._shows_answers:
+            return self._frame.left + str(message["content"]) + self._frame.right
+        return self._rendered_turn(messages, before, message)
+
+    def _rendered_turn(self, messages: Messages, before: str, message: dict[str, Any]) -> str:
         text = message.get("content") or ""
         try:
             after = self._render([*messages, message], False)
@@ -150,9 +178,15 @@ class ChatFormat:
 
     def _prompt(self, messages: Messages) -> tuple[str, list[int]]:
         if self._last.get("messages") != messages:
-            text = self._render(messages, True)
+            text = self._prompted(messages)
             self._last.update(messages=[dict(m) for m in messages], text=text, ids=self._encode(text))
         return self._last["text"], self._last["ids"]
+
+    def _prompted(self, messages: Messages) -> str:
+        lone = [message.keys() for message in messages] == [{"role", "content"}] and messages[0]["role"] == "user"
+        if lone and _is_ordinary(messages[0]["content"]) and (frame := self._prompt_frame) is not None:
+            return frame.left + str(messages[0]["content"]) + frame.right
+        return self._render(messages, True)
 
     def _following(self, before: str, prompt: list[int], turn: str) -> list[int]:
         """The turn's tokens behind the prompt's."""
@@ -228,14 +262,14 @@ def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
 
 def answer_frame(render: Render) -> Frame:
     """What a template puts around an answer. Raises BadInput if it shows no texts, or answers otherwise than it asks."""
-    question = {"role": "user", "content": QUESTION}
-    before = render([question], True)
-    after = render([question, {"role": "assistant", "content": ANSWER}], False)
+    question = _question(QUESTION)
+    before = render(question, True)
+    after = render([*question, _answer(ANSWER)], False)
     if QUESTION not in before.lower() or ANSWER not in after.lower():
         raise BadInput("the chat template leaves out the text of messages, as those for images do: give another")
     at = after.lower().rindex(ANSWER)
     right = after[at + len(ANSWER) :]
-    turn = _behind(render, [question], before, after)
+    turn = _behind(render, question, before, after)
     if turn is None:
         turn = _thought(before, after, "", right)
     return Frame(turn[: turn.lower().rindex(ANSWER)], right)
@@ -270,13 +304,25 @@ def _end_of_turn(chat: ChatFormat) -> int | None:
 
 def _earlier_end(chat: ChatFormat) -> list[int]:
     """Tokens behind an answer that is followed by a question; none if the template shows or takes no such answer."""
-    question = {"role": "user", "content": QUESTION}
+    question = _question(QUESTION)
     try:
-        text = chat._render([question, {"role": "assistant", "content": ANSWER}, question], True)
+        text = chat._render([*question, _answer(ANSWER), *question], True)
     except BadInput:
         return []
     at = text.lower().rfind(ANSWER)
     return chat._inside(text[at + len(ANSWER) :]) if at >= 0 else []
+
+
+def _question(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def _answer(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _is_ordinary(text: object) -> bool:
+    return isinstance(text, str) and SPECIAL_TEXT.search(text) is None
 
 
 def _adds_bos(tokenizer: Any) -> bool:
