@@ -270,6 +270,24 @@ def test_what_a_template_refuses_is_bad_input():
         chat.prompt(TALK[:2])
 
 
+PROGRAMS = {
+    "{{ 1 // (messages | length - 1) }}": "by zero",
+    "{% for i in range(10**6) %}x{% endfor %}": "Range too big",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "recursion",
+    "{% break %}": "outside loop",
+    "{{ messages[5].content }}": "no element 5",
+    "{{ messages.append(1) }}": "unsafe",
+    "{{ nothing.at.all }}": "undefined",
+    "{% if %}": "no valid template",
+}
+
+
+@pytest.mark.parametrize("template", PROGRAMS)
+def test_what_a_template_fails_with_is_bad_input(template):
+    with pytest.raises(BadInput, match=PROGRAMS[template]):
+        chat_format(bytes_tokenizer(template)).prompt(TALK[1:2])
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [

@@ -25,6 +25,18 @@ DAY = datetime.date(2024, 7, 26)
 
 DATE_CODES = ("a", "A", "b", "B", "d", "-d", "H", "I", "j", "m", "-m", "M", "p", "S", "U", "w", "W", "y", "Y", "F", "%")
 
+PROGRAM_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    SyntaxError,
+)
+"""What a template can end in: it is a program, with divisions, macros that call themselves, and ranges that are limited."""
+
 
 def renderer(tokenizer: Any) -> Render:
     """How a tokenizer's conversations become text. Raises BadInput for a template that is none."""
@@ -42,7 +54,7 @@ def renderer(tokenizer: Any) -> Render:
             )
         except TemplateSyntaxError as error:
             raise BadInput(f"the chat template is no valid template: {error.message} (line {error.lineno})") from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except PROGRAM_ERRORS as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise BadInput(f"the chat template refuses a conversation of {roles or 'no turns'}: {error}") from error
 
