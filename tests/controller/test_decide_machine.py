@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from typing import NamedTuple
 
 from builders import START, dpo, make_run, ppo, reward, sft
 from hypothesis import HealthCheck, settings
@@ -23,6 +24,7 @@ from controller.plan.attempts import budget
 from controller.plan.decide import Apply, Decision, Delete, decide, is_terminal
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+from controller.plan.resolve import resolve
 from trainers.contract import FailureClass
 
 FAILURES = [
@@ -39,21 +41,40 @@ POLICY = {
     "runDeadlineSeconds": 30000,
 }
 Key = tuple[str, int]
-Spec = tuple[tuple[str, ...], tuple[str, ...], bool, int]
-"""Phases with other settings than at first, suspended phases, whether the run is suspended, what the budgets have more."""
+FIGURE = 7.0
+"""The one metric that every phase leaves."""
+
+
+class Spec(NamedTuple):
+    edited: tuple[str, ...] = ()
+    """Phases with other settings than at first."""
+    suspended: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()
+    """Phases with a gate that their results miss."""
+    lean: bool = False
+    """Whether all phases have other micro-batches, which changes no result."""
+    suspend: bool = False
+    more: int = 0
+    """What the budgets have more."""
 
 
 @cache
 def run_of(spec: Spec) -> AlignmentRun:
-    edited, suspended, whole, more = spec
-    seeds = {name: {"seed": 1} if name in edited else {} for name in NEEDS}
-    phases = [
-        sft("base", **seeds["base"]), dpo("dpo", "base", **seeds["dpo"]), reward("reward", "base"),
-        ppo("ppo", "base", "reward", **seeds["ppo"]),
-    ]  # fmt: skip
-    phases = [phase | {"suspend": phase["name"] in suspended} for phase in phases]
-    retries = {name: number + more for name, number in RETRIES.items()}
-    return make_run(*phases, queueName="gpus", suspend=whole, failurePolicy={**POLICY, "retries": retries})
+    phases = [sft("base"), dpo("dpo", "base"), reward("reward", "base"), ppo("ppo", "base", "reward")]
+    for phase in phases:
+        name, (kind,) = phase["name"], phase.keys() - {"name"}
+        settings = phase[kind]
+        settings["seed"] = int(name in spec.edited)
+        settings["gates"] = [{"metric": "parameters", "atLeast": FIGURE + (name in spec.strict)}]
+        settings["parallel"] = {"microBatchTokens": 64 if spec.lean else 8192}
+        phase["suspend"] = name in spec.suspended
+    retries = {name: number + spec.more for name, number in RETRIES.items()}
+    return make_run(*phases, queueName="gpus", suspend=spec.suspend, failurePolicy={**POLICY, "retries": retries})
+
+
+@cache
+def settings_of(spec: Spec) -> dict[str, str]:
+    return {phase.name: phase.settings for phase in resolve(run_of(spec))}
 
 
 def queued(state: QueueState) -> QueueStatus:
@@ -67,7 +88,7 @@ def artifact(job: ObservedJob) -> str:
 class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.spec: Spec = ((), (), False, 0)
+        self.spec = Spec()
         self.generation = 1
         self.status: RunStatus | None = None
         self.now = START
@@ -97,7 +118,7 @@ class World(RuleBasedStateMachine):
         words = [job for job in done if (job.phase, job.attempt) not in self.wordless]
         return Observed(
             jobs=tuple(self.jobs.values()),
-            results={job.phase: ObservedResult(job.digest, artifact(job), {"loss": 0.5}) for job in words},
+            results={job.phase: ObservedResult(job.digest, artifact(job), {"parameters": FIGURE}) for job in words},
             progress=dict(self.progress),
             capacity=CAPACITY,
             problems=self.problems,
@@ -154,7 +175,8 @@ class World(RuleBasedStateMachine):
         for name, old, new in changes(before, after):
             assert (name, new.number) not in self.over, "what is over does not come back"
             failed = new.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
-            if failed and new.failure and new.digest == after.phase_status(name).digest:
+            asked_for = new.digest == after.phase_status(name).digest and new.settings == self.settings(name)
+            if failed and new.failure and asked_for:
                 self.failed[name][new.failure] += 1
 
     def act(self, action: Apply | Delete) -> None:
@@ -195,27 +217,47 @@ class World(RuleBasedStateMachine):
 
     # -- the user
 
-    def edit(self, spec: Spec) -> None:
-        self.spec, self.generation, self.old = spec, self.generation + 1, None
+    def settings(self, name: str) -> str:
+        return settings_of(self.spec)[name]
+
+    def edit(self, **changes: object) -> None:
+        before = {name: self.settings(name) for name in NEEDS}
+        self.spec, self.generation, self.old = self.spec._replace(**changes), self.generation + 1, None
+        for name, settings_before in before.items():
+            if self.settings(name) != settings_before:
+                self.failed[name] = Counter(self.counted(name))
+
+    def counted(self, name: str) -> list[FailureClass]:
+        """Failures with the settings of now: an edit that is undone has them again."""
+        phase = self.status.phase_status(name) if self.status else None
+        attempts = phase.attempts if phase else ()
+        same = [a for a in attempts if a.settings == self.settings(name) and phase and a.digest == phase.digest]
+        return [a.failure for a in same if a.state == AttemptState.FAILED and a.failure]
 
     @rule(name=st.sampled_from(["base", "dpo", "ppo"]))
     def the_user_edits_a_phase(self, name: str) -> None:
-        self.edit((toggled(self.spec[0], name), *self.spec[1:]))
+        self.edit(edited=toggled(self.spec.edited, name))
 
     @rule(name=st.sampled_from(sorted(NEEDS)))
     def the_user_suspends_or_resumes_a_phase(self, name: str) -> None:
-        edited, suspended, whole, more = self.spec
-        self.edit((edited, toggled(suspended, name), whole, more))
+        self.edit(suspended=toggled(self.spec.suspended, name))
 
     @rule()
     def the_user_suspends_or_resumes_the_run(self) -> None:
-        edited, suspended, whole, more = self.spec
-        self.edit((edited, suspended, not whole, more))
+        self.edit(suspend=not self.spec.suspend)
 
-    @precondition(lambda self: self.spec[3] < 2)
+    @rule(name=st.sampled_from(sorted(NEEDS)))
+    def the_user_asks_more_or_less_of_a_phase(self, name: str) -> None:
+        self.edit(strict=toggled(self.spec.strict, name))
+
+    @rule()
+    def the_user_changes_what_changes_no_result(self) -> None:
+        self.edit(lean=not self.spec.lean)
+
+    @precondition(lambda self: self.spec.more < 2)
     @rule()
     def the_user_raises_the_budgets(self) -> None:
-        self.edit((*self.spec[:3], self.spec[3] + 1))
+        self.edit(more=self.spec.more + 1)
 
     @rule()
     def the_backend_cannot_do_it_or_can_again(self) -> None:
@@ -322,11 +364,14 @@ class World(RuleBasedStateMachine):
     def teardown(self) -> None:
         """With nobody but the planner left to act, events and its own clock bring the run to an end."""
         self.problems = ()
-        self.edit((self.spec[0], (), False, self.spec[3]))
+        self.edit(suspended=(), suspend=False)
         for _ in range(400):
             decision = self.step(self.look())
             if is_terminal(decision.status):
                 succeeded = [p.state == PhaseState.SUCCEEDED for p in decision.status.phases]
+                assert not {p.name for p in decision.status.phases if p.state == PhaseState.SUCCEEDED} & {
+                    *self.spec.strict
+                }
                 assert all(succeeded) == (decision.status.phase == "Succeeded")
                 return
             if not self.something_happens():
