@@ -9,7 +9,7 @@ from test_chat import bytes_tokenizer
 
 from trainers.contract import BadInput
 from trainers.core.chat import ChatFormat, chat_format
-from trainers.core.encode import conversation
+from trainers.core.encode import conversation, sft_sequences
 
 QUESTION = [{"role": "user", "content": "What is  2+2?\n"}]
 TALK = [
@@ -93,6 +93,14 @@ def test_a_template_that_only_appends_makes_one_sequence_of_a_conversation(name)
 @pytest.mark.parametrize("name", ["qwen3", "gptoss"])
 def test_a_template_that_changes_earlier_turns_makes_one_of_every_answer(name):
     assert len(conversation(family(name).turns(TALK), 10**6)) == 2
+
+
+def test_where_everything_is_learned_what_sequences_share_is_learned_once():
+    chat = family("qwen3")
+    first, second = sft_sequences(chat, {"messages": TALK}, 10**6, everything=True)
+    prompt = len(chat.prompt(QUESTION))
+    assert first.scored.all()
+    assert second.scored.tolist() == [False] * prompt + [True] * (len(second) - prompt)
 
 
 def test_qwen3_learns_each_thought_where_it_is_asked_for():

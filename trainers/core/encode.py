@@ -1,6 +1,7 @@
 """From rows to token sequences. One encode path for training, scoring and generation."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,7 +47,20 @@ def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool)
         found = conversation(chat.turns(prompt_messages(row)), max_length)
     else:
         found = conversation([chat.answer(prompt_messages(row), row["response"])], max_length)
-    return [replace(s, scored=np.ones(len(s), dtype=bool)) for s in found] if everything else found
+    return _all_scored(found) if everything else found
+
+
+def _all_scored(sequences: list[Sequence]) -> list[Sequence]:
+    """A row's sequences with everything learned, but what two of them begin with only once."""
+    starts = [0] + [_shared(a.ids, b.ids) for a, b in pairwise(sequences)]
+    return [replace(s, scored=np.arange(len(s)) >= start) for s, start in zip(sequences, starts, strict=False)]
+
+
+def _shared(first: np.ndarray, second: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    length = min(len(first), len(second))
+    same = first[:length] == second[:length]
+    return length if same.all() else int(same.argmin())
 
 
 def conversation(turns: list[Turn], max_length: int) -> list[Sequence]:
