@@ -192,6 +192,14 @@ class TestWeights:
         if mode in ("none", "exp", "rank"):
             assert (weights.values > 0).all()
 
+    @given(
+        st.lists(st.floats(-3e38, 3e38), min_size=1, max_size=5), modes, st.sampled_from([5e-324, 1e-300, 1e-6, 1e300])
+    )
+    def test_finite_for_any_reward_and_temperature(self, rewards, mode, temperature):
+        weights = reward_weights(f64(*rewards), RewardWeighting(mode=mode, temperature=temperature))
+        assert weights.values.isfinite().all() and (weights.values >= 0).all()
+        assert weights.values.mean().item() == pytest.approx(1)
+
     @given(st.lists(st.integers(-20, 20), min_size=1, max_size=20), modes, st.integers(-1000, 1000))
     def test_a_constant_added_to_rewards_changes_nothing(self, rewards, mode, shift):
         weighting = RewardWeighting(mode=mode)

@@ -51,13 +51,13 @@ def _exp(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tenso
     spread = rewards.std(unbiased=False)
     if spread <= 1e-8 * rewards.abs().max():  # all equal but for rounding
         return torch.ones_like(rewards), 0.0
-    free = ((rewards - rewards.mean()) / (weighting.temperature * spread)).exp()
+    free = ((rewards - rewards.mean()) / spread / weighting.temperature).exp()
     clipped = free.clamp(weighting.min_weight, weighting.max_weight)
     return clipped, float((free != clipped).double().mean())
 
 
 def _softmax(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tensor, float]:
-    return len(rewards) * (rewards / weighting.temperature).softmax(0), 0.0
+    return len(rewards) * ((rewards - rewards.max()) / weighting.temperature).softmax(0), 0.0
 
 
 def _rank(rewards: torch.Tensor, weighting: RewardWeighting) -> tuple[torch.Tensor, float]:
