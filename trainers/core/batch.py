@@ -7,7 +7,6 @@ packed rows restart ``position_ids`` at every sequence, which transformers turns
 when the cache is off, see tests/trainers/test_batch.py).
 """
 
-import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -97,20 +96,16 @@ def plan_micro_batches(
     some are empty. Every rank computes the same plan, so nothing is exchanged.
     """
     order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
-    sizes = [sum(some) for some in lengths]
 
     def fill(budget: int) -> list[list[int]]:
         return _fill([(i, lengths[i]) for i in order], budget, packing)
 
     groups = fill(max_tokens)
     wanted = -(-len(groups) // world) * world
-    even = _even(sizes, wanted) if packing else []
-    if even and max(sum(sizes[i] for i in group) for group in even) <= max(max_tokens, *sizes):
-        groups = even
-    elif len(order) > wanted:
+    if len(order) > wanted:
         groups = fill(_smallest(max_tokens, lambda budget: len(fill(budget)) <= wanted))
     groups = _split(groups, min(wanted, len(order)))
-    groups.sort(key=lambda group: -sum(sizes[i] for i in group))
+    groups.sort(key=lambda group: -sum(sum(lengths[i]) for i in group))
     groups += [[] for _ in range(wanted - len(groups))]
     rounds = [groups[first : first + world] for first in range(0, wanted, world)]
     # Every other round is dealt backwards, so that no rank always has the largest.
@@ -118,21 +113,11 @@ def plan_micro_batches(
     return [[some[rank] for some in dealt] for rank in range(world)]
 
 
-def _even(sizes: List[int], count: int) -> list[list[int]]:
-    """Up to ``count`` groups of like size, none empty: the largest item first, each to the smallest group so far."""
-    groups: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
-    smallest = [(0, g) for g in range(len(groups))]
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        size, g = heapq.heappop(smallest)
-        groups[g].append(index)
-        heapq.heappush(smallest, (size + sizes[index], g))
-    return groups
-
-
 def _fill(items: List[tuple[int, List[int]]], budget: int, packing: bool) -> list[list[int]]:
     """One group after the other, each as full as the budget of tokens allows. Items come with the longest first.
 
-    Padded rows are as long as the group's longest. An item above the budget is a group of its own.
+    Rows are as long as the group's longest, so items of like length belong together, packed or not. An item above the
+    budget is a group of its own.
     """
     groups: list[list[int]] = []
     longest = tokens = rows = 0
