@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec.config
 import pytest
 import yaml
 from fake_hub import FakeHub, fake_hub
@@ -235,6 +236,22 @@ def test_a_transfer_that_fails_in_rust_is_infrastructure(monkeypatch):
     with pytest.raises(Infrastructure, match="does not answer"):
         from_hub("model x", fetch)
     assert len(tries) == 2
+
+
+def test_a_remote_workspace_keeps_the_commits_for_the_runs_later_phases(
+    run_phase, tiny_model_dir, hub: FakeHub, here: Path, monkeypatch
+):
+    """Each phase has an empty folder of its own, as in pods; the store is all that they share."""
+    monkeypatch.setitem(fsspec.config.conf, "file", {"auto_mkdir": True})  # as object stores do
+    rows = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 8}}
+    found = []
+    for seed in (0, 1):
+        hub.push("org/model", tiny_model_dir)
+        output = here / f"pod-{seed}" / "run" / f"sft-{seed}"
+        spec = {**sft("org/model"), "data": {"train": [rows], "maxLength": 64}, "seed": seed}
+        place = {"baseDir": str(output.parents[1]), "remote": f"file://{here / 'store'}"}
+        found.append(run_phase("sft", spec, None, output, **place)[1])
+    assert found[1].commits == found[0].commits == {"model": f"org/model@{hub.sha('org/model', 0)}"}
 
 
 def test_offline_mode_is_said_not_retried(hub: FakeHub, monkeypatch):
