@@ -504,7 +504,7 @@ class ModelPhaseSpec(PhaseSpec):
     """Fields of the phases that leave a model."""
 
     export_dtype: Dtype = "auto"
-    """Type of the weights that are saved; `auto` is the one that they are held in."""
+    """Type of the weights that are saved; `auto` is the one that they are held in, and `fp32` with adapters, whose small updates bf16 would round away."""
 
 
 class TrainingSpec(ModelPhaseSpec):

@@ -168,3 +168,17 @@ def test_weights_that_the_last_step_sends_to_infinity_are_no_model(
     code, result = run_phase("sft", spec, None, tmp_path / "run" / "sft")
     assert (code, result) == (4, None)
     assert "is not finite after the last step" in capsys.readouterr().err
+
+
+def test_small_updates_of_adapters_are_in_the_model_that_is_saved(run_phase, sharp_model, tmp_path):
+    """Merged into bf16 weights they would be gone: 1e-5 is less than half the distance to a weight's neighbour."""
+    spec = sft(sharp_model, "auto", lora={"rank": 4}, optim={"lr": 1e-4}, duration={"maxSteps": 2})
+    assert run_phase("sft", spec, None, tmp_path / "run" / "sft")[0] == 0
+    before = load_file(sharp_model / "model.safetensors")
+    after = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
+    updates = load_file(tmp_path / "run" / "sft" / "model" / "adapter" / "adapter_model.safetensors")
+    name = next(key for key in updates if "lora_A" in key)
+    update = updates[name.replace("lora_A", "lora_B")] @ updates[name] * (32 / 4)
+    weight = name.removeprefix("base_model.model.").replace(".lora_A", "")
+    torch.testing.assert_close(after[weight] - before[weight].bfloat16().float(), update, atol=1e-7, rtol=1e-3)
+    assert update.abs().max() > 0

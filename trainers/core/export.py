@@ -23,7 +23,8 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    dtype = loaded.export_dtype or loaded.model.dtype
+    # A bf16 weight rounds a small update away: what adapters have learned in a short run would not be in the model.
+    dtype = loaded.export_dtype or (loaded.model.dtype if loaded.adapters is None else torch.float32)
     if loaded.adapters is not None:
         save_adapters(loaded.adapters, temporary / ADAPTER)
         if dtype == torch.float32:
