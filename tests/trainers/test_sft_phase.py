@@ -235,7 +235,7 @@ def test_the_best_weights_are_exported_when_asked(run_phase, tiny_model_dir, tmp
 def test_a_diverging_run_says_so(run_phase, tiny_model_dir, tmp_path, monkeypatch):
     message = tmp_path / "termination"
     monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(message))
-    spec = spec_for(tiny_model_dir, optim={"lr": 1e30, "schedule": "constant", "warmupRatio": 0})
+    spec = spec_for(tiny_model_dir, optim={"lr": 1e6, "weightDecay": 1e6, "schedule": "constant", "warmupRatio": 0})
     code, result = run_phase("sft", spec, None, tmp_path / "run" / "sft")
     assert (code, result) == (4, None)
     assert json.loads(message.read_text())["failure"] == "Diverged"
