@@ -17,7 +17,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_watch_ends_with_the_run(bench: Bench) -> None:
-    process = bench.start(**SLOW)
+    process = bench.start(
+        **{**SLOW, "FAKE_STEPS": "3000"}
+    )  # it lasts until it is killed, however slowly the watcher starts
     wait_for(lambda: steps_of(bench, "base") >= 1)
     watcher = bench.start("status", "--watch")
     assert watcher.stdout
