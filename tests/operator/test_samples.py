@@ -62,7 +62,7 @@ def test_the_kustomization_holds_all_that_is_installed(driver: Driver):
 
 def test_explain_reads_well(driver: Driver):
     text = driver.cluster.kubectl("explain", "alignmentrun.spec.failurePolicy.retries.outOfMemory")
-    assert "The device or the machine ran out of memory." in text
+    assert "The device or the machine ran out of memory; see `halveOnOutOfMemory`." in text
     assert "DESCRIPTION" in driver.cluster.kubectl("explain", "arun.spec.phases.dpo.beta")
 
 
