@@ -303,6 +303,15 @@ def test_both_sides_of_a_pair_share_their_prompt(chat):
     assert preference_pairs(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) == []
 
 
+@pytest.mark.parametrize("limit", [5, 6, 7, 8])
+def test_a_prompt_that_is_cut_is_cut_alike_for_both_sides_of_a_pair(chat, limit):
+    for sides in ({"chosen": "e", "rejected": "f g h"}, {"chosen": "f g h", "rejected": "e"}):
+        (pair,) = preference_pairs(chat, {"prompt": "a b c d", **sides}, limit)
+        assert shown(chat, pair.chosen)[0] == shown(chat, pair.rejected)[0]
+        assert max(len(sequence) for sequence in pair.sequences) == min(limit, 10)
+        assert pair.shortened == pair.chosen.shortened == pair.rejected.shortened == 10 - limit
+
+
 def test_joined_keeps_every_response_token():
     assert joined([1, 2, 3], [4, 5], 4).ids.tolist() == [2, 3, 4, 5]
     assert joined([1, 2, 3], [4, 5], 4).scored.tolist() == [False, False, True, True]

@@ -111,8 +111,11 @@ class Pair:
 
 
 def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:
-    """Both sequences of a preference row as one pair; none if a response is too long."""
-    chosen, rejected = (
-        joined(*chat.answer(prompt_messages(row), row[side]), max_length) for side in ("chosen", "rejected")
-    )
+    """Both sequences of a preference row as one pair, behind one prompt; none if a response is too long.
+
+    The prompt is cut for the longer response: the loss compares answers to the same question.
+    """
+    answers = [chat.answer(prompt_messages(row), row[side]) for side in ("chosen", "rejected")]
+    room = max_length - max(len(response) for _, response in answers)
+    chosen, rejected = (joined(prompt, response, room + len(response)) for prompt, response in answers)
     return [] if chosen is None or rejected is None else [Pair(chosen, rejected)]
