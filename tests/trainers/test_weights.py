@@ -86,6 +86,29 @@ def test_tied_weights_are_not_missed(folder: Path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_a_weight_that_is_no_number_is_named(folder: Path, name: str, number: float, dtype: torch.dtype):
+    """One element is enough, also in a row that no data would use."""
+    weights = load_file(folder / WEIGHTS)
+    weights[name].view(-1)[-1] = number
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=f"{name} holds {number}") as caught:
+        read_model(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_reward_model_whose_head_is_no_number_is_refused(tiny_reward_dir: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_reward_dir, tmp_path / "model"))
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"score.weight": weights["score.weight"] * torch.nan}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"score.weight holds nan"):
+        read_model(AutoModelForSequenceClassification, folder, torch.float32, trust_remote_code=False)
+
+
 def test_a_language_model_is_no_reward_model(folder: Path):
     """Its scores would come from a random head."""
     with pytest.raises(BadInput, match=r"is no whole LlamaForSequenceClassification: its files hold no score.weight"):

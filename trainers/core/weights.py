@@ -31,6 +31,7 @@ def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_c
             output_loading_info=True,
         )
     _check_weights(folder, model, found)
+    _check_numbers(folder, model)
     return model, tokenizer
 
 
@@ -73,6 +74,16 @@ def _check_weights(folder: str | Path, model: Any, found: dict[str, Any]) -> Non
         raise BadInput(
             f"model {folder} is no whole {kind}: {name} has the shape {list(held)}, its config asks for {list(wanted)}"
         )
+
+
+def _check_numbers(folder: str | Path, model: Any) -> None:
+    """Refuse weights that are no numbers: training would blame its settings, or never look at them and pass them on."""
+    for name, weight in model.named_parameters():
+        if _is_whole(weight) and weight.numel() and not weight.is_meta:
+            least, most = torch.aminmax(weight.detach())  # one pass, and nothing of the weight's size beside it
+            wrong = [number.item() for number in (least, most) if not number.isfinite()]
+            if wrong:
+                raise BadInput(f"model {folder} is damaged: its weight {name} holds {wrong[0]}; use a whole copy of it")
 
 
 def _is_of_this_machine(error: Exception) -> bool:
