@@ -1,6 +1,7 @@
 """Token ids of conversations: what is trained is what is generated from; masks, BOS, end tokens, refusals."""
 
 import datetime
+import re
 from functools import cache
 
 import pytest
@@ -483,3 +484,33 @@ def test_the_text_of_a_thought_keeps_its_marks_even_if_they_are_special():
     tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
     chat = chat_format(tokenizer)
     assert chat.text(chat.answer(QUESTION, "<think>hm</think>so")[1]) == "<think>hm</think>so"
+
+
+def test_a_reply_that_says_an_end_token_in_its_middle_is_not_learned_in_part(chat):
+    for end in (shown(chat, [token]) for token in chat.stop_ids):
+        for text in (f"The token {end} ends a turn.", f"{end}{end} ends", f"so {end}\n{end} so"):
+            with pytest.raises(BadInput, match=re.escape(f"the text of the end token {end!r} before its end")):
+                chat.taught(QUESTION, text)
+            with pytest.raises(BadInput, match="before its end"):
+                chat.taught(QUESTION, text, ended=False)
+            with pytest.raises(BadInput, match="before its end"):
+                chat.turns([*TALK[:2], {"role": "assistant", "content": text}, *TALK[3:]])
+            chat.turns([{"role": "user", "content": text}, TALK[2]])  # it is only read
+
+
+def test_a_call_or_a_thought_behind_which_more_follows_holds_no_end_token():
+    chat = chat_format(bytes_tokenizer(CHATML))
+    call = {"type": "function", "function": {"name": "echo", "arguments": {"text": "<|end|>"}}}
+    for more in ({"tool_calls": [call]}, {"reasoning_content": "hm<|end|>"}):
+        with pytest.raises(BadInput, match="before its end"):
+            chat.taught(QUESTION, {"role": "assistant", "content": "so", **more})
+
+
+def test_a_reply_that_ends_with_its_end_token_is_the_reply_without(chat):
+    """As the raw output of a model does, whichever of its end tokens it chose, padding included."""
+    for end in (shown(chat, [token]) for token in chat.stop_ids):
+        for text in (f"so so{end}", f"so so{end}{end}\n"):
+            prompt, response = chat.taught(QUESTION, text)
+            assert chat.text(response) == "so so"
+            assert prompt == chat.prompt(QUESTION)
+            assert [token in chat.stop_ids for token in response] == [False] * (len(response) - 1) + [True]

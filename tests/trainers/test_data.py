@@ -303,6 +303,26 @@ def test_both_sides_of_a_pair_share_their_prompt(chat):
     assert preference_pairs(chat, {"prompt": "a", "chosen": "b", "rejected": "c d e f g h"}, 6) == []
 
 
+def test_a_row_that_says_the_end_token_in_what_is_learned_is_refused_or_counted(tmp_path, chat):
+    answers = [
+        {"prompt": "a", "response": "b <eos> c"},
+        {"messages": [*TALK, TALK[0], {**TALK[1], "content": "<eos> a"}]},
+    ]
+    pairs = [PAIR | {"chosen": "a <eos> b"}, PAIR | {"rejected": "a <eos> b"}]
+    for rows, schema in ((answers, "sft"), (pairs, "preference")):
+        good = GOOD if schema == "sft" else PAIR
+        write(tmp_path / "d.jsonl", [good, *rows, good])
+
+        def encode(row, schema=schema):
+            return sft_sequences(chat, row, 64, False) if schema == "sft" else preference_pairs(chat, row, 64)
+
+        with pytest.raises(BadInput, match=r"d\.jsonl:2: a response holds the text of the end token '<eos>'"):
+            encode_rows(read(tmp_path, schema), encode, RowPolicy(), "data.train")
+        found = read(tmp_path, schema)
+        assert len(encode_rows(found, encode, RowPolicy(on_malformed="skip"), "data.train")) == 2
+        assert (found.records[0].rows, found.records[0].skipped) == (2, 2)
+
+
 @pytest.mark.parametrize("limit", [5, 6, 7, 8])
 def test_a_prompt_that_is_cut_is_cut_alike_for_both_sides_of_a_pair(chat, limit):
     for sides in ({"chosen": "e", "rejected": "f g h"}, {"chosen": "f g h", "rejected": "e"}):

@@ -326,6 +326,17 @@ class TestWrongInput:
         assert "evaluation has no effect" in self.message(run_phase, capsys, spec, tmp_path)
 
 
+def test_a_trace_that_says_the_end_token_is_left_out_and_counted(run_phase, spec_for, traces_file, tmp_path):
+    trace = json.loads(traces_file.read_text().splitlines()[0])
+    traces = [trace, trace | {"teacher_response": "A <eos> B"}, trace]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in traces))
+    spec = spec_for(traces={"files": "t.jsonl"}, duration={"maxSteps": 1})
+    code, result = run_phase("distill", spec, None, tmp_path / "run" / "distill", baseDir=str(tmp_path))
+    (record,) = [record for record in result.data if record.source.startswith("traces")]
+    assert (code, record.rows, record.skipped) == (0, 2, 1)
+    assert "'<eos>' before its end" in record.first_skipped
+
+
 def test_prompts_whose_samples_may_not_fit_are_dropped_and_counted(run_phase, spec_for, tmp_path):
     """Shortened after they were sampled, samples would be trained behind another prompt than they came from."""
     path = tmp_path / "prompts.jsonl"

@@ -98,11 +98,27 @@ class ChatFormat:
         following = self._ended(self._following(before, prompt, turn), ended)
         return self._embedded(list(prompt)), self._embedded(following)
 
+    def taught(
+        self, messages: Messages, reply: str | dict[str, Any], ended: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """:meth:`answer`, of data to learn. Raises BadInput if the reply says an end token before its own end.
+
+        What follows that token would be lost, and what precedes it would teach to stop in the middle.
+        """
+        said = _said(_answer(reply) if isinstance(reply, str) else reply)
+        for found in self._early_end.finditer(said):
+            if not self.stop_ids.isdisjoint(self._tokenize(found[1])):
+                raise BadInput(
+                    f"a response holds the text of the end token {found[1]!r} before its end: it would be learned up to "
+                    "there only; write that text otherwise, or leave the row out"
+                )
+        return self.answer(messages, reply, ended)
+
     def turns(self, messages: Messages) -> list[tuple[list[int], list[int]]]:
-        """:meth:`answer` for every turn of the assistant's that answers something."""
+        """:meth:`taught` for every turn of the assistant's that answers something."""
         asked = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
-        return [self.answer(messages[:i], messages[i]) for i in places]
+        return [self.taught(messages[:i], messages[i]) for i in places]
 
     def text(self, ids: list[int]) -> str:
         """A response's text, without its end token and what the template puts around an answer by itself.
@@ -117,6 +133,14 @@ class ChatFormat:
         return self._frame.strip(text) if ended else text
 
     # ---------------------------------------------------------------- text
+
+    @cached_property
+    def _early_end(self) -> re.Pattern[str]:
+        """An end token's text (group 1) with more behind it than blanks and other end tokens."""
+        stops = [token for token in sorted(self.stop_ids) if token >= 0]  # some models' settings have -1 for none
+        texts = [self.tokenizer.decode([token], skip_special_tokens=False) for token in stops]
+        ends = "|".join(re.escape(text) for text in texts if text)
+        return re.compile(rf"({ends})(?:{ends}|\s)*+\S")
 
     @cached_property
     def _render(self) -> Render:
@@ -319,6 +343,12 @@ def _question(text: str) -> Messages:
 
 def _answer(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
+
+
+def _said(message: dict[str, Any]) -> str:
+    """All that a message says, its calls of tools last."""
+    first = {key: value for key, value in message.items() if key not in ("role", "content", "tool_calls")}
+    return f"{first or ''}{message.get('content') or ''}{message.get('tool_calls') or ''}"
 
 
 def _is_ordinary(text: object) -> bool:

@@ -46,7 +46,7 @@ def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool)
     if "messages" in row:
         found = conversation(chat.turns(prompt_messages(row)), max_length)
     else:
-        found = conversation([chat.answer(prompt_messages(row), row["response"])], max_length)
+        found = conversation([chat.taught(prompt_messages(row), row["response"])], max_length)
     return _all_scored(found) if everything else found
 
 
@@ -115,7 +115,7 @@ def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:
 
     The prompt is cut for the longer response: the loss compares answers to the same question.
     """
-    answers = [chat.answer(prompt_messages(row), row[side]) for side in ("chosen", "rejected")]
+    answers = [chat.taught(prompt_messages(row), row[side]) for side in ("chosen", "rejected")]
     room = max_length - max(len(response) for _, response in answers)
     chosen, rejected = (joined(prompt, response, room + len(response)) for prompt, response in answers)
     return [] if chosen is None or rejected is None else [Pair(chosen, rejected)]

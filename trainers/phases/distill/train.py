@@ -177,13 +177,15 @@ def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple
     files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
     rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, policy, "traces")
     longest = length_limit(student, spec.max_length)
+    # A teacher may say things that cannot be learned, such as its end token's text: no reason to stop.
+    policy = policy.model_copy(update={"on_malformed": "skip"})
     return rows, encode_rows(rows, partial(_examples, student.chat, longest), policy, "traces")
 
 
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
     if not math.isfinite(row["reward"]):
         raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
-    prompt, response = chat.answer(prompt_messages(row), row["teacher_response"], row.get("ended", True))
+    prompt, response = chat.taught(prompt_messages(row), row["teacher_response"], row.get("ended", True))
     sequence = joined(prompt, response, max_length) if response else None
     return [] if sequence is None else [Example(sequence, float(row["reward"]))]
 

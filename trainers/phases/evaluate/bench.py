@@ -243,7 +243,7 @@ class Bench:
         return [replace(sequences[0], shortened=sequences[0].shortened + cut), *sequences[1:]]
 
     def _answer(self, row: Row) -> tuple[list[int], list[int]]:
-        return self.loaded.chat.answer(prompt_messages(row), row["response"])
+        return self.loaded.chat.taught(prompt_messages(row), row["response"])
 
     def _room(self, new_tokens: int) -> int:
         return check_room(self.label, context_length(self.loaded.model), new_tokens)
