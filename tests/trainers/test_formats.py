@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.formats import FORMATS, seed_row
+from trainers.formats.conversations import SPEAKERS
 from trainers.formats.schemas import SCHEMAS
 from trainers.jsonl import Malformed
 from trainers.spec import DataSource
@@ -251,7 +252,24 @@ def test_columns_rename_what_a_format_reads():
         seed_row(row, "sft", None, {})
 
 
+@pytest.mark.parametrize(
+    "columns", [{"response": "respons_b"}, {"foo": "respons_b"}, {"prompt": "prompt", "x": "respons_b"}]
+)
+def test_a_column_that_a_row_lacks_is_named_and_not_replaced_by_another(columns):
+    row = {"prompt": "q", "response": "a"}
+    with pytest.raises(
+        Malformed, match=r"^column 'respons_b', wanted as .* is missing; this one has 'prompt', 'response'$"
+    ):
+        seed_row(row, "sft", None, columns)
+    given = seed_row(row | {"setting": None}, "sft", None, {"system": "setting"})
+    assert (given["prompt"], given["response"]) == ("q", "a")
+    assert "system" not in given
+
+
 PAIR = {"chosen": [USER, says("c")], "rejected": [USER, says("r")]}
+ASKED = {"from": "human", "value": "q"}
+SHARED_CALL = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+SHARED = {"conversations": [ASKED], "chosen": {"from": "gpt", "value": "c"}, "rejected": "r"}
 REFUSED = [
     (None, "sft", 3, "expected an object, got int"),
     (None, "sft", {}, "key 'prompt' is missing; sft rows need prompt, response"),
@@ -309,6 +327,18 @@ REFUSED = [
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "conversations[0]: not valid JSON",
     ),
+    ("sharegpt", "preference", SHARED | {"chosen": SHARED_CALL}, "chosen is a call of a tool"),
+    ("sharegpt", "preference", SHARED | {"rejected": ASKED}, "rejected is a turn of the user's, expected the assist"),
+    ("sharegpt", "preference", SHARED | {"chosen": 3}, "chosen.from is 'None', expected one of"),
+    (None, "preference", SHARED | {"chosen": SHARED_CALL}, "key 'prompt' is missing"),
+    (
+        None,
+        "traces",
+        {"prompt": "p", "teacher_response": "t", "reward": 10**400},
+        "reward is too large, expected a fin",
+    ),
+    (None, "preference with margin", PAIR | {"margin": -(10**5000)}, "margin is too large, expected a finite number"),
+    (None, "traces", {"prompt": "p", "teacher_response": "t", "reward": float("nan")}, "reward is nan, expected a fin"),
     ("hh", "preference", {"chosen": "q", "rejected": "\n\nHuman: q\n\nAssistant: r"}, "chosen must be a text that be"),
     ("hh", "preference", {"chosen": "\n\nHuman: q\n\nAssistant: r"}, "rejected must be a text that begins"),
     ("messages", "sft", {"prompt": 3}, "messages rows need messages, a list"),
@@ -362,4 +392,34 @@ def test_whatever_a_row_holds_it_is_ours_or_malformed(raw, schema, name):
         return
     assert "prompt" in found or "messages" in found
     assert all(isinstance(m["content"], str) for m in found.get("messages", []))
+    assert seed_row(found, schema, None, {}) == found
+
+
+values = atoms | st.sampled_from(['{"name": "f", "arguments": {}}', '{"name": "f"}', "[{}]"])
+spoken = st.fixed_dictionaries(
+    {},
+    optional={
+        "from": st.sampled_from([*SPEAKERS, "me", None]),
+        "role": st.sampled_from(["user", "assistant", "tool"]),
+        "value": values,
+        "content": values,
+        "tool_calls": values | st.lists(values, max_size=1),
+    },
+)
+said = values | spoken | st.lists(spoken, max_size=3)
+KEYS = ["conversations", "messages", "prompt", "completion", "response", "chosen", "rejected", "system", "tools"]
+MORE = ["instruction", "input", "output", "history", "transcript", "margin", "reward", "teacher_response", "ended"]
+
+
+@settings(max_examples=300)
+@given(
+    st.dictionaries(st.sampled_from([*KEYS, *MORE]), said, max_size=5),
+    st.sampled_from(sorted(SCHEMAS)),
+    st.sampled_from([None, *FORMATS]),
+)
+def test_a_row_of_whatever_turns_is_ours_or_malformed(raw, schema, name):
+    try:
+        found = seed_row(raw, schema, name, {})
+    except Malformed:
+        return
     assert seed_row(found, schema, None, {}) == found

@@ -36,10 +36,17 @@ def seed_row(raw: object, schema: str, name: str | None, columns: Mapping[str, s
 
 
 def renamed(raw: object, columns: Mapping[str, str]) -> Row:
-    """A row with what its columns hold under the names that are wanted too. Raises Malformed for what is no object."""
+    """A row with what its columns hold under the names that are wanted too.
+
+    Raises Malformed for what is no object, and for one without such a column: what else it has under the wanted name is
+    not what was asked for. A column may hold null.
+    """
     if not isinstance(raw, dict):
         raise Malformed(f"expected an object, got {type(raw).__name__}")
-    return {**raw, **{key: raw[column] for key, column in columns.items() if column in raw}}
+    for key, column in columns.items():
+        if column not in raw:
+            raise Malformed(f"column {column!r}, wanted as {key!r}, is missing; this one has {_keys(raw)}")
+    return {**raw, **{key: raw[column] for key, column in columns.items()}}
 
 
 def _converted(row: Row, schema: str, name: str | None) -> Row:
@@ -65,6 +72,9 @@ def _hint(row: Row, schema: str, name: str | None, problem: Malformed) -> str:
             return f"; its keys are those of `format: {other}`"
     if "is missing" not in str(problem) or not row:
         return ""
+    return f"; this one has {_keys(row)} (`columns` renames keys, `format` names a known form)"
+
+
+def _keys(row: Row) -> str:
     names = [repr(key[:40]) for key in row]
-    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return f"; this one has {shown} (`columns` renames keys, `format` names a known form)"
+    return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "no keys"

@@ -60,7 +60,15 @@ def sharegpt(row: Row) -> Row:
 
 
 def _answer(answer: object, name: str) -> str:
-    return answer if isinstance(answer, str) else str(_turn(answer, name)["content"])
+    """The text of an answer, or of a turn of the assistant's."""
+    if isinstance(answer, str):
+        return answer
+    turn = _turn(answer, name)
+    if "tool_calls" in turn:
+        raise Malformed(f"{name} is a call of a tool; an answer is a text")
+    if turn["role"] != "assistant":
+        raise Malformed(f"{name} is a turn of the {turn['role']}'s, expected the assistant's")
+    return str(turn["content"])
 
 
 def _turn(turn: object, name: str) -> Message:

@@ -77,8 +77,16 @@ def _answers(turns: list[Message]) -> bool:
 def _check_value(key: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise Malformed(f"{key} is {type(value).__name__}, expected {'text' if kind is str else 'a number'}")
-    if isinstance(value, float) and not math.isfinite(value):  # from a dataset; JSON has none
-        raise Malformed(f"{key} is {value}, expected a finite number")
+    if isinstance(value, int | float) and not _is_finite(value):
+        raise Malformed(f"{key} is {value if isinstance(value, float) else 'too large'}, expected a finite number")
+
+
+def _is_finite(value: float) -> bool:
+    """Whether it is a finite float: a dataset may hold others, and JSON integers of any size."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _prompt_turns(row: Row) -> Row:
