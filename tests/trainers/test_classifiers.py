@@ -110,6 +110,21 @@ def test_what_came_before_the_question_is_part_of_it():
     assert question(messages("a")) == "a"
 
 
+ASKED = {"role": "user", "content": "copy box"}
+WITH_TOOLS = {
+    "definitions": [{"role": "tools", "tools": [{"name": "box"}]}, ASKED],
+    "a call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "box"}]}, ASKED],
+    "a result": [ASKED, {"role": "tool", "content": "A"}],
+}
+
+
+@pytest.mark.parametrize("kind", list(WITH_TOOLS))
+def test_tools_are_not_left_out_where_no_template_writes_them(tmp_path: Path, kind: str):
+    loaded = load_reward_model(context(), RewardModelRef(source=str(save_encoder("bert", tmp_path / "rm"))))
+    with pytest.raises(BadInput, match=r"the plain format has no tools: give the model a chat template"):
+        response_rewards(context().workers, loaded, [WITH_TOOLS[kind]], ["A"], None, 64, 64)
+
+
 def test_an_encoder_cannot_be_trained(tmp_path: Path):
     folder = save_encoder("bert", tmp_path / "rm")
     with pytest.raises(BadInput, match="type bert score a text as a whole"):

@@ -15,7 +15,7 @@ from trainers.contract import BadInput
 from trainers.core.batch import plan_micro_batches
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
-from trainers.core.templates import Messages, renderer
+from trainers.core.templates import Messages, check_no_tools, renderer
 
 Encoded = Mapping[str, list[int]]
 """What a tokenizer makes of one text: `input_ids`, and whatever else its model reads."""
@@ -62,7 +62,8 @@ class TextClassifier:
 
 
 def question(prompt: Messages) -> str:
-    """What is answered, as text: a single message as it is, several with who says them."""
+    """What is answered, as text: a single message as it is, several with who says them. Raises BadInput for tools."""
+    check_no_tools(prompt)
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)

@@ -91,8 +91,13 @@ def template_of(tokenizer: Any) -> str | None:
         raise BadInput(f"the model has several chat templates ({names}) and none is the default") from error
 
 
-def _plain(messages: Messages, generation: bool, end: str) -> str:
+def check_no_tools(messages: Messages) -> None:
+    """Raise BadInput for a conversation with tools, which are lost where no template writes them."""
     if any(m["role"] in ("tools", "tool") or m.get("tool_calls") for m in messages):
         raise BadInput("the plain format has no tools: give the model a chat template that has (chatTemplate)")
+
+
+def _plain(messages: Messages, generation: bool, end: str) -> str:
+    check_no_tools(messages)
     parts = [f"{m['role'].capitalize()}: {m['content']}" + (end if m["role"] == "assistant" else "") for m in messages]
     return "\n\n".join([*parts, "Assistant:"] if generation else parts)
