@@ -42,6 +42,7 @@ MALFORMED = [
     ("sft", {"messages": ["hi"]}, "messages[0] is str, expected an object with role and content"),
     ("sft", {"messages": [{"content": "x"}]}, "messages[0].role is 'None', expected system, user, assistant or tool"),
     ("sft", {"messages": [*TALK, {"role": "human", "content": "x"}]}, "messages[2].role is 'human', expected system"),
+    ("sft", {"messages": [TALK[0], {**TALK[1], "weight": 0.5}]}, "messages[1].weight is '0.5', expected 0 (only read)"),
     ("sft", {"messages": TALK[:1]}, "messages hold no assistant turn to learn from"),
     ("sft", {"messages": [*TALK[1:], *TALK[:1]]}, "messages hold no assistant turn to learn from, behind a user's"),
     ("prompt", {"messages": TALK[1:]}, "messages hold no user turn to respond to"),
@@ -251,6 +252,28 @@ def test_a_conversation_learns_all_assistant_turns(chat):
     whole = sft_sequence(chat, {"messages": TURNS}, 64, everything=False)
     assert shown(chat, whole) == ("<user> q <assistant> <user> b <assistant>", "a <eos> c <eos>")
     assert whole.shortened == 0
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path, chat):
+    """OpenAI's fine-tuning files mark assistant turns so."""
+    for weights, learned in (
+        ((0, 1), "c <eos>"),
+        ((1, 0), "a <eos>"),
+        ((0.0, None), "c <eos>"),
+        ((1, 1), "a <eos> c <eos>"),
+    ):
+        turns = [TURNS[0], TURNS[1] | {"weight": weights[0]}, TURNS[2], TURNS[3] | {"weight": weights[1]}]
+        write(tmp_path / "d.jsonl", [{"messages": turns}])
+        (row,) = read(tmp_path).rows
+        sequence = sft_sequence(chat, row, 64, everything=False)
+        assert shown(chat, sequence)[1] == learned
+        whole = sft_sequence(chat, {"messages": TURNS}, 64, everything=False)
+        assert sequence.ids.tolist() == whole.ids[: len(sequence)].tolist()
+        if 0 in weights:
+            with pytest.raises(BadInput, match="weight 0 is not to be learned"):
+                sft_sequences(chat, row, 64, everything=True)
+    unlearned = [TURNS[0], TURNS[1] | {"weight": 0}]
+    assert sft_sequences(chat, {"messages": unlearned}, 64, everything=False) == []
 
 
 def test_too_long_a_conversation_learns_every_answer_behind_what_of_its_prompt_has_room(chat):

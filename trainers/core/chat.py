@@ -115,9 +115,13 @@ class ChatFormat:
         return self.answer(messages, reply, ended)
 
     def turns(self, messages: Messages) -> list[tuple[list[int], list[int]]]:
-        """:meth:`taught` for every turn of the assistant's that answers something."""
+        """:meth:`taught` for every turn of the assistant's that answers something.
+
+        One of `weight` 0, as OpenAI's files mark what is only to be read, is left to the prompts of those behind it.
+        """
         asked = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
+        places = [i for i in answers if messages[i].get("weight", 1) != 0]
         return [self.taught(messages[:i], messages[i]) for i in places]
 
     def text(self, ids: list[int]) -> str:

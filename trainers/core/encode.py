@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from trainers.contract import BadInput
 from trainers.core.batch import Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.rows import Row
@@ -47,7 +48,11 @@ def sft_sequences(chat: ChatFormat, row: Row, max_length: int, everything: bool)
         found = conversation(chat.turns(prompt_messages(row)), max_length)
     else:
         found = conversation([chat.taught(prompt_messages(row), row["response"])], max_length)
-    return _all_scored(found) if everything else found
+    if not everything:
+        return found
+    if any(turn.get("weight") == 0 for turn in row.get("messages", [])):
+        raise BadInput("a turn of weight 0 is not to be learned, and lossOn: everything learns all")
+    return _all_scored(found)
 
 
 def _all_scored(sequences: list[Sequence]) -> list[Sequence]:

@@ -35,6 +35,8 @@ def _turn(turn: object, name: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise Malformed(f"{name}.role is {str(role)[:40]!r}, expected system, user, assistant or tool")
     message["role"] = ROLES[role]
+    if message["role"] == "assistant" and message.get("weight", 1) not in (0, 1):
+        raise Malformed(f"{name}.weight is {str(message['weight'])[:40]!r}, expected 0 (only read) or 1 (learned)")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{name}.tool_calls")
     message["content"] = _content(message, name)
