@@ -99,3 +99,43 @@ def test_a_list_in_a_json_file_that_is_no_json_is_named_by_its_line(tmp_path):
 def test_json_files_may_hold_lines_too(tmp_path):
     (tmp_path / "d.json").write_text(jsonl.dumps([SOURCES["alpaca"][1]] * 3))
     assert run("alpaca", tmp_path / "d.json", tmp_path / "o.jsonl").endswith(": 3 sft rows\n")
+
+
+def turns(*roles):
+    return [{"role": role, "content": role[0]} for role in roles]
+
+
+MIXED = {
+    "messages": ({"messages": turns("user")}, {"messages": turns("user", "assistant")}),
+    "alpaca": ({"instruction": "q"}, {"instruction": "q", "output": "a"}),
+    "prompt-completion": ({"prompt": "q", "completion": []}, {"prompt": "q", "completion": "a"}),
+    "sharegpt": tuple(
+        {"conversations": [{"from": f, "value": f} for f in said]} for said in (["human"], ["human", "gpt"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_no_answer_is_lost_because_the_first_row_has_none(tmp_path, name):
+    source, target = tmp_path / "d.jsonl", tmp_path / "o.jsonl"
+    asked, answered = MIXED[name]
+    source.write_text(jsonl.dumps([asked] + [answered] * 5))
+    (problem,) = run(name, source, target)
+    assert problem.startswith(f"{source}:1: ")
+    assert problem.endswith(f"; this is a prompt row, and {source}:2 a sft row: split them")
+    assert not target.exists()
+    assert run(name, source, target, "--skip").startswith(f"{target}: 5 sft rows, 1 skipped; the first: {source}:1: ")
+    assert len(read_rows([DataSource(files=target.name)], "sft", tmp_path, RowPolicy(), "d")) == 5
+
+
+def test_prompts_keep_the_answers_before_them(tmp_path):
+    rows = [{"messages": turns("user", "assistant", "user")}, {"messages": turns("user")}]
+    (tmp_path / "d.jsonl").write_text(jsonl.dumps(rows))
+    assert run("messages", tmp_path / "d.jsonl", tmp_path / "o.jsonl") == f"{tmp_path}/o.jsonl: 2 prompt rows\n"
+    assert next(jsonl.read(tmp_path / "o.jsonl")) == rows[0]
+
+
+def test_a_target_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "d.jsonl").write_text(jsonl.dumps([SOURCES["alpaca"][1]]))
+    (problem,) = run("alpaca", tmp_path / "d.jsonl", tmp_path)
+    assert problem.startswith(f"{tmp_path} is a folder: give the target as a file")

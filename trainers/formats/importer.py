@@ -1,8 +1,9 @@
 """Files of a known format written as JSONL in this project's schemas."""
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from trainers import jsonl
@@ -10,7 +11,10 @@ from trainers.contract import BadInput
 from trainers.files import write_atomic
 from trainers.fingerprints import source_files
 from trainers.formats import FORMATS, renamed, seed_row
-from trainers.formats.schemas import Row
+from trainers.formats.schemas import ASKING, Row
+
+RICHEST = ("preference", "sft", "prompt")
+"""Schemas by what they keep of a row."""
 
 
 @dataclass(frozen=True)
@@ -25,40 +29,75 @@ class Imported:
 def import_rows(name: str, pattern: str, target: Path, columns: Mapping[str, str], skip: bool) -> Imported:
     """Write the rows of the files that ``pattern`` means to ``target``, compressed if it ends in .gz.
 
-    All rows have the schema of the first that can be used. Raises BadInput with file and line for a malformed row,
-    unless they are to be skipped, and when none is left.
+    All rows have one schema, which keeps the most that any of them says: preferences, else answers. A row without is
+    malformed then. Raises BadInput with file and line for a malformed row, unless they are to be skipped, and when none
+    is left.
     """
     rows: list[Row] = []
     skipped: list[str] = []
-    schema: str | None = None
     sources = source_files(pattern, Path())
     if target.resolve() in {path.resolve() for path in sources}:
         raise BadInput(f"{target} is read and cannot be written: give the target another name")
-    for place, raw in (item for path in sources for item in jsonl.items(path)):
+    if target.is_dir():
+        raise BadInput(f"{target} is a folder: give the target as a file, for example {target / 'rows.jsonl'}")
+    found = list(_values(sources))
+    schema, seen_at = _schema_of_all(found, name, columns)
+    for place, value in found:
         try:
-            row = jsonl.parse(raw) if isinstance(raw, bytes) else raw
-            found = schema or _schema(row, name, columns)
-            rows.append(seed_row(row, found, name, columns))
-            schema = found
+            if isinstance(value, jsonl.Malformed):
+                raise value
+            rows.append(_row(value, schema, seen_at, name, columns))
         except jsonl.Malformed as problem:
             if not skip:
                 raise BadInput(f"{place}: {problem}") from problem
             skipped.append(f"{place}: {problem}")
-    if schema is None:
+    if not rows:
         raise BadInput(f"{pattern}: no usable rows{f'; the first: {skipped[0]}' if skipped else ''}")
     text = jsonl.dumps(rows)
     write_atomic(target, gzip.compress(text.encode(), mtime=0) if target.suffix == ".gz" else text)
     return Imported(schema, len(rows), skipped)
 
 
-def _schema(raw: object, name: str, columns: Mapping[str, str]) -> str:
-    """What a row of the format is good for: two answers to compare, one to learn, or none."""
+def _values(sources: Iterable[Path]) -> Iterator[tuple[str, object]]:
+    """(place, value or what is wrong with it) of every row."""
+    for place, raw in (item for path in sources for item in jsonl.items(path)):
+        try:
+            yield place, jsonl.parse(raw) if isinstance(raw, bytes) else raw
+        except jsonl.Malformed as problem:
+            yield place, problem
+
+
+def _row(raw: object, schema: str, seen_at: str, name: str, columns: Mapping[str, str]) -> Row:
+    """A row in the schema of all. Raises Malformed, which says why if it would do in a file of its own."""
+    try:
+        return seed_row(raw, schema, name, columns)
+    except jsonl.Malformed as problem:
+        own = _schema(raw, name, columns)
+        if own in (None, schema):
+            raise
+        raise jsonl.Malformed(f"{problem}; this is a {own} row, and {seen_at} a {schema} row: split them") from problem
+
+
+def _schema_of_all(found: Iterable[tuple[str, object]], name: str, columns: Mapping[str, str]) -> tuple[str, str]:
+    """(the schema that loses nothing of any row, the place of the first that has it)."""
+    first: dict[str | None, str] = {}
+    for place, raw in found:
+        first.setdefault(_schema(raw, name, columns), place)
+    return next(((schema, first[schema]) for schema in RICHEST if schema in first), ("sft", ""))
+
+
+def _schema(raw: object, name: str, columns: Mapping[str, str]) -> str | None:
+    """What a row of the format is good for: two answers to compare, one to learn, or none. None if it is malformed."""
     try:
         row = FORMATS[name](renamed(raw, columns))
     except jsonl.Malformed:
-        return "sft"  # which will not do either, and says why
-    if "chosen" in row:
+        return None
+    if row.get("chosen") is not None:
         return "preference"
-    turns = row.get("messages")
-    answered = isinstance(turns, list) and any(isinstance(t, dict) and t.get("role") == "assistant" for t in turns)
-    return "sft" if answered or "response" in row else "prompt"
+    return "sft" if row.get("response") is not None or _ends_answered(row.get("messages")) else "prompt"
+
+
+def _ends_answered(turns: object) -> bool:
+    """Whether the assistant speaks after the last turn that asks: a prompt keeps what was said before."""
+    roles = [turn.get("role") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return "assistant" in takewhile(lambda role: role not in ASKING, reversed(roles))
