@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +30,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)  # what a full disk cut off must not fill it further
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """An empty folder to be filled, which gets the name ``final`` at the end; without one, nothing of it is left."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        commit_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk cut off must not fill it further
+        raise
 
 
 def commit_directory(temporary: Path, final: Path) -> None:

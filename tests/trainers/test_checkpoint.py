@@ -1,5 +1,6 @@
 """Checkpoints that were damaged afterwards: found out before anything of them is used."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -229,3 +230,17 @@ def test_sums_that_are_no_sums_are_damage(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "file", {"sums": json.dumps(None)})
     with pytest.raises(DamagedError):
         read_tensors(tmp_path / "file")
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_a_full_disk_cut_off_does_not_stay_on_it(ctx, monkeypatch, best: bool):
+    saved = checkpoints(ctx)
+
+    def full(path: Path, tensors: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("trainers.core.checkpoint.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved.keep_best("policy", 1.0, higher_is_better=True) if best else saved.save(1)
+    assert list(ctx.dir.checkpoints.rglob("*")) == []

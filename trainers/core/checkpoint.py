@@ -22,7 +22,7 @@ from trainers.contract import Diverged, Infrastructure
 from trainers.core.context import PhaseContext
 from trainers.core.tensors import DamagedError, read_tensors, write_tensors
 from trainers.core.trainee import Trainee
-from trainers.files import commit_directory
+from trainers.files import new_directory
 from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")
@@ -135,16 +135,12 @@ class Checkpoints:
         self.ctx.meter.checkpointed(step)
 
     def _write(self, step: int) -> None:
-        root = self.ctx.dir.checkpoints
-        temporary = root / f".step-{step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, trainee in self.trainees.items():
-            write_tensors(temporary / f"{name}.safetensors", trainee.trained_weights())
-            write_tensors(temporary / f"{name}.optimizer.safetensors", trainee.optimizer_state())
-        state = {"step": step, "seconds": self.ctx.meter.seconds(), "state": self.state}
-        (temporary / "state.json").write_text(json.dumps(state))
-        commit_directory(temporary, root / f"step-{step}")
+        with new_directory(self.ctx.dir.checkpoints / f"step-{step}") as folder:
+            for name, trainee in self.trainees.items():
+                write_tensors(folder / f"{name}.safetensors", trainee.trained_weights())
+                write_tensors(folder / f"{name}.optimizer.safetensors", trainee.optimizer_state())
+            state = {"step": step, "seconds": self.ctx.meter.seconds(), "state": self.state}
+            (folder / "state.json").write_text(json.dumps(state))
 
     def _prune(self) -> None:
         """Keep the newest; leftovers of killed writers go too."""
@@ -163,12 +159,9 @@ class Checkpoints:
             return
         self.state["best"] = value
         if self.ctx.writes_for_others:
-            temporary = self.ctx.dir.checkpoints / ".best.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write_tensors(temporary / f"{name}.safetensors", self.trainees[name].trained_weights())
-            self.ctx.before_replacing()
-            commit_directory(temporary, self._best)
+            with new_directory(self._best) as folder:
+                write_tensors(folder / f"{name}.safetensors", self.trainees[name].trained_weights())
+                self.ctx.before_replacing()
             self.ctx.keep(self._best / f"{name}.safetensors")
         self.ctx.workers.barrier()
 
