@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from controller.api.problems import Problem
+from controller.api.problems import Problem, shown
 from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.fingerprints import source_files
@@ -30,13 +30,15 @@ def row_problems(place: str, spec: PhaseSpec, base_dir: Path) -> Iterator[Proble
 
 
 def _problems(path: str, source: DataSource, schema: str, base_dir: Path, skip: bool) -> Iterator[Problem]:
-    """With ``skip`` only if no row at all can be used."""
+    """With ``skip`` only if no row at all can be used. A source without rows is one: it was not meant to be empty."""
     try:
         looked_at = islice(_rows(source, base_dir), LOOKED_AT)
         faults = [_fault(place, raw, source, schema) for place, raw in looked_at]
     except BadInput as error:
         yield Problem(path, str(error))
         return
+    if not faults and source.files is not None and not is_address(source.files):
+        yield Problem(path, f"{shown(source.files)} holds no rows")
     found = [fault for fault in faults if fault]
     if found and (not skip or len(found) == len(faults)):
         yield Problem(path, found[0])
@@ -53,7 +55,8 @@ def _fault(place: str, raw: Any, source: DataSource, schema: str) -> str | None:
 
 def _rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Any]]:
     if source.files is not None and not is_address(source.files):
-        yield from jsonl.items(source_files(source.files, base_dir)[0])
+        for file in source_files(source.files, base_dir):
+            yield from jsonl.items(file)
     elif source.synthetic is not None:
         made = source.synthetic
         for row in generate(made.task, made.split, min(made.count, LOOKED_AT), made.seed):

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from controller.api.problems import InvalidRun, Problem, from_validation, nearest, shown
 from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
+from controller.chat_problems import end_token_problems, template_problems
 from controller.compose import Document
 from controller.first_rows import row_problems
 from controller.plan.check import check_entries, check_run
@@ -17,7 +18,6 @@ from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
 from trainers.phases import phase_type
 from trainers.spec import (
-    ChatSettings,
     DataSource,
     ModelRef,
     RewardModelRef,
@@ -119,7 +119,10 @@ def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Prob
             yield from _looked_up(where, model.source, _model_problems(where, model.source, base_dir))
         if model.chat_template is not None:
             where = f"{_join(place, path)}.chatTemplate"
-            yield from _looked_up(where, model.chat_template, _template_problems(where, model, base_dir))
+            yield from _looked_up(where, model.chat_template, template_problems(where, model, base_dir))
+        if model.end_token is not None and model.source is not None:
+            where = f"{_join(place, path)}.endToken"
+            yield from end_token_problems(where, model.end_token, base_dir / model.source)
 
 
 def _looked_up(path: str, name: str, problems: Iterator[Problem]) -> Iterator[Problem]:
@@ -195,14 +198,6 @@ def _model_problems(path: str, source: str, base_dir: Path) -> Iterator[Problem]
         yield Problem(path, f"{shown(source)} is not there: {folder.absolute()} does not exist")
     elif not HUB_ID.fullmatch(source):
         yield Problem(path, f"{shown(source)} is no folder, and no hub id, which is `name` or `owner/name`")
-
-
-def _template_problems(path: str, settings: ChatSettings, base_dir: Path) -> Iterator[Problem]:
-    file = settings.chat_template_file(base_dir)
-    if file is not None and not file.is_file():
-        yield Problem(
-            path, f'"{settings.chat_template}" is neither a template nor a file: {file.absolute()} is not there'
-        )
 
 
 def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:

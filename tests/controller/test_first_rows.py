@@ -123,6 +123,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "d.jsonl.gz:1: cannot be read: damaged gzip file" in found
 
 
+@pytest.mark.parametrize(("name", "content"), [("d.jsonl", ""), ("d.jsonl", "\n\n"), ("d.json", "[]")])
+def test_a_file_without_rows_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert problems(one(source={"files": name}), tmp_path) == [
+        f'spec.phases[x].sft.data.train[0]: "{name}" holds no rows'
+    ]
+
+
+def test_an_empty_file_beside_others_is_none_of_their_problem(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text("")
+    (tmp_path / "d.jsonl2").write_text(jsonl.dump({"prompt": "q", "response": "a"}))
+    assert problems(one(), tmp_path) == []
+
+
 def test_it_looks_at_the_beginning_only(tmp_path: Path) -> None:
     good = jsonl.dump({"prompt": "q", "response": "a"})
     (tmp_path / "d.jsonl").write_text(good * 50 + "{\n")

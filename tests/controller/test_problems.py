@@ -145,6 +145,20 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         document({"name": "a", "sft": {"model": {"source": "org/model", "chatTemplate": "chat.jinja"}, "data": DATA}}),
         'spec.phases[a].sft.model.chatTemplate: "chat.jinja" is neither a template nor a file: HERE/chat.jinja is not there',
     ),
+    "a chat template that does not end": (
+        document({"name": "a", "sft": {"model": {"source": "./one", "chatTemplate": "{% for m in messages %}"}, "data": DATA}}),
+        'spec.phases[a].sft.model.chatTemplate: "{% for m in messages %}" is no valid template: Unexpected end of template. '
+        "Jinja was looking for the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'. "
+        "(line 1)",
+    ),
+    "a file that is no chat template": (
+        document({"name": "a", "sft": {"model": {"source": "org/model", "chatTemplate": "bad.jinja"}, "data": DATA}}),
+        'spec.phases[a].sft.model.chatTemplate: "bad.jinja" is no valid template: No filter named \'shout\'. (line 2)',
+    ),
+    "an end token that the model has not": (
+        document({"name": "a", "sft": {"model": {"source": "./one", "endToken": "<|im_end|>"}, "data": DATA}}),
+        'spec.phases[a].sft.model.endToken: "<|im_end|>" is no token of the model\'s vocabulary (HERE/one/tokenizer.json)',
+    ),
     "more machines than one": (
         document(BASE, template={"nodes": 2}),
         "spec.template.nodes: 2: a local run has one machine; set 1, or apply the run to a cluster",
@@ -161,6 +175,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jinja").write_text("{{ x }}\n{{ x | shout }}")
     for name, word in (("one", "a"), ("two", "b")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -174,6 +189,18 @@ def test_one_line_with_path_value_and_what_would_be_right(sentence: str, here: P
     with pytest.raises(InvalidRun) as caught:
         load_run(run, here, local=True)
     assert [str(problem) for problem in caught.value.problems] == [expected.replace("HERE", str(here))]
+
+
+@pytest.mark.parametrize("end", ["a", "<eos>", "<é>"])
+def test_templates_and_end_tokens_as_models_have_them_are_accepted(here: Path, end: str) -> None:
+    """The tag around what is said, leaving a loop, variables and functions that only a renderer has."""
+    (here / "one" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}, "pad_token": "<é>"}')
+    template = (
+        "{{ bos_token }}{%- for m in messages -%}{% generation %}{{ m.content | trim | tojson }}{% endgeneration %}"
+        "{% if m.x is defined %}{% break %}{% endif %}{{ raise_exception(strftime_now('%d')) }}{%- endfor -%}"
+    )
+    model = {"source": "./one", "chatTemplate": template, "endToken": end}
+    load_run(document({"name": "a", "sft": {"model": model, "data": DATA}}), here)
 
 
 def test_all_problems_are_listed_whatever_their_kind() -> None:
