@@ -5,6 +5,7 @@ YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 """
 
 import datetime
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -225,6 +226,8 @@ class ChatSettings(SpecModel):
                 raise ValueError(
                     f"templateOptions.{name}: {value!r} must be a truth value, number or text under a plain name"
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"templateOptions.{name}: {value} must be finite")
         if self.template_date is not None:
             try:
                 datetime.date.fromisoformat(self.template_date)

@@ -42,6 +42,17 @@ def test_options_go_on_with_a_saved_model(tmp_path):
     assert loaded.apply_chat_template(QUESTION, tokenize=False).startswith("quiet 09 Mar 2025 <|start|>")
 
 
+READS = """{% set mode = mode | default('loud') %}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}
+{% generation %}{{ m.content }}{{ depth if depth is defined }}{{ eos_token }}{% endgeneration %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("name", ["moed", "messages", "eos_token"])
+def test_an_option_that_the_template_never_reads_is_refused_with_those_that_it_reads(tmp_path, name):
+    with pytest.raises(BadInput, match=rf"templateOptions.{name}: .* never reads it; it reads depth, mode$"):
+        settled(tmp_path, READS, templateOptions={name: "x"})
+    settled(tmp_path, READS, templateOptions={"mode": "quiet", "depth": 1})
+
+
 def test_qwen3_without_thinking(tmp_path):
     import copy
 
@@ -74,6 +85,7 @@ def test_what_cannot_be_applied_is_bad_input(tmp_path, settings, problem):
     [
         ({"templateOptions": {"a b": 1}}, "templateOptions.a b"),
         ({"templateOptions": {"tools": [1]}}, r"templateOptions.tools: \[1\] must be"),
+        ({"templateOptions": {"mode": float("nan")}}, "templateOptions.mode: nan must be finite"),
         ({"templateDate": "2025-02-30"}, "templateDate 2025-02-30"),
         ({"templateDate": "today"}, "pattern"),
     ],

@@ -10,7 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from trainers.contract import BadInput
 from trainers.core.tools import Turns, with_tools
@@ -72,6 +74,30 @@ def with_settings(template: str, options: Mapping[str, bool | int | float | str]
         for name, value in values.items()
     ]
     return "".join(lines) + (_clock(date) if date else "") + template
+
+
+class _Generation(Extension):
+    """The tag that transformers adds for an assistant's own words: here a scope like any other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
+"""Variables that transformers sets at every rendering, so that no option can."""
+
+
+def variables(tokenizer: Any) -> list[str]:
+    """Names that a tokenizer's template reads and nobody else gives it, sorted. Raises BadInput if it is no valid template."""
+    environment = Environment(extensions=[_Generation, loopcontrols])  # noqa: S701 - only parsed
+    try:
+        read = meta.find_undeclared_variables(environment.parse(template_of(tokenizer) or ""))
+    except TemplateSyntaxError as error:
+        raise BadInput(f"the chat template is no valid template: {error.message} (line {error.lineno})") from error
+    return sorted(read - GIVEN - set(tokenizer.special_tokens_map))
 
 
 def _clock(date: datetime.date) -> str:
