@@ -184,6 +184,18 @@ CASES = [
         {"chosen": [USER, says("c")], "rejected": [USER, says("r")], "margin": 2},
         {"prompt": "q", "chosen": "c", "rejected": "r", "margin": 2},
     ),
+    (
+        None,
+        "preference",
+        {"chosen": [USER, says("c") | {"reasoning_content": "t"}], "rejected": [USER, says("c")]},
+        {"prompt": "q", "chosen": says("c") | {"reasoning_content": "t"}, "rejected": "c"},
+    ),
+    (
+        None,
+        "preference",
+        {"prompt": "q", "chosen": says("c"), "rejected": "r"},
+        {"prompt": "q", "chosen": "c", "rejected": "r"},
+    ),
     # -- transcripts
     (
         "hh",
@@ -314,6 +326,10 @@ REFUSED = [
         {"messages": [USER, says("a")], "chosen": "c", "rejected": "r"},
         "messages end with the assis",
     ),
+    (None, "preference", {"prompt": "q", "chosen": "c", "rejected": "c"}, "chosen and rejected are the same"),
+    (None, "preference", PAIR | {"chosen": PAIR["rejected"]}, "chosen and rejected are the same"),
+    (None, "preference", {"prompt": "q", "chosen": USER, "rejected": "c"}, "chosen must be a text, or an assistant's"),
+    (None, "preference", {"prompt": "q", "chosen": {}, "rejected": "c"}, "chosen[0].role is 'None'"),
     (None, "prompt", {"prompt": [SYSTEM]}, "messages hold no user turn to respond to"),
     (None, "traces", {"prompt": "p", "teacher_response": "t", "reward": 1, "ended": "no"}, "ended is str, expected tr"),
     ("alpaca", "sft", {"instruction": "do", "output": "x", "history": [["q"]]}, "history[0] is not a pair"),
@@ -330,7 +346,7 @@ REFUSED = [
     ("sharegpt", "preference", SHARED | {"chosen": SHARED_CALL}, "chosen is a call of a tool"),
     ("sharegpt", "preference", SHARED | {"rejected": ASKED}, "rejected is a turn of the user's, expected the assist"),
     ("sharegpt", "preference", SHARED | {"chosen": 3}, "chosen.from is 'None', expected one of"),
-    (None, "preference", SHARED | {"chosen": SHARED_CALL}, "key 'prompt' is missing"),
+    (None, "preference", SHARED | {"chosen": SHARED_CALL}, "chosen[0].role is 'None'"),
     (
         None,
         "traces",

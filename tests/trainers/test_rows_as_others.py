@@ -7,6 +7,7 @@ import real_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainers.contract import BadInput
 from trainers.core.chat import chat_format
 from trainers.core.encode import preference_pairs, prompt_ids, sft_sequences
 from trainers.formats import seed_row
@@ -111,3 +112,17 @@ def test_a_row_of_prompt_and_response_trains_on_the_tokens_of_its_messages(famil
         assert one.ids.tolist() == other.ids.tolist()
         assert one.scored.tolist() == other.scored.tolist()
         assert one.shortened == other.shortened
+
+
+def test_a_thought_beside_an_answer_is_learned_and_not_only_the_answer():
+    thinks, other = ({"role": "assistant", "content": "Eight.", "reasoning_content": t} for t in ("4 * 2", "9 - 1"))
+    pair = seed_row({"chosen": [*TALK, thinks], "rejected": [*TALK, other]}, "preference", None, {})
+    chat = chat_format(real_tokenizers.tokenizer("qwen3"))
+    (found,) = preference_pairs(chat, pair, 512)
+    for sequence, thought in ((found.chosen, "4 * 2"), (found.rejected, "9 - 1")):
+        said = chat.tokenizer.decode(sequence.ids[sequence.scored])
+        assert thought in said
+        assert "Eight." in said
+    blind = chat_format(real_tokenizers.tokenizer("llama3_1"))  # its template shows no thoughts
+    with pytest.raises(BadInput, match="chosen and rejected are the same tokens"):
+        preference_pairs(blind, pair, 512)

@@ -118,9 +118,12 @@ class Pair:
 def preference_pairs(chat: ChatFormat, row: Row, max_length: int) -> list[Pair]:
     """Both sequences of a preference row as one pair, behind one prompt; none if a response is too long.
 
-    The prompt is cut for the longer response: the loss compares answers to the same question.
+    The prompt is cut for the longer response: the loss compares answers to the same question. Raises BadInput for two
+    answers that are one to the model.
     """
     answers = [chat.taught(prompt_messages(row), row[side]) for side in ("chosen", "rejected")]
+    if answers[0] == answers[1]:
+        raise BadInput("chosen and rejected are the same tokens: the template shows nothing of what they differ in")
     room = max_length - max(len(response) for _, response in answers)
     chosen, rejected = (joined(prompt, response, room + len(response)) for prompt, response in answers)
     return [] if chosen is None or rejected is None else [Pair(chosen, rejected)]

@@ -63,7 +63,15 @@ def check_row(row: Row, schema: str) -> None:
         if key not in row:
             raise Malformed(f"key {key!r} is missing; {schema} rows need {', '.join(SCHEMAS[schema])}")
     for key, kind in keys.items():
-        _check_value(key, row[key], kind)
+        if key not in ("chosen", "rejected") or not isinstance(row[key], dict):  # a message, checked before
+            _check_value(key, row[key], kind)
+    _check_together(row, schema)
+
+
+def _check_together(row: Row, schema: str) -> None:
+    """What the values of a row whose keys are right must be to each other, or beside them."""
+    if schema.startswith("preference") and row["chosen"] == row["rejected"]:
+        raise Malformed("chosen and rejected are the same: there is nothing to prefer")
     if schema == "traces" and not isinstance(row.get("ended", True), bool):
         raise Malformed(f"ended is {type(row['ended']).__name__}, expected true or false")
 
@@ -125,6 +133,8 @@ def _without_answer(turns: list[Message]) -> list[Message]:
 
 def _preference(row: Row) -> Row:
     """Prompt and two answers, from texts or from two conversations that differ in their last turn."""
+    messages = {key: row[key] for key in ("chosen", "rejected") if isinstance(row.get(key), dict)}
+    row = {**row, **{key: _checked_reply(message, key) for key, message in messages.items()}}
     lists = [key for key in ("chosen", "rejected") if isinstance(row.get(key), list)]
     if len(lists) == 1 and "chosen" in row and "rejected" in row:
         raise Malformed(f"only {lists[0]} is a list of messages; chosen and rejected are both lists or both texts")
@@ -133,7 +143,7 @@ def _preference(row: Row) -> Row:
         chosen, rejected = (_conversation(row[key], before, key) for key in ("chosen", "rejected"))
         if chosen[:-1] != rejected[:-1]:
             raise Malformed("chosen and rejected differ before their last turn: only the last answer may differ")
-        answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+        answers = {"chosen": _reply(chosen[-1]), "rejected": _reply(rejected[-1])}
         # In such rows `messages` often repeats the chosen conversation.
         return {**without(row, "prompt", "messages"), **asked(chosen[:-1]), **answers}
     if isinstance(row.get("prompt"), list):
@@ -141,6 +151,18 @@ def _preference(row: Row) -> Row:
     if "prompt" in row:  # see above
         return without(row, "messages")
     return row
+
+
+def _reply(message: Message) -> str | Message:
+    """An answer: a text, or the message where it has more than one, such as `reasoning_content`."""
+    return message if message.keys() - {"role", "content"} else str(message["content"])
+
+
+def _checked_reply(message: Message, name: str) -> str | Message:
+    (reply,) = checked_turns([message], name)
+    if reply["role"] != "assistant" or "tool_calls" in reply:
+        raise Malformed(f"{name} must be a text, or an assistant's message that calls no tool")
+    return _reply(reply)
 
 
 def _given_prompt(prompt: object) -> list[Message]:
