@@ -178,3 +178,15 @@ def test_export_in_bf16(run_phase, tiny_model_dir: Path, tmp_path: Path, lora: d
         )
     for name, weight in saved["fp32"].items():
         assert torch.equal(weight.to(torch.bfloat16), saved["bf16"][name]), name
+
+
+def test_what_could_not_be_written_whole_does_not_stay(tokenizer, tmp_path: Path, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = tiny()
+    loaded = LoadedModel(model, tokenizer, chat_format(tokenizer, model))
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(loaded, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """What a phase leaves as a model: a Hugging Face directory, safetensors only."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from trainers.contract import Diverged
 from trainers.core.adapters import save_adapters
 from trainers.core.layers import hold
 from trainers.core.models import LoadedModel
-from trainers.files import commit_directory
+from trainers.files import new_directory
 
 ADAPTER = "adapter"
 """Folder in the model's directory with the low-rank adapters alone, if there were any."""
@@ -21,24 +20,22 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
 
     Raises Diverged if a weight is not finite: the last step's update is seen by no loss.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # A bf16 weight rounds a small update away: what adapters have learned in a short run would not be in the model.
-    dtype = loaded.export_dtype or (loaded.model.dtype if loaded.adapters is None else torch.float32)
-    if loaded.adapters is not None:
-        save_adapters(loaded.adapters, temporary / ADAPTER)
-        if dtype == torch.float32:
-            loaded.model.float()  # before merging, not after
-        loaded.model = loaded.adapters.merge_and_unload()
-        loaded.adapters = None
-    hold(loaded.model, dtype)
-    for name, weight in loaded.model.named_parameters():
-        if not weight.isfinite().all():
-            raise Diverged(f"{name} is not finite after the last step; try a lower optim.lr")
-    write_stop_tokens(loaded)
-    loaded.model.save_pretrained(temporary, safe_serialization=True)
-    loaded.tokenizer.save_pretrained(temporary)
-    commit_directory(temporary, directory)
+    with new_directory(directory) as temporary:
+        # A bf16 weight rounds a small update away: what adapters have learned in a short run would not be in the model.
+        dtype = loaded.export_dtype or (loaded.model.dtype if loaded.adapters is None else torch.float32)
+        if loaded.adapters is not None:
+            save_adapters(loaded.adapters, temporary / ADAPTER)
+            if dtype == torch.float32:
+                loaded.model.float()  # before merging, not after
+            loaded.model = loaded.adapters.merge_and_unload()
+            loaded.adapters = None
+        hold(loaded.model, dtype)
+        for name, weight in loaded.model.named_parameters():
+            if not weight.isfinite().all():
+                raise Diverged(f"{name} is not finite after the last step; try a lower optim.lr")
+        write_stop_tokens(loaded)
+        loaded.model.save_pretrained(temporary, safe_serialization=True)
+        loaded.tokenizer.save_pretrained(temporary)
 
 
 def write_stop_tokens(loaded: LoadedModel) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from trainers.files import commit_directory, link_or_copy
+from trainers.files import link_or_copy, new_directory
 from trainers.phases.package.gather import Model
 
 LINKED = (".safetensors", ".bin", ".model")
@@ -12,11 +12,9 @@ LINKED = (".safetensors", ".bin", ".model")
 
 def export_model(model: Model, target: Path, card: str) -> None:
     """Write the model's folder, all or nothing."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(model.path, temporary, copy_function=_shared_or_copied)
-    (temporary / "README.md").write_text(card)
-    commit_directory(temporary, target)
+    with new_directory(target) as folder:
+        shutil.copytree(model.path, folder, copy_function=_shared_or_copied, dirs_exist_ok=True)
+        (folder / "README.md").write_text(card)
 
 
 def _shared_or_copied(source: str, target: str) -> None:
