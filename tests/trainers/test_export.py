@@ -7,7 +7,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MixtralConfig,
+)
 
 from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
@@ -111,6 +117,20 @@ def test_without_names_every_linear_layer_but_the_head_gets_an_adapter(tokenizer
 def test_a_name_that_no_layer_has_is_said_even_beside_one_that_matches(names: tuple):
     with pytest.raises(BadInput, match=f"targetModules '{names[-1]}': no layer is called that; there are .*'q_proj'"):
         with_adapters(tiny(), Lora(target_modules=names), 0)
+
+
+def test_experts_that_get_no_adapters_are_named(capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=2, **sizes)
+    with_adapters(AutoModelForCausalLM.from_config(config), Lora(), 0)
+    assert (
+        "experts' stacked weights get no adapters and stay as they are (down_proj, gate_up_proj)"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        BadInput, match=r"no layer is called that; .*experts' stacked weights \(down_proj, gate_up_proj\)"
+    ):
+        with_adapters(AutoModelForCausalLM.from_config(config), Lora(target_modules=("down_proj",)), 0)
 
 
 def test_a_layer_that_can_have_no_adapter_is_bad_input():

@@ -29,6 +29,8 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
 
     names = list(lora.target_modules) or linear_names(model)
     _check_names(model, names)
+    if stacked := stacked_experts(model):
+        print(f"lora: experts' stacked weights get no adapters and stay as they are ({', '.join(stacked)})")
     _untie(model, names)
     head = score_head_name(model)
     config = LoraConfig(
@@ -62,6 +64,13 @@ def linear_names(model: Any) -> list[str]:
     return sorted(found - numbers - set(READ_DIRECTLY.get(model.config.model_type, ())))
 
 
+def stacked_experts(model: Any) -> list[str]:
+    """Last parts of the names of weights that hold all experts of a layer in one tensor, which no linear layer owns."""
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+    )
+
+
 def save_adapters(adapters: Any, folder: Path) -> None:
     """Write the adapters alone, as peft loads them onto the model that they were trained on."""
     config = adapters.peft_config["default"]
@@ -74,9 +83,13 @@ def save_adapters(adapters: Any, folder: Path) -> None:
 
 def _check_names(model: Any, names: list[str]) -> None:
     modules = [name for name, _ in model.named_modules()]
+    stacked = stacked_experts(model)
+    experts = f"; experts' stacked weights ({', '.join(stacked)}) can have no adapters" if stacked else ""
     for name in names:
         if not any(_means(name, module) for module in modules):
-            raise BadInput(f"lora.targetModules {name!r}: no layer is called that; there are {linear_names(model)}")
+            raise BadInput(
+                f"lora.targetModules {name!r}: no layer is called that; there are {linear_names(model)}{experts}"
+            )
         kind = model.config.model_type
         if name.rsplit(".", 1)[-1] in READ_DIRECTLY.get(kind, ()):
             raise BadInput(f"lora.targetModules {name!r}: models of type {kind} read its weight without calling it")
