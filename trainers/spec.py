@@ -130,8 +130,6 @@ class DataSource(SpecModel):
 class RowPolicy(SpecModel):
     """How rows are read, whatever the phase."""
 
-    NOT_IDENTITY = frozenset({"min_rows"})
-
     on_malformed: Literal["stop", "skip"] = "stop"
     """A row that is not valid JSON or lacks a key: `stop` with file and line, or `skip` and count."""
     min_rows: float = Field(default=0.5, ge=0, le=1)
@@ -281,8 +279,6 @@ class TracesRef(ArtifactRef):
 
     accepts: ClassVar[tuple[ArtifactKind, ...]] = ("traces",)
     one_of: ClassVar[tuple[str, ...]] = ("phase", "files")
-    NOT_IDENTITY = frozenset({"min_rows"})
-
     files: str | None = None
     """JSONL file, glob or object store address of `{"prompt", "teacher_response", "reward"}` rows."""
     min_rows: float = Field(default=0.5, ge=0, le=1)

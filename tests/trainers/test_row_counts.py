@@ -58,6 +58,14 @@ def test_training_on_a_remnant_fails_unless_told_otherwise(sft, least):
     assert "BadInput: data.train: only 1 of 3 rows can be used, less than minRows 0.5: data.train[0]: 1 of 3" in printed
 
 
+def test_a_finished_result_does_not_hide_that_too_few_rows_were_usable(sft):
+    lines = [GOOD, {"prompt": "a", "response": "a b c d e f g h i j"}]
+    assert sft(lines, minRows=0)[0] == 0
+    code, _, printed = sft(lines, minRows=1)
+    assert code == 2
+    assert "only 1 of 2 rows can be used, less than minRows 1" in printed
+
+
 def test_training_on_no_scored_token_fails(sft):
     code, _, printed = sft([{"prompt": "a", "response": "a b c d e f g h i j"}] * 2, minRows=0)
     assert code == 2
