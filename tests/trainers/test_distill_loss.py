@@ -242,6 +242,20 @@ class TestStreams:
         assert not any(Streams(0).on_policy(step) for step in range(20))
         assert all(Streams(1).on_policy(step) for step in range(20))
 
+    @pytest.mark.parametrize(
+        ("fraction", "steps", "missing"),
+        [
+            (0.5, 1, ["onPolicy"]),
+            (0.5, 2, []),
+            (0.25, 3, ["onPolicy"]),
+            (0.99, 1, ["onPolicy"]),
+            (1, 1, []),
+            (0, 1, []),
+        ],
+    )
+    def test_a_stream_that_gets_no_step_is_told(self, fraction, steps, missing):
+        assert Streams(fraction).without_steps(steps) == missing
+
     @given(st.integers(0, 100), st.integers(1, 60))
     def test_as_many_steps_as_the_traces_need(self, percent, wanted):
         streams = Streams(percent / 100)

@@ -285,6 +285,12 @@ def test_padding_rows_of_the_head_do_not_matter(run_phase, spec_for, teacher_dir
 
 
 class TestWrongInput:
+    def test_a_gate_on_a_stream_without_steps(self, run_phase, spec_for, tmp_path, capsys):
+        spec = spec_for(duration={"maxSteps": 1}, gates=[{"metric": "onPolicyKlLast", "atMost": 9}])
+        code, result = run_phase("distill", spec, {}, tmp_path / "run" / "distill")
+        assert (code, result) == (2, None)
+        assert "onPolicyKlLast cannot have a value" in capsys.readouterr().err
+
     def message(self, run_phase, capsys, spec, tmp_path, **file):
         code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill", **file)
         assert code == 2

@@ -27,6 +27,12 @@ class Streams:
         # step - int(step x fraction) rounds step x (1 - fraction) up, and is ``steps`` as soon as that exceeds steps - 1.
         return int((steps - 1) / off_policy) + 1 if off_policy else steps
 
+    def without_steps(self, total_steps: int) -> list[str]:
+        """Prefixes of the metrics of streams that are wanted and that so few steps leave nothing to."""
+        on_policy = sum(map(self.on_policy, range(total_steps)))
+        asked = {"onPolicy": (self._fraction, on_policy), "offPolicy": (1 - self._fraction, total_steps - on_policy)}
+        return [name for name, (share, steps) in asked.items() if share and not steps]
+
     @property
     def _fraction(self) -> Fraction:
         # In floats 100 x 0.29 is less than 29.

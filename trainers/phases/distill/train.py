@@ -66,6 +66,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     streams = Streams(spec.on_policy_fraction)
     order = BatchOrder(len(traces or prompts), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
     total_steps = spec.duration.max_steps or streams.total_steps(order.total_steps)
+    _check_streams(spec, ctx, streams, total_steps)
     prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, total_steps, ctx.seed) if traces else order
     packing = spec.packing and teacher.packs and student.packs
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
@@ -148,6 +149,17 @@ def divergence(teacher: LoadedModel, batch: Batch, beta: float, temperature: flo
 
 def _sequences(example: Example) -> list[Sequence]:
     return [example.sequence]
+
+
+def _check_streams(spec: DistillSpec, ctx: PhaseContext, streams: Streams, total_steps: int) -> None:
+    """Say which stream so few steps leave out. Raises BadInput for a gate on it, which no training could meet."""
+    for name in streams.without_steps(total_steps):
+        said = f"onPolicyFraction {spec.on_policy_fraction:g} of {total_steps} steps leaves none that is {name}"
+        for gate in spec.gates:
+            if gate.metric.startswith(name):
+                raise BadInput(f"gates: {gate.metric} cannot have a value, {said}: raise maxSteps or epochs")
+        if ctx.workers.is_main:
+            print(said)
 
 
 def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedModel]:
