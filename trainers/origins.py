@@ -50,8 +50,6 @@ def _models(spec: PhaseSpec, base_dir: Path, known: Mapping[str, str]) -> Iterat
     refs: list[tuple[str, ModelRef | RewardModelRef]] = [*find_models(spec, ModelRef)]
     refs += find_models(spec, RewardModelRef)
     for path, ref in refs:
-        if (template := ref.chat_template_file(base_dir)) is not None and template.is_file():
-            yield f"{path}.chatTemplate", files_fingerprint([template])
         if ref.source is not None and (mark := _model(ref.source, ref.revision, base_dir, known)) is not None:
             yield path, mark
 
