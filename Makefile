@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit test-families bench-operator test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit test-families bench-operator bench-balance test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -48,6 +48,9 @@ test-families: $(VENV)/.dev ## The whole matrix: every model family in every pha
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
+
+bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
+	$(BIN)/python tests/trainers/busy_ranks.py
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
 	$(BIN)/pytest -m "not (slow or browser or families)"

@@ -1,7 +1,9 @@
 """Packing, micro-batch plans, batch order: literals, properties, and equality with one sequence at a time."""
 
 from collections import Counter
+from itertools import product
 
+import busy_ranks
 import numpy as np
 import pytest
 import torch
@@ -162,22 +164,51 @@ def test_gradients_do_not_depend_on_the_layout(model):
         torch.testing.assert_close(gradient(model, sequences, packing) / scale, alone / scale, atol=1e-5, rtol=0)
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=1, max_size=30),
-    st.integers(1, 200),
-    st.booleans(),
-    st.integers(1, 8),
-)
+ITEMS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2), min_size=1, max_size=30)
+
+
+@given(ITEMS, st.integers(1, 200), st.booleans(), st.integers(1, 8))
 def test_work_is_spread_evenly(lengths, max_tokens, packing, world):
-    """No rank waits that could work, no round of passes more than needed, and no rank has much more than another."""
+    """No rank waits that could work, and no rank has much more than another."""
     plan = plan_micro_batches(lengths, max_tokens, packing, world)
-    alone = plan_micro_batches(lengths, max_tokens, packing, 1)
-    assert len(plan[0]) == -(-len(alone[0]) // world)
     empty = sum(not group for groups in plan for group in groups)
     assert empty == max(0, world * len(plan[0]) - len(lengths))
     tokens = [[sum(n for i in group for n in lengths[i]) for group in groups] for groups in plan]
     totals = [sum(groups) for groups in tokens]
     assert max(totals) - min(totals) <= max(max(groups) for groups in tokens)
+
+
+@given(ITEMS, st.integers(1, 200), st.integers(1, 8))
+def test_there_are_no_more_rounds_than_packing_needs(lengths, max_tokens, world):
+    sizes = [sum(some) for some in lengths]
+    rounds = len(plan_micro_batches(lengths, max_tokens, True, world)[0])
+    assert rounds <= -(-len(pack_rows(sizes, max_tokens)) // world)
+    assert rounds >= -(-sum(min(size, max_tokens) for size in sizes) // (max_tokens * world))
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=40), st.integers(1, 8))
+def test_the_largest_pass_could_give_nothing_away(costs, world):
+    """Where tokens do not limit it, a pass with more work than another would have less without its smallest item."""
+    plan = plan_micro_batches([[1]] * len(costs), 1000, True, world, costs)
+    works = sorted(([costs[i] for i in group] for groups in plan for group in groups), key=sum)
+    assert len(works) == world
+    assert len(works[-1]) == 1 or sum(works[-1]) - min(works[-1]) <= sum(works[0]) + 1e-9
+
+
+def test_ranks_share_work_and_not_tokens():
+    """One sequence that costs as much as four others of its length: its rank has nothing else."""
+    plan = plan_micro_batches([[10]] * 5, 1000, True, 2, [4.0, 1.0, 1.0, 1.0, 1.0])
+    assert sorted(sorted(group) for groups in plan for group in groups) == [[0], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8, 64])
+@pytest.mark.parametrize(("max_tokens", "pairs"), [(4096, False), (8192, True), (32768, False)])
+def test_ranks_are_busy_on_lengths_with_a_long_tail(world, max_tokens, pairs):
+    for seed, per_rank in product(range(3), (16, 64)):
+        lengths = busy_ranks.conversations(world * per_rank, seed, pairs)
+        costs = busy_ranks.work(lengths)
+        plan = plan_micro_batches(lengths, max_tokens, True, world, costs)
+        assert busy_ranks.busy(plan, costs) > 0.95
 
 
 def test_one_pass_too_many_is_not_left_to_one_rank():
@@ -186,6 +217,7 @@ def test_one_pass_too_many_is_not_left_to_one_rank():
     assert {len(groups) for groups in plan} == {2}
     assert max(len(group) for groups in plan for group in groups) == 5
     assert {sum(map(len, groups)) for groups in plan} <= {7, 8, 9, 10}
+    assert busy_ranks.busy(plan, [10.0] * 72) == 1.0
 
 
 # ---------------------------------------------------------------- order

@@ -7,9 +7,11 @@ packed rows restart ``position_ids`` at every sequence, which transformers turns
 when the cache is off, see tests/trainers/test_batch.py).
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from heapq import heappop, heapreplace
 
 import numpy as np
 import torch
@@ -66,69 +68,94 @@ class Batch:
 
 
 def pack_rows(lengths: List[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of sequences, row by row, no row longer than ``capacity``.
+    """Best-fit decreasing: indices of sequences, row by row, no row longer than ``capacity`` unless one sequence is.
 
     >>> pack_rows([3, 4, 1], 4)
     [[1], [0, 2]]
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (what is free, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[index]]
-        row = min(fits, key=lambda r: room[r], default=None)
-        if row is None:
-            row = len(rows)
+        at = bisect_left(rooms, (lengths[index], -1))
+        if at == len(rooms):
+            room, row = capacity, len(rows)
             rows.append([])
-            room.append(capacity)
+        else:
+            room, row = rooms.pop(at)
         rows[row].append(index)
-        room[row] -= lengths[index]
+        insort(rooms, (room - lengths[index], row))
     return rows
 
 
 def plan_micro_batches(
-    lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1
+    lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1, costs: List[float] | None = None
 ) -> list[list[list[int]]]:
-    """Split items over ranks and forward passes, evenly.
+    """Split items over ranks and forward passes, so that ranks wait for each other as little as items allow.
 
-    ``lengths[i]`` are the lengths of item i's sequences (a pair has two), which stay together. Returns, for each rank,
-    its forward passes as lists of item indices. All ranks get the same number, because collectives must match, and
-    passes of like cost at the same place, because they may wait for each other there; with fewer items than passes
-    some are empty. Every rank computes the same plan, so nothing is exchanged.
+    ``lengths[i]`` are the lengths of item i's sequences (a pair has two), which stay together; ``costs[i]`` is its
+    work, by default its tokens. Returns, for each rank, its forward passes as lists of item indices. All ranks get the
+    same number, because collectives must match, and passes of like cost at the same place, because they may wait for
+    each other there; with fewer items than passes some are empty. Every rank computes the same plan, so nothing is
+    exchanged. An item above ``max_tokens`` has a pass of its own.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
-
-    def fill(budget: int) -> list[list[int]]:
-        return _fill([(i, lengths[i]) for i in order], budget, packing)
-
-    groups = fill(max_tokens)
-    wanted = -(-len(groups) // world) * world
-    if len(order) > wanted:
-        groups = fill(_smallest(max_tokens, lambda budget: len(fill(budget)) <= wanted))
-    groups = _split(groups, min(wanted, len(order)))
-    groups.sort(key=lambda group: -sum(sum(lengths[i]) for i in group))
-    groups += [[] for _ in range(wanted - len(groups))]
-    rounds = [groups[first : first + world] for first in range(0, wanted, world)]
+    costs = [float(sum(some)) for some in lengths] if costs is None else costs
+    groups = _packed(lengths, costs, max_tokens, world) if packing else _padded(lengths, max_tokens, world)
+    groups.sort(key=lambda group: -sum(costs[i] for i in group))
+    rounds = [groups[first : first + world] for first in range(0, len(groups), world)]
     # Every other round is dealt backwards, so that no rank always has the largest.
     dealt = [some if number % 2 == 0 else some[::-1] for number, some in enumerate(rounds)]
     return [[some[rank] for some in dealt] for rank in range(world)]
 
 
-def _fill(items: List[tuple[int, List[int]]], budget: int, packing: bool) -> list[list[int]]:
-    """One group after the other, each as full as the budget of tokens allows. Items come with the longest first.
+def _packed(lengths: List[List[int]], costs: List[float], max_tokens: int, world: int) -> list[list[int]]:
+    """Groups of like cost, a multiple of ``world``: as few as the tokens could be packed into, where that is found."""
+    sizes = [sum(some) for some in lengths]
+    large = sum(size > max_tokens for size in sizes)
+    least = large + -(-sum(size for size in sizes if size <= max_tokens) // max_tokens)
+    tight = pack_rows(sizes, max_tokens)
+    for wanted in range(_multiple(least, world), len(tight), world):
+        groups = _spread(sizes, costs, max_tokens, wanted)
+        if groups is not None:
+            return groups
+    wanted = _multiple(len(tight), world)
+    return _spread(sizes, costs, max_tokens, wanted) or _split(tight, wanted)
 
-    Rows are as long as the group's longest, so items of like length belong together, packed or not. An item above the
-    budget is a group of its own.
-    """
+
+def _spread(sizes: List[int], costs: List[float], max_tokens: int, count: int) -> list[list[int]] | None:
+    """The costliest item first, each to the group with the least to do (Graham 1969); None if one has no room there."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    least = [(0.0, 0, group) for group in range(count)]  # a heap of (cost, tokens, group)
+    for index in sorted(range(len(sizes)), key=lambda i: -costs[i]):
+        cost, tokens, group = least[0] if least else (0.0, max_tokens, -1)
+        if tokens and tokens + sizes[index] > max_tokens:
+            return None
+        groups[group].append(index)
+        if sizes[index] > max_tokens:
+            heappop(least)
+        else:
+            heapreplace(least, (cost + costs[index], tokens + sizes[index], group))
+    return groups
+
+
+def _padded(lengths: List[List[int]], max_tokens: int, world: int) -> list[list[int]]:
+    """Groups of items of like length, a multiple of ``world``, evened out by the smallest limit that gives no more."""
+    order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
+    wanted = _multiple(len(_fill(order, lengths, max_tokens)), world)
+    if len(order) > wanted:
+        max_tokens = _smallest(max_tokens, lambda limit: len(_fill(order, lengths, limit)) <= wanted)
+    return _split(_fill(order, lengths, max_tokens), wanted)
+
+
+def _fill(order: List[int], lengths: List[List[int]], max_tokens: int) -> list[list[int]]:
+    """One group after the other, the longest items first, each as full as the limit allows; one above it is alone."""
     groups: list[list[int]] = []
-    longest = tokens = rows = 0
-    for index, lengths in items:
-        cost = tokens + sum(lengths) if packing else (rows + len(lengths)) * longest
-        if not groups or cost > budget:
+    longest = rows = 0
+    for index in order:
+        if not groups or (rows + len(lengths[index])) * longest > max_tokens:
             groups.append([])
-            longest, tokens, rows = max(lengths), 0, 0
+            longest, rows = max(lengths[index]), 0
         groups[-1].append(index)
-        tokens += sum(lengths)
-        rows += len(lengths)
+        rows += len(lengths[index])
     return groups
 
 
@@ -141,8 +168,13 @@ def _smallest(high: int, enough: Callable[[int], bool]) -> int:
     return high
 
 
+def _multiple(count: int, of: int) -> int:
+    """The next multiple that is not smaller."""
+    return -(-count // of) * of
+
+
 def _split(groups: list[list[int]], wanted: int) -> list[list[int]]:
-    """Halve the groups with the most items until there are as many as wanted."""
+    """Halve the groups with the most items until there are as many as wanted; where items are too few, some are empty."""
     groups = list(groups)
     while len(groups) < wanted:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))

@@ -17,6 +17,7 @@ from trainers.contract import Diverged
 from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
 from trainers.core.context import PhaseContext
+from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
 from trainers.core.shares import in_order
 from trainers.core.trainee import Trainee, seed_step
@@ -38,10 +39,14 @@ class Layout(Generic[Item]):
     """Of one forward pass on one device."""
     packing: bool
 
-    def plan(self, workers: Workers, items: list[Item]) -> list[list[int]]:
-        """This rank's forward passes as indices of items, perhaps none; every rank has the same number of passes."""
+    def plan(self, workers: Workers, items: list[Item], flops: ModelFlops | None = None) -> list[list[int]]:
+        """This rank's forward passes as indices of items, perhaps none; every rank has the same number of passes.
+
+        Ranks get equal numbers of a model's operations, or without ``flops`` of tokens.
+        """
         lengths = [[len(sequence) for sequence in self.sequences(item)] for item in items]
-        return plan_micro_batches(lengths, self.max_tokens, self.packing, workers.world)[workers.rank]
+        costs = None if flops is None else [_operations(flops, self.sequences(item)) for item in items]
+        return plan_micro_batches(lengths, self.max_tokens, self.packing, workers.world, costs)[workers.rank]
 
     def collate(self, items: list[Item], device: torch.device) -> Batch:
         """The items' sequences, item by item. Without items it is one token that is not scored."""
@@ -66,7 +71,7 @@ def accumulate(
     the operations are added to the meter. Raises Diverged if a sum is not finite.
     """
     with ctx.meter.part("data"):
-        passes = layout.plan(ctx.workers, items)
+        passes = layout.plan(ctx.workers, items, trainee.flops)
         num_tokens = sum(len(sequence) for item in items for sequence in layout.sequences(item))
     seed_step(ctx.seed, step, ctx.workers.rank)
     sums: Measures = {}
@@ -157,6 +162,10 @@ def _finite(sums: dict[str, float], step: int) -> dict[str, float]:
 
 def _count(ctx: PhaseContext, trainee: Trainee, layout: Layout[Item], items: list[Item], counted: bool) -> None:
     sequences = [sequence for item in items for sequence in layout.sequences(item)]
-    lengths = [len(sequence) for sequence in sequences]
-    cost = trainee.flops.training(lengths, sum(sequence.num_scored for sequence in sequences))
-    ctx.meter.count(*(sum(lengths), len(items)) if counted else (0, 0), cost)
+    tokens = sum(len(sequence) for sequence in sequences)
+    ctx.meter.count(*(tokens, len(items)) if counted else (0, 0), _operations(trainee.flops, sequences))
+
+
+def _operations(flops: ModelFlops, sequences: list[Sequence]) -> float:
+    """Of a training step's forward and backward of these sequences."""
+    return flops.training((len(sequence) for sequence in sequences), sum(s.num_scored for s in sequences))
