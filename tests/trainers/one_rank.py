@@ -14,11 +14,13 @@ class OneRank:
         self.last: list[bool] = []
         """Of each pass, whether gradients would have been exchanged."""
 
+        self.trained_sharding = self.frozen_sharding = None
+
     def autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
 
     @contextmanager
-    def exchange(self, module, last):
+    def exchange(self, last):
         self.last.append(last)
         yield
 

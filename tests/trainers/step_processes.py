@@ -39,8 +39,8 @@ def main() -> None:
             return loss, {"tokens": micro.counts().sum()}
 
         sums = accumulate(ctx, trainee, layout, 0, BATCH, terms)
-        gradients = [p.grad.clone() for p in trainee.parameters]
-        trainee.discard_gradients()
+        gradients = [p.grad.clone() for p in trainee.engine.parameters]
+        trainee.engine.discard_gradients()
         return len(exchanges), sums, gradients
 
     def same_as(gradients: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -53,10 +53,9 @@ def main() -> None:
     assert sums["tokens"] == sums_of_many["tokens"] == sum(s.num_scored for s in BATCH)
     assert same_as(gradients_of_many, gradients)
 
-    saved = trainee.trained_weights() if workers.is_main else None  # a checkpoint is written by one rank
-    assert (saved is None) == (workers.rank == 1)
+    saved = {name: tensor.clone() for name, tensor in trainee.engine.saved()}
     step(20)
-    trainee.load_weights({name: p.clone() for name, p in trainee.trained_weights().items()})
+    trainee.engine.restore(lambda targets: [t.copy_(saved[name]) for name, t in targets.items()], saved)
     step(20)
     assert arithmetic == {torch.bfloat16}, arithmetic
 

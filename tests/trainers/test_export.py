@@ -18,7 +18,7 @@ from transformers import (
 from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
 from trainers.core.chat import chat_format
-from trainers.core.export import save_model
+from trainers.core.export import write_model
 from trainers.core.models import LoadedModel
 from trainers.spec import Lora
 
@@ -68,7 +68,7 @@ def test_a_merged_model_has_the_logits_that_were_trained(tokenizer, tmp_path: Pa
     loaded = adapted(model, tokenizer, Lora(rank=4, target_modules=targets))
     trained = logits(loaded.model)
     assert (trained - before).abs().max() > 0.1
-    save_model(loaded, tmp_path / "model")
+    write_model(loaded, tmp_path / "model")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), trained)
 
 
@@ -76,7 +76,7 @@ def test_the_saved_adapters_alone_give_the_same_on_their_base(tokenizer, tmp_pat
     tiny().save_pretrained(tmp_path / "base")
     loaded = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer, Lora(rank=4))
     trained = logits(loaded.model)
-    save_model(loaded, tmp_path / "model")
+    write_model(loaded, tmp_path / "model")
     lone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model" / "adapter").eval()
     torch.testing.assert_close(logits(lone), trained)
     config = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
@@ -108,7 +108,7 @@ def test_without_names_every_linear_layer_but_the_head_gets_an_adapter(tokenizer
     head = loaded.model.get_output_embeddings()
     assert not any("lora" in name for name, _ in head.named_parameters())
     trained = logits(loaded.model)
-    save_model(loaded, tmp_path / "model")
+    write_model(loaded, tmp_path / "model")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
     torch.testing.assert_close(merged, trained, atol=1e-4, rtol=1e-4)
 
@@ -143,7 +143,7 @@ def test_adapters_on_a_bf16_base_are_merged_in_the_type_that_is_saved(tokenizer,
     layer = loaded.model.model.layers[0].self_attn.q_proj
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
     loaded.export_dtype = torch.float32
-    save_model(loaded, tmp_path / "model")
+    write_model(loaded, tmp_path / "model")
     saved = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     torch.testing.assert_close(saved, exact.detach(), atol=1e-6, rtol=1e-6)
 
@@ -156,7 +156,7 @@ def test_plain_generate_stops_where_responses_were_taught_to_end(tokenizer, tmp_
     model = tiny()
     other = 40
     model.generation_config.eos_token_id = other
-    save_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
+    write_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for end in (tokenizer.eos_token_id, other):
         torch.nn.init.zeros_(saved.lm_head.weight)
@@ -172,7 +172,7 @@ def test_published_settings_that_transformers_refuses_to_write_are_mended(tokeni
     model.generation_config.temperature = 0.6
     model.generation_config.top_p = 0.9
     model.generation_config.do_sample = False
-    save_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
+    write_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"]) == (0.6, 0.9)
 
@@ -208,5 +208,5 @@ def test_what_could_not_be_written_whole_does_not_stay(tokenizer, tmp_path: Path
     loaded = LoadedModel(model, tokenizer, chat_format(tokenizer, model))
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        save_model(loaded, tmp_path / "model")
+        write_model(loaded, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -38,18 +38,17 @@ def spec_for(kind: str, model: Path, reward_model: Path) -> dict:
 @pytest.fixture
 def trained(monkeypatch) -> dict[str, torch.dtype]:
     """Type of each parameter that is trained beside adapters, by name; filled when a checkpoint is written."""
-    from trainers.core.trainee import Trainee
+    from trainers.core.engines.local_state import LocalState
 
     found: dict[str, torch.dtype] = {}
-    before = Trainee.trained_weights
+    before = LocalState.saved
 
-    def watched(self):
-        weights = before(self)
-        if any("lora_" in name for name in weights):
-            found.update({name: tensor.dtype for name, tensor in weights.items()})
-        return weights
+    def watched(self, moments=True):
+        if any("lora_" in name for name in self.named):
+            found.update({name: parameter.dtype for name, parameter in self.named.items()})
+        return before(self, moments)
 
-    monkeypatch.setattr(Trainee, "trained_weights", watched)
+    monkeypatch.setattr(LocalState, "saved", watched)
     return found
 
 

@@ -52,9 +52,9 @@ def test_weights_gradients_and_optimizer_are_what_a_step_leaves(workers, held, s
     ids = np.arange(16, dtype=np.int64)
     batch = collate([Sequence(ids, np.ones(16, dtype=bool))], True, one.device)
     trainee.module(batch, target_logprobs(batch)).sum().backward()
-    assert said.gradients == size(p.grad for p in trainee.parameters)
+    assert said.gradients == size(p.grad for p in trainee.engine.parameters)
     trainee.update(0)
-    moments = [t for key, t in trainee.optimizer_state().items() if not key.endswith(".step")]
+    moments = [t for key, t in trainee.engine.saved() if key.startswith("exp_avg")]
     assert said.optimizer == size(moments)
     assert said.weights == size(model.parameters()) + size(other.parameters())
 

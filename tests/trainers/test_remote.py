@@ -138,7 +138,7 @@ def other(path: Path) -> None:
         lambda folder: (folder / ".manifest.json").unlink(),
         lambda folder: truncate(folder / ".manifest.json"),
         lambda folder: (folder / "state.json").unlink(),
-        lambda folder: truncate(folder / "model.optimizer.safetensors"),
+        lambda folder: truncate(folder / "model.safetensors"),
         lambda folder: flip(folder / "model.safetensors"),
         lambda folder: other(folder / "model.safetensors"),
     ],
@@ -179,7 +179,7 @@ S3FileSystem._put_file, S3FileSystem._pipe_file = _put_file, _pipe_file
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        ("step-4/model.optimizer.safetensors", 1),
+        ("step-4/model.safetensors", 1),
         ("step-4/.manifest.json", 1),
         ("model/tokenizer.json", 1),
         (".index/", 1),

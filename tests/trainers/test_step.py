@@ -40,7 +40,7 @@ def step(model, sequences, rank=0, world=1, max_tokens=1000, packing=True, step=
     """The sums and gradients that one rank adds, what it counted, and in which passes gradients were exchanged."""
     workers, counted = OneRank(rank, world), []
     meter = SimpleNamespace(part=lambda _: nullcontext(), count=lambda *work: counted.append(work))
-    trainee = SimpleNamespace(module=Scorer(model), flops=model_flops(model))
+    trainee = SimpleNamespace(module=Scorer(model), engine=workers, flops=model_flops(model))
     layout = Layout(lambda sequence: [sequence], max_tokens, packing)
 
     def terms(some, micro):

@@ -10,16 +10,47 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainers.spec import Optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class RoundingAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay (Loshchilov and Hutter 2019). What is random is a function of the step's number alone.
+def adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """For a module's trained parameters: torch's, where weights and moments are fp32."""
+    groups = _decay_groups(module, optim.weight_decay)
+    trained = [p for group in groups for p in group["params"]]
+    if optim.state_dtype == "bf16" or any(p.dtype != torch.float32 for p in trained):
+        return RoundingAdamW(groups, optim, torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32)
+    fused = any(p.is_cuda for p in trained)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
-    So ranks that hold the same weights round the same way, and a resumed run repeats it.
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norm scales (fewer than two dimensions) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def fresh_state(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of a weight that was never updated, as the optimizer would make it."""
+    on_device = bool(optimizer.param_groups[0].get("fused"))
+    step = torch.zeros((), device=weight.device) if on_device else torch.tensor(0.0)
+    dtype = getattr(optimizer, "moments", weight.dtype)
+    return {"step": step, **{name: torch.zeros_like(weight, dtype=dtype) for name in MOMENTS}}
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """Decoupled weight decay (Loshchilov and Hutter 2019). What is random is a function of step and place alone.
+
+    So processes that hold the same weights round the same way, however weights are split over them, and a resumed run
+    repeats it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], optim: Optim, moments: torch.dtype) -> None:
@@ -28,48 +59,72 @@ class RoundingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        generator: torch.Generator | None = None
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight] or self._fresh(weight)
-                state["step"] += 1
-                if generator is None:
-                    generator = torch.Generator(weight.device).manual_seed(int(state["step"]))
-                _update(weight, state, group, generator)
-
-    def _fresh(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        zeros = {name: torch.zeros_like(weight, dtype=self.moments) for name in MOMENTS}
-        self.state[weight] = {"step": torch.tensor(0.0), **zeros}
-        return self.state[weight]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, which turns moments into the weights' type: that is taken back."""
-        super().load_state_dict(state_dict)
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        for index, saved in state_dict["state"].items():
-            for name in MOMENTS:
-                self.state[weights[index]][name] = saved[name].to(weights[index].device, self.moments, copy=True)
+        weights = [(weight, group) for group in self.param_groups for weight in group["params"]]
+        for number, (weight, group) in enumerate(weights):
+            if weight.grad is None:
+                continue
+            if not self.state[weight]:
+                self.state[weight] = fresh_state(self, weight)
+            self.state[weight]["step"] += 1
+            _update(weight, self.state[weight], group, number)
 
 
-def _update(weight: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], rng: torch.Generator) -> None:
+def _update(weight: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], number: int) -> None:
     beta1, beta2 = group["betas"]
-    step = float(state["step"])
-    grad, exact = weight.grad.float(), weight.float()  # type: ignore[union-attr]
-    first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
-    second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    step = int(state["step"])
+    held, grad, average, square = map(_part, (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]))
+    grad, exact = grad.float(), held.float()
+    first = average.float().lerp_(grad, 1 - beta1)
+    second = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     divisor = (second.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
     exact.mul_(1 - group["lr"] * group["weight_decay"])
     exact.addcdiv_(first, divisor, value=-group["lr"] / (1 - beta1**step))
-    for target, value in ((weight, exact), (state["exp_avg"], first), (state["exp_avg_sq"], second)):
-        target.copy_(value if target.dtype == torch.float32 else rounded(value, rng))
+    for kind, (target, value) in enumerate(((held, exact), (average, first), (square, second))):
+        target.copy_(value if target.dtype == torch.float32 else rounded(value, (step, number, kind), _start(weight)))
 
 
-def rounded(value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def _part(tensor: Any) -> torch.Tensor:
+    """What this process holds of it."""
+    part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
+def _start(weight: torch.Tensor) -> int:
+    """Place of this process's first element in the whole tensor, which is split along rows."""
+    if not isinstance(weight, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return int(offset[0]) * (weight.numel() // max(weight.shape[0], 1))
+
+
+def rounded(value: torch.Tensor, key: tuple[int, ...], start: int = 0) -> torch.Tensor:
     """fp32 to bf16, to one of the two neighbours at random so that the mean is ``value``.
 
     A bf16 number is the upper half of an fp32 number's bits: noise below the cut carries over as often as it should.
+    ``start`` is the place of the first element in the tensor that ``value`` is a part of.
     """
-    noise = torch.randint(2**16, value.shape, generator=rng, device=value.device, dtype=torch.int32)
+    noise = _noise(value, key, start)
     return ((value.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def _noise(value: torch.Tensor, key: tuple[int, ...], start: int) -> torch.Tensor:
+    """16 random bits for each element, by hashing its place with the key."""
+    place = torch.arange(start, start + value.numel(), device=value.device).to(torch.int32)  # wraps around
+    bits = place.mul_(_signed(0x9E3779B1))
+    for part in key:
+        bits = _mixed(bits.bitwise_xor_(_signed(part * 0x85EBCA77 + 0x165667B1)))
+    return bits.bitwise_and_(0xFFFF).view(value.shape)
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """A permutation of 32-bit numbers that spreads every bit over all: two rounds of xor-shift and multiply."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits ^= (bits >> shift) & (2 ** (32 - shift) - 1)  # without the sign's copies
+        bits *= _signed(factor)
+    bits ^= (bits >> 16) & 0xFFFF
+    return bits
+
+
+def _signed(number: int) -> int:
+    """The lower 32 bits, read as a signed number."""
+    return (number + 2**31) % 2**32 - 2**31

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainers.contract import BadInput
 from trainers.core.layers import score_head_name
+from trainers.core.sharding import is_split
 from trainers.spec import Lora
 
 READ_DIRECTLY = {
@@ -29,6 +30,8 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
 
     names = list(lora.target_modules) or linear_names(model)
     _check_names(model, names)
+    if is_split(model) and any(_means(name, "lm_head") for name in names):
+        raise BadInput("lora.targetModules lm_head: a head that strategy fsdp splits can have no adapter")
     if stacked := stacked_experts(model):
         print(f"lora: experts' stacked weights get no adapters and stay as they are ({', '.join(stacked)})")
     _untie(model, names)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainers.contract import Diverged, Infrastructure
 from trainers.core.context import PhaseContext
+from trainers.core.sharding import whole
 from trainers.core.tensors import DamagedError, read_tensors, write_tensors
 from trainers.core.trainee import Trainee
 from trainers.files import new_directory
@@ -33,10 +35,8 @@ class Saved:
     """A checkpoint in memory."""
 
     step: int
-    weights: dict[str, dict[str, torch.Tensor]]
-    """By trainee."""
-    optimizers: dict[str, dict[str, torch.Tensor]]
-    """By trainee."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """By trainee, and by the names of :class:`trainers.core.engines.engine.Engine`."""
     state: dict[str, Any]
     seconds: float
 
@@ -84,13 +84,11 @@ class Checkpoints:
         saved = Saved(
             step,
             {name: read_tensors(path / f"{name}.safetensors") for name in self.trainees},
-            {name: read_tensors(path / f"{name}.optimizer.safetensors") for name in self.trainees},
             *_read_state(path / "state.json", step),
         )
         try:
             for name, trainee in self.trainees.items():
-                trainee.check_weights(saved.weights[name])
-                trainee.check_optimizer_state(saved.optimizers[name])
+                trainee.check_saved({key: tensor.shape for key, tensor in saved.tensors[name].items()})
         except ValueError as error:
             raise DamagedError(str(error)) from error
         if "best" in saved.state:
@@ -99,8 +97,7 @@ class Checkpoints:
 
     def _load(self, saved: Saved) -> None:
         for name, trainee in self.trainees.items():
-            trainee.load_weights(saved.weights[name])
-            trainee.load_optimizer_state(saved.optimizers[name])
+            _take(trainee, saved.tensors[name])
         self.state, self._saved_step = saved.state, saved.step
         self.ctx.meter.seconds_before = saved.seconds
 
@@ -125,8 +122,8 @@ class Checkpoints:
         if step == self._saved_step:
             return
         with self.ctx.meter.part("checkpoint"):
+            self._write(step)
             if self.ctx.workers.is_main:
-                self._write(step)
                 # Waits until the checkpoint before is uploaded: only then may it be pruned.
                 self.ctx.keep(self.ctx.dir.checkpoints / f"step-{step}", newest=self.spec.keep_last)
                 self._prune()
@@ -135,12 +132,20 @@ class Checkpoints:
         self.ctx.meter.checkpointed(step)
 
     def _write(self, step: int) -> None:
+        tensors = {name: self._whole(trainee) for name, trainee in self.trainees.items()}
+        if not self.ctx.workers.is_main:
+            return
         with new_directory(self.ctx.dir.checkpoints / f"step-{step}") as folder:
-            for name, trainee in self.trainees.items():
-                write_tensors(folder / f"{name}.safetensors", trainee.trained_weights())
-                write_tensors(folder / f"{name}.optimizer.safetensors", trainee.optimizer_state())
+            for name, found in tensors.items():
+                write_tensors(folder / f"{name}.safetensors", found)
             state = {"step": step, "seconds": self.ctx.meter.seconds(), "state": self.state}
             (folder / "state.json").write_text(json.dumps(state))
+
+    def _whole(self, trainee: Trainee, moments: bool = True) -> dict[str, torch.Tensor]:
+        """A trainee's state where it is written; all processes take part, one tensor after the other."""
+        writes = self.ctx.writes_for_others
+        found = ((name, whole(tensor)) for name, tensor in trainee.engine.saved(moments))
+        return {name: tensor for name, tensor in found if writes}
 
     def _prune(self) -> None:
         """Keep the newest; leftovers of killed writers go too."""
@@ -158,9 +163,10 @@ class Checkpoints:
         if best is not None and (value <= best if higher_is_better else value >= best):
             return
         self.state["best"] = value
+        tensors = self._whole(self.trainees[name], moments=False)
         if self.ctx.writes_for_others:
             with new_directory(self._best) as folder:
-                write_tensors(folder / f"{name}.safetensors", self.trainees[name].trained_weights())
+                write_tensors(folder / f"{name}.safetensors", tensors)
                 self.ctx.before_replacing()
             self.ctx.keep(self._best / f"{name}.safetensors")
         self.ctx.workers.barrier()
@@ -168,7 +174,9 @@ class Checkpoints:
     def load_best(self, name: str) -> None:
         """Raises Infrastructure when the best weights were damaged: started again, the phase finds them anew."""
         try:
-            self.trainees[name].load_weights(self._read_best()[name])
+            tensors = self._read_best()[name]
+            self.trainees[name].check_saved({key: tensor.shape for key, tensor in tensors.items()})
+            _take(self.trainees[name], tensors)
         except (DamagedError, KeyError, ValueError) as error:
             raise Infrastructure(f"the best weights in {self._best} cannot be read: {error}") from error
 
@@ -182,6 +190,19 @@ class Checkpoints:
         if not files:
             raise DamagedError(f"{self._best} holds no weights")
         return {file.stem: read_tensors(file) for file in files}
+
+
+def _take(trainee: Trainee, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let a trainee go on from a whole state, of which every process has all."""
+
+    def fill(targets: dict[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            found = tensors[name].to(device=target.device, dtype=target.dtype)
+            if isinstance(target, DTensor):
+                found = distribute_tensor(found, target.device_mesh, target.placements)
+            target.copy_(found)
+
+    trainee.engine.restore(fill, tensors)
 
 
 def _read_state(path: Path, step: int) -> tuple[dict[str, Any], float]:

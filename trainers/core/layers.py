@@ -1,12 +1,15 @@
 """Parts of models by what they are: decoder layers, of which a smaller model is made, score heads, weights of a type."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from trainers.contract import BadInput
+
+T = TypeVar("T")
 
 
 def backbone(model: Any) -> Any:
@@ -15,6 +18,23 @@ def backbone(model: Any) -> Any:
     if found is None:
         raise BadInput(f"models of type {model.config.model_type} cannot be used: no backbone is known of them")
     return found
+
+
+def as_forward(module: Any, function: Callable[..., T], *args: Any) -> T:
+    """Call a function in the place of a module's forward pass, with all that hangs on the module's being called.
+
+    Whoever computes with a module's weights in another way than its ``forward`` does so inside: strategies that split
+    weights over processes gather them when a module is called, and again in its backward pass.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        found: T = module(*args)
+        return found
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def hold(model: Any, dtype: torch.dtype) -> Any:
@@ -36,12 +56,12 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     Raises BadInput if it has too few, or if a layer would be another in its new place, as in models whose config says
     by number which layers are of which kind.
     """
-    place, decoder_layers = _decoder_layers(model)
-    count = len(decoder_layers)
+    place, kept_from = decoder_layers(model, "teacherLayers")
+    count = len(kept_from)
     if layers[-1] >= count:
         raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {count - 1}")
     small = type(model)(_kept_config(model.config, layers))
-    for old, new in zip((decoder_layers[i] for i in layers), _decoder_layers(small)[1], strict=True):
+    for old, new in zip((kept_from[i] for i in layers), decoder_layers(small, "teacherLayers")[1], strict=True):
         if _settings(old) != _settings(new):
             kind = model.config.model_type
             raise BadInput(f"teacherLayers {list(layers)}: in models of type {kind} these layers would be others there")
@@ -54,14 +74,14 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     return small
 
 
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name within the model, and modules."""
+def decoder_layers(model: Any, wanted_by: str) -> tuple[str, nn.ModuleList]:
+    """Name within the model, and modules. Raises BadInput for a model that has no plain list of them."""
     count = model.config.num_hidden_layers
     decoder = backbone(model)
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
         raise BadInput(
-            f"teacherLayers needs a model with a plain list of decoder layers; {model.config.model_type} has none"
+            f"{wanted_by} needs a model with a plain list of decoder layers; {model.config.model_type} has none"
         )
     return next(name for name, module in model.named_modules() if module is found[0]), found[0]
 

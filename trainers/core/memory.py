@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainers.core.adamw import MOMENTS
@@ -52,8 +53,8 @@ def memory_needed(
     """On one device. Trainees take turns, so of activations the largest count."""
     models = [model for _, model in trained] + list(frozen)
     weights = {id(p): p for model in models for p in model.parameters()}
-    parameters = [p for trainee, _ in trained for p in trainee.parameters]
-    moments = [p.numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.parameters]
+    parameters = [p for trainee, _ in trained for p in trainee.engine.parameters]
+    moments = [p.numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.engine.parameters]
     copies = 1 if workers.world == 1 else 2  # DDP gathers gradients in buckets beside them
     return Memory(
         sum(map(_size, weights.values())),
@@ -81,12 +82,11 @@ def kept_bytes(workers: Workers, model: Any, num_tokens: int) -> int:
     """What a forward pass of the backbone keeps for its backward pass, without gradient checkpointing."""
     ids = np.arange(num_tokens, dtype=np.int64) % min(64, model.get_input_embeddings().weight.shape[0])
     batch = collate([Sequence(ids, np.ones(num_tokens, dtype=bool))], False, workers.device)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def look(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

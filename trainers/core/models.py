@@ -15,6 +15,7 @@ from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers
+from trainers.core.sharding import Sharding, is_split
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
 from trainers.spec import Lora, ModelRef, RewardModelRef
@@ -60,7 +61,8 @@ def load_causal_lm(
     numbers only if both are held in the same type (bf16 beside fp32 under autocast: 0.04 nats a token).
     """
     dtype = like.model.dtype if like is not None and ref is not None and ref.dtype == "auto" else None
-    return prepared(ctx, *causal_lm(ctx, ref, dtype or held_in(ctx, ref, frozen or lora is not None)), lora, frozen)
+    dtype = dtype or held_in(ctx, ref, frozen or lora is not None)
+    return prepared(ctx, *causal_lm(ctx, ref, dtype, sharding_of(ctx, frozen)), lora, frozen)
 
 
 def load_some_layers(
@@ -69,6 +71,11 @@ def load_some_layers(
     """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
     model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
     return prepared(ctx, keep_layers(model, layers), tokenizer, lora, frozen=False)
+
+
+def sharding_of(ctx: PhaseContext, frozen: bool) -> Sharding | None:
+    """How a model is split over processes."""
+    return ctx.workers.frozen_sharding if frozen else ctx.workers.trained_sharding
 
 
 def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bool) -> torch.dtype:
@@ -81,11 +88,14 @@ def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bo
     return DTYPES[dtype] or torch.float32
 
 
-def causal_lm(ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def causal_lm(
+    ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype, sharding: Sharding | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer). From files it is split as it is read; a model made here is whole."""
     if ref is None:
         raise BadInput("model: name one (in a run, the run's own model takes its place)")
     if ref.scratch is None:
-        return pretrained(AutoModelForCausalLM, ctx, ref, dtype)
+        return pretrained(AutoModelForCausalLM, ctx, ref, dtype, sharding)
     from trainers.core.scratch import scratch_model
 
     model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
@@ -107,9 +117,15 @@ def length_limit(loaded: LoadedModel, wanted: int) -> int:
     return min(wanted, context_length(loaded.model))
 
 
-def pretrained(auto: Any, ctx: PhaseContext, ref: ModelRef | RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
+def pretrained(
+    auto: Any,
+    ctx: PhaseContext,
+    ref: ModelRef | RewardModelRef,
+    dtype: torch.dtype,
+    sharding: Sharding | None = None,
+) -> tuple[Any, Any]:
     location = ctx.model_location(ref)
-    model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code)
+    model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code, sharding)
     if ref.source is not None and hub_name(ref.source, ctx.base_dir) is not None:
         model.config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
@@ -120,7 +136,7 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(ctx.workers.device)
+    place(ctx, model, frozen)
     chat = chat_format(tokenizer, model)
     if frozen:
         model.requires_grad_(False).eval()
@@ -130,9 +146,21 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapters = with_adapters(model, lora, ctx.seed) if lora is not None else None
+    for parameter in model.parameters():
+        if adapters is not None and parameter.requires_grad:
+            parameter.data = parameter.data.to(ctx.workers.device)  # made beside weights that may lie elsewhere
     plain = adapters.base_model.model if adapters is not None else model
     dtype = DTYPES[ctx.spec.export_dtype]
     return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))
+
+
+def place(ctx: PhaseContext, model: Any, frozen: bool) -> None:
+    """Put a model on the device, whole or this process's part of it."""
+    sharding = sharding_of(ctx, frozen)
+    if sharding is None:
+        model.to(ctx.workers.device)
+    elif not is_split(model):
+        sharding.apply(model)
 
 
 def speak_alike(teacher: LoadedModel, student: LoadedModel) -> None:

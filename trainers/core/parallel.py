@@ -1,11 +1,12 @@
-"""Processes, device, precision and model wrapping: the one place a parallel strategy touches.
+"""This process among its peers: device, precision, how models are split, and what processes tell each other.
 
 Everything goes through accelerate. ``torchrun`` starts the processes; a plain ``python`` is a run of one.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from trainers.contract import BadInput
+from trainers.core.sharding import sharding_for
 from trainers.spec import Parallel
 
 T = TypeVar("T")
@@ -25,6 +27,8 @@ class Workers:
     def __init__(self, parallel: Parallel) -> None:
         cuda = torch.cuda.is_available()
         self.bf16 = _use_bf16(parallel)
+        if parallel.strategy == "fsdp" or parallel.splits_frozen:
+            _be_a_group()
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.
         # A single process gets none: accelerate would take a named backend for an initialised process group.
         group = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if "RANK" in os.environ else []
@@ -44,38 +48,22 @@ class Workers:
             torch.set_float32_matmul_precision("high")
         if parallel.strategy == "single" and self.world > 1:
             raise BadInput(f"parallel.strategy single cannot use {self.world} processes: set ddp, or procsPerNode: 1")
+        self.trained_sharding = sharding_for(parallel, False, self.bf16, self.device, self.world)
+        """How models that are trained are split; None: they are not."""
+        self.frozen_sharding = sharding_for(parallel, True, self.bf16, self.device, self.world)
+        """The same of models that are not trained."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Put a module that will be trained on the device and, with several processes, keep its gradients in step."""
+        """Put a module of whole weights on the device and, with several processes, keep its gradients in step by DDP."""
         return self.accelerator.prepare_model(module)
-
-    def plain(self, module: nn.Module) -> nn.Module:
-        """The module itself, without what :meth:`wrap` put around it."""
-        return self.accelerator.unwrap_model(module)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Precision of a forward pass. Nothing else makes one run in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-
-    @contextmanager
-    def exchange(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward *and* backward of a wrapped module: gradients are exchanged in the last of a step's passes.
-
-        DDP decides in the forward pass whether the backward pass that follows will exchange.
-        """
-        with nullcontext() if last else self.accelerator.no_sync(module):
-            yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add one pass's gradients. ``loss`` is this rank's part of a sum over all ranks and passes.
-
-        DDP averages over ranks, so the sum is restored by multiplying with their number.
-        """
-        (loss * self.world).backward()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
@@ -98,6 +86,18 @@ class Workers:
     def barrier(self) -> None:
         if self.world > 1:
             self.accelerator.wait_for_everyone()
+
+
+def _be_a_group() -> None:
+    """Let a process that nobody started with others be a group of one, which FSDP asks for."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ |= {name: str(value) for name, value in alone.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _use_bf16(parallel: Parallel) -> bool:

@@ -12,8 +12,9 @@ from trainers.core.chat import chat_format
 from trainers.core.classifiers import RewardModel, TextClassifier, check_text_scores
 from trainers.core.context import PhaseContext
 from trainers.core.layers import score_head
-from trainers.core.models import LoadedModel, causal_lm, held_in, prepared, pretrained
+from trainers.core.models import LoadedModel, causal_lm, held_in, prepared, pretrained, sharding_of
 from trainers.core.rewards import check_reward_scoring, reads_last_token
+from trainers.core.sharding import Sharding
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 MARK = "score_token_ids"
@@ -26,20 +27,20 @@ def load_reward_model(ctx: PhaseContext, ref: RewardModelRef) -> RewardModel:
     One whose score is a linear layer on its last token's hidden state is scored as the project's own are; any other by
     its own forward. Raises BadInput for a model that has not one label.
     """
-    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=True))
+    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=True), None)
     if isinstance(getattr(model, "score", None), nn.Linear):
         loaded = prepared(ctx, model, tokenizer, None, frozen=True)
         loaded.whole_turns = ref.phase is None and not hasattr(model.config, MARK)
         if reads_last_token(loaded, ctx.workers):
             return loaded
     if ref.dtype == "auto" and model.dtype != torch.float32:
-        model, tokenizer = _classifier(ctx, ref, torch.float32)
+        model, tokenizer = _classifier(ctx, ref, torch.float32, None)
     return _text_classifier(ctx, model, tokenizer)
 
 
 def load_value_model(ctx: PhaseContext, ref: RewardModelRef) -> LoadedModel:
     """A one-label sequence classifier to be trained further, read at every token. Raises BadInput for other kinds."""
-    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=False))
+    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=False), sharding_of(ctx, frozen=False))
     if not isinstance(getattr(model, "score", None), nn.Linear):
         kind = model.config.model_type
         raise BadInput(f"reward models of type {kind} score a text as a whole, so none of its tokens has a value")
@@ -48,8 +49,10 @@ def load_value_model(ctx: PhaseContext, ref: RewardModelRef) -> LoadedModel:
     return loaded
 
 
-def _classifier(ctx: PhaseContext, ref: RewardModelRef, dtype: torch.dtype) -> tuple[Any, Any]:
-    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, dtype)
+def _classifier(
+    ctx: PhaseContext, ref: RewardModelRef, dtype: torch.dtype, sharding: Sharding | None
+) -> tuple[Any, Any]:
+    model, tokenizer = pretrained(AutoModelForSequenceClassification, ctx, ref, dtype, sharding)
     if model.config.num_labels != 1:
         raise BadInput(f"{ref.source or ref.phase} has {model.config.num_labels} labels; a reward model has one")
     return model, tokenizer
@@ -89,8 +92,10 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
         if head.bias is not None:
             head.bias.zero_()
-    base.to(ctx.workers.device).requires_grad_(lora is None)
-    return prepared(ctx, model, tokenizer, lora, frozen=False), base
+    base.requires_grad_(lora is None)
+    loaded = prepared(ctx, model, tokenizer, lora, frozen=False)
+    base.get_output_embeddings().to(ctx.workers.device)
+    return loaded, base
 
 
 def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None:

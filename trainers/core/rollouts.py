@@ -17,6 +17,7 @@ from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
+from trainers.core.sharding import gathered
 from trainers.core.shares import over_ranks
 from trainers.core.templates import Messages
 from trainers.spec import PromptData, Sampling
@@ -105,7 +106,8 @@ def respond(
             Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
         ]
 
-    samples = over_ranks(workers, len(prompts), work)
+    with gathered(loaded.model):
+        samples = over_ranks(workers, len(prompts), work)
     return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
 
 

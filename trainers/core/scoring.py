@@ -8,6 +8,7 @@ Names: K scored positions, V vocabulary, H hidden width, S sequences.
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from trainers.contract import BadInput
 from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate
-from trainers.core.layers import backbone
+from trainers.core.layers import as_forward, backbone
 from trainers.core.parallel import Workers
 from trainers.core.step import in_eval_mode
 
@@ -48,6 +49,10 @@ class Scorer(nn.Module):
 
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """Final hidden states, one row per position: (R * L, H)."""
+    return as_forward(model, partial(_hidden_states, model), batch).flatten(0, 1)
+
+
+def _hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     extra: dict[str, Any] = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     wants_balance = balance.is_wanted(model)
     if hasattr(model.config, "output_router_logits"):
@@ -56,7 +61,8 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     out = backbone(model)(input_ids=batch.input_ids, use_cache=False, **extra)
     if wants_balance:
         balance.collect(model, out.router_logits, batch)
-    return out.last_hidden_state.flatten(0, 1)
+    hidden: torch.Tensor = out.last_hidden_state
+    return hidden
 
 
 def in_fp32(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -64,19 +70,37 @@ def in_fp32(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     Weights of another type are converted here, once for all calls, so gradients of several chunks add up in fp32.
     """
-    weights = {name: weight.float() for name, weight in module.named_parameters()}
+    by_itself = _ByItself(module)
+    weights = {name: weight.float() for name, weight in by_itself.named_parameters()}
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            found: torch.Tensor = functional_call(module, weights, (hidden.float(),))
+            found: torch.Tensor = functional_call(by_itself, weights, (hidden.float(),))
             return found
 
     return run
 
 
+class _ByItself(nn.Module):
+    """A module's forward pass without what hangs on its being called, for use inside :func:`as_forward`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = type(self.module).forward(self.module, hidden)
+        return found
+
+
+def called_in_fp32(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What a module makes of (K, H) hidden states in fp32; see :func:`in_fp32`."""
+    return as_forward(module, lambda some: in_fp32(module)(some), hidden)  # noqa: PLW0108 - weights are there inside
+
+
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(k, H) to (k, V) in fp32, with the scale and soft cap that some architectures put on their logits."""
-    return scaled(model, in_fp32(model.get_output_embeddings())(hidden))
+    return scaled(model, called_in_fp32(model.get_output_embeddings(), hidden))
 
 
 def scaled(model: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -95,9 +119,12 @@ def scaled(model: Any, logits: torch.Tensor) -> torch.Tensor:
 
 def over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
     """Run head and ``fn`` over chunks; when there is more than one, logits are recomputed in the backward pass."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return as_forward(model.get_output_embeddings(), partial(_over_chunks, model, fn=fn), hidden)
+
+
+def _over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
     head = in_fp32(model.get_output_embeddings())
+    size = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
     if len(hidden) <= size:
         return fn(scaled(model, head(hidden)), slice(0, len(hidden)))
     parts = []

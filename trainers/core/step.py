@@ -76,14 +76,14 @@ def accumulate(
     seed_step(ctx.seed, step, ctx.workers.rank)
     sums: Measures = {}
     for i, chosen in enumerate(passes):
-        with ctx.meter.part("forward_backward"), ctx.workers.exchange(trainee.module, last=i == len(passes) - 1):
+        with ctx.meter.part("forward_backward"), trainee.engine.exchange(last=i == len(passes) - 1):
             some = [items[j] for j in chosen]
             batch = layout.collate(some, ctx.workers.device)
             with ctx.workers.autocast(), balance.collected() as uneven:
                 loss, measures = terms(some, batch)
             if uneven:
                 measures = {**measures, "balance_loss": balance.share(uneven, batch, num_tokens if some else 0)}
-            ctx.workers.backward(loss + measures.get("balance_loss", 0))
+            trainee.engine.backward(loss + measures.get("balance_loss", 0))
             _add(sums, {"loss": loss, **measures})
         _count(ctx, trainee, layout, some, counted)
     return _finite(_reduced(ctx.workers, sums), step)

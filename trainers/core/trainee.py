@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.contract import Diverged
-from trainers.core.adamw import MOMENTS, RoundingAdamW
+from trainers.core.adamw import MOMENTS
+from trainers.core.engines.engine import STEP, WEIGHTS, Engine
+from trainers.core.engines.replicated import Replicated
+from trainers.core.engines.sharded import Sharded
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
+from trainers.core.sharding import is_split
 from trainers.spec import Optim
 
 
@@ -27,27 +30,21 @@ def learning_rate(step: int, total_steps: int, optim: Optim) -> float:
 
 
 class Trainee:
-    """A wrapped module, AdamW, clipping and the schedule. The learning rate is a function of the step, not a state."""
+    """A module in training and its schedule. The learning rate is a function of the step, not a state."""
 
     def __init__(self, workers: Workers, module: nn.Module, optim: Optim, total_steps: int, flops: ModelFlops) -> None:
-        self.workers = workers
         self.flops = flops
         self.optim = optim
         self.total_steps = total_steps
-        self.module = workers.wrap(module)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = _adamw(module, optim)
+        self.engine = engine_for(workers, module, optim)
+        self.module = self.engine.module
 
     def update(self, step: int) -> dict[str, float]:
         """Clip, take an optimizer step, clear gradients. Raises Diverged when the gradient is not finite."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm))
+        lr = learning_rate(step, self.total_steps, self.optim)
+        norm = self.engine.step(lr)
         if not math.isfinite(norm):
             raise Diverged(f"step {step + 1}: the gradient norm is {norm}; try a lower optim.lr than {self.optim.lr:g}")
-        lr = learning_rate(step, self.total_steps, self.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.discard_gradients()
         return {"grad_norm": norm, "learning_rate": lr}
 
     @property
@@ -55,77 +52,28 @@ class Trainee:
         """Of one number of one moment."""
         return 2 if self.optim.state_dtype == "bf16" else 4
 
-    def discard_gradients(self) -> None:
-        """Take the step's gradients back instead of updating."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def check_saved(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise ValueError unless a saved state, by names and shapes, is one of such a model's training.
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
-        """Trained parameters by name; with adapters only these."""
-        module = self.workers.plain(self.module)
-        return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy trained parameters back, in place. Raises ValueError, and copies nothing, if they are not this model's."""
-        self.check_weights(weights)
-        for name, parameter in self.trained_weights().items():
-            parameter.copy_(weights[name])
-
-    def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError unless these are the trained parameters of such a model."""
-        _check_same({name: p.shape for name, p in self.trained_weights().items()}, weights)
-
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Moments and step counts as ``NUMBER.NAME``, where parameters are numbered as the optimizer does."""
-        state = self.optimizer.state_dict()["state"]
-        return {f"{i}.{name}": tensor for i, found in state.items() for name, tensor in found.items()}
-
-    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError, and changes nothing, if they are not this optimizer's."""
-        self.check_optimizer_state(tensors)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def check_optimizer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError unless this is the state of such an optimizer; a parameter without gradients has none."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        known = {str(i) for i in range(len(parameters))}
-        stepped = {key.partition(".")[0] for key in tensors} & known
-        shapes = {f"{i}.step": torch.Size([]) for i in stepped}
-        shapes |= {f"{i}.{name}": parameters[int(i)].shape for i in stepped for name in MOMENTS}
-        _check_same(shapes, tensors)
+        A parameter without gradients has no moments; without any moments it is a state of weights alone.
+        """
+        own = self.engine.shapes()
+        wanted = {f"{WEIGHTS}/{name}": shape for name, shape in own.items()}
+        stepped = [name for name in own if f"{STEP}/{name}" in shapes]
+        wanted |= {f"{STEP}/{name}": torch.Size([]) for name in stepped}
+        wanted |= {f"{moment}/{name}": own[name] for name in stepped for moment in MOMENTS}
+        for name in sorted(wanted.keys() | shapes.keys()):
+            if name not in shapes:
+                raise ValueError(f"{name} is missing")
+            if name not in wanted:
+                raise ValueError(f"{name} belongs to another model")
+            if shapes[name] != wanted[name]:
+                raise ValueError(f"{name} has shape {list(shapes[name])}, the model's has {list(wanted[name])}")
 
 
-def _check_same(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]) -> None:
-    for name in sorted(shapes.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{name} is missing")
-        if name not in shapes:
-            raise ValueError(f"{name} belongs to another model")
-        if tensors[name].shape != shapes[name]:
-            raise ValueError(f"{name} has shape {list(tensors[name].shape)}, the model's has {list(shapes[name])}")
-
-
-def _adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """torch's, where weights and moments are fp32."""
-    groups = _decay_groups(module, optim.weight_decay)
-    trained = [p for group in groups for p in group["params"]]
-    if optim.state_dtype == "bf16" or any(p.dtype != torch.float32 for p in trained):
-        return RoundingAdamW(groups, optim, torch.bfloat16 if optim.state_dtype == "bf16" else torch.float32)
-    fused = any(p.is_cuda for p in trained)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
-
-
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norm scales (fewer than two dimensions) do not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def engine_for(workers: Workers, module: nn.Module, optim: Optim) -> Engine:
+    """What the phase's strategy makes of a module."""
+    return Sharded(workers, module, optim) if is_split(module) else Replicated(workers, module, optim)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

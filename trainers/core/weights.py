@@ -1,7 +1,7 @@
 """Reading a model's folder: config, tokenizer and every weight, or one line that says what is wrong with it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,23 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from trainers.contract import BadInput, FailureClass
+from trainers.core.sharding import Sharding, local
 from trainers.failures import classify
 
 
-def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(model, tokenizer) by one of transformers' auto classes. Safetensors only.
+def read_model(
+    auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool, sharding: Sharding | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) by one of transformers' auto classes. Safetensors only. A split model reads its shards alone.
 
     Raises BadInput for a folder that cannot be read as such a model; what this machine lacks (memory, a readable disk)
     passes as it is.
     """
     config = read_config(folder, trust_remote_code)
-    with _readable(folder):
+    splitting: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    if sharding is not None and sharding.world > 1:
+        splitting = sharding.loading()
+    with _readable(folder), splitting as split:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model, found = auto.from_pretrained(
             folder,
@@ -29,7 +35,9 @@ def read_model(auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_c
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
+            **split,
         )
+    vars(model.config).pop("distributed_config", None)  # of this process, and no part of the model
     _check_weights(folder, model, found)
     _check_numbers(folder, model)
     return model, tokenizer
@@ -79,8 +87,9 @@ def _check_weights(folder: str | Path, model: Any, found: dict[str, Any]) -> Non
 def _check_numbers(folder: str | Path, model: Any) -> None:
     """Refuse weights that are no numbers: training would blame its settings, or never look at them and pass them on."""
     for name, weight in model.named_parameters():
-        if _is_whole(weight) and weight.numel() and not weight.is_meta:
-            least, most = torch.aminmax(weight.detach())  # one pass, and nothing of the weight's size beside it
+        held = local(weight.detach())
+        if _is_whole(weight) and held.numel() and not held.is_meta:
+            least, most = torch.aminmax(held)  # one pass, and nothing of the weight's size beside it
             wrong = [number.item() for number in (least, most) if not number.isfinite()]
             if wrong:
                 raise BadInput(f"model {folder} is damaged: its weight {name} holds {wrong[0]}; use a whole copy of it")

@@ -119,9 +119,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         checkpoints.after_step(step + 1, total_steps, epoch_ends)
 
     # ---- finish
-    if ctx.workers.is_main:
-        ctx.meter.stage("saving")
-        save_model(student, ctx.dir.model)
+    save_model(ctx, student)
     sizes = {"parameters": student.num_parameters, "teacherParameters": teacher.num_parameters}
     return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, total_steps)
 

@@ -75,9 +75,7 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
         checkpoints.load_best("model")
         metrics = _held_out_metrics(spec, ctx, trainee, layout, held_out, reference)
     metrics["parameters"] = loaded.num_parameters
-    if ctx.workers.is_main:
-        ctx.meter.stage("saving")
-        save_model(loaded, ctx.dir.model)
+    save_model(ctx, loaded)
     return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
+from trainers.core.sharding import gathered
 from trainers.files import write_atomic
 from trainers.phases.evaluate.bench import Bench
 from trainers.phases.evaluate.laboratory import Laboratory
@@ -109,7 +110,8 @@ def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         check_positions(bench.loaded, spec.latency)
         # One process at a time: on a shared machine two would slow each other down.
-        return workers.from_main(lambda: measure_latency(bench.loaded, spec.latency, workers))
+        with gathered(bench.loaded.model):
+            return workers.from_main(lambda: measure_latency(bench.loaded, spec.latency, workers))
 
     found: dict[str, Any] = bench.cell(key, measure)
     return found

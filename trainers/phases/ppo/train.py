@@ -94,9 +94,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
         checkpoints.after_step(iteration + 1, spec.iterations, order.ends_epoch(iteration))
 
     # ---- finish
-    if ctx.workers.is_main:
-        ctx.meter.stage("saving")
-        save_model(loaded, ctx.dir.model)
+    save_model(ctx, loaded)
     metrics = {
         "rewardFirst": state["rewardFirst"],
         "rewardLast": state["last"]["reward"],
@@ -138,7 +136,7 @@ def optimise(
             sums = accumulate(ctx, policy, layout, step, mini, terms)
             # Before the first update nothing has moved: what is measured then is rounding alone.
             if spec.max_kl_per_update is not None and made and sums["approx_kl"] > spec.max_kl_per_update:
-                policy.discard_gradients()
+                policy.engine.discard_gradients()
                 return _mean(made)
             value_terms = partial(critic_terms, spec, critic.module, experience, mini)
             values = accumulate(ctx, critic, layout, step, mini, value_terms, counted=False)

@@ -86,9 +86,7 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
         checkpoints.load_best("model")
         metrics = _held_out_metrics(ctx, trainee, layout, held_out)
     metrics["parameters"] = loaded.num_parameters
-    if ctx.workers.is_main:
-        ctx.meter.stage("saving")
-        save_model(loaded, ctx.dir.model)
+    save_model(ctx, loaded)
     return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
 
 

@@ -62,9 +62,7 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
         checkpoints.load_best("model")
         metrics["evalLoss"] = checkpoints.state["best"]
     metrics["parameters"] = loaded.num_parameters
-    if ctx.workers.is_main:
-        ctx.meter.stage("saving")
-        save_model(loaded, ctx.dir.model)
+    save_model(ctx, loaded)
     return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
 
 

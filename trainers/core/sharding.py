@@ -1,0 +1,183 @@
+"""Models whose weights are split over processes by torch's FSDP2: how they are split, gathered and looked at.
+
+Every decoder layer is a group of weights that are gathered together, as are embeddings and head unless they are one.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from trainers.core.layers import decoder_layers, score_head_name
+from trainers.spec import Parallel
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How models are split; of one dimension, or replicas x shards (hybrid)."""
+
+    mesh: DeviceMesh
+    gather_dtype: torch.dtype | None = None
+    """Type that layers' weights are gathered in; None: as they are held."""
+    reshard: bool = True
+    """Whether a layer's weights are freed between its forward and its backward pass."""
+    offload: bool = False
+    """Whether shards lie in the machine's memory."""
+
+    @property
+    def world(self) -> int:
+        return self.mesh.size()
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Split a model in place. On the meta device it is loaded afterwards, and every process reads its shards alone."""
+        for module in self._groups(model):
+            self._shard(module, self.reshard, self._precision)
+        # A score head is small, and adapters come with a copy of it: it stays whole.
+        name = score_head_name(model)
+        heads = set(getattr(model, name).parameters()) if name is not None else set()
+        self._shard(model, False, MixedPrecisionPolicy(cast_forward_inputs=False), heads)
+        for parameter in heads:
+            parameter.data = parameter.data.to(self.mesh.device_type)
+
+    def _groups(self, model: PreTrainedModel) -> list[nn.Module]:
+        """What is gathered together; an inner group comes before the one around it.
+
+        A group has weights of one type, so layers that an architecture keeps in fp32 are groups of their own.
+        """
+        _, layers = decoder_layers(model, "splitting weights over processes")
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = [end.weight for end in ends if end is not None]
+        apart = [] if len(weights) == 2 and weights[0] is weights[1] else [end for end in ends if end is not None]
+        return [*_kept_in_fp32(model), *layers, *apart]
+
+    @property
+    def _precision(self) -> MixedPrecisionPolicy:
+        """Inputs stay as they are: between layers hidden states are fp32 under autocast, and what comes in is cast by it."""
+        reduce = None if self.gather_dtype is None else torch.float32
+        return MixedPrecisionPolicy(self.gather_dtype, reduce, cast_forward_inputs=False)
+
+    def _shard(
+        self,
+        module: nn.Module,
+        reshard: bool,
+        precision: MixedPrecisionPolicy,
+        ignored: set[nn.Parameter] | None = None,
+    ) -> None:
+        fully_shard(
+            module,
+            mesh=self.mesh,
+            reshard_after_forward=reshard,
+            mp_policy=precision,
+            offload_policy=CPUOffloadPolicy(self.mesh.device_type == "cuda") if self.offload else OffloadPolicy(),
+            ignored_params=ignored,
+        )
+        module.reshards = reshard  # type: ignore[assignment]
+
+    @contextmanager
+    def loading(self) -> Iterator[dict[str, Any]]:
+        """Arguments for ``from_pretrained``, which inside splits the model before it reads any weight.
+
+        transformers would split it by itself, but then hidden states are in bf16 between layers, where they are fp32
+        without splitting.
+        """
+
+        def split(cls: Any, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
+            self.apply(model)
+            return model
+
+        before = PreTrainedModel.__dict__.get("maybe_distribute_model")
+        PreTrainedModel.maybe_distribute_model = classmethod(split)
+        try:
+            yield {"distributed_config": DistributedConfig(**self._sizes())}
+        finally:
+            if before is None:
+                del PreTrainedModel.maybe_distribute_model
+            else:
+                PreTrainedModel.maybe_distribute_model = before
+
+    def _sizes(self) -> dict[str, int]:
+        if self.mesh.ndim == 1:
+            return {"fsdp_size": self.mesh.size()}
+        return {"dp_replicate_size": self.mesh.size(0), "fsdp_size": self.mesh.size(1)}
+
+
+def sharding_for(parallel: Parallel, frozen: bool, bf16: bool, device: torch.device, world: int) -> Sharding | None:
+    """How a phase's models are split over its ``world`` processes; None where every process holds whole ones."""
+    if not (parallel.splits_frozen if frozen else parallel.strategy == "fsdp"):
+        return None
+    settings = parallel.fsdp
+    mesh = _mesh(device, world, hybrid=settings is not None and settings.hybrid)
+    if frozen:
+        return Sharding(mesh, offload=parallel.frozen == "offloaded")
+    dtype = settings.gather_dtype if settings is not None else "auto"
+    gather = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and bf16) else None
+    if settings is None:
+        return Sharding(mesh, gather)
+    return Sharding(mesh, gather, settings.reshard_after_forward, settings.cpu_offload)
+
+
+def _mesh(device: torch.device, world: int, hybrid: bool) -> DeviceMesh:
+    if not hybrid:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def _kept_in_fp32(model: Any) -> list[nn.Module]:
+    """Modules with weights that the architecture keeps in fp32 while the model is held in another type."""
+    if model.dtype == torch.float32:
+        return []
+    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if set(name.split(".")) & parts}
+    return [model.get_submodule(name) for name in sorted(owners, key=lambda name: -name.count("."))]
+
+
+def is_split(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies in this process; empty where it has no part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def release(model: nn.Module) -> None:
+    """Give back gathered weights that wait for a backward pass, as after a forward pass without gradients.
+
+    Only then are a model's parameters its shards, which are what an optimizer updates.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every process has all weights of a split model inside, gathered once; forward passes inside wait for nobody.
+
+    So processes may make different numbers of them, as in generation, where responses end early.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:  # the model itself is the first: it has to be known as the root before its parts
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(bool(module.reshards), recurse=False)
+            module.reshard()
