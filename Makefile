@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit test-families bench-operator bench-balance test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
+.PHONY: help quickstart test test-node test-api test-unit test-families bench-heads bench-operator bench-balance test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -45,6 +45,9 @@ test-unit: $(VENV)/.dev ## The tests that need no cluster
 
 test-families: $(VENV)/.dev ## The whole matrix: every model family in every phase and precision, a quarter of an hour
 	$(BIN)/pytest tests/trainers/families
+
+bench-heads: $(VENV)/.dev ## Time and memory of losses on a language head beside autograd's; a few minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trainers/bench_heads.py
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once

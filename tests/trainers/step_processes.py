@@ -35,7 +35,7 @@ def main() -> None:
         layout = Layout(lambda sequence: [sequence], max_tokens, packing=True)
 
         def terms(_, micro):
-            loss = -trainee.module(micro, target_logprobs(micro)).sum() / 100
+            loss, _ = trainee.module(micro, target_logprobs(micro), lambda logprobs, _: -logprobs.sum() / 100)
             return loss, {"tokens": micro.counts().sum()}
 
         sums = accumulate(ctx, trainee, layout, 0, BATCH, terms)

@@ -143,7 +143,7 @@ def model(request):
 def gradient(model, sequences: list[Sequence], packing: bool) -> torch.Tensor:
     batch = collate(sequences, packing, CPU)
     model.zero_grad()
-    Scorer(model)(batch, target_logprobs(batch)).sum().backward()
+    Scorer(model)(batch, target_logprobs(batch), lambda found, _: found.sum())[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

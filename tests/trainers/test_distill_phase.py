@@ -182,10 +182,10 @@ def test_how_a_step_is_computed_does_not_change_the_result(run_phase, reference,
 def test_the_size_of_logit_chunks_does_not_change_the_result(
     run_phase, reference, spec_for, tmp_path, monkeypatch, teacher_dir, positions
 ):
-    from trainers.core import scoring
+    from trainers.core import head_losses
 
     vocabulary = AutoModelForCausalLM.from_pretrained(teacher_dir).config.vocab_size
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", positions * vocabulary)
+    monkeypatch.setattr(head_losses, "CHUNK_ELEMENTS", positions * vocabulary)
     code, _ = run_phase("distill", spec_for(), None, tmp_path / "run" / "distill")
     assert code == 0
     assert_same(weights(tmp_path / "run" / "distill"), weights(reference[0]), tolerance=2e-5)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from trainers.contract import BadInput
-from trainers.core import scoring
+from trainers.core import head_losses
 from trainers.core.batch import Sequence, collate
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
@@ -65,10 +65,11 @@ def without_positions(forward):
 def value_and_gradient(model) -> tuple[torch.Tensor, torch.Tensor]:
     batch = collate(sequences([9, 4, 6, 2]), True, CPU)
     model.zero_grad()
-    logprobs = Scorer(model)(batch, target_logprobs(batch, temperature=0.7))
-    weights = torch.linspace(0.5, 1.5, len(logprobs))
-    (logprobs * weights).sum().backward()
-    return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    weights = torch.linspace(0.5, 1.5, len(batch.scored_at))
+    fn = target_logprobs(batch, temperature=0.7)
+    loss, logprobs = Scorer(model)(batch, fn, lambda found, at: (found * weights[at]).sum())
+    loss.backward()
+    return logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -76,7 +77,7 @@ def value_and_gradient(model) -> tuple[torch.Tensor, torch.Tensor]:
 def test_chunks_change_neither_value_nor_gradient(monkeypatch, kind, rows):
     model = tiny(kind, **({"final_logit_softcapping": 2.0, "head_dim": 8} if kind == "gemma2" else {}))
     whole_value, whole_gradient = value_and_gradient(model)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", rows * VOCABULARY)
+    monkeypatch.setattr(head_losses, "CHUNK_ELEMENTS", rows * VOCABULARY)
     value, gradient = value_and_gradient(model)
     torch.testing.assert_close(value, whole_value, atol=1e-6, rtol=1e-6)
     scale = whole_gradient.abs().max()
@@ -84,7 +85,7 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch, kind, rows):
 
 
 def test_a_chunk_never_holds_more_logits_than_allowed(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(head_losses, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     seen = []
     batch = collate(sequences([9, 9]), True, CPU)
 
@@ -124,7 +125,7 @@ def test_nothing_to_score_is_a_finite_zero_with_a_backward_pass():
     model = tiny()
     hidden = [Sequence(s.ids, np.zeros_like(s.scored)) for s in sequences([5, 3])]
     for batch in (collate([], True, CPU), collate(hidden, True, CPU)):
-        loss = -Scorer(model)(batch, target_logprobs(batch)).sum()
+        loss, _ = Scorer(model)(batch, target_logprobs(batch), lambda found, _: found.sum())
         assert loss.item() == 0.0
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
@@ -231,11 +232,11 @@ def test_chunks_of_a_bf16_head_add_their_gradients_up_in_fp32(monkeypatch):
 
     def gradient() -> torch.Tensor:
         model.zero_grad()
-        Scorer(model)(batch, target_logprobs(batch)).sum().backward()
+        Scorer(model)(batch, target_logprobs(batch), lambda found, _: found.sum())[0].backward()
         return model.lm_head.weight.grad.float()
 
     whole = gradient()
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr(head_losses, "CHUNK_ELEMENTS", VOCABULARY)
     difference = (gradient() - whole).abs()
     assert (difference <= whole.abs() * 2**-7 + 1e-6 * whole.abs().max()).all(), "more than the last rounding"
 

@@ -45,7 +45,8 @@ def step(model, sequences, rank=0, world=1, max_tokens=1000, packing=True, step=
 
     def terms(some, micro):
         assert len(some) in (micro.num_sequences, 0)
-        return -trainee.module(micro, target_logprobs(micro)).sum(), measures or {"n": micro.counts().sum()}
+        loss, _ = trainee.module(micro, target_logprobs(micro), lambda logprobs, _: -logprobs.sum())
+        return loss, measures or {"n": micro.counts().sum()}
 
     model.zero_grad()
     ctx = SimpleNamespace(workers=workers, seed=0, meter=meter)

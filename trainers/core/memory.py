@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainers.core.adamw import MOMENTS
 from trainers.core.batch import Sequence, collate
 from trainers.core.context import PhaseContext
+from trainers.core.head_losses import CHUNK_ELEMENTS
 from trainers.core.parallel import Workers
-from trainers.core.scoring import CHUNK_ELEMENTS, hidden_states
+from trainers.core.scoring import hidden_states
 from trainers.core.step import in_eval_mode
 from trainers.core.trainee import Trainee
 
@@ -98,13 +99,15 @@ def kept_bytes(workers: Workers, model: Any, num_tokens: int) -> int:
 
 
 def _head_bytes(model: Any, max_tokens: int) -> int:
-    """A chunk of logits, its log-probabilities and its gradient in fp32; and an fp32 copy of a bf16 head and gradient."""
+    """A chunk of logits, its log-probabilities and its gradient; in fp32 the gradient of a trained head, which is there
+    before the backward pass, and a copy of a head of another type.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return 0
     chunk = min(CHUNK_ELEMENTS, max_tokens * head.weight.shape[0])
-    copies = 0 if head.weight.dtype == torch.float32 else 2 * head.weight.numel()
-    return 4 * (3 * chunk + copies)
+    copies = int(head.weight.requires_grad) + int(head.weight.dtype != torch.float32)
+    return 4 * (3 * chunk + copies * head.weight.numel())
 
 
 def _size(tensor: torch.Tensor) -> int:

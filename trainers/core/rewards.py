@@ -15,10 +15,11 @@ from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence, collate
 from trainers.core.classifiers import RewardModel, TextClassifier, text_scores
 from trainers.core.encode import joined
+from trainers.core.heads import in_fp32
 from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
-from trainers.core.scoring import called_in_fp32, error_share, hidden_states, probe_sequences, tolerance
+from trainers.core.scoring import error_share, hidden_states, probe_sequences, tolerance
 from trainers.core.shares import over_ranks
 from trainers.core.step import Layout, in_eval_mode, scored
 from trainers.core.templates import Messages, renderer
@@ -31,7 +32,7 @@ def reward_scores(model: Any, batch: Batch) -> torch.Tensor:
 
 def head_scores(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Scores from final hidden states (R * L, H): (S,) in fp32."""
-    return called_in_fp32(score_head(model), hidden[batch.last_at]).squeeze(-1)
+    return in_fp32(score_head(model), hidden[batch.last_at]).squeeze(-1)
 
 
 def response_rewards(

@@ -6,7 +6,6 @@ score has eight bits: of 300 sequences 258 got distinct ones.
 Names: K scored positions, V vocabulary, H hidden width, S sequences.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as List
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,24 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from trainers.contract import BadInput
 from trainers.core import balance
 from trainers.core.batch import Batch, Sequence, collate
+from trainers.core.head_losses import Beside, LogitsFn, LossFn, head_loss, head_values
+from trainers.core.heads import head_logits
 from trainers.core.layers import as_forward, backbone
 from trainers.core.parallel import Workers
 from trainers.core.step import in_eval_mode
 
 if TYPE_CHECKING:
     from trainers.core.models import LoadedModel
-
-CHUNK_ELEMENTS = 2**26
-"""Logits held at once: 256 MiB in fp32."""
-
-LogitsFn = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Takes the logits of some scored positions, (k, V) in fp32, and which ones these are; returns (k, ...)."""
 
 
 class Scorer(nn.Module):
@@ -41,10 +35,22 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, fn: LogitsFn) -> torch.Tensor:
-        """Apply ``fn`` to the logits at the batch's K scored positions: (K, ...)."""
+    def forward(
+        self,
+        batch: Batch,
+        fn: LogitsFn,
+        loss: LossFn | None = None,
+        sizes: List[int] | None = None,
+        beside: Beside | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """``fn`` of the logits at the batch's K scored positions: (K, ...), without gradients.
+
+        With a loss that comes first, (), and has the gradients; see :func:`trainers.core.head_losses.head_loss`.
+        """
         hidden = hidden_states(self.model, batch)[batch.scored_at]
-        return over_chunks(self.model, hidden, fn)
+        if loss is None:
+            return head_values(self.model, hidden, fn, sizes, beside)
+        return head_loss(self.model, hidden, fn, loss, sizes, beside)
 
 
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
@@ -65,89 +71,33 @@ def _hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     return hidden
 
 
-def in_fp32(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A module as a function that computes in fp32, whatever its weights' type and autocast are.
-
-    Weights of another type are converted here, once for all calls, so gradients of several chunks add up in fp32.
-    """
-    by_itself = _ByItself(module)
-    weights = {name: weight.float() for name, weight in by_itself.named_parameters()}
-
-    def run(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            found: torch.Tensor = functional_call(by_itself, weights, (hidden.float(),))
-            return found
-
-    return run
-
-
-class _ByItself(nn.Module):
-    """A module's forward pass without what hangs on its being called, for use inside :func:`as_forward`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = type(self.module).forward(self.module, hidden)
-        return found
-
-
-def called_in_fp32(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What a module makes of (K, H) hidden states in fp32; see :func:`in_fp32`."""
-    return as_forward(module, lambda some: in_fp32(module)(some), hidden)  # noqa: PLW0108 - weights are there inside
-
-
-def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """(k, H) to (k, V) in fp32, with the scale and soft cap that some architectures put on their logits."""
-    return scaled(model, called_in_fp32(model.get_output_embeddings(), hidden))
-
-
-def scaled(model: Any, logits: torch.Tensor) -> torch.Tensor:
-    """What a model makes of its head's product: the scale and soft cap that some architectures have."""
-    config = model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if multiplier := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
-        logits = logits * multiplier
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-
-def over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
-    """Run head and ``fn`` over chunks; when there is more than one, logits are recomputed in the backward pass."""
-    return as_forward(model.get_output_embeddings(), partial(_over_chunks, model, fn=fn), hidden)
-
-
-def _over_chunks(model: Any, hidden: torch.Tensor, fn: LogitsFn) -> torch.Tensor:
-    head = in_fp32(model.get_output_embeddings())
-    size = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
-    if len(hidden) <= size:
-        return fn(scaled(model, head(hidden)), slice(0, len(hidden)))
-    parts = []
-    for start in range(0, len(hidden), size):
-        where = slice(start, min(start + size, len(hidden)))
-
-        def run(part: torch.Tensor, where: slice = where) -> torch.Tensor:
-            return fn(scaled(model, head(part)), where)
-
-        parts.append(checkpoint(run, hidden[where], use_reentrant=False))
-    return torch.cat(parts)
-
-
 def target_logprobs(batch: Batch, temperature: float = 1.0) -> LogitsFn:
     """Log-probability of each scored token: (k,)."""
 
     def fn(logits: torch.Tensor, where: slice) -> torch.Tensor:
-        if temperature != 1.0:
-            logits = logits / temperature
-        chosen = logits.gather(-1, batch.target_ids[where, None]).squeeze(-1)
-        return chosen - logits.logsumexp(-1)
+        found: torch.Tensor = _Logprobs.apply(logits, batch.target_ids[where], temperature)
+        return found
 
     return fn
+
+
+class _Logprobs(torch.autograd.Function):
+    """The gradient is written down instead of recorded, (one-hot - q) / temperature: half of the passes over logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        log_q = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        ctx.save_for_backward(log_q, targets)
+        ctx.temperature = temperature
+        return log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        log_q, targets = ctx.saved_tensors
+        wanted = (grads[0] / ctx.temperature).unsqueeze(-1)
+        slope = log_q.exp_().mul_(-wanted).scatter_add_(-1, targets.unsqueeze(-1), wanted)
+        return slope, None, None
 
 
 def check_scoring(loaded: "LoadedModel", workers: Workers) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def generalized_jsd(
@@ -27,6 +28,12 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
         return generalized_jsd(student, teacher, 0.0, temperature)
 
 
+def shared(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both logits without the columns that only one has."""
+    width = min(student.shape[-1], teacher.shape[-1])
+    return student[:, :width], teacher[:, :width]
+
+
 class _GeneralizedJsd(torch.autograd.Function):
     """The gradient is written down instead of recorded: recording keeps about five (k, V) tensors, this one.
 
@@ -38,13 +45,13 @@ class _GeneralizedJsd(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float
     ) -> torch.Tensor:
-        log_q = (student / temperature).log_softmax(-1)
-        log_p = (teacher / temperature).log_softmax(-1)
+        log_q, log_p = ((z if temperature == 1 else z / temperature).log_softmax(-1) for z in (student, teacher))
         value, slope = _value_and_slope(log_p, log_q, beta)
-        ctx.save_for_backward(slope / temperature)
+        ctx.save_for_backward(slope if temperature == 1 else slope.div_(temperature))
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
         return grads[0].unsqueeze(-1) * slope, None, None, None

@@ -21,16 +21,17 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.head_losses import Beside, LogitsFn
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
-from trainers.core.scoring import LogitsFn, Scorer, check_scoring, head_logits, hidden_states
+from trainers.core.scoring import Scorer, check_scoring, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest, same_tokens
-from trainers.phases.distill.loss import forward_kl, generalized_jsd
+from trainers.phases.distill.loss import forward_kl, generalized_jsd, shared
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
@@ -74,6 +75,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     beside = [teacher.model, *([reward_model.model] if reward_model else [])]
     print_memory(ctx, [(trainee, student.model)], beside, None if packing else spec.max_length)
+    compare = divergence(spec.divergence_beta, spec.temperature)
     first = checkpoints.restore()
     ctx.meter.begin(first, total_steps, spec.document())
 
@@ -91,10 +93,12 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
 
         def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
-            found = trainee.module(micro, divergence(teacher, micro, spec.divergence_beta, spec.temperature))
-            shares = torch.tensor([e.weight for e in some]).to(found) / sum(e.weight * e.num_tokens for e in batch)
-            kl = found[:, 1].sum() / sum(e.num_tokens for e in batch)
-            return (shares[micro.segment] * found[:, 0]).sum(), {"kl": kl}
+            with torch.no_grad():
+                beside = Beside(teacher.model, hidden_states(teacher.model, micro)[micro.scored_at])
+            total = sum(e.weight * e.num_tokens for e in batch)
+            shares = torch.tensor([e.weight / total for e in some], device=micro.segment.device)[micro.segment]
+            loss, found = trainee.module(micro, compare, lambda values, at: (shares[at] * values).sum(), beside=beside)
+            return loss, {"kl": found[:, 1].sum() / sum(e.num_tokens for e in batch)}
 
         sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
@@ -124,20 +128,15 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, total_steps)
 
 
-def divergence(teacher: LoadedModel, batch: Batch, beta: float, temperature: float) -> LogitsFn:
-    """For the student's logits (k, V): the divergence to train on and KL(teacher || student), (k, 2).
+def divergence(beta: float, temperature: float) -> LogitsFn:
+    """For a student's and its teacher's logits: the divergence to train on and KL(teacher || student), (k, 2).
 
-    The teacher's last hidden states are computed at once, its logits only for the student's chunk. Where the two heads
-    have different numbers of padding rows, both are cut to the shared ones, which renormalises them.
+    Where the two heads have different numbers of padding rows, both are cut to the shared ones, which renormalises them.
     """
-    with torch.no_grad():
-        hidden = hidden_states(teacher.model, batch)[batch.scored_at]
 
-    def fn(logits: torch.Tensor, where: slice) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = head_logits(teacher.model, hidden[where])
-        shared = min(logits.shape[-1], wanted.shape[-1])
-        logits, wanted = logits[:, :shared], wanted[:, :shared]
+    def fn(logits: torch.Tensor, _: slice, wanted: torch.Tensor) -> torch.Tensor:
+        if logits.shape != wanted.shape:
+            logits, wanted = shared(logits, wanted)
         loss = generalized_jsd(logits, wanted, beta, temperature)
         kl = loss.detach() if beta == 0 else forward_kl(logits, wanted, temperature)
         return torch.stack([loss, kl], dim=-1)

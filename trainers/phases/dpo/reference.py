@@ -26,8 +26,20 @@ PairScores = Callable[[list[Pair], Batch], torch.Tensor]
 
 
 def pair_logprobs(scorer: Any, pairs: list[Pair], batch: Batch) -> torch.Tensor:
-    """Log-probabilities of the pairs' responses, summed over their tokens: (P, 2)."""
-    return batch.sums(scorer(batch, target_logprobs(batch)))[: 2 * len(pairs)].view(-1, 2)
+    """Log-probabilities of the pairs' responses, summed over their tokens: (P, 2); without gradients."""
+    return pair_sums(pairs, scorer(batch, target_logprobs(batch), sizes=pair_sizes(pairs)))
+
+
+def pair_sizes(pairs: list[Pair]) -> list[int]:
+    """Scored tokens of each pair."""
+    return [pair.chosen.num_scored + pair.rejected.num_scored for pair in pairs]
+
+
+def pair_sums(pairs: list[Pair], tokens: torch.Tensor) -> torch.Tensor:
+    """Numbers of the pairs' response tokens, (k,), summed over each response: (P, 2)."""
+    counts = torch.tensor([s.num_scored for pair in pairs for s in (pair.chosen, pair.rejected)], dtype=torch.long)
+    response = torch.repeat_interleave(torch.arange(2 * len(pairs)), counts).to(tokens.device)
+    return tokens.new_zeros(2 * len(pairs)).index_add(0, response, tokens).view(-1, 2)
 
 
 def reference_for(

@@ -13,14 +13,15 @@ from trainers.core.dropout import take_out_dropout
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.head_losses import LossFn
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm
 from trainers.core.rows import Rows, encode_rows, read_rows
-from trainers.core.scoring import Scorer, check_scoring
+from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate, measured
 from trainers.core.trainee import Trainee
 from trainers.phases.dpo.loss import dpo_loss
-from trainers.phases.dpo.reference import PairScores, pair_logprobs, reference_for
+from trainers.phases.dpo.reference import PairScores, pair_logprobs, pair_sizes, pair_sums, reference_for
 from trainers.phases.dpo.spec import DpoSpec
 
 
@@ -50,13 +51,13 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
         batch = [train[i] for i in order.indices(step)]
 
         def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
-            logprobs = pair_logprobs(trainee.module, pairs, micro)
-            ratios = logprobs - reference(pairs, micro)
-            loss = _losses(spec, pairs, ratios).sum() / len(batch)
-            measures = _means(spec, logprobs.detach(), ratios.detach(), batch)
+            theirs = reference(pairs, micro)
+            loss_fn = _loss_fn(spec, pairs, theirs, batch)
+            loss, tokens = trainee.module(micro, target_logprobs(micro), loss_fn, pair_sizes(pairs))
+            logprobs = pair_sums(pairs, tokens)
+            measures = _means(spec, logprobs, logprobs - theirs, batch)
             if spec.nll_weight:
-                measures["nll"] = -logprobs[:, 0].sum() / sum(pair.chosen.num_scored for pair in batch)
-                loss = loss + spec.nll_weight * measures["nll"]
+                measures["nll"] = -logprobs[:, 0].sum() / _chosen_tokens(batch)
             return loss, measures
 
         sums = accumulate(ctx, trainee, layout, step, batch, terms)
@@ -88,6 +89,23 @@ def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> 
         spec.data,
         where,
     )
+
+
+def _loss_fn(spec: DpoSpec, pairs: list[Pair], reference: torch.Tensor, batch: list[Pair]) -> LossFn:
+    """The step's loss as a sum over these pairs, from the log-probabilities of their tokens."""
+
+    def loss(tokens: torch.Tensor, items: slice) -> torch.Tensor:
+        logprobs = pair_sums(pairs[items], tokens)
+        found = _losses(spec, pairs[items], logprobs - reference[items]).sum() / len(batch)
+        if spec.nll_weight:
+            found = found - spec.nll_weight * logprobs[:, 0].sum() / _chosen_tokens(batch)
+        return found
+
+    return loss
+
+
+def _chosen_tokens(batch: list[Pair]) -> int:
+    return sum(pair.chosen.num_scored for pair in batch)
 
 
 def _losses(spec: DpoSpec, pairs: list[Pair], ratios: torch.Tensor) -> torch.Tensor:

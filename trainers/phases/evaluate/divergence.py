@@ -8,19 +8,14 @@ from typing import Any
 import torch
 
 from trainers.core.batch import Batch
-from trainers.core.scoring import CHUNK_ELEMENTS, head_logits, hidden_states
+from trainers.core.head_losses import Beside
+from trainers.core.scoring import Scorer, hidden_states
 
 
 def divergence_sums(model: Any, reference: Any, batch: Batch) -> torch.Tensor:
     """KL(model || reference) summed over each sequence's scored tokens, in nats: (S,)."""
-    ours = hidden_states(model, batch)[batch.scored_at]
-    theirs = hidden_states(reference, batch)[batch.scored_at]
-    size = max(1, CHUNK_ELEMENTS // (2 * model.get_output_embeddings().weight.shape[0]))
-    parts = [
-        kl(head_logits(model, ours[i : i + size]), head_logits(reference, theirs[i : i + size]))
-        for i in range(0, len(ours), size)
-    ]
-    return batch.sums(torch.cat(parts)) if parts else torch.zeros(batch.num_sequences)
+    beside = Beside(reference, hidden_states(reference, batch)[batch.scored_at])
+    return batch.sums(Scorer(model)(batch, lambda ours, _, theirs: kl(ours, theirs), beside=beside))
 
 
 def kl(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

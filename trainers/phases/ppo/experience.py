@@ -9,10 +9,11 @@ from torch import nn
 
 from trainers.core.batch import Batch, Sequence
 from trainers.core.encode import joined
+from trainers.core.heads import in_fp32
 from trainers.core.layers import score_head
 from trainers.core.parallel import Workers
 from trainers.core.rollouts import Sample
-from trainers.core.scoring import called_in_fp32, hidden_states
+from trainers.core.scoring import hidden_states
 from trainers.core.step import Layout, scored
 from trainers.phases.ppo.advantages import gae, token_rewards, whiten
 from trainers.phases.ppo.loss import kl_estimate
@@ -32,7 +33,7 @@ class Critic(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Values at the batch's K scored positions: (K,) in fp32."""
         hidden = hidden_states(self.model, batch)[batch.scored_at]
-        return called_in_fp32(score_head(self.model), hidden).squeeze(-1)
+        return in_fp32(score_head(self.model), hidden).squeeze(-1)
 
 
 @dataclass(frozen=True)

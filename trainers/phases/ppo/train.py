@@ -158,12 +158,14 @@ def policy_terms(
     """Some responses' part of the mean clipped loss over the tokens of ``mini``, and how far the policy has moved."""
     device = batch.input_ids.device
     old, advantages = (experience.flat(name, chosen, device) for name in ("logprobs", "advantages"))
-    logprobs = logprobs_of(module, spec.sampling.temperature)(batch)
     num_tokens = experience.num_tokens(mini)
-    with torch.no_grad():
-        moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
-        outside = clipped(logprobs, old, spec.clip_range).sum() / num_tokens
-    loss = policy_loss(logprobs, old, advantages, spec.clip_range).sum() / num_tokens
+
+    def clipped_loss(logprobs: torch.Tensor, at: slice) -> torch.Tensor:
+        return policy_loss(logprobs, old[at], advantages[at], spec.clip_range).sum() / num_tokens
+
+    loss, logprobs = module(batch, target_logprobs(batch, spec.sampling.temperature), clipped_loss)
+    moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
+    outside = clipped(logprobs, old, spec.clip_range).sum() / num_tokens
     return loss, {"approx_kl": moved, "clip_fraction": outside}
 
 

@@ -17,12 +17,13 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.head_losses import head_loss
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit
 from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores
 from trainers.core.rows import Row, Rows, encode_rows, read_rows
-from trainers.core.scoring import hidden_states, over_chunks, target_logprobs
+from trainers.core.scoring import hidden_states, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate, in_eval_mode, scored
 from trainers.core.trainee import Trainee
 from trainers.phases.reward import loss
@@ -37,13 +38,18 @@ class RewardModule(nn.Module):
         self.classifier = classifier
         self.language = language
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (S,) and the log-probabilities of the scored tokens (K,), which are all zero without language head."""
+    def forward(self, batch: Batch, num_scored: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores, (S,), and the scored tokens' part of the mean loss over ``num_scored`` ones, (): 0 without them, or head."""
         hidden = hidden_states(self.classifier, batch)
         scores = head_scores(self.classifier, hidden, batch)
-        if self.language is None:
-            return scores, scores.new_zeros(len(batch.scored_at))
-        return scores, over_chunks(self.language, hidden[batch.scored_at], target_logprobs(batch))
+        if self.language is None or num_scored is None:
+            return scores, scores.new_zeros(())
+
+        def mean(logprobs: torch.Tensor, _: slice) -> torch.Tensor:
+            return -logprobs.sum() / num_scored
+
+        found, _ = head_loss(self.language, hidden[batch.scored_at], target_logprobs(batch), mean)
+        return scores, found
 
 
 def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
@@ -67,8 +73,8 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
         batch = [train[i] for i in order.indices(step)]
 
         def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
-            scores, logprobs = trainee.module(micro)
-            return _loss(spec, pairs, batch, scores[: 2 * len(pairs)].view(-1, 2), logprobs)
+            scores, language = trainee.module(micro, sum(pair.chosen.num_scored for pair in batch))
+            return _loss(spec, pairs, batch, scores[: 2 * len(pairs)].view(-1, 2), language)
 
         sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
@@ -110,7 +116,7 @@ def _sequences(pair: Pair) -> list[Sequence]:
 
 
 def _loss(
-    spec: RewardSpec, pairs: list[Pair], batch: list[Pair], scores: torch.Tensor, logprobs: torch.Tensor
+    spec: RewardSpec, pairs: list[Pair], batch: list[Pair], scores: torch.Tensor, language: torch.Tensor
 ) -> tuple[torch.Tensor, Measures]:
     """These pairs' part of the loss of the step's whole batch, and of its measures; ``scores`` are (P, 2).
 
@@ -123,7 +129,7 @@ def _loss(
         pair_loss = pair_loss + spec.centering * loss.centering(chosen, rejected)
     total = pair_loss.sum() / len(batch)
     if spec.lm_weight:
-        total = total - spec.lm_weight * logprobs.sum() / sum(pair.chosen.num_scored for pair in batch)
+        total = total + spec.lm_weight * language
     difference = (chosen - rejected).detach()
     right = loss.right(difference)
     return total, {"accuracy": right.sum() / len(batch), "reward": difference.sum() / len(batch)}

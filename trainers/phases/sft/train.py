@@ -44,7 +44,8 @@ def main(spec: SftSpec, ctx: PhaseContext) -> Outcome:
         num_scored = sum(sequence.num_scored for sequence in batch)
 
         def terms(_: list[Sequence], micro: Batch, num_scored: int = num_scored) -> tuple[torch.Tensor, Measures]:
-            return -trainee.module(micro, target_logprobs(micro)).sum() / num_scored, {}
+            loss, _ = trainee.module(micro, target_logprobs(micro), lambda logprobs, _: -logprobs.sum() / num_scored)
+            return loss, {}
 
         sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
