@@ -1,5 +1,9 @@
 """Losses with gradients formed in the forward pass, beside autograd's in float64 from the definitions."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -348,3 +352,14 @@ def test_pieces_cover_every_position_and_item_once_and_in_order(sizes, room):
         size = sum(at.stop - at.start for at in chunks)
         assert size == (items.stop - items.start if sizes is None else sum(sizes[items]))
         assert len(chunks) == 1 or items.stop - items.start == 1, "only an item alone has several"
+
+
+@pytest.mark.slow
+def test_heads_that_fsdp_splits_get_the_gradients_of_whole_ones():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("head_processes.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(script)], check=False, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
