@@ -394,7 +394,7 @@ class Parallel(SpecModel):
     """How one phase is spread over processes."""
 
     NOT_IDENTITY = frozenset(
-        {"strategy", "fsdp", "deepspeed", "frozen", "gradient_checkpointing", "micro_batch_tokens"}
+        {"strategy", "fsdp", "deepspeed", "frozen", "gradient_checkpointing", "micro_batch_tokens", "attention"}
     )
     SHRINKS = frozenset({"micro_batch_tokens"})
 
@@ -412,6 +412,8 @@ class Parallel(SpecModel):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
     """Tokens in one forward pass on one device. A step larger than that accumulates gradients; the result is the same."""
+    attention: Literal["auto", "sdpa", "eager", "flash", "varlen", "flex"] = "auto"
+    """How models attend where tokens are scored. `flash` (the package flash-attn), `varlen` (torch's own kernel) and `flex` need a GPU and waste nothing on packed rows; `sdpa` and `eager` mask them. `auto` is the first of those in this order that a model can have, and transformers' own choice without a GPU. Responses are generated with `sdpa` or `eager`."""
 
     @model_validator(mode="after")
     def _settings_of_the_strategy(self) -> Self:

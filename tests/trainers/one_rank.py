@@ -11,6 +11,7 @@ class OneRank:
     def __init__(self, rank: int = 0, world: int = 1, bf16: bool = False) -> None:
         self.rank, self.world, self.bf16, self.device = rank, world, bf16, torch.device("cpu")
         self.is_main = rank == 0
+        self.attention = "auto"
         self.last: list[bool] = []
         """Of each pass, whether gradients would have been exchanged."""
 

@@ -11,10 +11,22 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from enum import IntEnum
 from heapq import heappop, heapreplace
 
 import numpy as np
 import torch
+
+
+class Packing(IntEnum):
+    """How a pass's sequences lie in rows, from what every model can to what wastes least."""
+
+    PADDED = 0
+    """Each in a row of its own."""
+    ROWS = 1
+    """Rows as long as the longest, for attention by a mask: its pairs of positions are those within a row."""
+    ONE_ROW = 2
+    """All behind each other, without padding, for attention that sees no pairs of different sequences."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,10 @@ class Batch:
     """(S,) flat position of each sequence's last token."""
     num_tokens: int
     """Real tokens, padding not counted."""
+    bounds: torch.Tensor | None = None
+    """Flat positions at which packed sequences begin, and the end: (S' + 1,) in int32; a row's padding is one of them."""
+    longest: int = 0
+    """Tokens of the longest packed sequence."""
 
     @property
     def num_sequences(self) -> int:
@@ -88,7 +104,11 @@ def pack_rows(lengths: List[int], capacity: int) -> list[list[int]]:
 
 
 def plan_micro_batches(
-    lengths: List[List[int]], max_tokens: int, packing: bool, world: int = 1, costs: List[float] | None = None
+    lengths: List[List[int]],
+    max_tokens: int,
+    packing: bool | Packing,
+    world: int = 1,
+    costs: List[float] | None = None,
 ) -> list[list[list[int]]]:
     """Split items over ranks and forward passes, so that ranks wait for each other as little as items allow.
 
@@ -183,33 +203,36 @@ def _split(groups: list[list[int]], wanted: int) -> list[list[int]]:
     return groups
 
 
-def collate(sequences: List[Sequence], packing: bool, device: torch.device, pad_id: int = 0) -> Batch:
+def collate(sequences: List[Sequence], packing: bool | Packing, device: torch.device, pad_id: int = 0) -> Batch:
     """Lay sequences out in rows. The batch's sequences keep the order given, whatever row they are in.
 
     An empty list gives one unscored token, so that a rank without work still takes part in a step.
     """
     sequences = sequences or [Sequence(np.array([pad_id]), np.array([False]))]
     lengths = [len(s) for s in sequences]
-    width = max(lengths)
+    width = sum(lengths) if packing == Packing.ONE_ROW else max(lengths)
     rows = pack_rows(lengths, width) if packing else [[i] for i in range(len(sequences))]
     place = _places(rows, lengths, width)
     input_ids = np.full(len(rows) * width, pad_id, dtype=np.int64)
     for sequence, start in zip(sequences, place, strict=True):
         input_ids[start : start + len(sequence)] = sequence.ids
     scored = [np.flatnonzero(s.scored[1:]) for s in sequences]
-    packed = len(rows) < len(sequences)
+    positions = _positions(rows, lengths, width) if len(rows) < len(sequences) else None
+    bounds = None if positions is None else np.append(np.flatnonzero(positions.ravel() == 0), positions.size)
 
     def tensor(parts: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(parts.astype(np.int64)).to(device)
 
     return Batch(
         input_ids=tensor(input_ids).view(len(rows), width),
-        position_ids=tensor(_positions(rows, lengths, width)) if packed else None,
+        position_ids=None if positions is None else tensor(positions),
         scored_at=tensor(np.concatenate([start + at for start, at in zip(place, scored, strict=True)])),
         target_ids=tensor(np.concatenate([s.ids[at + 1] for s, at in zip(sequences, scored, strict=True)])),
         segment=tensor(np.repeat(np.arange(len(sequences)), [len(at) for at in scored])),
         last_at=tensor(np.array([start + n - 1 for start, n in zip(place, lengths, strict=True)])),
         num_tokens=sum(lengths),
+        bounds=None if bounds is None else tensor(bounds).int(),
+        longest=0 if bounds is None else int(np.diff(bounds).max()),
     )
 
 

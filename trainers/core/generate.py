@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from trainers.contract import BadInput, Diverged
+from trainers.core.attention import with_a_cache
 from trainers.spec import Sampling
 
 
@@ -57,12 +58,13 @@ def generate(
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, Response] = {}
-    for start in range(0, len(order), sampling.batch_size):
-        chosen = order[start : start + sampling.batch_size]
-        batch = _Batch(
-            model, [prompts[i] for i in chosen], sampling, stop_ids, uniforms[chosen], pad_id, keep_times, num_known
-        )
-        responses |= zip(chosen, batch.run(), strict=True)
+    with with_a_cache(model):
+        for start in range(0, len(order), sampling.batch_size):
+            chosen = order[start : start + sampling.batch_size]
+            batch = _Batch(
+                model, [prompts[i] for i in chosen], sampling, stop_ids, uniforms[chosen], pad_id, keep_times, num_known
+            )
+            responses |= zip(chosen, batch.run(), strict=True)
     model.train(was_training)
     return [responses[i] for i in range(len(prompts))]
 

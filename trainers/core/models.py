@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
+from trainers.core.batch import Packing
 from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
@@ -38,8 +39,8 @@ class LoadedModel:
     """Responses hold ids below this alone: a phase lowers it to what those embed who read the responses. None: no limit."""
     whole_turns: bool = False
     """Of a reward model from elsewhere: it is read at the end of all that its template writes, not of the response."""
-    packs: bool = True
-    """Whether several sequences can share a row without seeing each other; the start-up check finds out."""
+    packs: Packing = Packing.ROWS
+    """How several sequences can share a row without seeing each other; the start-up check finds out."""
 
     @property
     def num_parameters(self) -> int:

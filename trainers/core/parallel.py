@@ -27,6 +27,7 @@ class Workers:
     def __init__(self, parallel: Parallel) -> None:
         cuda = torch.cuda.is_available()
         self.bf16 = _use_bf16(parallel)
+        self.attention = parallel.attention
         if parallel.strategy == "fsdp" or parallel.splits_frozen:
             _be_a_group()
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.

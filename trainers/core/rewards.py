@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, Sequence, collate
+from trainers.core.attention import in_halves, settle
+from trainers.core.batch import Batch, Packing, Sequence, collate
 from trainers.core.classifiers import RewardModel, TextClassifier, text_scores
 from trainers.core.encode import joined
 from trainers.core.heads import in_fp32
@@ -100,7 +101,7 @@ def check_reward_scoring(loaded: LoadedModel, workers: Workers) -> None:
 def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
     """Whether scores are those of the model's own forward on single sequences; and whether these can share rows.
 
-    Sets ``loaded.packs``; see :func:`trainers.core.scoring.check_scoring` for what this guards against.
+    Sets its attention and ``loaded.packs``; see :func:`trainers.core.scoring.check_scoring` for what this guards against.
     """
     model, device = loaded.model, workers.device
     sequences = probe_sequences(model)
@@ -108,13 +109,14 @@ def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
     with in_eval_mode(model), workers.autocast() if model.dtype != torch.float32 else nullcontext():
         own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
 
-        def differs(packing: bool) -> bool:
-            scores = reward_scores(model, collate(sequences, packing, device))
+        def differs(packing: Packing) -> bool:
+            with workers.autocast() if in_halves(model) else nullcontext():
+                scores = reward_scores(model, collate(sequences, packing, device))
             return error_share(list(scores[:, None, None]), own) > tolerance(model)
 
-        if differs(packing=False):
+        loaded.packs = settle(model, workers, differs)
+        if differs(Packing.PADDED):
             return False
-        loaded.packs = not differs(packing=True)
     if not loaded.packs and workers.is_main:
         kind = model.config.model_type
         print(

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainers.contract import Diverged
 from trainers.core import balance
-from trainers.core.batch import Batch, Sequence, collate, plan_micro_batches
+from trainers.core.batch import Batch, Packing, Sequence, collate, plan_micro_batches
 from trainers.core.context import PhaseContext
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
@@ -37,7 +37,7 @@ class Layout(Generic[Item]):
     """An item's sequences, which stay together."""
     max_tokens: int
     """Of one forward pass on one device."""
-    packing: bool
+    packing: bool | Packing
 
     def plan(self, workers: Workers, items: list[Item], flops: ModelFlops | None = None) -> list[list[int]]:
         """This rank's forward passes as indices of items, perhaps none; every rank has the same number of passes.

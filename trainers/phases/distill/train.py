@@ -69,7 +69,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     total_steps = spec.duration.max_steps or streams.total_steps(order.total_steps)
     _check_streams(spec, ctx, streams, total_steps)
     prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, total_steps, ctx.seed) if traces else order
-    packing = spec.packing and teacher.packs and student.packs
+    packing = spec.packing and min(teacher.packs, student.packs)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})

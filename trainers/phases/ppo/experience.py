@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, Sequence
+from trainers.core.batch import Batch, Packing, Sequence
 from trainers.core.encode import joined
 from trainers.core.heads import in_fp32
 from trainers.core.layers import score_head
@@ -66,7 +66,7 @@ def assess(
     policy: TokenScores,
     reference: TokenScores,
     critic: TokenScores,
-    packing: bool,
+    packing: bool | Packing,
 ) -> Experience:
     """Score every response token with the three models and work out advantages and returns."""
     sequences = [_sequence(sample) for sample in samples]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, BatchOrder
+from trainers.core.batch import Batch, BatchOrder, Packing
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
@@ -51,7 +51,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     critic = Trainee(
         ctx.workers, Critic(critic_model.model), spec.critic_optim, updates, model_flops(critic_model.model)
     )
-    packing = spec.packing and loaded.packs and reference.loaded.packs and critic_model.packs
+    packing = spec.packing and min(loaded.packs, reference.loaded.packs, critic_model.packs)
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
     checkpoints.state = {"kl_coef": spec.kl.coef}
     print_memory(
@@ -120,7 +120,7 @@ def optimise(
     critic: Trainee,
     experience: Experience,
     iteration: int,
-    packing: bool,
+    packing: bool | Packing,
 ) -> dict[str, float]:
     """The round's updates of policy and critic. Returns the means of their metrics over the updates made."""
     size = spec.mini_batch_size or spec.batch_size
