@@ -46,7 +46,7 @@ def _problems(path: str, source: DataSource, schema: str, base_dir: Path, skip: 
 
 def _fault(place: str, raw: Any, source: DataSource, schema: str) -> str | None:
     try:
-        row = jsonl.parse(raw) if isinstance(raw, bytes) else raw
+        row = jsonl.value(raw)
         seed_row(row, schema, source.format, source.columns)
     except jsonl.Malformed as problem:
         return f"{place}: {problem}"

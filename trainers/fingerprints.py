@@ -31,8 +31,15 @@ def source_files(pattern: str, base_dir: Path) -> list[Path]:
     except OSError as error:  # a name that no file can have, a folder that may not be read
         raise BadInput(f"{pattern!r} cannot be looked up: {error.strerror}") from error
     if not files:
-        raise BadInput(f"no file matches {pattern!r} in {base_dir.resolve()}")
+        raise BadInput(_no_file(path) or f"no file matches {pattern!r} in {base_dir.resolve()}")
     return files
+
+
+def _no_file(path: Path) -> str | None:
+    """What lies in a file's place. Pipes and devices have no content that could be read twice, or that ends."""
+    if path.is_dir():
+        return f"{path} is a folder; name its files, for example {path}/*.jsonl"
+    return f"{path} is no regular file, but a pipe, socket or device" if path.exists() else None
 
 
 def fingerprint(source: DataSource, base_dir: Path) -> str:

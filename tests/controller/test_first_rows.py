@@ -120,7 +120,7 @@ def test_rows_that_are_skipped_are_named_if_there_are_no_others(tmp_path: Path, 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl.gz").write_bytes(b"no gzip")
     (found,) = problems(one(), tmp_path)
-    assert "d.jsonl.gz:1: cannot be read: damaged gzip file" in found
+    assert "d.jsonl.gz:1: cannot be read from here on: damaged gzip file" in found
 
 
 @pytest.mark.parametrize(("name", "content"), [("d.jsonl", ""), ("d.jsonl", "\n\n"), ("d.json", "[]")])

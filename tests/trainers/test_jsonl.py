@@ -114,7 +114,7 @@ def test_a_damaged_gzip_file_is_named_by_line(tmp_path, damage):
     path = tmp_path / "d.jsonl.gz"
     text = "".join(f'{{"a": {i * 7919 % 1009}}}\n' for i in range(2000))
     path.write_bytes(damage(gzip.compress(text.encode())))
-    with pytest.raises(BadInput, match=r"d\.jsonl\.gz:\d+: cannot be read: damaged gzip file|d\.jsonl\.gz:\d+: not "):
+    with pytest.raises(BadInput, match=r"d\.jsonl\.gz:\d+: (cannot be read from here on: damaged gzip file|not )"):
         list(jsonl.read(path))
 
 
@@ -151,7 +151,7 @@ def test_whatever_a_file_holds_it_is_read_or_bad_input(tmp_path_factory, name, d
     path.write_bytes(data)
     try:
         for _, found in jsonl.items(path):
-            jsonl.dump({"a": jsonl.parse(found) if isinstance(found, bytes) else found})
+            jsonl.dump({"a": jsonl.value(found)})
     except (BadInput, jsonl.Malformed) as problem:
         assert len(str(problem).splitlines()) == 1  # noqa: PT017 - either outcome is right
 

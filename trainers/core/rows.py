@@ -80,18 +80,20 @@ def _read_source(found: Rows, source: DataSource, schema: str, base_dir: Path, s
         if len(found) == last:
             break
         try:
-            value = jsonl.parse(raw) if isinstance(raw, bytes) else raw
+            value = jsonl.value(raw)
             found.rows.append(seed_row(value, schema, source.format, source.columns))
             found.places.append(place)
         except jsonl.Malformed as problem:
             if not skip:
                 raise BadInput(f"{place}: {problem}") from problem
-            skipped.append(f"{place}: {problem}")
+            # Behind a damage there is more that is lost: it is told before any single row.
+            at = 0 if isinstance(problem, jsonl.Damaged) else len(skipped)
+            skipped.insert(at, f"{place}: {problem}")
     return skipped
 
 
 def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, bytes | Row]]:
-    """(place for error messages, line of JSON or decoded row)."""
+    """(place for error messages, line of JSON or decoded row), for :func:`jsonl.value`."""
     if source.files is not None:
         for path in source_files(source.files, base_dir):
             yield from jsonl.items(path)

@@ -69,7 +69,7 @@ def _all_rows(spec: ScratchTokenizer, base_dir: Path) -> Iterator[Any]:
     for source in spec.train_on:
         for place, raw in islice(raw_rows(source, base_dir), source.limit):
             try:
-                yield jsonl.parse(raw) if isinstance(raw, bytes) else raw
+                yield jsonl.value(raw)
             except jsonl.Malformed as problem:
                 raise BadInput(f"{place}: {problem}") from problem
 

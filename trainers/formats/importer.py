@@ -44,9 +44,7 @@ def import_rows(name: str, pattern: str, target: Path, columns: Mapping[str, str
     schema, seen_at = _schema_of_all(found, name, columns)
     for place, value in found:
         try:
-            if isinstance(value, jsonl.Malformed):
-                raise value
-            rows.append(_row(value, schema, seen_at, name, columns))
+            rows.append(_row(jsonl.value(value), schema, seen_at, name, columns))
         except jsonl.Malformed as problem:
             if not skip:
                 raise BadInput(f"{place}: {problem}") from problem
@@ -62,7 +60,7 @@ def _values(sources: Iterable[Path]) -> Iterator[tuple[str, object]]:
     """(place, value or what is wrong with it) of every row."""
     for place, raw in (item for path in sources for item in jsonl.items(path)):
         try:
-            yield place, jsonl.parse(raw) if isinstance(raw, bytes) else raw
+            yield place, jsonl.value(raw)
         except jsonl.Malformed as problem:
             yield place, problem
 
