@@ -74,7 +74,7 @@ def scores(model, sequences, packing):
 def gradient(model, sequences, packing):
     batch = collate(sequences, packing, CPU)
     model.zero_grad()
-    Scorer(model)(batch, target_logprobs(batch)).sum().backward()
+    Scorer(model)(batch, target_logprobs(batch), lambda found, _: found.sum())[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
