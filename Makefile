@@ -20,7 +20,7 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
   nvshmem-cu13 nvtx)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-node test-api test-unit test-families bench-heads bench-operator bench-balance test-fast lint gen manifests verify lock clean images operator-image trainer-image test-images dashboard-pictures cluster-up cluster-down demo-cluster
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,13 +41,16 @@ test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not node"
 
 test-unit: $(VENV)/.dev ## The tests that need no cluster
-	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families)"
+	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed)"
 
 test-families: $(VENV)/.dev ## The whole matrix: every model family in every phase and precision, a quarter of an hour
 	$(BIN)/pytest tests/trainers/families
 
 bench-heads: $(VENV)/.dev ## Time and memory of losses on a language head beside autograd's; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trainers/bench_heads.py
+
+test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy
+	$(BIN)/pytest tests/trainers/distributed
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
@@ -56,7 +59,7 @@ bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on len
 	$(BIN)/python tests/trainers/busy_ranks.py
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
-	$(BIN)/pytest -m "not (slow or browser or families)"
+	$(BIN)/pytest -m "not (slow or browser or families or distributed)"
 
 lint: $(VENV)/.dev ## Style, types, import layers
 	$(BIN)/ruff check .

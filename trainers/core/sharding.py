@@ -45,7 +45,7 @@ class Sharding:
         name = score_head_name(model)
         heads = set(getattr(model, name).parameters()) if name is not None else set()
         self._shard(model, False, MixedPrecisionPolicy(cast_forward_inputs=False), heads)
-        for parameter in heads:
+        for parameter in (head for head in heads if not head.is_meta):
             parameter.data = parameter.data.to(self.mesh.device_type)
 
     def _groups(self, model: PreTrainedModel) -> list[nn.Module]:
