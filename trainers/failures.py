@@ -122,14 +122,16 @@ def _message(error: Exception, folder: Path | None) -> str:
 
 
 def no_room(error: BaseException, folder: Path | None) -> str:
-    """The folder that is full (``folder`` where the error names none), and how many bytes there are."""
+    """The folder that is full (``folder`` where the error names none), how many bytes were needed and how many there are."""
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
     named = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else None
     place = next((p for p in (named, folder) if p is not None), Path.cwd()).absolute()
     there = next(p for p in (place, *place.parents) if p.exists())
     usage = shutil.disk_usage(there)
     quota = " (a quota may end earlier)" if getattr(error, "errno", None) == errno.EDQUOT else ""
-    return f"no space left to write in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}"
+    needed = next((e.bytes_needed for e in chain(error) if hasattr(e, "bytes_needed")), None)
+    wanted = f" {needed:,} bytes" if needed else ""
+    return f"no space left to write{wanted} in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}"
 
 
 def terminate(termination: Termination) -> None:

@@ -16,13 +16,24 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Note on what is raised meanwhile how many bytes were to be written: for the message if there is no room."""
+    try:
+        yield
+    except Exception as error:
+        vars(error).setdefault("bytes_needed", num_bytes)
+        raise
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with room_for(len(data)), temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from trainers.contract import BadInput, FailureClass, Infrastructure, Termination
-from trainers.failures import classify, terminate
+from trainers.failures import classify, no_room, terminate
+from trainers.files import write_atomic
 from trainers.workspace import PhaseDir
 
 OUT_OF_MEMORY = [
@@ -162,3 +163,13 @@ def test_a_full_disk_is_infrastructure_and_the_phase_goes_on_when_there_is_room(
     assert run_phase("sft", spec, None, undisturbed, base_dir=str(tmp_path))[0] == 0
     ours, theirs = (load_file(PhaseDir(place).model / "model.safetensors") for place in (output, undisturbed))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_full_disk_says_how_many_bytes_were_to_be_written(small_disk):
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(small_disk / "rows.jsonl", b"x" * 2_000_000)
+    found = no_room(RuntimeError("another"), small_disk)
+    assert found.startswith(f"no space left to write in {small_disk}: ")
+    assert no_room(raised_from(RuntimeError("wrapped"), caught.value), small_disk).startswith(
+        f"no space left to write 2,000,000 bytes in {small_disk}: 921,600 of 921,600 bytes are free"
+    )

@@ -93,7 +93,7 @@ CASES = [
     # -- messages, named or not
     ("messages", "sft", {"messages": [USER, says("a")]}, {"messages": [USER, says("a")]}),
     (None, "sft", {"messages": [USER, says("a")], "system": "s"}, {"messages": [SYSTEM, USER, says("a")]}),
-    (None, "sft", {"messages": [*TALK, says("b")], "system": "t"}, {"messages": [*TALK, says("b")]}),
+    (None, "sft", {"messages": [*TALK, says("b")], "system": TALK[0]["content"]}, {"messages": [*TALK, says("b")]}),
     (None, "sft", {"messages": [{"role": "developer", "content": "s"}, USER, says("a")]}, None),
     (None, "sft", {"prompt": "q", "response": "a", "system": "s"}, {"messages": [SYSTEM, USER, says("a")]}),
     (None, "sft", {"prompt": "q", "response": "a", "system": "", "tools": None}, {"prompt": "q", "response": "a"}),
@@ -303,6 +303,8 @@ REFUSED = [
     (None, "sft", {"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0] needs a"),
     (None, "sft", {"prompt": "q", "response": 3, "system": "s"}, "response is int, expected text"),
     (None, "sft", {"prompt": "q", "response": "a", "system": 3}, "system is int, expected text"),
+    (None, "sft", {"messages": [SYSTEM, USER, says("a")], "system": "t"}, "system is not what messages begin with"),
+    (None, "prompt", {"prompt": [SYSTEM, USER], "system": "t"}, "system is not what messages begin with as a system"),
     (None, "sft", {"messages": [USER, says("a")], "tools": "{"}, "tools: not valid JSON"),
     (None, "sft", {"messages": [USER, says("a")], "tools": '[{"a": "\\ud800"}]'}, "tools: half a character"),
     (None, "sft", {"messages": [USER, says("a")], "tools": "[" * 2000}, "tools: nested deeper than 64 levels"),

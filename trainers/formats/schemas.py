@@ -116,6 +116,8 @@ def _with_system(row: Row, schema: str) -> Row:
     if not isinstance(system, str):
         raise Malformed(f"system is {type(system).__name__}, expected text")
     turns = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+    if system and turns[0]["role"] == "system" and turns[0]["content"] != system:
+        raise Malformed("system is not what messages begin with as a system turn: leave one of them out")
     if not system or turns[0]["role"] == "system" or not isinstance(turns[0]["content"], str):
         return without(row, "system")
     turns = [{"role": "system", "content": system}, *turns]
