@@ -1,0 +1,1 @@
+"""How large a model and a phase are, by arithmetic alone: no torch, no weights, no network."""
