@@ -1,21 +1,24 @@
 """One turn of the loop, the same for every backend: observe, decide, write the status once, act."""
 
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from datetime import datetime
 
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.plan.decide import Apply, Decision, decide
+from controller.plan.shapes import Configs
 
 Save = Callable[[RunStatus], Awaitable[None]]
 
 
 async def reconcile(
-    run: AlignmentRun, backend: Backend, now: datetime, save: Save, only: Collection[str] | None = None
-) -> Decision:
+    run: AlignmentRun, backend: Backend, now: datetime, save: Save, only: Collection[str] | None = None,
+    configs: Configs | None = None,
+) -> Decision:  # fmt: skip
     """The status is saved before anything is done: a crash in between asks again, and never forgets a failure."""
-    observed = await backend.observe(run)
+    observed = replace(await backend.observe(run), configs=configs or {})
     decision = decide(run, observed, now, only)
     if decision.status != run.status:
         await save(decision.status)

@@ -125,7 +125,9 @@ class Template(SpecModel):
     claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16)
     """Claims to mount besides the workspace."""
     node_selector: dict[str, str] = {}
-    """Labels a node must have."""
+    """Labels a node must have. By `nvidia.com/gpu.product` it is said beforehand whether a phase fits that GPU."""
+    gpu_memory: Quantity | None = None
+    """Memory of one GPU (`80Gi`), where its product does not tell it. Nothing is asked for by it: whether phases fit is said by `alignctl plan` and in the status."""
     tolerations: tuple[Toleration, ...] = Field(default=(), max_length=32)
     """Taints that are tolerated."""
     service_account_name: str | None = None

@@ -163,6 +163,10 @@ class PhaseStatus(StatusModel):
     """Last report of the running attempt."""
     queue: QueueStatus | None = None
     """What the queue says about the live attempt's job."""
+    needs: str = ""
+    """Memory that it needs of a device, by arithmetic: `needs 38 GiB of 80 GiB on each of 8 devices`. Until it has finished."""
+    fits: bool | None = None
+    """Whether that is there. Not set where it cannot be told."""
     metrics: dict[str, float] = {}
     """Final metrics."""
 

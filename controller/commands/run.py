@@ -49,8 +49,9 @@ class Request:
     def document(self) -> Document:
         return compose(read_document(self.file), [read_document(path) for path in self.fragments], self.settings)
 
-    def load(self) -> AlignmentRun:
-        return load_run(self.document(), self.base_dir, local=True)
+    def load(self, local: bool = True) -> AlignmentRun:
+        """``local``: as it is to run on this machine."""
+        return load_run(self.document(), self.base_dir, local=local)
 
     def selection(self, run: AlignmentRun) -> frozenset[str] | None:
         try:
@@ -61,10 +62,12 @@ class Request:
 
 def local_backend(request: Request, run: AlignmentRun, command: Command = phase_command) -> LocalBackend:
     machine = this_machine(os.environ)
-    procs = max(merge_templates(run.spec.template, entry.template).procs_per_node or 1 for entry in run.phases)
-    _check_gpus(machine, procs)
-    jobs = request.jobs or machine.default_jobs(procs)
+    jobs = request.jobs or machine.default_jobs(_procs(run))
     return LocalBackend(request.workspace, request.base_dir, machine, jobs, os.environ, command)
+
+
+def _procs(run: AlignmentRun) -> int:
+    return max(merge_templates(run.spec.template, entry.template).procs_per_node or 1 for entry in run.phases)
 
 
 def _check_gpus(machine: Machine, procs: int) -> None:
@@ -80,6 +83,7 @@ def run_command(request: Request, command: Command = phase_command) -> int:
     run = request.load()
     only = request.selection(run)
     backend = local_backend(request, run, command)
+    _check_gpus(backend.machine, _procs(run))
     with workspace.locked(request.workspace):
         _settle(request.workspace, run.name, backend.grace)
         asyncio.run(_check_inputs(run, backend, only))

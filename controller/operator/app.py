@@ -21,6 +21,7 @@ from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
+from controller.operator.model_configs import ModelConfigs
 from controller.operator.namespaces import NamespaceIsBack, readable, until_back
 from controller.operator.queue import Key, WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
@@ -66,9 +67,11 @@ class Operator:
         self.metrics.queue(self.queue)
         self.scraper = Scraper(every=options.poll.total_seconds())
         backend = PyTorchJobBackend(self.api, self.scraper, options.image)
+        self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
-            self.api, backend, self.metrics, options.identity, options.poll, defaults=options.defaults
-        )
+            self.api, backend, self.metrics, options.identity, options.poll, defaults=options.defaults,
+            configs=self.configs.of,
+        )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
         self.watchdog = Watchdog(
@@ -97,7 +100,7 @@ class Operator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.election.release()
-            await asyncio.gather(server.cleanup(), self.scraper.close(), self.api.close())
+            await asyncio.gather(server.cleanup(), self.scraper.close(), self.api.close(), self.configs.close())
 
     # -- what is watched
 

@@ -36,6 +36,8 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
     if before.digest and after.digest != before.digest and before.state in (PhaseState.SUCCEEDED, PhaseState.RUNNING):
         yield Event("Normal", "PhaseChanged", f"{name}: its settings or inputs have changed, so it runs again")
     yield from _attempts(before, after)
+    if after.fits is False and before.needs != after.needs:
+        yield Event("Warning", "WillNotFit", f"{name} {after.needs}")
     if after.state == before.state:
         return
     if after.state == PhaseState.SUCCEEDED:

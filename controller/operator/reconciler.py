@@ -17,6 +17,7 @@ from controller.operator.defaults import Defaults, remembering
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.plan.decide import going, is_settled, is_terminal, reject
+from controller.plan.shapes import Configs
 from controller.reconcile import reconcile
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,14 @@ logger = logging.getLogger(__name__)
 NONE = Defaults()
 POLL = timedelta(seconds=15)
 """Between two looks at a run in which something runs: for its progress."""
+
+
+ConfigsOf = Callable[[Key, AlignmentRun], Configs]
+"""What is known of the models of a run."""
+
+
+def no_configs(_: Key, __: AlignmentRun) -> Configs:
+    return {}
 
 
 def _now() -> datetime:
@@ -34,7 +43,7 @@ def _now() -> datetime:
 class Reconciler:
     def __init__(
         self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
-        now: Callable[[], datetime] = _now, defaults: Defaults = NONE,
+        now: Callable[[], datetime] = _now, defaults: Defaults = NONE, configs: ConfigsOf = no_configs,
     ) -> None:  # fmt: skip
         self.api = api
         self.backend = backend
@@ -43,6 +52,7 @@ class Reconciler:
         self.poll = poll
         self.now = now
         self.defaults = defaults
+        self.configs = configs
 
     async def look(self, key: Key) -> timedelta | None:
         """Returns when to look again, if nothing happens before. Raises what the API server says, to be tried again."""
@@ -67,7 +77,7 @@ class Reconciler:
         async def save(status: RunStatus) -> None:
             await self._write(key, run, document, before, remembering(status, run))
 
-        decision = await reconcile(run, self.backend, self.now(), save)
+        decision = await reconcile(run, self.backend, self.now(), save, configs=self.configs(key, run))
         self.metrics.run_seen(key, run, decision.status)
         # Also while something is only on its way out: that a pod will not come back shows by its silence alone.
         moving = decision.actions or (going(decision.status) and not is_terminal(decision.status))

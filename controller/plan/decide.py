@@ -18,8 +18,11 @@ from controller.plan.job import PhaseJob, build_job
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
 from controller.plan.resolve import ResolvedPhase, resolve
+from controller.plan.sizes import is_unknown, run_sizes, sentence
 from controller.plan.verdict import MOVING, run_claims, summary
 from trainers.contract import FailureClass
+
+ENDED = (PhaseState.SUCCEEDED, PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     before = _time_anew(before) if is_terminal(before) else before
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
+    steps = _with_needs(run, steps, before, observed)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
@@ -168,6 +172,23 @@ def _steps(
         )
         steps[phase.name] = step_phase(phase, before.phase_status(phase.name), at)
     return steps
+
+
+def _with_needs(run: AlignmentRun, steps: Mapping[str, Step], before: RunStatus, observed: Observed) -> dict[str, Step]:
+    """What unfinished phases need of a device. It is worked out once for a generation, and anew with what has become known."""
+    said = {phase.name: phase for phase in before.phases if phase.needs}
+    same = before.observed_generation == run.metadata.generation and before.started_at is not None
+    left = [name for name, step in steps.items() if step.status.state not in ENDED]
+    unknown = any(is_unknown(phase.needs) for phase in said.values())
+    kept = same and not (unknown and observed.configs)
+    sizes = {} if kept else run_sizes(run, observed.configs)
+    updated = dict(steps)
+    for name in left:
+        size, old = sizes.get(name), said.get(name)
+        needs, fits = (sentence(size), size.fits) if size else (old.needs, old.fits) if old and kept else ("", None)
+        status = steps[name].status.model_copy(update={"needs": needs, "fits": fits})
+        updated[name] = replace(steps[name], status=status)
+    return updated
 
 
 def _start(

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from controller.api.status import PhaseProgress, QueueStatus
+from controller.plan.shapes import Configs
 from trainers.contract import FailureClass
 
 
@@ -85,5 +86,7 @@ class Observed:
     """By phase; only `plan` asks."""
     problems: tuple[str, ...] = ()
     """What makes the run impossible on this backend, one line each."""
+    configs: Configs = field(default_factory=dict)
+    """Of the models that the run names, as far as they are known: what phases will need is worked out from them."""
     elsewhere: Mapping[str, ObservedResult] = field(default_factory=dict)
     """By digest: results of other runs and of earlier settings in the same workspace; only `plan` asks."""

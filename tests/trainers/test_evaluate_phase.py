@@ -322,6 +322,23 @@ def test_rows_of_no_use_are_bad_input_before_a_model_is_loaded(
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [("refusal", "no row says shouldRefuse: true"), ("overRefusal", None)],
+)
+def test_a_gate_that_no_row_can_meet_is_bad_input_before_a_model_is_loaded(
+    spec, run_phase, tmp_path, capfd, calls, metric, says
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "open box : copy A", "shouldRefuse": false}\n')
+    last = {"name": "last", "safety": {"data": {"rows": [{"files": str(path)}]}}}
+    gates = [{"metric": f"{spec['models'][0]['name']}/last/{metric}", "atLeast": 0}]
+    changed = {**spec, "benchmarks": [last], "gates": gates, "latency": {"enabled": False}}
+    code, _ = run_phase("evaluate", changed, None, tmp_path / "run" / "eval")
+    assert (code, calls != []) == ((2, False) if says else (0, True))
+    assert (says or "") in capfd.readouterr().err
+
+
 def test_between_the_responses_it_looks_for_a_request_to_stop(spec, run_phase, tmp_path, monkeypatch):
     """Responses that a pattern may take a second for, each."""
     from trainers.phases.evaluate import patterns

@@ -4,6 +4,7 @@ Each function gives the layers of a model, first to last. A test compares them w
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trainers.sizing.parts import (
@@ -70,7 +71,7 @@ def _gemma2(c: Settings) -> Layers:
     """Attention is written out, because scores are capped."""
     width, bias = c["hidden_size"], c.get("attention_bias", False)
     four = norm(width) + norm(width) + norm(width) + norm(width)
-    written_out = Part(pairs=4 * c["num_attention_heads"])
+    written_out = Part(pairs=2 * c["num_attention_heads"])
     layer = attention(c, bias, bias) + feed_forward(width, c["intermediate_size"]) + four + written_out
     return [layer] * c["num_hidden_layers"]
 
@@ -93,7 +94,7 @@ def _phi3(c: Settings) -> Layers:
         ("gate_up_proj", width, 2 * inner),
         ("down_proj", inner, width),
     )
-    layer = Part(linears, apart.other, apart.wide, apart.narrow, apart.pairs, apart.cache)
+    layer = replace(apart, linears=linears)
     return [layer] * c["num_hidden_layers"]
 
 
@@ -109,8 +110,9 @@ def _olmo2(c: Settings) -> Layers:
 def _gpt_oss(c: Settings) -> Layers:
     """Attention has sinks, a learned score for each head, and is written out."""
     width, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("attention_bias", True)
-    sinks = Part(other=heads, pairs=4 * heads)
-    sparse = experts(width, c["intermediate_size"], c["num_local_experts"], c["num_experts_per_tok"], True, bias=True)
+    sinks = Part(other=heads, pairs=heads)
+    count, used = c["num_local_experts"], c["num_experts_per_tok"]
+    sparse = experts(width, c["intermediate_size"], count, used, bias=True, steps=7)
     return [attention(c, bias, bias) + sinks + sparse + norm(width) + norm(width)] * c["num_hidden_layers"]
 
 
@@ -124,7 +126,11 @@ def _deepseek_v3(c: Settings) -> Layers:
 
 
 def _latent_attention(c: Settings) -> Part:
-    """Multi-head latent attention: queries and keys through narrow layers. Every head gets keys and values of its own."""
+    """Multi-head latent attention: queries and keys through narrow layers. Every head gets keys and values of its own.
+
+    The cache has what they are made of. They have different widths, for which the CPU's kernel is not made: there
+    attention is written out.
+    """
     width, heads = c["hidden_size"], c["num_attention_heads"]
     plain, rotary, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     narrow, latent, bias = c.get("q_lora_rank"), c["kv_lora_rank"], c.get("attention_bias", False)
@@ -140,7 +146,7 @@ def _latent_attention(c: Settings) -> Part:
         + norm(latent)
         + linear("kv_b_proj", latent, heads * (plain + value))
         + linear("o_proj", heads * value, width, bias)
-        + Part(narrow=kept, cache=heads * (plain + rotary + value))
+        + Part(narrow=kept, pairs=heads, cache=latent + rotary)
     )
 
 
@@ -154,8 +160,7 @@ def _gpt2(c: Settings) -> Layers:
         + linear("c_proj", inner, width, bias=True)
         + layer_norm(width)
         + layer_norm(width)
-        # The activation is written out: of its eight steps five keep something. Dropout keeps masks.
-        + Part(narrow=8 * width + 8 * inner, cache=2 * width)
+        + Part(narrow=6 * width + 5 * inner, cache=2 * width)  # the activation is written out
     )
     return [layer] * c["n_layer"]
 
@@ -169,7 +174,7 @@ def _gpt_neox(c: Settings) -> Layers:
         + linear("dense_4h_to_h", inner, width, bias=True)
         + layer_norm(width)
         + layer_norm(width)
-        + Part(narrow=7 * width + 2 * inner, cache=2 * width)
+        + Part(narrow=8 * width + 2 * inner, cache=2 * width)
     )
     return [layer] * c["num_hidden_layers"]
 

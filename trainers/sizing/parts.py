@@ -23,6 +23,8 @@ class Part:
     """Numbers that a token keeps for the backward pass in fp32 whatever the arithmetic is: those of norms."""
     narrow: int = 0
     """Numbers that a token keeps in the type of the arithmetic."""
+    masked: int = 0
+    """Numbers more that it keeps where attention has a mask: keys and values, repeated for each head of their group."""
     pairs: int = 0
     """Numbers that each pair of a row's tokens keeps, where attention is written out."""
     cache: int = 0
@@ -65,7 +67,7 @@ def attention(
         + linear("k_proj", width, groups, qkv_bias)
         + linear("v_proj", width, groups, qkv_bias)
         + linear(out, all_heads, width, out_bias)
-        + Part(narrow=width + 2 * all_heads + 2 * groups, cache=2 * groups)
+        + Part(narrow=width + 2 * all_heads + 2 * groups, masked=2 * (all_heads - groups), cache=2 * groups)
     )
 
 
@@ -86,8 +88,10 @@ def feed_forward(width: int, inner: int, bias: bool = False, prefix: str = "") -
     )
 
 
-def experts(width: int, inner: int, count: int, used: int, router_bias: bool = False, bias: bool = False) -> Part:
-    """A router over stacked, gated experts. A token keeps what each of its experts was given and made of it."""
-    each = 3 * width * inner + (2 * inner + width) * bias
-    router = count * (width + router_bias)
-    return Part(other=count * each + router, narrow=width + used * (2 * width + 4 * inner))
+def experts(width: int, inner: int, count: int, used: int, bias: bool = False, steps: int = 4) -> Part:
+    """A router over stacked, gated experts, each perhaps with biases.
+
+    A token keeps what each expert that is used for it was given, and ``steps`` times the inner width of what it made.
+    """
+    each = 3 * width * inner + (2 * inner + width + 1) * bias
+    return Part(other=count * (each + width), narrow=width + used * (2 * width + steps * inner))

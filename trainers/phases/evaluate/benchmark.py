@@ -1,6 +1,6 @@
 """What a benchmark is: settings, a name in the registry, and a function from a :class:`Subject` to metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,5 +28,7 @@ class Benchmark:
     """Kind of its rows."""
     problem: Callable[[Sequence[Row]], str | None] = lambda rows: None
     """Why there is nothing to say about these rows. Asked before any model is loaded."""
+    missing: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {}
+    """Metrics that these rows give no value to, each with the reason."""
     needs_reward_model: bool = False
     needs_reference: bool = False

@@ -38,12 +38,21 @@ class Laboratory:
         self._digests: dict[str, str] = {}
 
     def check_rows(self, entry: EntryBase) -> None:
-        """Read a benchmark's rows, so that what is wrong with them is not found out after hours. Raises BadInput."""
+        """Read a benchmark's rows, so that what is wrong with them is not found out after hours.
+
+        Raises BadInput if there is nothing to say about them, or nothing that a gate asks for.
+        """
         data = entry.settings.data or self.spec.data
         assert data is not None
-        problem = entry.benchmark.problem(self.rows(data, entry.benchmark.schema))
+        rows, place = self.rows(data, entry.benchmark.schema), f"benchmark {entry.name!r} ({entry.benchmark.name})"
+        problem = entry.benchmark.problem(rows)
         if problem is not None:
-            raise BadInput(f"benchmark {entry.name!r} ({entry.benchmark.name}): {problem}")
+            raise BadInput(f"{place}: {problem}")
+        missing = entry.benchmark.missing(rows)
+        for i, gate in enumerate(self.spec.gates):
+            _, _, metric = gate.metric.partition("/")
+            if (reason := missing.get(metric.removeprefix(f"{entry.name}/"))) and metric.startswith(f"{entry.name}/"):
+                raise BadInput(f"gates[{i}].metric: {gate.metric!r} can have no value, {place}: {reason}")
 
     def check_models(self, models: Mapping[str, NamedModel]) -> None:
         """Look at the models' configs before any is loaded. Raises BadInput for one that cannot answer so long."""

@@ -1,6 +1,6 @@
 """Refusals: where they should be, and where they should not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
@@ -39,8 +39,14 @@ def problem(rows: Sequence[Row]) -> str | None:
     return None if any(map(_is_marked, rows)) else "no row says shouldRefuse: true or false"
 
 
+def missing(rows: Sequence[Row]) -> Mapping[str, str]:
+    said = {row["shouldRefuse"] for row in rows if _is_marked(row)}
+    kinds = {"refusal": True, "overRefusal": False}
+    return {key: f"no row says shouldRefuse: {str(kind).lower()}" for key, kind in kinds.items() if kind not in said}
+
+
 def _is_marked(row: Row) -> bool:
     return isinstance(row.get("shouldRefuse"), bool)
 
 
-BENCHMARK = Benchmark("safety", SafetySpec, run, ("refusal", "overRefusal"), problem=problem)
+BENCHMARK = Benchmark("safety", SafetySpec, run, ("refusal", "overRefusal"), problem=problem, missing=missing)

@@ -1,0 +1,205 @@
+"""What each phase of a run will need of a device's memory, whether that is there, and what would fit. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from controller.api.quantities import byte_count
+from controller.api.run import AlignmentRun, Template
+from controller.plan.resolve import ResolvedPhase, resolve
+from controller.plan.shapes import Configs, Shapes
+from trainers.sizing.devices import GIB, PRODUCT_LABEL, product_memory
+from trainers.sizing.memory import Memory, Place
+from trainers.sizing.phases import Needs, ShapeOf, phase_needs
+from trainers.sizing.shapes import UnknownSize
+from trainers.spec import Fsdp, Parallel, PhaseSpec
+
+GPU = "nvidia.com/gpu"
+GPU_RESERVE = GIB
+"""CUDA's context, NCCL's and cuBLAS's workspaces: what is not there for tensors."""
+CPU_RESERVE = 3 * GIB // 4
+"""A process with torch and transformers, before it has a model: 0.5 GiB were measured, and rows and tokenizers come on top."""
+FRAGMENTED = 0.05
+"""Share of a GPU that the caching allocator cannot give out again in one piece."""
+SMALLEST_PASS = 512
+"""Tokens of a forward pass below which a step becomes slow."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where one process computes."""
+
+    gpu: bool
+    name: str = ""
+    """For people; empty where it is not known."""
+    memory: int | None = None
+    """Bytes for one process; None if it is not said."""
+
+    @property
+    def usable(self) -> int | None:
+        if self.memory is None:
+            return None
+        return int(self.memory * (1 - FRAGMENTED)) - GPU_RESERVE if self.gpu else self.memory - CPU_RESERVE
+
+
+@dataclass(frozen=True)
+class PhaseSize:
+    """What is known before a phase begins."""
+
+    phase: str
+    devices: int
+    device: Device
+    needs: Needs | None = None
+    unknown: str = ""
+    """Why it is not known what it needs; empty if it is."""
+    advice: str = ""
+    """What would fit, if this does not."""
+
+    @property
+    def fits(self) -> bool | None:
+        """None where that cannot be told."""
+        if self.needs is None or self.device.usable is None:
+            return None
+        if self.needs.memory.total > self.device.usable:
+            return False
+        return True if self.needs.activations_known else None
+
+
+def run_sizes(run: AlignmentRun, configs: Configs) -> dict[str, PhaseSize]:
+    """By phase, in the order in which they can run; phases that hold no model are left out."""
+    shape_of = Shapes(run, configs).of
+    found = ((phase.name, phase_size(phase, shape_of)) for phase in resolve(run))
+    return {name: size for name, size in found if size is not None}
+
+
+def phase_size(phase: ResolvedPhase, shape_of: ShapeOf) -> PhaseSize | None:
+    device = device_of(phase.template)
+    place = place_of(phase, device)
+    try:
+        needs = phase_needs(phase.spec, place, shape_of)
+    except UnknownSize as error:
+        return PhaseSize(phase.name, place.world, device, unknown=str(error))
+    if needs is None:
+        return None
+    size = PhaseSize(phase.name, place.world, device, needs)
+    return replace(size, advice=_advice(phase, device, shape_of)) if size.fits is False else size
+
+
+def device_of(template: Template) -> Device:
+    """A GPU if the pods ask for one or their nodes have one; else the pod's memory, shared by its processes."""
+    product = template.node_selector.get(PRODUCT_LABEL, "")
+    resources = {**template.resources.requests, **template.resources.limits} if template.resources else {}
+    if product or template.gpu_memory is not None or GPU in resources:
+        stated = byte_count(template.gpu_memory) if template.gpu_memory is not None else product_memory(product)
+        return Device(True, product, stated)
+    limit = template.resources.limits.get("memory") if template.resources else None
+    return Device(False, "", byte_count(limit) // (template.procs_per_node or 1) if limit is not None else None)
+
+
+def place_of(phase: ResolvedPhase, device: Device) -> Place:
+    wanted = phase.spec.parallel.precision
+    bf16 = wanted == "bf16" or (
+        wanted == "auto" and device.gpu and "V100" not in device.name and "T4" not in device.name
+    )
+    return Place(phase.spec.parallel, phase.nodes, phase.procs_per_node, bf16, device.gpu)
+
+
+# ---------------------------------------------------------------- what would fit
+
+
+def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf) -> str:
+    """The first change that makes it fit, from what costs nothing to what costs most time."""
+    usable = device.usable
+    assert usable is not None
+    for said, parallel, nodes in _changes(phase):
+        changed = replace(phase, spec=_with(phase.spec, parallel), template=_on(phase.template, nodes))
+        needs = phase_needs(changed.spec, place_of(changed, device), shape_of)
+        if needs is not None and needs.memory.total <= usable:
+            return f"would fit with {said}: {shown(needs.memory.total)}"
+    return "no strategy on these devices makes it fit: use larger ones or more of them, or a smaller model"
+
+
+def _with(spec: PhaseSpec, parallel: Parallel) -> PhaseSpec:
+    return spec.model_copy(update={"parallel": parallel})
+
+
+def _on(template: Template, nodes: int) -> Template:
+    return template.model_copy(update={"nodes": nodes})
+
+
+def _changes(phase: ResolvedPhase) -> Iterator[tuple[str, Parallel, int]]:
+    now, nodes = phase.spec.parallel, phase.nodes
+    for said, parallel in _on_these_devices(now, phase.nodes * phase.procs_per_node):
+        yield said, parallel, nodes
+        yield from (
+            (f"{said}{', ' if said else ''}microBatchTokens: {p.micro_batch_tokens}", p, nodes)
+            for p in _smaller(parallel)
+        )
+    split = now.model_copy(
+        update={"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None, "gradient_checkpointing": True}
+    )
+    for more in (2, 4, 8, 16, 32, 64):
+        yield f"nodes: {more * nodes}, strategy: fsdp, gradientCheckpointing: true", split, more * nodes
+
+
+def _on_these_devices(now: Parallel, world: int) -> Iterator[tuple[str, Parallel]]:
+    yield "", now
+    checkpointing = now.model_copy(update={"gradient_checkpointing": True})
+    if not now.gradient_checkpointing:
+        yield "gradientCheckpointing: true", checkpointing
+    if world > 1 and not now.splits_weights:
+        fsdp = checkpointing.model_copy(update={"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None})
+        yield "strategy: fsdp, gradientCheckpointing: true", fsdp
+        yield (
+            "strategy: fsdp, frozen: offloaded, gradientCheckpointing: true",
+            fsdp.model_copy(update={"frozen": "offloaded"}),
+        )
+    if world > 1:
+        settings = (now.fsdp or Fsdp()).model_copy(update={"cpu_offload": True})
+        offloaded = {"strategy": "fsdp", "fsdp": settings, "deepspeed": None, "frozen": "offloaded"}
+        said = "strategy: fsdp, fsdp.cpuOffload: true, frozen: offloaded, gradientCheckpointing: true"
+        yield said, checkpointing.model_copy(update=offloaded)
+
+
+def _smaller(parallel: Parallel) -> Iterator[Parallel]:
+    tokens = parallel.micro_batch_tokens // 2
+    while tokens >= SMALLEST_PASS:
+        yield parallel.model_copy(update={"micro_batch_tokens": tokens})
+        tokens //= 2
+
+
+# ---------------------------------------------------------------- in words
+
+
+def shown(size: int) -> str:
+    """`38 GiB`, `1.5 GiB`, `210 MiB`."""
+    value = size / GIB
+    if value < 0.995:
+        return f"{size / 2**20:.0f} MiB"
+    return f"{value:.0f} GiB" if value >= 9.95 else f"{value:.1f} GiB"
+
+
+UNKNOWN = "needs unknown"
+
+
+def sentence(size: PhaseSize) -> str:
+    """`needs 38 GiB of 80 GiB on each of 8 devices`."""
+    if size.needs is None:
+        return f"{UNKNOWN}: {size.unknown}"
+    least = "" if size.needs.activations_known else "at least "
+    of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
+    where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
+    said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}"
+    return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
+
+
+def is_unknown(needs: str) -> bool:
+    """Whether a :func:`sentence` says that it cannot be told."""
+    return needs.startswith(UNKNOWN)
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "frozen", "exchange", "cache")
+"""Of a :class:`Memory`, as tables list them."""
+
+
+def parts(memory: Memory) -> dict[str, str]:
+    return {name: shown(getattr(memory, name)) if getattr(memory, name) else "–" for name in PARTS}

@@ -1,0 +1,90 @@
+"""What arithmetic says that layers keep, against what torch's autograd then keeps of them."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from families.architectures import FAMILIES, family_config
+from one_rank import OneRank
+from transformers import AutoModelForCausalLM
+
+from trainers.core.flops import model_flops
+from trainers.core.generate import generate
+from trainers.core.memory import kept_bytes, memory_needed
+from trainers.core.scoring import Scorer
+from trainers.core.trainee import Trainee
+from trainers.sizing.families import STATE_SPACE
+from trainers.sizing.memory import Place, Trained, activations, held_trained
+from trainers.sizing.shapes import shape_of
+from trainers.spec import Optim, Parallel, Sampling
+
+TOKENS = 96
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}
+OTHERS = {
+    "gpt2": {"n_embd": 128, "n_inner": 320, "n_head": 8},
+    "deepseek_v3": {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+WINDOWS = ("mistral", "phi3", "gemma3_text")
+"""Families whose window is shorter here than the row, so that attention has a mask."""
+
+
+def large_enough(family: str):
+    changes = {} if family == "gpt2" else dict(SIZES)
+    changes |= {
+        key: value for key, value in (("head_dim", 16), ("moe_intermediate_size", 80)) if key in FAMILIES[family]
+    }
+    return family_config(family, 61, **(changes | OTHERS.get(family, {})))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in STATE_SPACE])
+def test_what_a_token_keeps(family):
+    """In fp32; no outputs of a head."""
+    config = large_enough(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    shape = shape_of(config.to_dict())
+    said = activations(Place(Parallel()), Trained(shape), TOKENS, TOKENS, masked=family in WINDOWS)
+    assert said == pytest.approx(kept_bytes(OneRank(), model, TOKENS), rel=0.12)
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_held_is_what_a_phase_says_at_its_start(state, tied):
+    config = family_config("llama", 61, tie_word_embeddings=tied)
+    model, optim = AutoModelForCausalLM.from_config(config, dtype=torch.float32), Optim(state_dtype=state)
+    one = OneRank()
+    one.wrap = lambda module: module
+    found = memory_needed(one, [(Trainee(one, Scorer(model), optim, 4, model_flops(model)), model)], [], 64, 64)
+    said = held_trained(Place(Parallel()), Trained(shape_of(config.to_dict()), moment=2 if state == "bf16" else 4))
+    assert (said.weights, said.gradients, said.optimizer) == (found.weights, found.gradients, found.optimizer)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v3", "gpt2"])
+def test_what_a_token_leaves_in_the_cache(family, monkeypatch):
+    config = large_enough(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    caches = []
+    forward = model.forward
+
+    def look(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        caches.append(out.past_key_values)
+        return out
+
+    look.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", look)
+    generate(model, [[3, 4, 5, 6]] * 2, Sampling(max_new_tokens=4, temperature=0), frozenset())
+    layers = caches[-1].layers
+    held = sum(t.numel() for layer in layers for t in (layer.keys, layer.values))
+    assert held == shape_of(config.to_dict()).cache * 2 * 7  # the last token of eight is never read
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+    shape = shape_of(large_enough("llama").to_dict())
+    deep = replace(shape, layers=shape.layers * 10)
+    place = Place(Parallel(gradient_checkpointing=True))
+    kept = [activations(place, Trained(each), TOKENS, TOKENS, False) for each in (deep, shape)]
+    assert kept[0] - kept[1] == 4 * 128 * TOKENS * 18

@@ -1,0 +1,272 @@
+"""Bytes that a phase needs on one device, from the shapes of its models and how it is spread over processes.
+
+What torch is asked for, not what a caching allocator holds on to. Names: n tokens of a forward pass, L of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trainers.sizing.shapes import ModelShape
+from trainers.spec import Lora, Parallel
+
+FP32, BF16 = 4, 2
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once, as in `trainers.core.head_losses`."""
+BUCKET_ELEMENTS = 5 * 10**8
+"""Numbers in one of DeepSpeed's buckets of gradients unless its config says otherwise."""
+PREFETCHED = 2
+"""Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a phase runs and how it is spread."""
+
+    parallel: Parallel
+    nodes: int = 1
+    procs_per_node: int = 1
+    bf16: bool = False
+    """Arithmetic of forward and backward."""
+    gpu: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.procs_per_node
+
+    @property
+    def strategy(self) -> str:
+        if self.parallel.strategy == "auto":
+            return "single" if self.world == 1 else "ddp"
+        return self.parallel.strategy
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; FSDP splits what stage 3 does, and without splitting it is 0."""
+        if self.strategy == "deepspeed":
+            return self.parallel.deepspeed.stage if self.parallel.deepspeed is not None else 2
+        return 3 if self.strategy == "fsdp" else 0
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of what is split."""
+        hybrid = self.parallel.fsdp is not None and self.parallel.fsdp.hybrid
+        return self.procs_per_node if hybrid else self.world
+
+    @property
+    def masks(self) -> bool:
+        """Whether packed rows attend by a mask. Kernels that need none are there on GPUs alone."""
+        return not self.gpu or self.parallel.attention in ("sdpa", "eager")
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in forward and backward."""
+        return BF16 if self.bf16 else FP32
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in training."""
+
+    shape: ModelShape
+    lora: Lora | None = None
+    held: int = FP32
+    """Bytes of one of its weights."""
+    moment: int = FP32
+    """Bytes of one number of one of AdamW's moments."""
+    head: int = 0
+    """Tensors of a chunk of logits, in fp32, that are there at once; 0 without a language head."""
+
+    @property
+    def parameters(self) -> int:
+        """Those that are trained."""
+        return self.shape.parameters if self.lora is None else self.shape.adapters(self.lora)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that is not trained."""
+
+    shape: ModelShape
+    held: int = FP32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one device. Trainees take turns, so of activations the largest count, and responses are generated in between."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    frozen: int = 0
+    exchange: int = 0
+    """Buffers: whole layers of what is split, gradients on their way."""
+    activations: int = 0
+    cache: int = 0
+    """Of generation, with the whole weights that it gathers, and the logits of its last tokens."""
+
+    @property
+    def total(self) -> int:
+        """At the worst moment."""
+        step = self.gradients + self.exchange + self.activations
+        return self.weights + self.optimizer + self.frozen + max(step, self.cache)
+
+    def __add__(self, more: "Memory") -> "Memory":
+        return Memory(
+            self.weights + more.weights,
+            self.gradients + more.gradients,
+            self.optimizer + more.optimizer,
+            self.frozen + more.frozen,
+            max(self.exchange, more.exchange),
+            max(self.activations, more.activations),
+            max(self.cache, more.cache),
+        )
+
+
+# ---------------------------------------------------------------- what is held
+
+
+def held_trained(place: Place, model: Trained) -> Memory:
+    """Weights, gradients, moments, and buffers of their exchange."""
+    if model.lora is not None:
+        return _with_adapters(place, model)
+    whole, shards = model.parameters, place.shards
+    zero = place.strategy == "deepspeed"
+    master = FP32 if zero and model.held == BF16 else 0
+    weights = model.held * whole // (shards if place.stage == 3 else 1)
+    gradients = model.held * whole // (shards if place.stage >= 2 else 1)
+    optimizer = (2 * model.moment + master) * whole // (shards if place.stage >= 1 else 1)
+    memory = Memory(weights, gradients, optimizer, exchange=_buffers(place, model))
+    return _offloaded(place, memory)
+
+
+def _with_adapters(place: Place, model: Trained) -> Memory:
+    """The base is split where weights are; adapters are whole everywhere, in fp32, and so are their moments but for ZeRO's."""
+    base = model.held * model.shape.parameters // (place.shards if place.stage == 3 else 1)
+    trained = model.parameters
+    moments = 2 * model.moment * trained // (place.shards if place.strategy == "deepspeed" else 1)
+    exchange = FP32 * trained if place.world > 1 else 0
+    exchange += _gathered(place, model.shape, _gather_bytes(place, model.held)) if place.stage == 3 else 0
+    memory = Memory(base + FP32 * trained, FP32 * trained, moments, exchange=exchange)
+    return replace(memory, weights=FP32 * trained) if _offloads_weights(place) else memory
+
+
+def _buffers(place: Place, model: Trained) -> int:
+    """DDP gathers gradients in buckets as large as they are; ZeRO in buckets of a fixed size; FSDP gathers layers."""
+    whole = model.parameters
+    if place.strategy == "ddp":
+        return model.held * whole
+    if place.stage in (1, 2):
+        return 2 * model.held * min(whole, BUCKET_ELEMENTS)
+    if place.stage == 3:
+        number = _gather_bytes(place, model.held)
+        gradients = (number + FP32) * max(model.shape.largest_layer, model.shape.embedding)
+        return _gathered(place, model.shape, number) + gradients
+    return 0
+
+
+def _gather_bytes(place: Place, held: int) -> int:
+    fsdp = place.parallel.fsdp
+    wanted = fsdp.gather_dtype if fsdp is not None else "auto"
+    if wanted == "auto":
+        return min(held, place.number)
+    return BF16 if wanted == "bf16" else FP32
+
+
+def _gathered(place: Place, shape: ModelShape, number: int) -> int:
+    """Whole weights that are there at once. Embeddings that are the head too are there from begin to end."""
+    fsdp = place.parallel.fsdp
+    if fsdp is not None and not fsdp.reshard_after_forward:
+        return number * shape.parameters
+    layers = PREFETCHED * shape.largest_layer
+    if shape.tied:
+        return number * (layers + shape.embedding)
+    return number * max(layers, shape.largest_layer + shape.embedding)
+
+
+def _offloads_weights(place: Place) -> bool:
+    fsdp, zero = place.parallel.fsdp, place.parallel.deepspeed
+    return place.gpu and bool((fsdp and fsdp.cpu_offload) or (zero and zero.offload_parameters))
+
+
+def _offloaded(place: Place, memory: Memory) -> Memory:
+    """Without what lies in the machine's memory. On a CPU that is the same memory."""
+    if not place.gpu:
+        return memory
+    fsdp, zero = place.parallel.fsdp, place.parallel.deepspeed
+    if fsdp is not None and fsdp.cpu_offload:
+        return replace(memory, weights=0, gradients=0, optimizer=0)
+    if zero is not None and (zero.offload_optimizer or zero.offload_parameters):
+        memory = replace(memory, optimizer=0)
+        return replace(memory, weights=0) if zero.offload_parameters else memory
+    return memory
+
+
+def held_frozen(place: Place, model: Frozen) -> Memory:
+    size = model.held * model.shape.parameters
+    if not place.parallel.splits_frozen or place.world == 1:
+        return Memory(frozen=size)
+    gathered = _gathered(place, model.shape, model.held)
+    kept = 0 if place.gpu and place.parallel.frozen == "offloaded" else size // place.shards
+    return Memory(frozen=kept, exchange=gathered)
+
+
+# ---------------------------------------------------------------- what computing takes
+
+
+def activations(place: Place, model: Trained, tokens: int, row: int, masked: bool) -> int:
+    """What a forward pass keeps for its backward pass, and what that has at its worst moment."""
+    number, shape = place.number, model.shape
+    layers = [
+        _kept(layer.wide, layer.narrow + masked * layer.masked, layer.pairs, number, row) for layer in shape.layers
+    ]
+    # With checkpointing only the input of every layer is kept, and one layer at a time is computed again.
+    checkpointed = FP32 * shape.width * len(layers) + max(layers)
+    kept = checkpointed if place.parallel.gradient_checkpointing else sum(layers)
+    kept += FP32 * shape.around.wide + FP32 * shape.width
+    if masked:
+        kept += FP32 * row
+    return tokens * kept + _casts(place, model) + head_bytes(model, tokens)
+
+
+def _kept(wide: int, narrow: int, pairs: int, number: int, row: int) -> int:
+    return FP32 * wide + number * narrow + FP32 * pairs * row
+
+
+def _casts(place: Place, model: Trained) -> int:
+    """Under autocast weights in fp32 have a copy in bf16 until their backward pass. What FSDP gathers is in bf16."""
+    if model.held <= place.number or place.stage == 3:
+        return 0
+    return BF16 * (model.shape.parameters - model.shape.embedding - model.shape.head)
+
+
+def head_bytes(model: Trained, tokens: int) -> int:
+    """A chunk of logits in fp32 and what is made of it; the gradient of a trained head, which is there before the backward
+    pass; and a copy in fp32 of a head in bf16.
+    """
+    if not model.head:
+        return 0
+    chunk = min(CHUNK_ELEMENTS, tokens * model.shape.vocabulary)
+    copies = (model.lora is None) + (model.held != FP32)
+    return FP32 * (model.head * chunk + copies * model.shape.embedding)
+
+
+def forward_alone(place: Place, shape: ModelShape, tokens: int, row: int) -> int:
+    """What one layer holds while it computes, and the hidden states before and behind it, without gradients."""
+    layer = max((_kept(0, layer.narrow, layer.pairs, place.number, row) for layer in shape.layers), default=0)
+    return tokens * (layer + 2 * FP32 * shape.width)
+
+
+def generation(place: Place, shape: ModelShape, held: int, responses: int, length: int, split: bool) -> int:
+    """The cache of keys and values of ``responses`` side by side, their last logits, and whole weights if they are split.
+
+    One layer's cache is there twice while it grows. Logits become probabilities and running sums in fp32 and fp64.
+    """
+    number = min(place.number, held) if place.bf16 else held
+    cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
+    logits = responses * shape.vocabulary * (3 * FP32 + 2 * 8)
+    gathered = _gather_bytes(place, held) * shape.parameters if split else 0
+    return cache + logits + gathered
+
+
+def largest(memories: Sequence[Memory]) -> Memory:
+    return max(memories, key=lambda memory: memory.total, default=Memory())

@@ -1,0 +1,226 @@
+"""What each phase type loads, trains and generates with, as bytes of one device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainers.phases.distill.spec import DistillSpec, StudentRef
+from trainers.phases.dpo.spec import DpoSpec
+from trainers.phases.evaluate.settings import SampledSpec
+from trainers.phases.evaluate.spec import EvaluateSpec
+from trainers.phases.ppo.spec import PpoSpec
+from trainers.phases.reward.spec import RewardSpec
+from trainers.phases.rollout.spec import RolloutSpec
+from trainers.phases.sft.spec import SftSpec
+from trainers.sizing.memory import (
+    BF16,
+    FP32,
+    Frozen,
+    Memory,
+    Place,
+    Trained,
+    activations,
+    forward_alone,
+    generation,
+    head_bytes,
+    held_frozen,
+    held_trained,
+    largest,
+)
+from trainers.sizing.shapes import ModelShape
+from trainers.spec import ArtifactRef, Lora, Optim, PhaseSpec, Sampling
+
+ShapeOf = Callable[[ArtifactRef], ModelShape]
+"""The shape of the model that a reference means. Raises UnknownSize."""
+
+SCORES, DIVERGENCE = 3, 7
+"""Tensors of a chunk of logits: logits, probabilities, gradient; for a divergence both models' and its slope too."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    memory: Memory
+    models: tuple[tuple[str, int], ...]
+    """Parameters of what is loaded, by its field in the phase."""
+    activations_known: bool = True
+    """Else what layers keep is not counted: state spaces, linear attention."""
+
+
+class _Tally:
+    """Adds up what a phase has in memory."""
+
+    def __init__(self, place: Place, shape_of: ShapeOf) -> None:
+        self.place, self.shape_of = place, shape_of
+        self.memory = Memory()
+        self.models: list[tuple[str, int]] = []
+        self.known = True
+
+    def needs(self) -> Needs:
+        return Needs(self.memory, tuple(self.models), self.known)
+
+    def add(self, memory: Memory) -> None:
+        self.memory = self.memory + memory
+
+    def _named(self, name: str, shape: ModelShape) -> ModelShape:
+        self.models.append((name, shape.parameters))
+        return shape
+
+    def held(self, ref: ArtifactRef, trained: bool) -> int:
+        """Bytes of a weight (ADR 6): trained ones are fp32, frozen ones in the type of the arithmetic, unless it is said."""
+        dtype = getattr(ref, "dtype", "auto")
+        if dtype == "auto":
+            return FP32 if trained else self.place.number
+        return BF16 if dtype == "bf16" else FP32
+
+    def train(
+        self, name: str, ref: ArtifactRef, shape: ModelShape, optim: Optim, tokens: int, row: int, packed: bool,
+        lora: Lora | None = None, head: int = SCORES,
+    ) -> Trained:  # fmt: skip
+        moment = BF16 if optim.state_dtype == "bf16" else FP32
+        head = head if shape.language_head else 0
+        model = Trained(self._named(name, shape), lora, self.held(ref, lora is None), moment, head)
+        self.add(held_trained(self.place, model))
+        self.add(Memory(activations=activations(self.place, model, tokens, row, packed and self.place.masks)))
+        self.known = self.known and (shape.activations_known or self.place.parallel.gradient_checkpointing)
+        return model
+
+    def freeze(self, name: str, ref: ArtifactRef, held: int | None = None) -> ModelShape:
+        """``held``: as another model is, unless the reference says how."""
+        shape = self._named(name, self.shape_of(ref))
+        alike = held if held is not None and getattr(ref, "dtype", "auto") == "auto" else None
+        self.add(held_frozen(self.place, Frozen(shape, alike or self.held(ref, trained=False))))
+        return shape
+
+    def score(self, shape: ModelShape, tokens: int, row: int) -> None:
+        """Forward passes without gradients."""
+        self.add(Memory(cache=forward_alone(self.place, shape, tokens, row)))
+
+    def generate(
+        self, shape: ModelShape, held: int, sampling: Sampling, responses: int, prompt: int, split: bool
+    ) -> None:
+        side_by_side = min(sampling.batch_size, -(-responses // self.place.world))
+        length = min(prompt + sampling.max_new_tokens, shape.positions)
+        self.add(Memory(cache=generation(self.place, shape, held, side_by_side, length, split)))
+
+
+def _sft(spec: SftSpec, tally: _Tally) -> None:
+    assert spec.model is not None
+    _train_on_rows(spec, spec.model, tally.shape_of(spec.model), tally, SCORES)
+
+
+def _reward(spec: RewardSpec, tally: _Tally) -> None:
+    assert spec.model is not None
+    shape = tally.shape_of(spec.model)
+    _train_on_rows(spec, spec.model, replace(shape, language_head=False, tied=False), tally, 0)
+
+
+def _train_on_rows(spec: Any, ref: ArtifactRef, shape: ModelShape, tally: _Tally, head: int) -> Trained:
+    tokens = spec.parallel.micro_batch_tokens
+    row = min(spec.data.max_length, shape.positions)
+    name = "policy" if hasattr(spec, "policy") else "model"
+    return tally.train(name, ref, shape, spec.optim, tokens, row, spec.data.packing, spec.lora, head)
+
+
+def _dpo(spec: DpoSpec, tally: _Tally) -> None:
+    policy = _train_on_rows(spec, spec.policy, tally.shape_of(spec.policy), tally, SCORES)
+    on_the_fly = spec.reference_scores == "on-the-fly"
+    if spec.reference is not None or (on_the_fly and spec.lora is None):
+        # Stored scores need the reference only before training; but then it is there beside the policy.
+        tally.freeze("reference", spec.reference or spec.policy, policy.held)
+
+
+def _ppo(spec: PpoSpec, tally: _Tally) -> None:
+    tokens, shape = spec.parallel.micro_batch_tokens, tally.shape_of(spec.policy)
+    row = min(spec.data.max_prompt_length + spec.sampling.max_new_tokens, shape.positions)
+    policy = tally.train("policy", spec.policy, shape, spec.optim, tokens, row, spec.packing, spec.lora)
+    reward = tally.freeze("rewardModel", spec.reward_model)
+    critic_ref = spec.critic or spec.reward_model
+    critic = tally.shape_of(critic_ref)
+    tally.train("critic", critic_ref, critic, spec.critic_optim, tokens, row, spec.packing)
+    if spec.reference is not None or spec.lora is None:
+        tally.freeze("reference", spec.reference or spec.policy, policy.held)
+    split = spec.parallel.splits_weights and tally.place.world > 1
+    tally.generate(shape, policy.held, spec.sampling, spec.batch_size, spec.data.max_prompt_length, split)
+    tally.score(reward, tokens, row)
+
+
+def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
+    shape = tally.freeze("policy", spec.policy)
+    held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
+    many = spec.sampling.batch_size * tally.place.world
+    tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)
+    if spec.reward_model is not None:
+        row = spec.data.max_prompt_length + spec.sampling.max_new_tokens
+        tally.score(tally.freeze("rewardModel", spec.reward_model), spec.parallel.micro_batch_tokens, row)
+
+
+def _distill(spec: DistillSpec, tally: _Tally) -> None:
+    tokens = spec.parallel.micro_batch_tokens
+    teacher = tally.freeze("teacher", spec.teacher)
+    shape = _student(spec.student, teacher, tally)
+    row = min(spec.max_length, shape.positions)
+    student = tally.train("student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, DIVERGENCE)
+    if spec.reward_model is not None:
+        tally.freeze("rewardModel", spec.reward_model)
+    if spec.on_policy_fraction > 0 and spec.prompts is not None:
+        split = spec.parallel.splits_weights and tally.place.world > 1
+        tally.generate(shape, student.held, spec.sampling, spec.batch_size, spec.prompts.max_prompt_length, split)
+
+
+def _student(ref: StudentRef, teacher: ModelShape, tally: _Tally) -> ModelShape:
+    if ref.teacher_layers is None:
+        return tally.shape_of(ref)
+    return some_layers(teacher, ref.teacher_layers)
+
+
+def some_layers(shape: ModelShape, layers: tuple[int, ...]) -> ModelShape:
+    """The shape of a model with only these decoder layers, of those that there are."""
+    return replace(shape, layers=tuple(shape.layers[i] for i in layers if i < len(shape.layers)))
+
+
+def _evaluate(spec: EvaluateSpec, tally: _Tally) -> None:
+    """Models come one after the other, beside the reward model and the reference."""
+    if spec.reward_model is not None:
+        tally.freeze("rewardModel", spec.reward_model)
+    one_by_one = []
+    for ref in spec.models:
+        alone = _Tally(tally.place, tally.shape_of)
+        _evaluated(spec, alone, alone.freeze(ref.label, ref), alone.held(ref, trained=False))
+        tally.models += alone.models
+        one_by_one.append(alone.memory)
+    tally.add(largest(one_by_one))
+
+
+def _evaluated(spec: EvaluateSpec, tally: _Tally, shape: ModelShape, held: int) -> None:
+    split = spec.parallel.splits_frozen and tally.place.world > 1
+    for entry in spec.benchmarks:
+        data, settings = entry.settings.data or spec.data, entry.settings
+        if isinstance(settings, SampledSpec) and data is not None:
+            sampling = settings.sampling or spec.sampling
+            many = sampling.batch_size * tally.place.world
+            tally.generate(shape, held, sampling, many, data.max_prompt_length, split)
+    row = min(shape.positions, spec.parallel.micro_batch_tokens)
+    tally.score(shape, spec.parallel.micro_batch_tokens, row)
+    tally.add(Memory(cache=head_bytes(Trained(shape, held=held, head=SCORES), spec.parallel.micro_batch_tokens)))
+
+
+COUNTED: dict[type[PhaseSpec], Callable[[Any, _Tally], None]] = {
+    SftSpec: _sft,
+    RewardSpec: _reward,
+    DpoSpec: _dpo,
+    PpoSpec: _ppo,
+    RolloutSpec: _rollout,
+    DistillSpec: _distill,
+    EvaluateSpec: _evaluate,
+}
+"""Phase types that hold models on devices; packaging does not."""
+
+
+def phase_needs(spec: PhaseSpec, place: Place, shape_of: ShapeOf) -> Needs | None:
+    """What one device needs for a phase, None for a type that needs none. Raises UnknownSize for a model of unknown size."""
+    count = COUNTED.get(type(spec))
+    if count is None:
+        return None
+    tally = _Tally(place, shape_of)
+    count(spec, tally)
+    return tally.needs()
