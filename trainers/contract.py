@@ -251,6 +251,8 @@ class DataRecord(SpecModel):
     """Rows of which nothing could be used, because they are too long."""
     shortened: int = 0
     """Rows used in part: without the left end of a prompt, or without turns, that were too long."""
+    unreached: int = 0
+    """Rows that no step came to, of which nothing is known."""
     first_skipped: str = ""
     """Place of the first malformed row, and what is wrong with it."""
 
@@ -272,7 +274,8 @@ class DataRecord(SpecModel):
         }
         losses = "".join(f", {count} {name}" for name, count in counts.items() if count)
         first = f"; the first: {self.first_skipped}" if self.first_skipped else ""
-        return f"{self.source}: {self.rows} of {self.read} rows used{losses}{first}"
+        more = f"; {self.unreached} more were not reached" if self.unreached else ""
+        return f"{self.source}: {self.rows} of {self.read} rows used{losses}{first}{more}"
 
 
 class Artifact(SpecModel):

@@ -1,5 +1,6 @@
 """Writing that is whole or not at all, and the identity of what lies on disk. Imports no torch."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -41,6 +42,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)  # what a full disk cut off must not fill it further
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that one process of this machine has at a time; it ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -7,13 +7,19 @@ import inspect
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from trainers.contract import BadInput, canonical_json, sha256_text
-from trainers.files import write_atomic
+from trainers.files import locked, write_atomic
 from trainers.spec import DataSource, HubDataset
+
+BLOCK = 64 * 2**20
+"""Bytes of a file that are hashed by themselves: one processor would take ten seconds or more for 10 GB."""
+
+CHUNK = 2**20
 
 SETTLED_SECONDS = 2.0
 """A file that was written this short a time ago could be written once more without its time changing."""
@@ -49,7 +55,7 @@ def fingerprint(source: DataSource, base_dir: Path) -> str:
     content = _generator_code(source.synthetic.task) if source.synthetic else ""
     if source.hub is not None and is_folder(source.hub):
         content = folder_fingerprint(Path(source.hub.name))
-    return sha256_text(canonical_json([source.document(), content]))
+    return sha256_text(canonical_json([source.document(exclude={"epochs", "weight"}), content]))
 
 
 def is_folder(data: HubDataset) -> bool:
@@ -67,6 +73,7 @@ def _generator_code(task: str) -> str:
 
 
 def files_fingerprint(files: list[Path]) -> str:
+    """SHA-256 over the files' digests (:func:`_digest`)."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(_file_digest(path))
@@ -77,14 +84,49 @@ def _file_digest(path: Path) -> bytes:
     """Phases of a run often read the same data: one process reads a file once, unless it was written just now."""
     stat = path.stat()
     if time.time() - stat.st_mtime < SETTLED_SECONDS:
-        return _digest.__wrapped__(path)
-    return _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        return _digest(path, stat.st_size)
+    if stat.st_size <= BLOCK:
+        return _known(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _known_to_all(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @cache
-def _digest(path: Path, *marks: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _known(path: Path, size: int, *marks: int) -> bytes:
+    return _digest(path, size)
+
+
+@cache
+def _known_to_all(path: Path, size: int, *marks: int) -> bytes:
+    """A large file's digest, which the processes of a machine find out once: the others wait for the first."""
+    known = canonical_json([size, *marks])
+    memory = _cache() / f"{sha256_text(str(path.resolve()))}.json"
+    try:
+        with locked(memory.with_suffix(".lock")):
+            if (found := _remembered(memory, known)) is None:
+                found = _digest(path, size).hex()
+                write_atomic(memory, json.dumps({"marks": known, "fingerprint": found}))
+            return bytes.fromhex(found)
+    except OSError:  # a cache that cannot be written is only slow
+        return _digest(path, size)
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """SHA-256 of a file; of one larger than :data:`BLOCK` over its blocks' SHA-256, which all processors find out."""
+    if size <= BLOCK:
+        return _block_digest(path, 0)
+    with ThreadPoolExecutor(16) as threads:
+        return hashlib.sha256(b"".join(threads.map(partial(_block_digest, path), range(0, size, BLOCK)))).digest()
+
+
+def _block_digest(path: Path, offset: int) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        left = BLOCK
+        while left and (chunk := file.read(min(left, CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.digest()
 
 
 def folder_fingerprint(folder: Path) -> str:

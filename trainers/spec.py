@@ -127,6 +127,24 @@ class DataSource(SpecModel):
     """Use only the first rows."""
 
 
+class MixedSource(DataSource):
+    """A source of rows to train on, which may have a share of its own."""
+
+    epochs: float = Field(default=1.0, gt=0, le=1000)
+    """How often a pass over the data (an epoch of the phase) has each of its rows. With 0.5 a pass has half of them, and the next pass the other half. With `weight`, the most often."""
+    weight: float | None = Field(default=None, gt=0, le=1e6)
+    """Its share of the examples, in proportion to the other sources' weights; all sources of a list have one, or none has. A pass ends before any source gives a row more often than `epochs` times."""
+
+
+def check_mixture(where: str, sources: tuple[MixedSource, ...]) -> None:
+    """Raise ValueError unless the sources of a list can be mixed."""
+    weighed = [source.weight is not None for source in sources]
+    if any(weighed) and not all(weighed):
+        raise ValueError(
+            f"{where}[{weighed.index(False)}]: it has no weight; give all sources of the list one, or none"
+        )
+
+
 class RowPolicy(SpecModel):
     """How rows are read, whatever the phase."""
 
@@ -137,14 +155,19 @@ class RowPolicy(SpecModel):
 
 
 class PromptData(RowPolicy):
-    prompts: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
+    prompts: tuple[MixedSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Rows `{"prompt"}`; other keys are ignored."""
     max_prompt_length: int = Field(default=512, ge=1)
     """Tokens; longer prompts are dropped and counted."""
 
+    @model_validator(mode="after")
+    def _can_be_mixed(self) -> Self:
+        check_mixture("prompts", self.prompts)
+        return self
+
 
 class TrainData(RowPolicy):
-    train: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
+    train: tuple[MixedSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
     """Training rows."""
     eval: tuple[DataSource, ...] = Field(default=(), max_length=MAX_SOURCES)
     """Held-out rows, scored during training and at the end."""
@@ -152,6 +175,11 @@ class TrainData(RowPolicy):
     """Tokens per sequence. Longer ones lose the left end of the prompt, or are dropped and counted when the response alone is too long."""
     packing: bool = True
     """Put several sequences in one row without letting them attend to each other, instead of padding."""
+
+    @model_validator(mode="after")
+    def _can_be_mixed(self) -> Self:
+        check_mixture("train", self.train)
+        return self
 
 
 # ---------------------------------------------------------------- models

@@ -120,8 +120,8 @@ def test_first_loss_by_hand(run_phase, spec_for, teacher_dir, traces_file, tmp_p
     """One row at a time with transformers' own forward, TRL's divergence, and the weights written out."""
     from trl.experimental.gkd import GKDTrainer
 
-    from trainers.core.batch import BatchOrder
     from trainers.core.layers import keep_layers
+    from trainers.core.order import BatchOrder
 
     spec = spec_for(temperature=2.0, onPolicyFraction=0, duration={"maxSteps": 1}, weighting={"mode": "softmax"})
     code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")

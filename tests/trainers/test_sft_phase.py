@@ -82,7 +82,7 @@ def test_as_many_checkpoints_stay_as_asked_for(run_phase, tiny_model_dir, tmp_pa
 
 def test_the_loss_is_transformers_own(reference, tiny_model_dir):
     """First step's loss against the model's own cross-entropy, one row at a time."""
-    from trainers.core.batch import BatchOrder
+    from trainers.core.order import BatchOrder
     from trainers.synthetic import generate
 
     output, _ = reference

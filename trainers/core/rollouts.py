@@ -1,5 +1,6 @@
 """Prompts, the responses that a model gives to them, and their rewards: what ppo, rollout and distill have in common."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +13,12 @@ from trainers.core.chat import ChatFormat
 from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.encode import prompt_ids, prompt_messages
+from trainers.core.examples import Encoding, Examples, open_examples
 from trainers.core.generate import generate
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
-from trainers.core.rows import Row, Rows, encode_rows, read_rows
+from trainers.core.rows import Row
 from trainers.core.sharding import gathered
 from trainers.core.shares import over_ranks
 from trainers.core.templates import Messages
@@ -54,20 +56,23 @@ class Sample:
     reward: float = 0.0
 
 
-def read_prompts(ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str) -> tuple[Rows, list[Prompt]]:
-    """All prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
-    rows = read_rows(data.prompts, "prompt", ctx.base_dir, data, f"{where}.prompts")
-    return rows, encode_rows(rows, partial(_prompts, chat, data.max_prompt_length), data, f"{where}.prompts")
+def open_prompts(
+    ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str, check: Callable[[list[Prompt]], None]
+) -> Examples[Prompt]:
+    """Prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
+    encoding = Encoding("prompt", partial(_prompts, chat, data.max_prompt_length), Prompt, check)
+    return open_examples(ctx, data.prompts, encoding, data, f"{where}.prompts")
 
 
 def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
     ids = prompt_ids(chat, row)
-    return [Prompt(row, ids)] if len(ids) <= longest else []
+    asked: Row = {key: row[key] for key in ("prompt", "messages", "tools") if key in row}
+    return [Prompt(asked, ids)] if len(ids) <= longest else []
 
 
 def check_room(loaded: LoadedModel, prompts: List[Prompt], sampling: Sampling) -> None:
     """Raise BadInput if the longest prompt and response do not fit the model's positions."""
-    longest = max(len(p.ids) for p in prompts)
+    longest = max((len(p.ids) for p in prompts), default=0)
     limit = context_length(loaded.model)
     if longest + sampling.max_new_tokens > limit:
         raise BadInput(

@@ -1,14 +1,14 @@
 """From data sources to checked rows, with the record of what was read."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from trainers import jsonl
 from trainers.contract import BadInput, DataRecord
-from trainers.core.hub import from_hub
-from trainers.fingerprints import fingerprint, source_files
+from trainers.core.sources import raw_rows
+from trainers.fingerprints import fingerprint
 from trainers.formats import schemas, seed_row
 from trainers.spec import DataSource, RowPolicy
 
@@ -54,11 +54,11 @@ def read_rows(sources: Iterable[DataSource], schema: str, base_dir: Path, policy
             first_skipped=skipped[0] if skipped else "",
         )
         result.records.append(record)
-    _check_share(result.records, policy, where)
+    check_share(result.records, policy, where)
     return result
 
 
-def _check_share(records: list[DataRecord], policy: RowPolicy, where: str) -> None:
+def check_share(records: list[DataRecord], policy: RowPolicy, where: str) -> None:
     """Raise BadInput if too few of the rows of all sources are used."""
     used, found = sum(record.rows for record in records), sum(record.read for record in records)
     if used and used >= policy.min_rows * found:
@@ -92,62 +92,35 @@ def _read_source(found: Rows, source: DataSource, schema: str, base_dir: Path, s
     return skipped
 
 
-def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, bytes | Row]]:
-    """(place for error messages, line of JSON or decoded row), for :func:`jsonl.value`."""
-    if source.files is not None:
-        for path in source_files(source.files, base_dir):
-            yield from jsonl.items(path)
-    elif source.synthetic is not None:
-        from trainers.synthetic import generate
-
-        made = source.synthetic
-        name = f"synthetic {made.task}/{made.split}"
-        try:
-            for i, row in enumerate(generate(made.task, made.split, made.count, made.seed), 1):
-                yield f"{name} row {i}", row
-        except ValueError as error:
-            raise BadInput(str(error)) from error
-    elif source.hub is not None:
-        yield from _hub_rows(source)
-
-
-def _hub_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
-    from datasets import load_dataset
-
-    hub = source.hub
-    assert hub is not None
-    dataset = from_hub(
-        f"dataset {hub.name} split {hub.split}",
-        lambda: load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision),
-    )
-    for i, row in enumerate(dataset, 1):
-        yield f"{hub.name}[{hub.split}] row {i}", dict(row)
-
-
 def encode_rows(rows: Rows, encode: Callable[[Row], list[T]], policy: RowPolicy, where: str) -> list[T]:
-    """What every row becomes, in order, counted in its source's record.
+    """:func:`encode_sources`, all in one list."""
+    return [item for items in encode_sources(rows, encode, policy, where) for item in items]
+
+
+def encode_sources(rows: Rows, encode: Callable[[Row], list[T]], policy: RowPolicy, where: str) -> list[list[T]]:
+    """What every row of each source becomes, in order, counted in the source's record.
 
     A row that becomes nothing is dropped; one that ``encode`` refuses (a chat template may) is as good as malformed.
     Raises BadInput with a refused row's place, or when too few are left (:class:`RowPolicy`).
     """
-    items: list[T] = []
+    found: list[list[T]] = []
     first = 0
     for i, record in enumerate(rows.records):
         mine = range(first, first + record.rows)
         first += record.rows
         encoded, refused = _encode(rows, mine, encode, policy.on_malformed == "skip")
-        kept = [found for found in encoded if found]
-        items += [item for found in kept for item in found]
+        kept = [items for items in encoded if items]
+        found.append([item for items in kept for item in items])
         counts = {
             "rows": len(kept),
             "dropped": len(encoded) - len(kept),
-            "shortened": sum(any(item.shortened for item in found) for found in kept),
+            "shortened": sum(any(item.shortened for item in items) for items in kept),
             "skipped": record.skipped + len(refused),
             "first_skipped": record.first_skipped or (refused[0] if refused else ""),
         }
         rows.records[i] = record.model_copy(update=counts)
-    _check_share(rows.records, policy, where)
-    return items
+    check_share(rows.records, policy, where)
+    return found
 
 
 def _encode(

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainers import jsonl
 from trainers.contract import BadInput
-from trainers.core.rows import raw_rows
+from trainers.core.sources import raw_rows
 from trainers.spec import ScratchModel, ScratchTokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")

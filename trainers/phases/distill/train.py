@@ -13,20 +13,21 @@ from functools import partial
 import torch
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, BatchOrder, Sequence
+from trainers.core.batch import Batch, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.classifiers import RewardModel
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
+from trainers.core.examples import Encoding, Examples, Steps, no_steps, open_examples
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.head_losses import Beside, LogitsFn
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
-from trainers.core.rows import Row, Rows, encode_rows, read_rows
+from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
+from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
@@ -60,15 +61,9 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     teacher, student = _models(spec, ctx)
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
-    trace_rows, traces = _traces(spec, ctx, student)
-    prompt_rows, prompts = _prompts(spec, ctx, student)
-    check_known((e.sequence.ids for e in traces), teacher.num_known, student.tokenizer, "traces", "teacher")
-    check_known((p.ids for p in prompts), teacher.num_known, student.tokenizer, "prompts", "teacher")
     streams = Streams(spec.on_policy_fraction)
-    order = BatchOrder(len(traces or prompts), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
-    total_steps = spec.duration.max_steps or streams.total_steps(order.total_steps)
+    traces, prompts, total_steps = _data(spec, ctx, teacher, student, streams)
     _check_streams(spec, ctx, streams, total_steps)
-    prompt_order = BatchOrder(len(prompts), spec.batch_size, 1, total_steps, ctx.seed) if traces else order
     packing = spec.packing and min(teacher.packs, student.packs)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
@@ -84,10 +79,9 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         on_policy, index = streams.on_policy(step), streams.index(step)
         if on_policy:
             with ctx.meter.part("rollout"):
-                chosen = [prompts[i] for i in prompt_order.indices(index)]
-                batch = _own_samples(spec, ctx, student, reward_model, chosen, step)
+                batch = _own_samples(spec, ctx, student, reward_model, prompts.batch(index), step)
         else:
-            batch = [traces[i] for i in order.indices(index)]
+            batch = traces.batch(index)
         weigh = own_sample_weights if on_policy else reward_weights
         weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
         batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
@@ -119,13 +113,14 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         )
         stream = "onPolicy" if on_policy else "offPolicy"
         checkpoints.state |= {f"{stream}KlLast": sums["kl"], f"{stream}RewardLast": reward}
-        epoch_ends = on_policy != bool(traces) and order.ends_epoch(index)
+        leading = prompts if spec.on_policy_fraction == 1 else traces
+        epoch_ends = on_policy == (leading is prompts) and leading.ends_epoch(index)
         checkpoints.after_step(step + 1, total_steps, epoch_ends)
 
     # ---- finish
     save_model(ctx, student)
     sizes = {"parameters": student.num_parameters, "teacherParameters": teacher.num_parameters}
-    return Outcome(checkpoints.state | sizes, trace_rows.records + prompt_rows.records, total_steps)
+    return Outcome(checkpoints.state | sizes, traces.records() + prompts.records(), total_steps)
 
 
 def divergence(beta: float, temperature: float) -> LogitsFn:
@@ -179,16 +174,41 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
     return teacher, student
 
 
-def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Example]]:
+def _data(
+    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel, student: LoadedModel, streams: Streams
+) -> tuple[Steps[Example], Steps[Prompt], int]:
+    """Steps on traces and on prompts, and how many there are of both. What the fraction leaves out has none."""
+    traces, prompts = _traces(spec, ctx, student, teacher), _prompts(spec, ctx, student, teacher)
+    leading = prompts if traces is None else traces
+    assert leading is not None, "the spec asks for one of them"
+    duration = spec.duration
+    wanted = leading.steps(spec.batch_size, duration.epochs, duration.max_steps).total_steps
+    total_steps = duration.max_steps or streams.total_steps(wanted)
+    on_policy = sum(map(streams.on_policy, range(total_steps)))
+    on_prompts = duration.max_steps if leading is prompts else on_policy
+    on_traces = duration.max_steps and total_steps - on_policy
+    return (
+        no_steps() if traces is None else traces.steps(spec.batch_size, duration.epochs, on_traces),
+        no_steps() if prompts is None else prompts.steps(spec.batch_size, duration.epochs, on_prompts),
+        total_steps,
+    )
+
+
+def _traces(
+    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel
+) -> Examples[Example] | None:
     if spec.traces is None or spec.on_policy_fraction == 1:
-        return Rows(), []
-    policy = RowPolicy(min_rows=spec.traces.min_rows)
+        return None
     files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
-    rows = read_rows([DataSource(files=files)], "traces", ctx.base_dir, policy, "traces")
     longest = length_limit(student, spec.max_length)
+
+    def check(examples: list[Example]) -> None:
+        check_known((e.sequence.ids for e in examples), teacher.num_known, student.tokenizer, "traces", "teacher")
+
     # A teacher may say things that cannot be learned, such as its end token's text: no reason to stop.
-    policy = policy.model_copy(update={"on_malformed": "skip"})
-    return rows, encode_rows(rows, partial(_examples, student.chat, longest), policy, "traces")
+    encoding = Encoding("traces", partial(_examples, student.chat, longest), Example, check, skips=True)
+    policy = RowPolicy(min_rows=spec.traces.min_rows)
+    return open_examples(ctx, (DataSource(files=files),), encoding, policy, "traces")
 
 
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
@@ -199,15 +219,20 @@ def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
     return [] if sequence is None else [Example(sequence, float(row["reward"]))]
 
 
-def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel) -> tuple[Rows, list[Prompt]]:
+def _prompts(
+    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel
+) -> Examples[Prompt] | None:
     if spec.prompts is None or spec.on_policy_fraction == 0:
-        return Rows(), []
+        return None
     # A sample that did not fit maxLength would be trained behind another prompt than it was sampled from.
     longest = min(spec.prompts.max_prompt_length, spec.max_length - spec.sampling.max_new_tokens)
     data = spec.prompts.model_copy(update={"max_prompt_length": longest})
-    rows, prompts = read_prompts(ctx, data, student.chat, "prompts")
-    check_room(student, prompts, spec.sampling)
-    return rows, prompts
+
+    def check(prompts: list[Prompt]) -> None:
+        check_room(student, prompts, spec.sampling)
+        check_known((p.ids for p in prompts), teacher.num_known, student.tokenizer, "prompts", "teacher")
+
+    return open_prompts(ctx, data, student.chat, "prompts", check)
 
 
 def _own_samples(

@@ -2,10 +2,11 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from trainers.contract import BadInput, canonical_json, sha256_text
@@ -20,6 +21,9 @@ from trainers.core.tensors import DamagedError, read_tensors, tensor_bytes
 from trainers.core.vocabulary import check_known
 from trainers.files import write_atomic
 from trainers.phases.dpo.spec import DpoSpec
+
+Batches = dict[str, Callable[[], Iterator[list[Pair]]]]
+"""By name: the batches in which the steps see pairs for the first time, as often as they are asked for."""
 
 PairScores = Callable[[list[Pair], Batch], torch.Tensor]
 """Takes pairs and their batch (chosen, rejected, chosen, …); returns (P, 2) sums over response tokens, on the device."""
@@ -43,7 +47,7 @@ def pair_sums(pairs: list[Pair], tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference_for(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: Batches
 ) -> tuple[PairScores, list[Any]]:
     """The spec's reference for these batches of pairs, by name, and the models that it keeps in memory.
 
@@ -59,12 +63,12 @@ def reference_for(
 
 
 def _reference(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, batches: dict[str, list[list[Pair]]], stays: bool = True
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, batches: Batches, stays: bool = True
 ) -> Reference:
     """Raises BadInput if the reference does not know a token of some pair."""
     reference = load_reference(ctx, spec.reference, spec.policy, policy, stays)
     for name, found in batches.items():
-        ids = (sequence.ids for batch in found for pair in batch for sequence in pair.sequences)
+        ids = (sequence.ids for batch in found() for pair in batch for sequence in pair.sequences)
         check_known(ids, reference.loaded.num_known, policy.tokenizer, f"data.{name}", "reference")
     return reference
 
@@ -84,7 +88,7 @@ def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> Pair
 
 
 def _stored(
-    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: dict[str, list[list[Pair]]]
+    spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, layout: Layout[Pair], batches: Batches
 ) -> PairScores:
     """Scores from files in the phase's directory, made first where they are missing or damaged.
 
@@ -92,45 +96,56 @@ def _stored(
     nothing else, whatever happened to data or models in between.
     """
     folder = ctx.dir.root / "reference"
-    # By the pair's id(): the lists keep the pairs alive. A step may see a pair twice; the first score counts.
-    pairs = {
-        name: list({id(pair): pair for batch in found for pair in batch}.values()) for name, found in batches.items()
-    }
-    paths = {name: folder / f"{_key(spec, ctx, policy, found)}.safetensors" for name, found in pairs.items()}
-    found = {name: _read(path) for name, path in paths.items()}
-    scores: dict[int, torch.Tensor] = {}
-    if ctx.workers.any(any(rows is None for rows in found.values())):
+    # A step may see a pair twice; the first score counts.
+    seen = {name: _keys(pair for batch in found() for pair in batch) for name, found in batches.items()}
+    first = {name: np.sort(np.unique(found, return_index=True)[1]) for name, found in seen.items()}
+    keys = {name: seen[name][places] for name, places in first.items()}
+    paths = {name: folder / f"{_key(spec, ctx, policy, found)}.safetensors" for name, found in keys.items()}
+    stored = {name: _read(path) for name, path in paths.items()}
+    if ctx.workers.any(any(rows is None for rows in stored.values())):
         score = _live(ctx, layout, _reference(spec, ctx, policy, batches, stays=False))
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
-            scores |= _all_scores(ctx, layout, score, batches[name])
-            _store(ctx, path, torch.stack([scores[id(pair)] for pair in pairs[name]]))
+            stored[name] = scores = _all_scores(ctx, layout, score, batches[name]())[first[name]]
+            _store(ctx, path, scores)
         ctx.workers.barrier()
-    else:
-        for name, rows in found.items():
-            scores |= {id(pair): row for pair, row in zip(pairs[name], cast(torch.Tensor, rows), strict=True)}
+    return _look_up(ctx, np.concatenate([*keys.values()]), torch.cat([*cast(dict[str, torch.Tensor], stored).values()]))
+
+
+def _look_up(ctx: PhaseContext, keys: np.ndarray, scores: torch.Tensor) -> PairScores:
+    """The scores (P, 2) by the pairs' keys (P,)."""
+    order = np.argsort(keys, kind="stable")
 
     def look_up(wanted: list[Pair], batch: Batch) -> torch.Tensor:
-        rows = [scores[id(pair)] for pair in wanted]
-        return torch.stack(rows).to(ctx.workers.device) if rows else torch.zeros(0, 2, device=ctx.workers.device)
+        places = order[np.searchsorted(keys, _keys(wanted), sorter=order)]
+        return scores[places].to(ctx.workers.device)
 
     return look_up
 
 
+def _keys(pairs: Iterable[Pair]) -> np.ndarray:
+    return np.fromiter(map(_pair_key, pairs), dtype=np.uint64)
+
+
+def _pair_key(pair: Pair) -> int:
+    """A digest of a pair's tokens. Of ten million pairs two have the same by chance once in 400,000 runs."""
+    digest = hashlib.blake2b(digest_size=8)
+    for sequence in pair.sequences:
+        digest.update(f"{len(sequence)} {sequence.num_scored}\0".encode())
+        digest.update(sequence.ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
 def _all_scores(
-    ctx: PhaseContext, layout: Layout[Pair], score: PairScores, batches: list[list[Pair]]
-) -> dict[int, torch.Tensor]:
-    """Scores of all pairs by their id(), (2,) on the CPU each; every process computes its share of every batch."""
+    ctx: PhaseContext, layout: Layout[Pair], score: PairScores, batches: Iterator[list[Pair]]
+) -> torch.Tensor:
+    """Scores of all pairs in order, (P, 2) on the CPU; every process computes its share of every batch."""
 
     def stoppable(some: list[Pair], batch: Batch) -> list[list[float]]:
         ctx.stop_if_asked()
         return score(some, batch).tolist()
 
-    found: dict[int, torch.Tensor] = {}
-    for batch in batches:
-        for pair, row in zip(batch, torch.tensor(scored(ctx.workers, layout, batch, stoppable)), strict=True):
-            found.setdefault(id(pair), row)
-    return found
+    return torch.cat([torch.tensor(scored(ctx.workers, layout, batch, stoppable)) for batch in batches])
 
 
 def _read(path: Path) -> torch.Tensor | None:
@@ -148,7 +163,7 @@ def _store(ctx: PhaseContext, path: Path, scores: torch.Tensor) -> None:
         ctx.keep(path)
 
 
-def _key(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: list[Pair]) -> str:
+def _key(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, keys: np.ndarray) -> str:
     """Identity of stored scores: which reference, in which arithmetic, on which tokens."""
     ref = spec.reference or spec.policy
     identity = {
@@ -157,7 +172,7 @@ def _key(spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, pairs: list[Pair
         "files": _file_marks(Path(ctx.model_location(ref))) if ref.scratch is None else ctx.seed,
         "bf16": ctx.workers.bf16,
         "held": str(policy.model.dtype),
-        "tokens": _tokens_digest(pairs),
+        "tokens": hashlib.sha256(keys.tobytes()).hexdigest(),
     }
     return sha256_text(canonical_json(identity))[:32]
 
@@ -166,12 +181,3 @@ def _file_marks(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of a local model's files: enough to notice that it was replaced, and quick for any size."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _tokens_digest(pairs: list[Pair]) -> str:
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for sequence in (pair.chosen, pair.rejected):
-            digest.update(f"{len(sequence)} {sequence.num_scored}\0".encode())
-            digest.update(sequence.ids.tobytes())
-    return digest.hexdigest()

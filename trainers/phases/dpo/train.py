@@ -4,24 +4,26 @@ The loss of an optimizer step is the mean over all its pairs, plus `nllWeight` t
 of all its chosen tokens. Both are divided by counts of the whole step, so micro-batches and processes do not change it.
 """
 
+from functools import partial
+
 import torch
 
-from trainers.core.batch import Batch, BatchOrder
+from trainers.core.batch import Batch
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
 from trainers.core.encode import Pair, preference_pairs
+from trainers.core.examples import Encoding, Examples, open_examples
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.head_losses import LossFn
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm
-from trainers.core.rows import Rows, encode_rows, read_rows
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate, measured
 from trainers.core.trainee import Trainee
 from trainers.phases.dpo.loss import dpo_loss
-from trainers.phases.dpo.reference import PairScores, pair_logprobs, pair_sizes, pair_sums, reference_for
+from trainers.phases.dpo.reference import Batches, PairScores, pair_logprobs, pair_sizes, pair_sums, reference_for
 from trainers.phases.dpo.spec import DpoSpec
 
 
@@ -30,25 +32,25 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
     loaded = load_causal_lm(ctx, spec.policy, spec.lora)
     check_scoring(loaded, ctx.workers)
     take_out_dropout(loaded.model)
-    rows, train = _pairs(spec, ctx, loaded, "train")
-    held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
-    order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    train = _pairs(spec, ctx, loaded, "train").steps(spec.batch_size, spec.duration.epochs, spec.duration.max_steps)
+    eval_data = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else None
+    held_out = eval_data.everything() if eval_data else []
     layout = Layout[Pair](
         lambda pair: pair.sequences, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs
     )
-    wanted = {"train": [[train[i] for i in batch] for batch in order.first_batches()]}
-    wanted |= {"eval": [held_out]} if held_out else {}
+    wanted: Batches = {"train": lambda: map(train.batch, train.steps_of_first_pass)}
+    wanted |= {"eval": lambda: iter([held_out])} if held_out else {}
     reference, beside = reference_for(spec, ctx, loaded, layout, wanted)
-    trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, order.total_steps, model_flops(loaded.model))
+    trainee = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, train.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     row = None if layout.packing else spec.data.max_length
     print_memory(ctx, [(trainee, loaded.model)], beside, row)
     first = checkpoints.restore()
-    ctx.meter.begin(first, order.total_steps, spec.document())
+    ctx.meter.begin(first, train.total_steps, spec.document())
 
     # ---- loop
-    for step in range(first, order.total_steps):
-        batch = [train[i] for i in order.indices(step)]
+    for step in range(first, train.total_steps):
+        batch = train.batch(step)
 
         def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
             theirs = reference(pairs, micro)
@@ -64,31 +66,26 @@ def main(spec: DpoSpec, ctx: PhaseContext) -> Outcome:
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **sums, **update)
-        if held_out and spec.evaluation.is_due(step + 1, order.total_steps):
+        if held_out and spec.evaluation.is_due(step + 1, train.total_steps):
             _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, step + 1)
-        checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
+        checkpoints.after_step(step + 1, train.total_steps, train.ends_epoch(step))
 
     # ---- finish
     metrics: dict[str, float] = {}
     if held_out:
-        metrics = _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, order.total_steps)
+        metrics = _evaluate(spec, ctx, trainee, layout, held_out, reference, checkpoints, train.total_steps)
     if held_out and spec.evaluation.keep_best:
         checkpoints.load_best("model")
         metrics = _held_out_metrics(spec, ctx, trainee, layout, held_out, reference)
     metrics["parameters"] = loaded.num_parameters
     save_model(ctx, loaded)
-    return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
+    return Outcome(metrics, train.records() + (eval_data.all_records() if eval_data else []), train.total_steps)
 
 
-def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
-    where = f"data.{part}"
-    rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
-    return rows, encode_rows(
-        rows,
-        lambda row: preference_pairs(loaded.chat, row, length_limit(loaded, spec.data.max_length)),
-        spec.data,
-        where,
-    )
+def _pairs(spec: DpoSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> Examples[Pair]:
+    encode = partial(preference_pairs, loaded.chat, max_length=length_limit(loaded, spec.data.max_length))
+    encoding = Encoding(spec.row_schemas()["data"], encode, Pair)
+    return open_examples(ctx, getattr(spec.data, part), encoding, spec.data, f"data.{part}")
 
 
 def _loss_fn(spec: DpoSpec, pairs: list[Pair], reference: torch.Tensor, batch: list[Pair]) -> LossFn:

@@ -4,6 +4,7 @@ A step is a round: respond to a batch of prompts, score the responses, then seve
 All ranks hold the whole round's numbers, so advantages are whitened over all of it and every reduction is global.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, BatchOrder, Packing
+from trainers.core.batch import Batch, Packing
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
@@ -21,7 +22,7 @@ from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, check_room, read_prompts, respond
+from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
@@ -42,10 +43,10 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     critic_model = load_critic(ctx, spec, loaded, reward_model)
     take_out_dropout(loaded.model)
     take_out_dropout(critic_model.model)
-    data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
-    check_room(loaded, prompts, spec.sampling)
-    _only_known_tokens(loaded, prompts, {"reference": reference.loaded, "critic": critic_model})
-    order = BatchOrder(len(prompts), spec.batch_size, 1, spec.iterations, ctx.seed)
+    check = _only_known_tokens(spec, loaded, {"reference": reference.loaded, "critic": critic_model})
+    prompts = open_prompts(ctx, spec.data, loaded.chat, "data", check).steps(
+        spec.batch_size, 1, spec.iterations, full=True
+    )
     updates = spec.iterations * updates_per_round(spec)
     policy = Trainee(ctx.workers, Scorer(loaded.model), spec.optim, updates, model_flops(loaded.model))
     critic = Trainee(
@@ -67,7 +68,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- loop
     for iteration in range(first, spec.iterations):
         with ctx.meter.part("rollout"):
-            chosen = [prompts[i] for i in order.indices(iteration)]
+            chosen = prompts.batch(iteration)
             keys = [(ctx.seed, iteration, i) for i in range(len(chosen))]
             samples = respond(
                 ctx.workers, loaded, chosen, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
@@ -91,7 +92,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
             state["kl_coef"] = adapted_coef(
                 state["kl_coef"], summary["kl_sequence"], spec.kl.target, len(samples), spec.kl.horizon
             )
-        checkpoints.after_step(iteration + 1, spec.iterations, order.ends_epoch(iteration))
+        checkpoints.after_step(iteration + 1, spec.iterations, prompts.ends_epoch(iteration))
 
     # ---- finish
     save_model(ctx, loaded)
@@ -105,7 +106,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
         "endedShareLast": state["last"]["ended_share"],
         "parameters": loaded.num_parameters,
     }
-    return Outcome(metrics, data.records, spec.iterations)
+    return Outcome(metrics, prompts.records(), spec.iterations)
 
 
 def updates_per_round(spec: PpoSpec) -> int:
@@ -198,11 +199,18 @@ def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores
     return scores
 
 
-def _only_known_tokens(policy: LoadedModel, prompts: list[Prompt], readers: dict[str, LoadedModel]) -> None:
-    """Let the policy say nothing that a reader cannot embed. Raises BadInput for a prompt that one cannot."""
-    for name, reader in readers.items():
-        check_known((p.ids for p in prompts), reader.num_known, policy.tokenizer, "data.prompts", name)
+def _only_known_tokens(
+    spec: PpoSpec, policy: LoadedModel, readers: dict[str, LoadedModel]
+) -> Callable[[list[Prompt]], None]:
+    """Let the policy say nothing that a reader cannot embed; raises BadInput for prompts that one cannot, or without room."""
     policy.num_known = lowest(policy.num_known, *(reader.num_known for reader in readers.values()))
+
+    def check(prompts: list[Prompt]) -> None:
+        check_room(policy, prompts, spec.sampling)
+        for name, reader in readers.items():
+            check_known((p.ids for p in prompts), reader.num_known, policy.tokenizer, "data.prompts", name)
+
+    return check
 
 
 def _summary(experience: Experience) -> dict[str, float]:

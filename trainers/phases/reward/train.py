@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.core.batch import Batch, BatchOrder, Sequence
+from trainers.core.batch import Batch, Sequence
+from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import Pair, preference_pairs
+from trainers.core.examples import Encoding, Examples, open_examples
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.head_losses import head_loss
@@ -22,7 +24,7 @@ from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit
 from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores
-from trainers.core.rows import Row, Rows, encode_rows, read_rows
+from trainers.core.rows import Row
 from trainers.core.scoring import hidden_states, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate, in_eval_mode, scored
 from trainers.core.trainee import Trainee
@@ -56,21 +58,21 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded, language = new_reward_model(ctx, spec.model, spec.lora)
     check_reward_scoring(loaded, ctx.workers)
-    rows, train = _pairs(spec, ctx, loaded, "train")
-    held_out_rows, held_out = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else (Rows(), [])
-    order = BatchOrder(len(train), spec.batch_size, spec.duration.epochs, spec.duration.max_steps, ctx.seed)
+    train = _pairs(spec, ctx, loaded, "train").steps(spec.batch_size, spec.duration.epochs, spec.duration.max_steps)
+    eval_data = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else None
+    held_out = eval_data.everything() if eval_data else []
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, spec.data.packing and loaded.packs)
     module = RewardModule(loaded.model, language if spec.lm_weight else None)
-    trainee = Trainee(ctx.workers, module, spec.optim, order.total_steps, model_flops(loaded.model))
+    trainee = Trainee(ctx.workers, module, spec.optim, train.total_steps, model_flops(loaded.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     row = None if layout.packing else spec.data.max_length
     print_memory(ctx, [(trainee, loaded.model)], row=row)
     first = checkpoints.restore()
-    ctx.meter.begin(first, order.total_steps, spec.document())
+    ctx.meter.begin(first, train.total_steps, spec.document())
 
     # ---- loop
-    for step in range(first, order.total_steps):
-        batch = [train[i] for i in order.indices(step)]
+    for step in range(first, train.total_steps):
+        batch = train.batch(step)
 
         def terms(pairs: list[Pair], micro: Batch, batch: list[Pair] = batch) -> tuple[torch.Tensor, Measures]:
             scores, language = trainee.module(micro, sum(pair.chosen.num_scored for pair in batch))
@@ -80,34 +82,36 @@ def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         ctx.meter.log(step + 1, **sums, **update)
-        if held_out and spec.evaluation.is_due(step + 1, order.total_steps):
+        if held_out and spec.evaluation.is_due(step + 1, train.total_steps):
             _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, step + 1)
-        checkpoints.after_step(step + 1, order.total_steps, order.ends_epoch(step))
+        checkpoints.after_step(step + 1, train.total_steps, train.ends_epoch(step))
 
     # ---- finish
     metrics: dict[str, float] = {}
     if held_out:
-        metrics = _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, order.total_steps)
+        metrics = _evaluate(spec, ctx, trainee, layout, held_out, checkpoints, train.total_steps)
     if held_out and spec.evaluation.keep_best:
         checkpoints.load_best("model")
         metrics = _held_out_metrics(ctx, trainee, layout, held_out)
     metrics["parameters"] = loaded.num_parameters
     save_model(ctx, loaded)
-    return Outcome(metrics, rows.records + held_out_rows.records, order.total_steps)
+    return Outcome(metrics, train.records() + (eval_data.all_records() if eval_data else []), train.total_steps)
 
 
-def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> tuple[Rows, list[Pair]]:
-    where = f"data.{part}"
-    rows = read_rows(getattr(spec.data, part), spec.row_schemas()["data"], ctx.base_dir, spec.data, where)
-    return rows, encode_rows(rows, partial(_encode, spec, loaded), spec.data, where)
+def _pairs(spec: RewardSpec, ctx: PhaseContext, loaded: LoadedModel, part: str) -> Examples[Pair]:
+    encode = partial(
+        _encode,
+        loaded.chat,
+        max_length=length_limit(loaded, spec.data.max_length),
+        use_margin=spec.use_margin,
+    )
+    encoding = Encoding(spec.row_schemas()["data"], encode, Pair)
+    return open_examples(ctx, getattr(spec.data, part), encoding, spec.data, f"data.{part}")
 
 
-def _encode(spec: RewardSpec, loaded: LoadedModel, row: Row) -> list[Pair]:
-    margin = float(row["margin"]) if spec.use_margin else 0.0
-    return [
-        replace(pair, margin=margin)
-        for pair in preference_pairs(loaded.chat, row, length_limit(loaded, spec.data.max_length))
-    ]
+def _encode(chat: ChatFormat, row: Row, max_length: int, use_margin: bool) -> list[Pair]:
+    margin = float(row["margin"]) if use_margin else 0.0
+    return [replace(pair, margin=margin) for pair in preference_pairs(chat, row, max_length)]
 
 
 def _sequences(pair: Pair) -> list[Sequence]:

@@ -5,6 +5,7 @@ restart nor another number of processes changes it.
 """
 
 import statistics
+from functools import partial
 from typing import Any
 
 from trainers import jsonl
@@ -12,7 +13,7 @@ from trainers.core.classifiers import RewardModel
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, Sample, check_room, read_prompts, respond
+from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts, respond
 from trainers.core.vocabulary import same_tokens
 from trainers.files import write_atomic
 from trainers.phases.rollout.parts import Parts
@@ -26,8 +27,9 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.policy, frozen=True)
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
-    data, prompts = read_prompts(ctx, spec.data, loaded.chat, "data")
-    check_room(loaded, prompts, spec.sampling)
+    room = partial(check_room, loaded, sampling=spec.sampling)
+    data = open_prompts(ctx, spec.data, loaded.chat, "data", room)
+    prompts = data.everything()
     checked = _token_check(loaded, reward_model, prompts) if spec.sampling.max_new_tokens == 1 else {}
     wanted = [prompt for prompt in prompts for _ in range(spec.samples_per_prompt)]
     parts = Parts(ctx.dir.checkpoints)
@@ -71,7 +73,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     if ctx.workers.is_main:
         traces = [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
         write_atomic(ctx.dir.root / ARTIFACT_NAMES["traces"], jsonl.dumps(traces))
-    return Outcome(_summary(rows) | checked, data.records, total_steps)
+    return Outcome(_summary(rows) | checked, data.all_records(), total_steps)
 
 
 def _row(sample: Sample) -> Row:

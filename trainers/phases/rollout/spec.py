@@ -1,8 +1,9 @@
 """What a user can set for teacher rollouts."""
 
 from collections.abc import Mapping
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainers.spec import ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
 
@@ -23,6 +24,15 @@ class RolloutSpec(PhaseSpec):
     """Generation settings."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
+
+    @model_validator(mode="after")
+    def _answers_each_prompt(self) -> Self:
+        for i, source in enumerate(self.data.prompts):
+            if source.weight is not None or source.epochs != 1:
+                raise ValueError(
+                    f"data.prompts[{i}]: every prompt is answered samplesPerPrompt times: no weight, no epochs"
+                )
+        return self
 
     def row_schemas(self) -> Mapping[str, str]:
         return {"data": "prompt"}

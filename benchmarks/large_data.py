@@ -1,0 +1,173 @@
+"""A generated data set larger than memory, trained on in every schema: seconds to the first step, tokens/s, memory.
+
+    python benchmarks/large_data.py --gigabytes 10 --steps 40 --folder DIR [--phases sft,dpo]
+
+Each schema is trained on a small set first, then twice on the large one: with nothing known of it, and again as an
+attempt after one that was stopped would. What is printed: seconds until the first step, tokens per second from then on,
+and the largest resident set of any process of the phase, its helpers included.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+SCRATCH = {
+    "hiddenSize": 64,
+    "numLayers": 2,
+    "maxPositions": 1024,
+    "tokenizer": {"kind": "bytes", "vocabSize": 2048},
+}
+
+
+def texts(rng: np.random.Generator, count: int, mean: int) -> list[str]:
+    """Texts of words of a few letters each, log-normally long."""
+    letters = "".join(map(chr, rng.integers(97, 123, 5000)))
+    words = [letters[i : i + n] for i, n in zip(rng.integers(0, 4990, 4000), rng.integers(2, 10, 4000), strict=True)]
+    lengths = np.maximum(3, rng.lognormal(np.log(mean), 0.6, count)).astype(int)
+    picked = rng.integers(0, len(words), lengths.sum())
+    ends = np.cumsum(lengths)
+    return [" ".join(words[i] for i in picked[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+
+
+def rows(schema: str, rng: np.random.Generator, count: int) -> list[dict[str, object]]:
+    prompts, first, second = texts(rng, count, 30), texts(rng, count, 100), texts(rng, count, 100)
+    if schema == "sft":
+        return [{"prompt": p, "response": a} for p, a in zip(prompts, first, strict=True)]
+    if schema == "preference":
+        return [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(prompts, first, second, strict=True)]
+    if schema == "traces":
+        rewards = rng.random(count).tolist()
+        return [
+            {"prompt": p, "teacher_response": a, "reward": r} for p, a, r in zip(prompts, first, rewards, strict=True)
+        ]
+    return [{"prompt": f"{p} {a}"} for p, a in zip(prompts, first, strict=True)]
+
+
+def write(path: Path, schema: str, size: int) -> None:
+    """Rows of 4,000 different ones, each with a number in front, until the file has ``size`` bytes."""
+    lines = [json.dumps(row) for row in rows(schema, np.random.default_rng(0), 4000)]
+    key = '"prompt": "'
+    number, written = 0, 0
+    with path.open("w") as file:
+        while written < size:
+            block = "".join(line.replace(key, f"{key}{number + i} ", 1) + "\n" for i, line in enumerate(lines))
+            written += file.write(block)
+            number += len(lines)
+
+
+def spec_for(phase: str, data: Path, steps: int, model: str) -> dict[str, object]:
+    source = [{"files": str(data)}]
+    training = {"batchSize": 16, "duration": {"maxSteps": steps}, "parallel": {"microBatchTokens": 4096}}
+    if phase == "sft":
+        return {"model": {"source": model}, "data": {"train": source}, **training}
+    if phase == "dpo":
+        return {"policy": {"source": model}, "data": {"train": source}, "referenceScores": "on-the-fly", **training}
+    if phase == "distill":
+        return {
+            "teacher": {"source": model},
+            "student": {"source": model},
+            "traces": {"files": str(data)},
+            "onPolicyFraction": 0,
+            "maxLength": 512,
+            "weighting": {"mode": "none"},
+            **training,
+        }
+    assert phase == "ppo"
+    return {
+        "policy": {"source": model},
+        "rewardModel": {"source": f"{model}-reward"},
+        "data": {"prompts": source, "maxPromptLength": 512},
+        "sampling": {"maxNewTokens": 8},
+        "iterations": steps,
+        "batchSize": 16,
+    }
+
+
+PHASES = {"sft": "sft", "dpo": "preference", "distill": "traces", "ppo": "prompt"}
+
+
+def models(folder: Path, text: Path) -> str:
+    """A small model and a reward model of its shape."""
+    from transformers import AutoModelForSequenceClassification
+
+    from trainers.core.scratch import scratch_model
+    from trainers.spec import ScratchModel
+
+    document = {**SCRATCH, "tokenizer": {**SCRATCH["tokenizer"], "trainOn": [{"files": str(text), "limit": 2000}]}}
+    model, tokenizer = scratch_model(ScratchModel.model_validate(document), 0, folder)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    scorer.save_pretrained(folder / "model-reward")
+    tokenizer.save_pretrained(folder / "model-reward")
+    return str(folder / "model")
+
+
+def run(phase: str, spec: dict[str, object], output: Path) -> dict[str, float]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
+    file = output.with_suffix(".json")
+    file.write_text(json.dumps({"output": str(output), "spec": spec}))
+    started = time.time()
+    process = psutil.Popen(
+        [sys.executable, "-m", "trainers", phase, "--spec", str(file)],
+        env={**os.environ, "ALIGNMENT_METRICS_PORT": "0"},
+        stdout=subprocess.DEVNULL,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max([peak, *sizes(process)])
+        time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(f"{phase} ended with {process.returncode}")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[len(lines) // 4], lines[-1]
+    return {
+        "first step after, s": round(lines[0]["time"] - started, 1),
+        "whole, s": round(time.time() - started, 1),
+        "tokens/s": round((last["tokens"] - first["tokens"]) / (last["time"] - first["time"])),
+        "largest resident set, MB": round(peak / 1e6),
+    }
+
+
+def sizes(process: psutil.Popen) -> list[int]:
+    found = []
+    for one in (process, *process.children(recursive=True)):
+        try:
+            found.append(one.memory_info().rss)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--phases", default="sft,dpo,distill,ppo")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write(args.folder / "words.jsonl", "sft", 10**6)
+    model = models(args.folder, args.folder / "words.jsonl")
+    for phase in args.phases.split(","):
+        small, large = args.folder / f"{phase}-small.jsonl", args.folder / f"{phase}-large.jsonl"
+        write(small, PHASES[phase], 10**6)
+        write(large, PHASES[phase], int(args.gigabytes * 1e9))
+        os.environ["XDG_CACHE_HOME"] = str(args.folder / "cache")
+        for name, data in (("small", small), ("large", large), ("large, again", large)):
+            found = run(phase, spec_for(phase, data, args.steps, model), args.folder / "runs" / "run" / phase)
+            print(f"{phase} {name}: {found}", flush=True)
+        large.unlink()
+
+
+if __name__ == "__main__":
+    main()

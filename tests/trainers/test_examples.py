@@ -1,0 +1,206 @@
+"""Data sets that are not held in memory: encoded as they are reached, kept on disk, the same to every step and process."""
+
+import json
+import shutil
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from trainers.contract import BadInput, Origins
+from trainers.core import encoders, examples
+from trainers.core.batch import Sequence
+from trainers.core.chat import chat_format
+from trainers.core.encode import Pair, preference_pairs, sft_sequences
+from trainers.core.examples import Encoding, open_examples
+from trainers.core.records import packed, unpacked
+from trainers.core.row_store import Fate, Record, RowStore
+from trainers.core.rows import read_rows
+from trainers.core.scratch import scratch_tokenizer
+from trainers.spec import DataSource, MixedSource, RowPolicy, ScratchTokenizer
+from trainers.workspace import PhaseDir
+
+ROWS = 60
+
+
+@pytest.fixture(autouse=True)
+def _few_rows_are_many(monkeypatch):
+    """As if 8 rows were more than a process should hold."""
+    for name in ("HELD_ROWS", "PLANNED"):
+        monkeypatch.setattr(examples, name, 8)
+    monkeypatch.setattr(encoders, "TASK_ROWS", 3)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "a b c d e f g h " + " ".join(map(str, range(ROWS)))}))
+    source = DataSource(files=str(tmp_path / "words.jsonl"))
+    return chat_format(scratch_tokenizer(ScratchTokenizer(kind="word", train_on=(source,)), tmp_path))
+
+
+class Workers:
+    local_rank, rank, world, is_main = 0, 0, 1, True
+
+    def from_main(self, make):
+        return make()
+
+
+def context(tmp_path, seed=0, workers=None):
+    directory = PhaseDir(tmp_path / "run" / "sft")
+    return SimpleNamespace(
+        dir=directory, base_dir=tmp_path, seed=seed, workers=workers or Workers(), origins=Origins(program="1")
+    )
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def row(i, length=1):
+    return {"prompt": str(i), "response": "a " * length}
+
+
+def number(chat, sequence):
+    return int(chat.tokenizer.decode(sequence.ids).split()[1])
+
+
+def opened(ctx, chat, sources=None, length=16, **policy):
+    encoding = Encoding("sft", partial(sft_sequences, chat, max_length=length, everything=False), Sequence)
+    return open_examples(
+        ctx, tuple(sources or [DataSource(files="d.jsonl")]), encoding, RowPolicy(**policy), "data.train"
+    )
+
+
+def flat(batches):
+    return list(chain.from_iterable(batches))
+
+
+def shown(chat, steps, of=None):
+    return [[number(chat, s) for s in steps.batch(step)] for step in of or range(steps.total_steps)]
+
+
+def test_steps_are_those_of_a_small_set_and_each_pass_has_every_row_once(tmp_path, chat, monkeypatch):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    large = shown(chat, opened(context(tmp_path), chat).steps(8, 2, None))
+    assert [sorted(flat(large)[start : start + ROWS]) for start in (0, ROWS)] == [list(range(ROWS))] * 2
+    monkeypatch.setattr(examples, "HELD_ROWS", ROWS)
+    assert large == shown(chat, opened(context(tmp_path), chat).steps(8, 2, None))
+
+
+def test_rows_that_cannot_be_used_leave_their_step_smaller_and_are_counted(tmp_path, chat):
+    rows = [row(i) if i % 5 else row(i, 20) for i in range(ROWS)]
+    rows[7] = "{"
+    write(tmp_path / "d.jsonl", rows)
+    steps = opened(context(tmp_path), chat, on_malformed="skip").steps(6, 1, None)
+    found = shown(chat, steps)
+    assert sorted(flat(found)) == [i for i in range(ROWS) if i % 5 and i != 7]
+    assert len(found) == ROWS // 6 and min(map(len, found)) > 0
+    (record,) = steps.records()
+    assert (record.rows, record.dropped, record.skipped, record.unreached) == (47, 12, 1, 0)
+    assert record.first_skipped.startswith(f"{tmp_path}/d.jsonl:8: not valid JSON")
+    with pytest.raises(BadInput, match=r"d\.jsonl:8: not valid JSON"):
+        shown(chat, opened(context(tmp_path), chat).steps(6, 1, None))
+
+
+def test_nothing_is_encoded_that_no_step_reaches(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    ctx = context(tmp_path)
+    steps = opened(ctx, chat).steps(5, 1, 4)
+    reached = flat(shown(chat, steps))
+    (record,) = steps.records()
+    assert (record.rows, record.unreached) == (20, ROWS - 20)
+    assert str(record).endswith("20 of 20 rows used; 40 more were not reached")
+    (table,) = (tmp_path / "run").parent.rglob("table")
+    assert sorted(np.flatnonzero(np.fromfile(table, np.uint64))) == sorted(reached)
+
+
+def test_a_row_is_encoded_once_whatever_starts_again(tmp_path, chat, monkeypatch):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    before = shown(chat, opened(context(tmp_path), chat).steps(8, 1, None))
+
+    def never(self, rows):
+        raise AssertionError("it is known already")
+
+    monkeypatch.setattr(encoders.Encoder, "run", never)
+    steps = opened(context(tmp_path), chat).steps(8, 1, None)
+    assert shown(chat, steps, range(4, 8)) == before[4:]
+    assert steps.records()[0].rows == ROWS
+
+
+def test_a_resumed_run_without_the_cache_sees_the_same_rows_and_counts_all(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) if i % 7 else row(i, 20) for i in range(ROWS)])
+    steps = opened(context(tmp_path), chat).steps(8, 2, None)
+    before, counted = shown(chat, steps), steps.records()
+    for first in (3, 9, steps.total_steps - 1):
+        shutil.rmtree(tmp_path / ".rows")
+        again = opened(context(tmp_path), chat).steps(8, 2, None)
+        assert shown(chat, again, range(first, again.total_steps)) == before[first:]
+        assert again.records() == counted
+
+
+def test_edited_data_and_other_settings_are_not_hidden_by_the_cache(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    first = opened(context(tmp_path), chat).everything()
+    write(tmp_path / "d.jsonl", [row(ROWS - 1 - i, 2) for i in range(ROWS)])
+    second = opened(context(tmp_path), chat).everything()
+    assert [number(chat, s) for s in second] == [number(chat, s) for s in first[::-1]]
+    assert {s.num_scored for s in first} == {2} and {s.num_scored for s in second} == {3}
+    assert {s.shortened for s in opened(context(tmp_path), chat, length=5).everything()} != {0}
+
+
+def test_a_damaged_or_missing_segment_is_made_again(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    before = shown(chat, opened(context(tmp_path), chat).steps(8, 1, None))
+    segments = sorted((tmp_path / ".rows").rglob("segment-*"))
+    segments[0].unlink()
+    segments[1].write_bytes(segments[1].read_bytes()[:-3])
+    damaged = bytearray(segments[2].read_bytes())
+    damaged[20] ^= 1
+    segments[2].write_bytes(damaged)
+    assert shown(chat, opened(context(tmp_path), chat).steps(8, 1, None)) == before
+
+
+def test_several_sources_are_mixed_by_weight_and_by_epochs(tmp_path, chat):
+    write(tmp_path / "a.jsonl", [row(i) for i in range(40)])
+    write(tmp_path / "b.jsonl", [row(i) for i in range(40, 50)])
+    sources = [MixedSource(files="a.jsonl", weight=3), MixedSource(files="b.jsonl", weight=1, epochs=2)]
+    steps = opened(context(tmp_path), chat, sources).steps(53, 3, None)
+    passes = shown(chat, steps)
+    assert [len(one) for one in passes] == [53] * 3
+    assert [sum(i >= 40 for i in one) for one in passes] == [13] * 3
+    seen = [sum(one.count(i) for one in passes) for i in range(50)]
+    assert set(seen[:40]) == {3} and set(seen[40:]) == {3, 4}
+
+
+def test_records_are_what_was_put_in(chat):
+    (pair,) = preference_pairs(chat, {"prompt": "a b", "chosen": "c", "rejected": "d"}, 16)
+    again = unpacked(Pair, packed(pair))
+    for side in ("chosen", "rejected"):
+        ours, theirs = getattr(again, side), getattr(pair, side)
+        assert (ours.ids.dtype, ours.scored.dtype, ours.shortened) == (theirs.ids.dtype, theirs.scored.dtype, 0)
+        assert ours.ids.tolist() == theirs.ids.tolist() and ours.scored.tolist() == theirs.scored.tolist()
+
+
+def test_a_writer_that_dies_leaves_nothing_that_is_believed(tmp_path, monkeypatch):
+    """Before the segment has its name, and between that and the table's entry."""
+    store = RowStore(tmp_path, 4)
+    store.write([2], [Record(Fate.USED, [b"whole"])])
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.write([1], [Record(Fate.USED, [b"half"])])
+    monkeypatch.undo()
+    (tmp_path / "segment-0000001").write_bytes(b"of a writer that was killed behind its name")
+    again = RowStore(tmp_path, 4)
+    assert [again.read(i) for i in range(4)] == [None, None, Record(Fate.USED, [b"whole"]), None]
+    again.write([1], [Record(Fate.DROPPED, [])])
+    assert store.read(1) == Record(Fate.DROPPED, [])
+
+
+def test_small_sets_are_as_read(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(8)])
+    held = opened(context(tmp_path), chat)
+    assert not (tmp_path / ".rows").exists()
+    rows = read_rows([DataSource(files="d.jsonl")], "sft", tmp_path, RowPolicy(), "d")
+    assert [number(chat, s) for s in held.everything()] == [int(r["prompt"]) for r in rows.rows]
