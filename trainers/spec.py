@@ -131,9 +131,9 @@ class MixedSource(DataSource):
     """A source of rows to train on, which may have a share of its own."""
 
     epochs: float = Field(default=1.0, gt=0, le=1000)
-    """How often a pass over the data (an epoch of the phase) has each of its rows. With 0.5 a pass has half of them, and the next pass the other half. With `weight`, the most often."""
+    """Times that a pass over the data has each row; with `weight`, at most."""
     weight: float | None = Field(default=None, gt=0, le=1e6)
-    """Its share of the examples, in proportion to the other sources' weights; all sources of a list have one, or none has. A pass ends before any source gives a row more often than `epochs` times."""
+    """Share of the examples, in proportion to the other sources' weights (docs/data.md)."""
 
 
 def check_mixture(where: str, sources: tuple[MixedSource, ...]) -> None:
