@@ -14,6 +14,8 @@ CHUNK_ELEMENTS = 2**26
 """Logits held at once, as in `trainers.core.head_losses`."""
 BUCKET_ELEMENTS = 5 * 10**8
 """Numbers in one of DeepSpeed's buckets of gradients unless its config says otherwise."""
+LIVE_ELEMENTS = 10**9
+"""Weights that DeepSpeed holds whole at a time in stage 3 unless its config says otherwise: those that are soon used again."""
 PREFETCHED = 2
 """Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
 
@@ -130,8 +132,8 @@ def held_trained(place: Place, model: Trained) -> Memory:
     if model.lora is not None:
         return _with_adapters(place, model)
     whole, shards = model.parameters, place.shards
-    zero = place.strategy == "deepspeed"
-    master = FP32 if zero and model.held == BF16 else 0
+    # DeepSpeed updates a copy in fp32 even of weights in fp32.
+    master = FP32 if place.strategy == "deepspeed" else 0
     weights = model.held * whole // (shards if place.stage == 3 else 1)
     gradients = model.held * whole // (shards if place.stage >= 2 else 1)
     optimizer = (2 * model.moment + master) * whole // (shards if place.stage >= 1 else 1)
@@ -155,8 +157,9 @@ def _buffers(place: Place, model: Trained) -> int:
     whole = model.parameters
     if place.strategy == "ddp":
         return model.held * whole
-    if place.stage in (1, 2):
-        return 2 * model.held * min(whole, BUCKET_ELEMENTS)
+    if place.strategy == "deepspeed":
+        live = LIVE_ELEMENTS if place.stage == 3 else BUCKET_ELEMENTS
+        return model.held * (min(whole, live) + min(whole, BUCKET_ELEMENTS))
     if place.stage == 3:
         number = _gather_bytes(place, model.held)
         gradients = (number + FP32) * max(model.shape.largest_layer, model.shape.embedding)
@@ -165,6 +168,9 @@ def _buffers(place: Place, model: Trained) -> int:
 
 
 def _gather_bytes(place: Place, held: int) -> int:
+    """FSDP gathers in the type of the arithmetic, DeepSpeed in the weights' own."""
+    if place.strategy == "deepspeed":
+        return held
     fsdp = place.parallel.fsdp
     wanted = fsdp.gather_dtype if fsdp is not None else "auto"
     if wanted == "auto":
@@ -234,7 +240,7 @@ def _kept(wide: int, narrow: int, pairs: int, number: int, row: int) -> int:
 
 def _casts(place: Place, model: Trained) -> int:
     """Under autocast weights in fp32 have a copy in bf16 until their backward pass. What FSDP gathers is in bf16."""
-    if model.held <= place.number or place.stage == 3:
+    if model.held <= place.number or place.strategy == "fsdp":
         return 0
     return BF16 * (model.shape.parameters - model.shape.embedding - model.shape.head)
 
