@@ -95,6 +95,19 @@ class HubDataset(SpecModel):
     """Split, with `datasets` slicing if wanted: `train[:1000]`."""
     revision: str | None = None
     """Commit or tag to pin."""
+    streaming: bool = False
+    """Take rows as they come instead of downloading the dataset whole, and keep those that steps reach (docs/data.md). Needs `limit`."""
+    shuffle_buffer: int = Field(default=10_000, ge=1, le=10_000_000)
+    """With `streaming`: rows that are shuffled with one another, the first so many, then the next, in each pass in another way. The first step waits for them."""
+
+    @model_validator(mode="after")
+    def _streams_whole_splits(self) -> Self:
+        if self.streaming and (wrong := re.search(r"[\[+]", self.split)):
+            raise ValueError(
+                f"split {self.split!r}: a stream cannot be {'cut' if wrong[0] == '[' else 'joined'} before it is read; "
+                "give the name of one split, and limit"
+            )
+        return self
 
 
 class SyntheticData(SpecModel):
@@ -126,6 +139,16 @@ class DataSource(SpecModel):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
+    @model_validator(mode="after")
+    def _streams_end(self) -> Self:
+        if self.is_stream and self.limit is None:
+            raise ValueError("limit is missing: how many rows a streamed dataset has is not known before its end")
+        return self
+
+    @property
+    def is_stream(self) -> bool:
+        return self.hub is not None and self.hub.streaming
+
 
 class MixedSource(DataSource):
     """A source of rows to train on, which may have a share of its own."""
@@ -143,6 +166,11 @@ def check_mixture(where: str, sources: tuple[MixedSource, ...]) -> None:
         raise ValueError(
             f"{where}[{weighed.index(False)}]: it has no weight; give all sources of the list one, or none"
         )
+    for i, source in enumerate(sources):
+        if source.is_stream and (len(sources) > 1 or any(weighed) or source.epochs != 1):
+            raise ValueError(
+                f"{where}[{i}]: a streamed dataset is not mixed: it stands alone, without weight and epochs"
+            )
 
 
 class RowPolicy(SpecModel):

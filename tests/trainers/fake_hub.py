@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
 
@@ -71,13 +71,14 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if hub.refusal is not None:
                 self._send(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
                 return
-            self._send(*_answer(hub, unquote(urlsplit(self.path).path)))
+            self._send(*_part(self.headers.get("range"), *_answer(hub, unquote(urlsplit(self.path).path))))
 
         do_HEAD = do_GET
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            self._send(404, b"{}", {})
+            hub.requests.append(self.path)
+            asked = self.rfile.read(int(self.headers.get("content-length", 0)))
+            self._send(*_infos(hub, unquote(urlsplit(self.path).path), asked))
 
         def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -110,13 +111,36 @@ def _answer(hub: FakeHub, path: str) -> tuple[int, bytes, dict[str, str]]:
     return 404, b"{}", {}
 
 
+def _part(wanted: str | None, status: int, body: bytes, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+    """The bytes of a file that a reader of streams asks for."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+    if match is None or status != 200:
+        return status, body, headers
+    first, last = int(match[1]), int(match[2] or len(body) - 1)
+    found = body[first : last + 1]
+    return 206, found, {**headers, "Content-Range": f"bytes {first}-{first + len(found) - 1}/{len(body)}"}
+
+
+def _infos(hub: FakeHub, path: str, asked: bytes) -> tuple[int, bytes, dict[str, str]]:
+    """What a client asks about single files, as a form or as JSON."""
+    match = re.fullmatch(r"/api/datasets/(.+?)/paths-info/([^/]+)", path)
+    found = hub.find(f"datasets/{match[1]}", match[2]) if match else None
+    if found is None:
+        return 404, b"{}", {}
+    wanted = json.loads(asked)["paths"] if asked[:1] == b"{" else parse_qs(asked.decode()).get("paths", [])
+    return 200, json.dumps(_entries({k: v for k, v in found[1].items() if k in wanted})).encode(), {}
+
+
+def _entries(files: Files) -> list[dict[str, object]]:
+    return [
+        {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for path, content in files.items()
+    ]
+
+
 def _listed(name: str, what: str, commit: str, files: Files) -> tuple[int, bytes, dict[str, str]]:
     if what == "tree":
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in files.items()
-        ]
-        return 200, json.dumps(entries).encode(), {"Content-Type": "application/json"}
+        return 200, json.dumps(_entries(files)).encode(), {"Content-Type": "application/json"}
     body = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files], "tags": []}
     return 200, json.dumps(body).encode(), {"Content-Type": "application/json"}
 

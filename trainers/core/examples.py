@@ -86,7 +86,8 @@ class Examples(ABC, Generic[T]):
             if part.weight is not None and not part.size:
                 raise BadInput(f"{self._where}[{i}]: it has a weight, and no row that can be used")
         mixture = Mixture(tuple(parts), self._seed)
-        order = BatchOrder(mixture.size, batch_size, epochs, max_steps, self._seed)
+        window = next((source.hub.shuffle_buffer for source in self._sources if source.hub and source.is_stream), None)
+        order = BatchOrder(mixture.size, batch_size, epochs, max_steps, self._seed, window)
         return Steps(self, mixture, order, batch_size if full else 1)
 
     def everything(self) -> list[T]:
@@ -168,6 +169,8 @@ def open_examples(
     ctx: PhaseContext, sources: tuple[DataSource, ...], encoding: Encoding[T], policy: RowPolicy, where: str
 ) -> Examples[T]:
     """The examples of a field's sources. Raises BadInput for rows that cannot be read, or when too few can be used."""
+    if any(source.is_stream for source in sources):
+        return _Stored(ctx, sources, encoding, policy, where)
     rows = chain.from_iterable(islice(raw_rows(source, ctx.base_dir), source.limit) for source in sources)
     many = sum(1 for _ in islice(rows, HELD_ROWS + 1)) > HELD_ROWS
     return (_Stored if many else _Held)(ctx, sources, encoding, policy, where)

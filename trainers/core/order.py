@@ -20,6 +20,17 @@ def shuffled(count: int, key: Sequence[int], offsets: np.ndarray) -> np.ndarray:
     return _enciphered(count, tuple(key), offsets)
 
 
+def shuffled_nearby(count: int, window: int, key: Sequence[int], offsets: np.ndarray) -> np.ndarray:
+    """The same of an order in which nothing leaves its window: the first ``window`` things, the next, and so on."""
+    found = np.empty_like(offsets)
+    windows = offsets // window
+    for number in np.unique(windows).tolist():
+        here, first = windows == number, number * window
+        size = min(window, count - first)
+        found[here] = first + shuffled(size, (*key, number), offsets[here] - first)
+    return found
+
+
 @lru_cache(maxsize=32)
 def _table(count: int, key: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(key).permutation(count).astype(np.int32)
@@ -65,6 +76,8 @@ class BatchOrder:
     epochs: float
     max_steps: int | None
     seed: int
+    window: int | None = None
+    """Examples that are shuffled with one another; None: all."""
 
     @property
     def total_examples(self) -> int:
@@ -97,8 +110,13 @@ class BatchOrder:
         indices = np.empty_like(offsets)
         for number in np.unique(passes).tolist():
             here = passes == number
-            indices[here] = shuffled(self.num_examples, (self.seed, number), offsets[here])
+            indices[here] = self._shuffled((self.seed, number), offsets[here])
         return passes, indices
+
+    def _shuffled(self, key: tuple[int, ...], offsets: np.ndarray) -> np.ndarray:
+        if self.window is None:
+            return shuffled(self.num_examples, key, offsets)
+        return shuffled_nearby(self.num_examples, self.window, key, offsets)
 
     def first_batches(self) -> range:
         """The steps until every example that some step sees has been seen: a short run prepares no others."""

@@ -10,6 +10,7 @@ from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.hub import from_hub
 from trainers.core.lines import indexed
+from trainers.core.streams import Streamed, shown, streamed
 from trainers.fingerprints import files_fingerprint, source_files
 from trainers.formats.schemas import Row
 from trainers.spec import DataSource, HubDataset
@@ -33,6 +34,8 @@ def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Raw]]:
             yield from jsonl.items(path)
     elif source.synthetic is not None:
         yield from _made(source)
+    elif source.hub is not None and source.is_stream:
+        yield from streamed(source.hub)
     elif source.hub is not None:
         dataset = _Table(source.hub)
         yield from (dataset[i] for i in range(len(dataset)))
@@ -43,7 +46,7 @@ def open_source(source: DataSource, base_dir: Path, folder: Path) -> RowSource:
     if source.files is not None:
         return _Joined([_file(path, folder) for path in source_files(source.files, base_dir)])
     if source.hub is not None:
-        return _Table(source.hub)
+        return Streamed(source.hub, source.limit or 0, folder) if source.is_stream else _Table(source.hub)
     return list(_made(source))
 
 
@@ -87,7 +90,7 @@ class _Table:
     def __init__(self, hub: HubDataset) -> None:
         from datasets import load_dataset
 
-        self._name = f"{hub.name}[{hub.split}]"
+        self._name = shown(hub)
         self._table: Any = from_hub(
             f"dataset {hub.name} split {hub.split}",
             lambda: load_dataset(hub.name, hub.subset, split=hub.split, revision=hub.revision),
