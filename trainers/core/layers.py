@@ -1,7 +1,7 @@
 """Parts of models by what they are: decoder layers, of which a smaller model is made, score heads, weights of a type."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,9 @@ from torch import nn
 from trainers.contract import BadInput
 
 T = TypeVar("T")
+
+NOT_OF_A_LAYER = ("layer_idx", "training", "reshards")
+"""Numbers that a layer has by its place, or for the time being."""
 
 
 def backbone(model: Any) -> Any:
@@ -56,21 +59,42 @@ def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:
     Raises BadInput if it has too few, or if a layer would be another in its new place, as in models whose config says
     by number which layers are of which kind.
     """
-    place, kept_from = decoder_layers(model, "teacherLayers")
-    count = len(kept_from)
-    if layers[-1] >= count:
-        raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {count - 1}")
-    small = type(model)(_kept_config(model.config, layers))
-    for old, new in zip((kept_from[i] for i in layers), decoder_layers(small, "teacherLayers")[1], strict=True):
-        if _settings(old) != _settings(new):
-            kind = model.config.model_type
-            raise BadInput(f"teacherLayers {list(layers)}: in models of type {kind} these layers would be others there")
-    weights = _kept_weights(model, place, layers)
+    small = with_fewer_layers(model, layers)
+    weights = _renumbered(model.state_dict(), decoder_layers(model, "teacherLayers")[0], layers)
     for name, weight in small.named_parameters():
         weight.data = weight.data.to(weights[name].dtype)
     small.load_state_dict(weights)
     # It may name more end tokens than the tokenizer does.
     small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def keep_split_layers(model: Any, layers: tuple[int, ...], split: Callable[[Any], None]) -> Any:
+    """The same of a model that is split over processes; ``split`` splits the smaller one alike. Weights are shared."""
+    with torch.device("meta"):
+        small = with_fewer_layers(model, layers)
+    split(small)
+    place, _ = decoder_layers(model, "teacherLayers")
+    small.load_state_dict(_renumbered(model.state_dict(), place, layers), assign=True)
+    tables = _renumbered(dict(model.named_buffers()), place, layers)
+    for name, _ in list(small.named_non_persistent_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        small.get_submodule(owner).register_buffer(own_name, tables[name], persistent=False)
+    small.tie_weights()
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def with_fewer_layers(model: Any, layers: tuple[int, ...]) -> Any:
+    """A model that could hold these decoder layers alone, with weights of its own. Raises as :func:`keep_layers` does."""
+    _, found = decoder_layers(model, "teacherLayers")
+    if layers[-1] >= len(found):
+        raise BadInput(f"teacherLayers {list(layers)}: the teacher has layers 0 to {len(found) - 1}")
+    small = type(model)(_kept_config(model.config, layers))
+    for old, new in zip((found[i] for i in layers), decoder_layers(small, "teacherLayers")[1], strict=True):
+        if _settings(old) != _settings(new):
+            kind = model.config.model_type
+            raise BadInput(f"teacherLayers {list(layers)}: in models of type {kind} these layers would be others there")
     return small
 
 
@@ -105,23 +129,24 @@ def _settings(layer: Any) -> list[Any]:
     found: list[Any] = [(name, tuple(weight.shape)) for name, weight in layer.named_parameters()]
     for module in layer.modules():
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        found.append((type(module).__name__, {k: v for k, v in plain.items() if k not in ("layer_idx", "training")}))
+        kind = type(module).__name__.removeprefix("FSDP")  # a split model's modules have classes of their own
+        found.append((kind, {k: v for k, v in plain.items() if k not in NOT_OF_A_LAYER and k[0] != "_"}))
     return found
 
 
-def _kept_weights(model: Any, place: str, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The state dict with layers renumbered."""
+def _renumbered(state: Mapping[str, torch.Tensor], place: str, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A model's tensors by name as they are called with these layers alone."""
     marker = f"{place}."
-    weights = {}
-    for name, tensor in model.state_dict().items():
+    found = {}
+    for name, tensor in state.items():
         if name.startswith(marker):
             index, rest = name[len(marker) :].split(".", 1)
             if int(index) not in layers:
                 continue
-            weights[f"{marker}{layers.index(int(index))}.{rest}"] = tensor
+            found[f"{marker}{layers.index(int(index))}.{rest}"] = tensor
         else:
-            weights[name] = tensor
-    return weights
+            found[name] = tensor
+    return found
 
 
 def score_head_name(model: Any) -> str | None:

@@ -15,7 +15,7 @@ from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
-from trainers.core.layers import hold, keep_layers
+from trainers.core.layers import hold, keep_layers, keep_split_layers
 from trainers.core.sharding import Sharding, is_split
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
@@ -70,8 +70,14 @@ def load_some_layers(
     ctx: PhaseContext, ref: ModelRef, layers: tuple[int, ...], lora: Lora | None = None
 ) -> LoadedModel:
     """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
-    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
-    return prepared(ctx, keep_layers(model, layers), tokenizer, lora, frozen=False)
+    sharding = sharding_of(ctx, frozen=False)
+    model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None), sharding)
+    small = (
+        keep_split_layers(model, layers, sharding.apply)
+        if sharding is not None and is_split(model)
+        else keep_layers(model, layers)
+    )
+    return prepared(ctx, small, tokenizer, lora, frozen=False)
 
 
 def sharding_of(ctx: PhaseContext, frozen: bool) -> Sharding | None:
@@ -160,7 +166,7 @@ def place(ctx: PhaseContext, model: Any, frozen: bool) -> None:
     sharding = sharding_of(ctx, frozen)
     if sharding is None:
         model.to(ctx.workers.device)
-    elif not is_split(model):
+    else:
         sharding.apply(model)
 
 

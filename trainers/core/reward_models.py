@@ -14,7 +14,8 @@ from trainers.core.context import PhaseContext
 from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel, causal_lm, held_in, prepared, pretrained, sharding_of
 from trainers.core.rewards import check_reward_scoring, reads_last_token
-from trainers.core.sharding import Sharding
+from trainers.core.sharding import Sharding, is_split
+from trainers.core.weights import read_config
 from trainers.spec import Lora, ModelRef, RewardModelRef
 
 MARK = "score_token_ids"
@@ -27,15 +28,24 @@ def load_reward_model(ctx: PhaseContext, ref: RewardModelRef) -> RewardModel:
     One whose score is a linear layer on its last token's hidden state is scored as the project's own are; any other by
     its own forward. Raises BadInput for a model that has not one label.
     """
-    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=True), None)
+    sharding = sharding_of(ctx, frozen=True) if _has_score_layer(ctx, ref) else None
+    model, tokenizer = _classifier(ctx, ref, held_in(ctx, ref, frozen=True), sharding)
     if isinstance(getattr(model, "score", None), nn.Linear):
         loaded = prepared(ctx, model, tokenizer, None, frozen=True)
         loaded.whole_turns = ref.phase is None and not hasattr(model.config, MARK)
         if reads_last_token(loaded, ctx.workers):
             return loaded
-    if ref.dtype == "auto" and model.dtype != torch.float32:
-        model, tokenizer = _classifier(ctx, ref, torch.float32, None)
+    if is_split(model) or (ref.dtype == "auto" and model.dtype != torch.float32):
+        dtype = torch.float32 if ref.dtype == "auto" else held_in(ctx, ref, frozen=True)
+        model, tokenizer = _classifier(ctx, ref, dtype, None)
     return _text_classifier(ctx, model, tokenizer)
+
+
+def _has_score_layer(ctx: PhaseContext, ref: RewardModelRef) -> bool:
+    config = read_config(ctx.model_location(ref), ref.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=ref.trust_remote_code)
+    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def load_value_model(ctx: PhaseContext, ref: RewardModelRef) -> LoadedModel:
@@ -71,7 +81,7 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
 
     Also returns the causal model, which shares the backbone and is not part of what is saved.
     """
-    base, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None))
+    base, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None), _sharding_of_base(ctx, ref))
     stop_ids = chat_format(tokenizer, base).stop_ids
     _own_pad_token(base, tokenizer, stop_ids)
     config = copy.deepcopy(base.config)
@@ -98,6 +108,15 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
     return loaded, base
 
 
+def _sharding_of_base(ctx: PhaseContext, ref: ModelRef | None) -> Sharding | None:
+    """None for a model whose embeddings are its head as well: split together, they cannot be used without each other."""
+    sharding = sharding_of(ctx, frozen=False)
+    if sharding is None or ref is None or ref.scratch is not None:
+        return None
+    config = read_config(ctx.model_location(ref), ref.trust_remote_code)
+    return None if config.get_text_config().tie_word_embeddings else sharding
+
+
 def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None:
     """Give the tokenizer a pad token that ends no response.
 
@@ -110,4 +129,6 @@ def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None
     free = [token for token in free if tokenizer.convert_tokens_to_ids(token) not in stop_ids]
     tokenizer.add_special_tokens({"pad_token": free[0] if free else "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if is_split(model):
+            raise BadInput("model: its vocabulary has no token for padding, and strategy fsdp cannot add one: use ddp")
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

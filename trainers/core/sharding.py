@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from trainers.core.layers import decoder_layers, score_head_name
+from trainers.core.layers import backbone, decoder_layers, score_head_name
 from trainers.spec import Parallel
 
 
@@ -38,9 +38,15 @@ class Sharding:
         return self.mesh.size()
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Split a model in place. On the meta device it is loaded afterwards, and every process reads its shards alone."""
+        """Split a model in place, or what of it is not split yet.
+
+        One on the meta device is loaded afterwards, and every process reads its shards alone.
+        """
+        if isinstance(model, FSDPModule):
+            return
         for module in self._groups(model):
-            self._shard(module, self.reshard, self._precision)
+            if not isinstance(module, FSDPModule):
+                self._shard(module, self.reshard, self._precision)
         # A score head is small, and adapters come with a copy of it: it stays whole.
         name = score_head_name(model)
         heads = set(getattr(model, name).parameters()) if name is not None else set()
@@ -51,13 +57,16 @@ class Sharding:
     def _groups(self, model: PreTrainedModel) -> list[nn.Module]:
         """What is gathered together; an inner group comes before the one around it.
 
-        A group has weights of one type, so layers that an architecture keeps in fp32 are groups of their own.
+        A group has weights of one type, so layers that an architecture keeps in fp32 are groups of their own. What is
+        left of the backbone is one too, so that it can have another head; but embeddings that are the head as well
+        belong to the whole model.
         """
         _, layers = decoder_layers(model, "splitting weights over processes")
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         weights = [end.weight for end in ends if end is not None]
-        apart = [] if len(weights) == 2 and weights[0] is weights[1] else [end for end in ends if end is not None]
-        return [*_kept_in_fp32(model), *layers, *apart]
+        if len(weights) == 2 and weights[0] is weights[1]:
+            return [*_kept_in_fp32(model), *layers]
+        return [*_kept_in_fp32(model), *layers, *(end for end in ends if end is not None), backbone(model)]
 
     @property
     def _precision(self) -> MixedPrecisionPolicy:

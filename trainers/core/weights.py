@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer
 
 from trainers.contract import BadInput, FailureClass
@@ -14,10 +15,13 @@ from trainers.failures import classify
 
 
 def read_model(
-    auto: Any, folder: str | Path, dtype: torch.dtype, trust_remote_code: bool, sharding: Sharding | None = None
+    auto: Any,
+    folder: str | Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    sharding: Sharding | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by one of transformers' auto classes. Safetensors only. A split model reads its shards alone.
-
     Raises BadInput for a folder that cannot be read as such a model; what this machine lacks (memory, a readable disk)
     passes as it is.
     """
@@ -37,10 +41,21 @@ def read_model(
             output_loading_info=True,
             **split,
         )
+        if split:
+            _mend_tables(auto, model, config, trust_remote_code)
     vars(model.config).pop("distributed_config", None)  # of this process, and no part of the model
     _check_weights(folder, model, found)
     _check_numbers(folder, model)
     return model, tokenizer
+
+
+def _mend_tables(auto: Any, model: Any, config: Any, trust_remote_code: bool) -> None:
+    """Tables that are in no file, such as Falcon-H1's multipliers, which transformers leaves as they come in a split model."""
+    with init_empty_weights(include_buffers=False):
+        fresh = auto.from_config(config, trust_remote_code=trust_remote_code)
+    tables = dict(model.named_non_persistent_buffers())
+    for name, table in fresh.named_non_persistent_buffers():
+        tables[name].copy_(table)
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> Any:

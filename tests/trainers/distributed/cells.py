@@ -60,7 +60,7 @@ def phases(model: Path, reward_model: Path) -> dict[str, dict[str, Any]]:
         },
         "rollout": {"policy": source, "rewardModel": reward, "data": prompts, "sampling": SAMPLING},
         "distill": {
-            "teacher": source, "student": {"teacherLayers": [0]}, "prompts": prompts, "onPolicyFraction": 1,
+            "teacher": source, "student": {"teacherLayers": [1]}, "prompts": prompts, "onPolicyFraction": 1,
             "sampling": SAMPLING, "maxLength": 64, "rewardModel": reward, **STEPS,
         },
         "evaluate": {
