@@ -27,6 +27,17 @@ def room_for(num_bytes: int) -> Iterator[None]:
         raise
 
 
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def empty_directory(path: Path) -> None:
+    """Make it, without what a killed writer left in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +68,7 @@ def locked(path: Path) -> Iterator[None]:
 def new_directory(final: Path) -> Iterator[Path]:
     """An empty folder to be filled, which gets the name ``final`` at the end; without one, nothing of it is left."""
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    empty_directory(temporary)
     try:
         yield temporary
         commit_directory(temporary, final)
@@ -74,8 +84,7 @@ def commit_directory(temporary: Path, final: Path) -> None:
     """
     for file in temporary.rglob("*"):
         if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            fsync_file(file)
     displaced = None
     if final.exists():
         displaced = final.with_name(f".{final.name}.{os.getpid()}.old")

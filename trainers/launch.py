@@ -36,6 +36,7 @@ from trainers.spec import PhaseSpec, addresses
 from trainers.workspace import PhaseDir, open_directory
 
 if TYPE_CHECKING:
+    from trainers.remote.checkpoints import StoredCheckpoints
     from trainers.remote.uploads import Uploads
 
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
@@ -86,10 +87,17 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
     here = pinned_spec(here, file)
     remote.keep_pins()
     with remote.uploads() or nullcontext() as uploads:
-        return _run(kind, file, here, remote.identity, uploads)
+        return _run(kind, file, here, remote.identity, uploads, remote.checkpoints(uploads))
 
 
-def _run(kind: PhaseType, file: PhaseFile, spec: Any, identity: Identity, uploads: "Uploads | None" = None) -> Result:
+def _run(
+    kind: PhaseType,
+    file: PhaseFile,
+    spec: Any,
+    identity: Identity,
+    uploads: "Uploads | None" = None,
+    stored: "StoredCheckpoints | None" = None,
+) -> Result:
     from trainers.core.context import PhaseContext
     from trainers.core.device import device_name, peak_flops, sensors
     from trainers.core.parallel import Workers
@@ -105,7 +113,7 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, identity: Identity, upload
     meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
     device = device_name(workers.device)
     meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
-    ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads)
+    ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored)
     ctx.listen()
     meter.stage("loading")
     outcome = importlib.import_module(kind.module).main(spec, ctx)
@@ -124,17 +132,17 @@ def _run(kind: PhaseType, file: PhaseFile, spec: Any, identity: Identity, upload
     if uploads is not None:
         uploads.finish()  # may take long: no other process waits for it
     if workers.is_main:
-        _drop_checkpoints(spec, directory, uploads)
+        _drop_checkpoints(spec, directory, stored)
     return result
 
 
-def _drop_checkpoints(spec: Any, directory: PhaseDir, uploads: "Uploads | None") -> None:
+def _drop_checkpoints(spec: Any, directory: PhaseDir, stored: "StoredCheckpoints | None") -> None:
     """Once the result stands; a phase without the setting has nothing worth keeping."""
     checkpoint = getattr(spec, "checkpoint", None)
     if checkpoint is None or checkpoint.keep_last == 0:
         shutil.rmtree(directory.checkpoints, ignore_errors=True)
-        if uploads is not None:
-            uploads.drop_checkpoints()
+        if stored is not None:
+            stored.drop()
 
 
 def _metrics_port(local_rank: int) -> int:

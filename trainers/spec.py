@@ -492,14 +492,19 @@ class Parallel(SpecModel):
 
 
 class Checkpoint(SpecModel):
-    """When unfinished work is saved. Does not change results, so editing it reruns nothing."""
+    """When unfinished work is saved. Does not change results, so editing it reruns nothing.
+
+    Saving copies weights and optimizer state into the machine's memory, which training waits for, and writes them while it goes on.
+    """
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Save after this many optimizer steps."""
+    """Save after this many optimizer steps, whatever it costs."""
     every_epoch: bool = False
     """Save at the end of each pass over the data."""
-    every_seconds: float | None = Field(default=60.0, gt=0)
-    """Save when this much time has passed since the last save."""
+    every_seconds: float | None = Field(default=None, gt=0)
+    """Save when this much time has passed since the last save, whatever it costs; unless set, `timeShare` says how often."""
+    time_share: float | None = Field(default=0.02, gt=0, le=0.5)
+    """Save by the clock, as often as this allows: training waits for saves no more than this share of the time, files are written or uploaded no more than ten times that, and a minute at least lies between two saves. So a small model is saved every minute, one whose 18 GB take 20 s to write every two minutes or less often, as its last save took. `null`: not by the clock."""
     keep_last: int = Field(default=2, ge=0)
     """Checkpoints to keep, beside the best one; with 0 the last one goes too once the phase is done."""
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from trainers.contract import Diverged, Infrastructure
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.flops import ModelFlops
+from trainers.core.saving.schedule import Clock, shared_interval
 from trainers.core.tensors import DamagedError, content_sum, read_tensors, write_tensors
 from trainers.core.trainee import Trainee
 from trainers.spec import Checkpoint, Optim
@@ -25,7 +27,8 @@ class OneProcess:
     """What a run of one process needs of Workers."""
 
     device = torch.device("cpu")
-    world, is_main = 1, True
+    world, rank, is_main = 1, 0, True
+    accelerator = SimpleNamespace(prepare_model=lambda module: module)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Everything about other processes gives back what it is given."""
@@ -45,18 +48,19 @@ def ctx(tmp_path):
         workers=OneProcess(),
         meter=meter,
         dir=SimpleNamespace(checkpoints=tmp_path / "checkpoints"),
-        keep=lambda *args, **kwargs: None,
-        before_replacing=lambda: None,
+        file=SimpleNamespace(remote=None),
+        stored=None,
         writes_for_others=True,
         stop_asked=False,
+        stop_signal=None,
     )
 
 
-def checkpoints(ctx, width: int = 6, **optim) -> Checkpoints:
+def checkpoints(ctx, width: int = 6, keep_last: int = 9, **optim) -> Checkpoints:
     torch.manual_seed(0)
     models = {name: torch.nn.Linear(4, width) for name in ("policy", "critic")}
     trainees = {name: trainee(ctx, model, Optim(lr=1e-2, **optim)) for name, model in models.items()}
-    return Checkpoints(ctx, Checkpoint(keep_last=9), trainees)
+    return Checkpoints(ctx, Checkpoint(keep_last=keep_last), trainees)
 
 
 def trainee(ctx, model: torch.nn.Module, optim: Optim) -> Trainee:
@@ -69,17 +73,15 @@ def train(saved: Checkpoints, first: int, last: int) -> None:
             (trainee.module(torch.full((2, 4), step + 1.0)) - 3).square().mean().backward()
             trainee.update(step)
         saved.save(step + 1)
+    saved.wait()
 
 
 def snapshot(saved: Checkpoints) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, trainee in saved.trainees.items():
-        found |= {f"{name} {key}": value.clone() for key, value in trainee.engine.saved()}
-    return found
-
-
-def weights(saved: Checkpoints) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in saved.trainees["policy"].engine.saved(moments=False)}
+    return {
+        f"{name}/{key}": tensor.clone()
+        for name, trainee in saved.trainees.items()
+        for key, tensor in trainee.engine.saved()
+    }
 
 
 def same(ours: dict, theirs: dict) -> bool:
@@ -97,8 +99,14 @@ def without_a_tensor(path: Path) -> None:
     write_tensors(path, tensors)
 
 
-def of_another_shape(path: Path) -> None:
-    write_tensors(path, {name: torch.cat([t, t]) if t.ndim else t for name, t in load_file(path).items()})
+def of_another_step(path: Path) -> None:
+    shutil.copy(path.parent.with_name("step-1") / path.name, path)
+
+
+def with_a_digit_changed(path: Path) -> None:
+    content = path.read_text()
+    digit = next(i for i, c in enumerate(content) if c.isdigit())
+    path.write_text(f"{content[:digit]}{(int(content[digit]) + 1) % 10}{content[digit + 1 :]}")
 
 
 FILE_DAMAGES = {
@@ -111,25 +119,25 @@ FILE_DAMAGES = {
     "a block of zeros": lambda path: middle_of(path, bytes(16)),
     "a flipped bit": lambda path: middle_of(path, bytes([path.read_bytes()[-5] ^ 1])),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "without sums": lambda path: save_file(load_file(path), path),
     "without a tensor": without_a_tensor,
-    "of another model": of_another_shape,
+    "of another step": of_another_step,
 }
-STATE_DAMAGES = {
+JSON_DAMAGES = {
     "missing": lambda path: path.unlink(),
     "no text": lambda path: path.write_bytes(b"\xff\xfe"),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "a list": lambda path: path.write_text("[1]"),
-    "without state": lambda path: path.write_text('{"step": 2, "seconds": 1}'),
-    "null": lambda path: path.write_text('{"step": 2, "seconds": null, "state": {}}'),
     "nested": lambda path: path.write_text("[" * 100_000),
-    "of another step": lambda path: path.write_text('{"step": 1, "seconds": 1, "state": {}}'),
+    "a digit changed": with_a_digit_changed,
+    "of another step": of_another_step,
 }
 DAMAGES = [
+    pytest.param("shard-00000.safetensors", damage, id=f"shard: {kind}") for kind, damage in FILE_DAMAGES.items()
+] + [
     pytest.param(file, damage, id=f"{file}: {kind}")
-    for file in ("policy.safetensors", "critic.safetensors")
-    for kind, damage in FILE_DAMAGES.items()
-] + [pytest.param("state.json", damage, id=f"state: {kind}") for kind, damage in STATE_DAMAGES.items()]
+    for file in ("state.json", "index.json")
+    for kind, damage in JSON_DAMAGES.items()
+]
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
@@ -182,12 +190,12 @@ def test_without_its_best_weights_a_checkpoint_is_of_no_use(ctx, capsys):
     train(made, 0, 1)
     made.keep_best("policy", 0.5, higher_is_better=False)
     train(made, 1, 2)
-    best = ctx.dir.checkpoints / "best" / "policy.safetensors"
+    best = ctx.dir.checkpoints / "best-1" / "shard-00000.safetensors"
     best.write_bytes(best.read_bytes()[:-1])
     with pytest.raises(Infrastructure, match=r"best weights .* cannot be read"):
         made.load_best("policy")
     assert checkpoints(ctx).restore() == 1, "which knew of no best yet"
-    assert "policy.safetensors" in capsys.readouterr().err
+    assert "shard-00000.safetensors" in capsys.readouterr().err
 
 
 def test_the_best_weights_come_back(ctx):
@@ -199,6 +207,22 @@ def test_the_best_weights_come_back(ctx):
             best = weights(made)
     made.load_best("policy")
     assert same(weights(made), best)
+
+
+def weights(saved: Checkpoints) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in saved.trainees["policy"].engine.saved(moments=False)}
+
+
+def test_each_checkpoint_keeps_the_best_weights_that_it_needs(ctx):
+    made = checkpoints(ctx, keep_last=2)
+    for step, score in enumerate((0.9, 0.8, 0.85, 0.85, 0.7)):
+        made.keep_best("policy", score, higher_is_better=False)
+        train(made, step, step + 1)
+    assert {path.name for path in ctx.dir.checkpoints.iterdir()} == {"step-4", "step-5", "best-2", "best-3"}
+    shutil.rmtree(ctx.dir.checkpoints / "step-5")
+    again = checkpoints(ctx)
+    assert again.restore() == 4 and again.state == {"best": 0.8, "bestNumber": 2}
+    again.load_best("policy")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -243,7 +267,74 @@ def test_what_a_full_disk_cut_off_does_not_stay_on_it(ctx, monkeypatch, best: bo
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("trainers.core.checkpoint.write_tensors", full)
+    monkeypatch.setattr("trainers.core.saving.storage.write_tensors", full)
+    saved.keep_best("policy", 1.0, higher_is_better=True) if best else saved.save(1)
     with pytest.raises(OSError, match="No space left"):
-        saved.keep_best("policy", 1.0, higher_is_better=True) if best else saved.save(1)
+        saved.wait()
+    with pytest.raises(OSError, match="No space left"):
+        saved.after_step(2, 9)
     assert list(ctx.dir.checkpoints.rglob("*")) == []
+
+
+def test_what_training_changes_after_a_save_is_not_in_it(ctx, monkeypatch):
+    """Files are written only when everything was updated again."""
+    made, go = checkpoints(ctx), threading.Event()
+
+    def late(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        assert go.wait(10)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr("trainers.core.saving.storage.write_tensors", late)
+    made.save(1)
+    first = snapshot(made)
+    for trainee in made.trainees.values():
+        (trainee.module(torch.ones(2, 4)) - 3).square().mean().backward()
+        trainee.update(0)
+    assert not (ctx.dir.checkpoints / "step-1").exists()
+    go.set()
+    made.wait()
+    again = checkpoints(ctx)
+    assert again.restore() == 1 and same(snapshot(again), first)
+
+
+# ---------------------------------------------------------------- when
+
+
+@pytest.mark.parametrize(
+    ("waited", "written", "seconds"),
+    [
+        pytest.param(0.001, 0.05, 60, id="4 MB"),
+        pytest.param(2, 20, 100, id="18 GB"),
+        pytest.param(4, 20, 200, id="18 GB, staged slowly"),
+        pytest.param(2, 180, 900, id="18 GB to a store"),
+    ],
+)
+def test_the_time_between_saves_grows_with_what_they_cost(waited: float, written: float, seconds: float):
+    interval = shared_interval(Checkpoint().time_share, waited, written)
+    assert interval == pytest.approx(seconds)
+    assert waited / interval <= 0.02 and written / interval <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("spec", "written", "due"),
+    [
+        ({}, 1.0, 61),
+        ({}, 20.0, 101),
+        ({}, None, None),
+        ({"time_share": 0.2}, 100.0, 101),
+        ({"time_share": None}, 1.0, None),
+        ({"every_seconds": 30}, None, 31),
+    ],
+)
+def test_the_first_second_at_which_the_clock_asks_for_a_save(
+    monkeypatch, spec: dict, written: float | None, due: int | None
+):
+    """``written``: None while the last save is still being written."""
+    monkeypatch.setattr("trainers.core.saving.schedule.time", SimpleNamespace(monotonic=lambda: now))
+    now = 0
+    clock = Clock(Checkpoint(**spec))
+    clock.saved(0.01)
+    found = []
+    for now in range(200):
+        found += [now] if clock.is_due(written) else []
+    assert (found[0] if found else None) == due

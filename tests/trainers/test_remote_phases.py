@@ -365,7 +365,8 @@ def test_two_nodes_with_a_folder_each(run_phase, bucket, with_sft, local, tmp_pa
     for process in first:
         process.communicate(timeout=120)
     assert not (bucket.path / "ws/run/dpo/result.json").exists()
-    assert not list((tmp_path / "first/node-1/run/dpo/checkpoints").glob("step-*")), "only rank 0 writes checkpoints"
+    shards = {p.name for p in (tmp_path / "first/node-1/run/dpo/checkpoints").glob("step-*/shard-*")}
+    assert shards == {"shard-00002.safetensors", "shard-00003.safetensors"}, "each node writes and uploads its own"
     for process in nodes(tmp_path / "second", spec, bucket, digest):
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out.decode()

@@ -153,7 +153,7 @@ def test_bf16_stays_bf16_after_a_checkpoint_and_a_restore(run_phase, stop_after,
     spec = {"parallel": {"precision": "bf16"}}
     often = spec_for(tiny_model_dir, **spec, checkpoint={"everySteps": 1})
     outputs = [tmp_path / name / "sft" for name in ("once", "often", "stopped")]
-    seldom = {"everySeconds": None}
+    seldom = {"timeShare": None}
     assert run_phase("sft", spec_for(tiny_model_dir, **spec, checkpoint=seldom), None, outputs[0])[0] == 0
     assert run_phase("sft", often, None, outputs[1])[0] == 0
     with stop_after(2):
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_phase, stop_after
     spec = spec_for(tiny_model_dir, checkpoint={"everySteps": 1, "keepLast": 3})
     with stop_after(4):
         run_phase("sft", spec, None, output)
-    (output / "checkpoints" / "step-4" / "model.safetensors").write_bytes(b"torn")
+    (output / "checkpoints" / "step-4" / "shard-00000.safetensors").write_bytes(b"torn")
     (output / "checkpoints" / "step-3" / "state.json").write_bytes(b"\xff\xfe")
     code, _ = run_phase("sft", spec, None, output)
     assert code == 0
@@ -228,8 +228,8 @@ def test_the_best_weights_are_exported_when_asked(run_phase, tiny_model_dir, tmp
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert result.metrics["evalLoss"] == min(losses) < losses[-1]
-    best = load_file(output / "checkpoints" / "best" / "model.safetensors")
-    assert_same(weights(output), {name.removeprefix("model."): tensor for name, tensor in best.items()})
+    best = load_file(output / "checkpoints" / "best-1" / "shard-00000.safetensors")
+    assert_same(weights(output), {name.removeprefix("model/weights/model."): tensor for name, tensor in best.items()})
 
 
 def test_a_diverging_run_says_so(run_phase, tiny_model_dir, tmp_path, monkeypatch):

@@ -1,48 +1,41 @@
-"""Unfinished work on disk: ``checkpoints/step-N/``, written whole or not at all.
+"""Unfinished work on disk: when it is saved, what is kept, where to go on from.
 
-A checkpoint holds trained weights, optimizer state (both safetensors) and a small JSON state. There is no RNG state:
-everything random is a function of the seed and the step. All of it is read and checked before any of it is used, so a
-damaged checkpoint, of whatever kind, leaves nothing half loaded.
+A checkpoint, ``checkpoints/step-N/``, is written whole or not at all, and holds trained weights, optimizer state and a small
+JSON state. There is no RNG state: everything random is a function of the seed and the step. All of it is read and
+checked, by all processes together, before any of it is used, so a damaged one, of whatever kind, leaves nothing half
+loaded. Names and shards say nothing of the strategy: any number of processes can go on with it.
 """
 
-import json
 import math
+import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainers.contract import Diverged, Infrastructure
 from trainers.core.context import PhaseContext
-from trainers.core.sharding import whole
-from trainers.core.tensors import DamagedError, read_tensors, write_tensors
+from trainers.core.saving.schedule import Clock
+from trainers.core.saving.staging import Staging
+from trainers.core.saving.storage import Folder, State, read_folder, read_state
+from trainers.core.saving.writer import Writer
+from trainers.core.tensors import DamagedError
 from trainers.core.trainee import Trainee
-from trainers.files import new_directory
 from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint in memory."""
-
-    step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """By trainee, and by the names of :class:`trainers.core.engines.engine.Engine`."""
-    state: dict[str, Any]
-    seconds: float
+BEST = re.compile(r"best-(\d+)$")
 
 
 class Checkpoints:
-    """When to save, what to keep, where to go on from."""
+    """Saving is staged, then written in the background; what fails there is raised by the next call, in all processes alike."""
 
     def __init__(self, ctx: PhaseContext, spec: Checkpoint, trainees: Mapping[str, Trainee]) -> None:
         self.ctx = ctx
@@ -50,8 +43,15 @@ class Checkpoints:
         self.trainees = dict(trainees)
         self.state: dict[str, Any] = {}
         """JSON state that goes along: adaptive coefficients, evaluation history."""
-        self._saved_at = time.monotonic()
+        self._writer = Writer(ctx)
+        self._memory = {kind: Staging(ctx.workers.rank, ctx.workers.world) for kind in ("all", "best")}
+        self._written: dict[str, Future[float]] = {}
+        """What was written in the background last, or still is, by the memory it is written from."""
+        self._clock = Clock(spec)
         self._saved_step = -1
+        self._unusable: set[int] = set()
+
+    # -- going on
 
     def restore(self) -> int:
         """Load the newest whole checkpoint. Returns the number of finished steps, 0 without one."""
@@ -60,100 +60,135 @@ class Checkpoints:
             if not self.ctx.workers.any(saved is None) and saved is not None:
                 self._load(saved)
                 break
+            self._unusable.add(step)
         newest = max(self._saved_step, 0)
         self.ctx.meter.will_checkpoint(newest)
         return newest
 
     def _shared_steps(self) -> list[int]:
         """Steps whose checkpoints all processes have: nodes with folders of their own might have fetched different ones."""
-        mine = [step for step, _ in steps_in(self.ctx.dir.checkpoints)]
+        mine = [step for step, _ in steps_in(self._root)]
         found = self.ctx.workers.gather_objects(list(mine))
         return [step for step in mine if found.count(step) == self.ctx.workers.world]
 
-    def _usable(self, step: int) -> Saved | None:
-        path = self.ctx.dir.checkpoints / f"step-{step}"
+    def _usable(self, step: int) -> Folder | None:
+        path = self._root / f"step-{step}"
         try:
-            return self._read(step, path)
+            return self._checked(step, path)
         except DamagedError as error:
             # Names are given to whole checkpoints only, so something damaged it afterwards: take the one before.
             print(f"checkpoint {path} cannot be used ({error}), trying an older one", file=sys.stderr)
             return None
 
-    def _read(self, step: int, path: Path) -> Saved:
-        """Everything, checked against what it will be loaded into. Raises DamagedError."""
-        saved = Saved(
-            step,
-            {name: read_tensors(path / f"{name}.safetensors") for name in self.trainees},
-            *_read_state(path / "state.json", step),
-        )
-        try:
-            for name, trainee in self.trainees.items():
-                trainee.check_saved({key: tensor.shape for key, tensor in saved.tensors[name].items()})
-        except ValueError as error:
-            raise DamagedError(str(error)) from error
-        if "best" in saved.state:
-            self._read_best()  # what it says of the best weights is of no use without these
+    def _checked(self, step: int, path: Path) -> Folder:
+        """What all processes together have checked, each a share of it. Raises DamagedError."""
+        saved = read_folder(path)
+        if saved.state.step != step:
+            raise DamagedError(f"state.json is of step {saved.state.step}")
+        self._check(saved, self.trainees)
+        if saved.state.needs is not None:
+            self._read_best(saved.state.needs)  # what it says of the best weights is of no use without these
         return saved
 
-    def _load(self, saved: Saved) -> None:
+    def _check(self, saved: Folder, trainees: Mapping[str, Trainee]) -> None:
+        try:
+            for name, trainee in trainees.items():
+                trainee.check_saved(saved.index.shapes(f"{name}/"))
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        saved.check(*self._share)
+
+    def _load(self, saved: Folder) -> None:
         for name, trainee in self.trainees.items():
-            _take(trainee, saved.tensors[name])
-        self.state, self._saved_step = saved.state, saved.step
-        self.ctx.meter.seconds_before = saved.seconds
+            _take(trainee, saved, name)
+        self.state, self._saved_step = dict(saved.state.state), saved.state.step
+        self.ctx.meter.seconds_before = saved.state.seconds
+
+    # -- saving
 
     def after_step(self, step: int, total_steps: int, epoch_end: bool = False) -> None:
         """Call after every finished step: saves when it is time, and before stopping when asked to stop."""
-        stop = self.ctx.stop_asked
-        if stop or self._due(step, epoch_end) or step == total_steps:
-            self.save(step)
-        if stop and step < total_steps:
+        done = step == total_steps
+        asked = self.ctx.workers.any(self.ctx.stop_signal is not None or self._failed or self._late)
+        if not (asked or done or self._due(step, epoch_end)):
+            return
+        if self.ctx.workers.any(self._failed):
+            self.wait()
+        self.save(step)
+        if (stop := self.ctx.stop_asked) or done:
+            self.wait()
+        if stop and not done:
             self.ctx.stop(f"stopped after step {step} of {total_steps}; the checkpoint is saved")
+
+    @property
+    def _failed(self) -> bool:
+        return any(future.done() and future.exception() is not None for future in self._written.values())
+
+    @property
+    def _late(self) -> bool:
+        last = self._written.get("all")
+        if last is None:
+            return self._clock.is_due(0.0)
+        return self._clock.is_due(last.result() if last.done() and not last.exception() else None)
 
     def _due(self, step: int, epoch_end: bool) -> bool:
         spec = self.spec
-        if spec.every_steps is not None and step % spec.every_steps == 0:
-            return True
-        if spec.every_epoch and epoch_end:
-            return True
-        late = spec.every_seconds is not None and time.monotonic() - self._saved_at > spec.every_seconds
-        return self.ctx.workers.any(late)
+        return (spec.every_steps is not None and step % spec.every_steps == 0) or (spec.every_epoch and epoch_end)
 
     def save(self, step: int) -> None:
+        """Returns as soon as training may go on. Raises what the checkpoint before failed with."""
         if step == self._saved_step:
             return
+        begin = time.monotonic()
         with self.ctx.meter.part("checkpoint"):
-            self._write(step)
-            if self.ctx.workers.is_main:
-                # Waits until the checkpoint before is uploaded: only then may it be pruned.
-                self.ctx.keep(self.ctx.dir.checkpoints / f"step-{step}", newest=self.spec.keep_last)
-                self._prune()
-            self.ctx.workers.barrier()
-        self._saved_at, self._saved_step = time.monotonic(), step
+            state = State(step=step, seconds=self.ctx.meter.seconds(), state=dict(self.state), needs=self._best_name)
+            self._unusable.discard(step)
+            self._write("all", f"step-{step}", self._tensors(), state, partial(self._saved, step))
+        self._clock.saved(time.monotonic() - begin)
+        self._saved_step = step
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk, and in the store. Raises what failed."""
+        with self.ctx.meter.part("checkpoint"):
+            for written in self._written.values():
+                written.result()
+
+    def _write(
+        self, kind: str, name: str, state: Iterator[tuple[str, torch.Tensor]], about: State, after: Callable[[], None]
+    ) -> None:
+        if kind in self._written:
+            self._written[kind].result()
+        staged = self._memory[kind].stage(state)
+        self._written[kind] = self._writer.write(self._root / name, staged, about, after)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, trainee in self.trainees.items():
+            yield from ((f"{name}/{key}", tensor) for key, tensor in trainee.engine.saved())
+
+    def _saved(self, step: int) -> None:
+        """In the background: a checkpoint is whole."""
+        if self.ctx.writes_for_others:
+            self._prune()
+        if self.ctx.stored is not None and self.ctx.workers.is_main:
+            self.ctx.stored.prune(self.spec.keep_last)
         self.ctx.meter.checkpointed(step)
 
-    def _write(self, step: int) -> None:
-        tensors = {name: self._whole(trainee) for name, trainee in self.trainees.items()}
-        if not self.ctx.workers.is_main:
-            return
-        with new_directory(self.ctx.dir.checkpoints / f"step-{step}") as folder:
-            for name, found in tensors.items():
-                write_tensors(folder / f"{name}.safetensors", found)
-            state = {"step": step, "seconds": self.ctx.meter.seconds(), "state": self.state}
-            (folder / "state.json").write_text(json.dumps(state))
-
-    def _whole(self, trainee: Trainee, moments: bool = True) -> dict[str, torch.Tensor]:
-        """A trainee's state where it is written; all processes take part, one tensor after the other."""
-        writes = self.ctx.writes_for_others
-        found = ((name, whole(tensor)) for name, tensor in trainee.engine.saved(moments))
-        return {name: tensor for name, tensor in found if writes}
-
     def _prune(self) -> None:
-        """Keep the newest; leftovers of killed writers go too."""
-        root = self.ctx.dir.checkpoints
-        for _, path in steps_in(root)[: -max(1, self.spec.keep_last)]:
-            shutil.rmtree(path)
-        for leftover in root.glob(".step-*"):
-            shutil.rmtree(leftover)
+        """Keep the newest whole ones and the best weights that they need; leftovers of killed writers go too."""
+        steps = steps_in(self._root)
+        whole = [step for step, _ in steps if step not in self._unusable]
+        kept = whole[-max(1, self.spec.keep_last) :]
+        for step, path in steps:
+            if step not in kept and step < whole[-1]:
+                shutil.rmtree(path)
+        needed = {read_state(self._root / f"step-{step}").needs for step in kept}
+        for _, path in _folders(self._root, BEST)[:-1]:  # the newest may be one that no checkpoint knows of yet
+            if path.name not in needed:
+                shutil.rmtree(path)
+        for leftover in self._root.glob(".*-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    # -- the best weights
 
     def keep_best(self, name: str, value: float, higher_is_better: bool) -> None:
         """Remember the weights of trainee ``name`` if ``value`` is the best so far. Raises Diverged if it is no number."""
@@ -162,65 +197,66 @@ class Checkpoints:
         best = self.state.get("best")
         if best is not None and (value <= best if higher_is_better else value >= best):
             return
-        self.state["best"] = value
-        tensors = self._whole(self.trainees[name], moments=False)
-        if self.ctx.writes_for_others:
-            with new_directory(self._best) as folder:
-                write_tensors(folder / f"{name}.safetensors", tensors)
-                self.ctx.before_replacing()
-            self.ctx.keep(self._best / f"{name}.safetensors")
-        self.ctx.workers.barrier()
+        # Another name each time: a checkpoint from before still has what it needs.
+        self.state |= {"best": value, "bestNumber": self.state.get("bestNumber", 0) + 1}
+        weights = ((f"{name}/{key}", tensor) for key, tensor in self.trainees[name].engine.saved(moments=False))
+        state = State(step=0, seconds=self.ctx.meter.seconds(), state={})
+        with self.ctx.meter.part("checkpoint"):
+            self._write("best", str(self._best_name), weights, state, lambda: None)
 
     def load_best(self, name: str) -> None:
         """Raises Infrastructure when the best weights were damaged: started again, the phase finds them anew."""
+        self.wait()
+        assert self._best_name is not None
+        problem = ""
         try:
-            tensors = self._read_best()[name]
-            self.trainees[name].check_saved({key: tensor.shape for key, tensor in tensors.items()})
-            _take(self.trainees[name], tensors)
-        except (DamagedError, KeyError, ValueError) as error:
-            raise Infrastructure(f"the best weights in {self._best} cannot be read: {error}") from error
+            best = self._read_best(self._best_name, name)
+        except DamagedError as error:
+            problem = f"the best weights in {self._root / self._best_name} cannot be read: {error}"
+        found = [text for text in self.ctx.workers.gather_objects([problem]) if text]
+        if found:
+            raise Infrastructure(str(found[0]))
+        _take(self.trainees[name], best, name)
 
     @property
-    def _best(self) -> Path:
-        return self.ctx.dir.checkpoints / "best"
+    def _best_name(self) -> str | None:
+        return f"best-{self.state['bestNumber']}" if "bestNumber" in self.state else None
 
-    def _read_best(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The best weights by trainee. Raises DamagedError."""
-        files = sorted(self._best.glob("*.safetensors"))
-        if not files:
-            raise DamagedError(f"{self._best} holds no weights")
-        return {file.stem: read_tensors(file) for file in files}
+    def _read_best(self, folder: str, name: str | None = None) -> Folder:
+        """The best weights, checked; of trainee ``name``, if only one will do. Raises DamagedError."""
+        best = read_folder(self._root / folder)
+        trainees = {found: trainee for found, trainee in self.trainees.items() if best.index.shapes(f"{found}/")}
+        if (name is not None and name not in trainees) or not trainees:
+            raise DamagedError(f"{folder} holds no weights")
+        self._check(best, trainees)
+        return best
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Which share of the files this process checks, of how many: those who see the same folder divide it up."""
+        workers = self.ctx.workers
+        if self.ctx.file.remote is None:
+            return workers.rank, workers.world
+        return workers.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
+    def _root(self) -> Path:
+        return self.ctx.dir.checkpoints
 
 
-def _take(trainee: Trainee, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Let a trainee go on from a whole state, of which every process has all."""
-
-    def fill(targets: dict[str, torch.Tensor]) -> None:
-        for name, target in targets.items():
-            found = tensors[name].to(device=target.device, dtype=target.dtype)
-            if isinstance(target, DTensor):
-                found = distribute_tensor(found, target.device_mesh, target.placements)
-            target.copy_(found)
-
-    trainee.engine.restore(fill, tensors)
+def _take(trainee: Trainee, saved: Folder, name: str) -> None:
+    prefix = f"{name}/"
+    trainee.engine.restore(partial(saved.fill, prefix), saved.index.shapes(prefix))
 
 
-def _read_state(path: Path, step: int) -> tuple[dict[str, Any], float]:
-    """The JSON state and the seconds of work so far. Raises DamagedError."""
-    try:
-        saved = json.loads(path.read_text())
-        if saved["step"] != step:
-            raise DamagedError(f"{path.name} is of step {saved['step']}")
-        return dict(saved["state"]), float(saved["seconds"])
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path.name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path.name}: {error}") from error
+def _folders(root: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """Folders of such a name, by their number. Names are given last, so a directory with the right name is whole."""
+    if not root.is_dir():
+        return []
+    found = [(int(m.group(1)), path) for path in root.iterdir() if (m := name.match(path.name)) and path.is_dir()]
+    return sorted(found)
 
 
 def steps_in(root: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints, oldest first. Names are given last, so a directory with the right name is whole."""
-    if not root.is_dir():
-        return []
-    found = [(int(m.group(1)), path) for path in root.iterdir() if (m := NAME.match(path.name)) and path.is_dir()]
-    return sorted(found)
+    """Whole checkpoints, oldest first."""
+    return _folders(root, NAME)

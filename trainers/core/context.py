@@ -14,6 +14,7 @@ from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
 from trainers.workspace import PhaseDir
 
 if TYPE_CHECKING:
+    from trainers.remote.checkpoints import StoredCheckpoints
     from trainers.remote.uploads import Uploads
 
 ARTIFACT_NAMES = {
@@ -47,6 +48,8 @@ class PhaseContext:
     """What the phase is made of beside its settings and inputs."""
     uploads: "Uploads | None" = None
     """On rank 0, if the workspace is a mirror of an object store."""
+    stored: "StoredCheckpoints | None" = None
+    """In each node's first process, if it is."""
     stop_signal: int | None = None
 
     @property
@@ -62,18 +65,13 @@ class PhaseContext:
         """Whether this process writes the files that others read: rank 0, or the first of each node without a shared folder."""
         return self.workers.is_main or (self.file.remote is not None and self.workers.local_rank == 0)
 
-    def keep(self, path: Path, newest: int | None = None) -> None:
-        """Say that a file or folder in the phase's directory is whole and worth going on from.
+    def keep(self, path: Path) -> None:
+        """Say that a file in the phase's directory is whole and worth going on from.
 
         With a workspace on an object store it is uploaded in the background (:meth:`Uploads.keep`).
         """
         if self.uploads is not None:
-            self.uploads.keep(path, newest)
-
-    def before_replacing(self) -> None:
-        """Wait for what is being uploaded: what follows replaces a file that was given to :meth:`keep`."""
-        if self.uploads is not None:
-            self.uploads.wait()
+            self.uploads.keep(path)
 
     def fetch_cell(self, path: Path) -> None:
         """Bring an evaluation's cell that another phase of a remote workspace has measured, if one has."""

@@ -1,7 +1,8 @@
 """A workspace on an object store: what a phase finds there and fetches before it starts. Imports no torch.
 
 The local workspace is an empty folder of each pod's own. The object of local ``<workspace>/X`` is ``<remote>/X``.
-The first process of each node fetches for all of them; only rank 0 writes to the store (:mod:`trainers.remote.uploads`).
+The first process of each node fetches for all of them; only rank 0 writes to the store (:mod:`trainers.remote.uploads`), but
+for checkpoints (:mod:`trainers.remote.checkpoints`).
 """
 
 import atexit
@@ -20,6 +21,7 @@ from trainers.contract import BadInput, Identity, PhaseFile, PhaseType, Result, 
 from trainers.files import write_atomic
 from trainers.origins import difference, origins_of
 from trainers.pins import hub_names, pinned_spec, pins_folder
+from trainers.remote.checkpoints import StoredCheckpoints
 from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
@@ -133,6 +135,12 @@ class Remote:
         if self.phase is None or not is_main():
             return None
         return Uploads(self.phase, tuple(Path(entry.path) for entry in self.file.inputs.values()))
+
+    def checkpoints(self, uploads: Uploads | None) -> StoredCheckpoints | None:
+        """What puts each node's part of checkpoints there; the first process of each node does."""
+        if self.phase is None or int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            return None
+        return StoredCheckpoints(self.phase, uploads)
 
     def _fetch_pins(self) -> None:
         """The commits that earlier phases of the run have read from the hub."""

@@ -33,12 +33,12 @@ UNFINISHED = (
     "wandb-id",
     "reference/*",
     "checkpoints/part-*.jsonl",
-    "checkpoints/best/*",
     f"{CELLS}/*.json",
 )
 """Single files that a phase goes on from; each is whole or not there."""
 NOT_ADOPTED = ("checkpoints", "attempts")
 STEP = re.compile(r"step-(\d+)$")
+BEST = re.compile(r"best-(\d+)$")
 
 Objects = Mapping[str, Object]
 
@@ -184,20 +184,22 @@ class RemotePhase:
             raise BadInput(f"{problem} to have the phase run again")
 
     def fetch_unfinished(self) -> None:
-        """This identity's unfinished work: single files, and the newest whole checkpoint."""
+        """This identity's unfinished work: single files, the newest whole checkpoint, and the best weights."""
         objects = self.store.find(self.name)
         if self._identity() != self.identity or f"{self.name}/result.json" in objects:
             return
         wanted = [n for n in objects if any(fnmatch(n, f"{self.name}/{pattern}") for pattern in UNFINISHED)]
         self.store.download({n: self.workspace / n for n in wanted}, objects)
-        for folder in reversed(self.steps(objects)):
+        for folder in self.folders(objects, BEST):
+            self._fetch_folder(folder, objects)
+        for folder in reversed(self.folders(objects, STEP)):
             if self._fetch_folder(folder, objects):
                 break
 
-    def steps(self, objects: Objects) -> list[str]:
-        """Folders of checkpoints, whole or not, oldest first."""
+    def folders(self, objects: Objects, kind: re.Pattern[str]) -> list[str]:
+        """Folders of checkpoints or best weights, whole or not, oldest first."""
         folders = {posixpath.dirname(n) for n in objects if n.startswith(f"{self.name}/checkpoints/")}
-        found = [(int(match.group(1)), folder) for folder in folders if (match := STEP.search(folder))]
+        found = [(int(match.group(1)), folder) for folder in folders if (match := kind.search(folder))]
         return [folder for _, folder in sorted(found)]
 
     def is_whole(self, folder: str, objects: Objects) -> bool:
@@ -218,25 +220,29 @@ class RemotePhase:
     def _fetch_folder(self, folder: str, objects: Objects) -> bool:
         """Fetch a folder if it is what its manifest says."""
         final = self.workspace / folder
-        if final.exists():  # it was given its name when it was whole
-            return True
         temporary = final.with_name(f".{final.name}.tmp")
+        manifest = self._manifest(folder, objects)
+        if manifest is not None and _holds(final, manifest):
+            return True
         shutil.rmtree(temporary, ignore_errors=True)
-        if self._fetch_as_marked(folder, objects, temporary):
+        if manifest is not None and self._fetch_as_marked(folder, manifest, objects, temporary):
             commit_directory(temporary, final)
             return True
         print(f"{self.store.address(folder)} is torn, trying an older one", file=sys.stderr)
         return False
 
-    def _fetch_as_marked(self, folder: str, objects: Objects, target: Path) -> bool:
-        manifest = self._manifest(folder, objects)
-        if manifest is None:
-            return False
+    def _fetch_as_marked(self, folder: str, manifest: Manifest, objects: Objects, target: Path) -> bool:
         try:
             self.store.download({f"{folder}/{name}": target / name for name in manifest.files}, objects)
         except Damaged:
             return False
         return all(mark_of(target / name) == mark for name, mark in manifest.files.items())
+
+
+def _holds(folder: Path, manifest: Manifest) -> bool:
+    """Whether all files are here. Where nodes have folders of their own, each wrote only its own shards."""
+    paths = {folder / name: mark for name, mark in manifest.files.items()}
+    return all(path.is_file() and path.stat().st_size == mark.size for path, mark in paths.items())
 
 
 def mark_of(path: Path) -> FileMark:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trainers.contract import Infrastructure, Interrupted
-from trainers.remote.phase import CELLS, MANIFEST, Manifest, RemotePhase, mark_of
+from trainers.remote.phase import CELLS, RemotePhase
 
 NOT_UPLOADED = ("result.json", "progress.json", "phase.json", "identity.json", "checkpoints", "attempts", "wandb")
 """Goes last, is for this machine only, or is there already."""
@@ -41,15 +41,18 @@ class Uploads:
         finally:
             self._thread.shutdown()
 
-    def keep(self, path: Path, newest: int | None = None) -> None:
-        """Put a file or folder that is whole, and the metrics so far, into the store.
+    def keep(self, path: Path) -> None:
+        """Put a file that is whole, and the metrics so far, into the store.
 
-        Waits for the upload before it, so whatever was kept before this call is in the store when it returns. With
-        ``newest``, older checkpoints beside it are deleted there once this one is whole, except for that many.
+        Waits for the upload before it, so whatever was kept before this call is in the store when it returns.
         Raises what the upload before failed with.
         """
         self.wait()
-        self._last = self._thread.submit(self._keep, path, newest)
+        self._last = self._thread.submit(self._keep, path)
+
+    def send_metrics(self) -> None:
+        """Put the metrics so far into the store, from any thread."""
+        self._thread.submit(self._upload, [self.dir.metrics, self.dir.wandb]).result()
 
     def flush(self) -> None:
         """Wait until all that was kept, and the metrics, are in the store. Raises what an upload failed with."""
@@ -72,25 +75,16 @@ class Uploads:
         self.phase.mark(self.phase.digest, self.phase.name)
         self.store.upload({f"{self.phase.name}/result.json": self.dir.result})
 
-    def drop_checkpoints(self) -> None:
-        self.store.delete(self.store.find(f"{self.phase.name}/checkpoints"))
-
     def wait(self) -> None:
         """Wait for what is under way. Raises what it failed with."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
-    def _keep(self, path: Path, newest: int | None) -> None:
-        self._upload([self.dir.metrics, self.dir.wandb])
-        if path.is_dir():
-            self._upload_folder(path)
-        else:
-            self._upload([path])
+    def _keep(self, path: Path) -> None:
+        self._upload([self.dir.metrics, self.dir.wandb, path])
         if path.parent.name == CELLS:
             self.phase.mark(path.name, self.phase.name)
-        if newest is not None:
-            self._prune(newest)
 
     def _upload(self, paths: list[Path]) -> None:
         """Upload files that have changed since they were last sent."""
@@ -108,29 +102,6 @@ class Uploads:
             return None
         files = (file for root in self.inputs for file in root.rglob(path.name))
         return next((self.phase.name_of(file) for file in files if file.samefile(path)), None)
-
-    def _upload_folder(self, path: Path) -> None:
-        """The manifest goes first if there is one, and comes last: without it the folder counts as torn."""
-        folder = self.phase.name_of(path)
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        names = {self.phase.name_of(file) for file in files}
-        manifest = f"{folder}/{MANIFEST}"
-        stale = [name for name in self.store.find(folder) if name not in names]
-        self.store.delete(sorted(stale, key=lambda name: name != manifest))
-        self._upload(files)
-        marks = {file.relative_to(path).as_posix(): mark_of(file) for file in files}
-        content = Manifest(identity=self.phase.identity.mark, files=marks).model_dump_json(by_alias=True)
-        self.store.write(manifest, content.encode())
-
-    def _prune(self, newest: int) -> None:
-        """Delete checkpoints: all but the newest whole ones, and torn ones that are older than the newest."""
-        objects = self.store.find(self.phase.name)
-        steps = self.phase.steps(objects)
-        whole = [folder for folder in steps if self.phase.is_whole(folder, objects)]
-        for folder in steps[: steps.index(whole[-1])] if whole else ():
-            if folder not in whole[-max(1, newest) :]:
-                names = [name for name in objects if name.startswith(f"{folder}/")]
-                self.store.delete(sorted(names, key=lambda name: not name.endswith(MANIFEST)))
 
     def _files(self) -> Iterator[Path]:
         for path in sorted(self.dir.root.rglob("*")):
