@@ -16,5 +16,5 @@ def test_several_processes(scenario: str, tmp_path: Path):
     """What each scenario checks is said, and asserted, in the script."""
     command = [sys.executable, str(SCRIPT), scenario, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

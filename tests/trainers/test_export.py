@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.architectures import FAMILIES, family_model
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import (
@@ -15,11 +16,12 @@ from transformers import (
     MixtralConfig,
 )
 
-from trainers.contract import BadInput
+from trainers.contract import BadInput, Diverged
 from trainers.core.adapters import with_adapters
 from trainers.core.chat import chat_format
 from trainers.core.export import write_model
 from trainers.core.models import LoadedModel
+from trainers.core.weight_files import WeightFiles
 from trainers.spec import Lora
 
 LETTERS = {"synthetic": {"task": "letters", "split": "preferences", "count": 16}}
@@ -209,4 +211,60 @@ def test_what_could_not_be_written_whole_does_not_stay(tokenizer, tmp_path: Path
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         write_model(loaded, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- layer by layer
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_files_are_those_that_transformers_writes(tokenizer, tmp_path: Path, kind: str):
+    """Which names and stacks weights layer by layer as it does all at once, in every family."""
+    model = family_model(kind, 64)
+    model.save_pretrained(tmp_path / "theirs")
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    for name, found in (("made here", model), ("read", reread)):
+        write_model(LoadedModel(found, tokenizer, chat_format(tokenizer, found)), tmp_path / name)
+        ours, theirs = (tmp_path / place / "model.safetensors" for place in (name, "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("read", "theirs"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [(), ("embed_tokens", "q_proj", "lm_head")])
+def test_adapters_are_merged_as_peft_merges_them(tokenizer, tmp_path: Path, dtype, held, targets: tuple):
+    """Bit for bit, where the base is turned into fp32 before merging if that is what is saved."""
+    loaded = adapted(tiny().to(held), tokenizer, Lora(rank=4, target_modules=targets))
+    loaded.export_dtype = dtype
+    write_model(loaded, tmp_path / "ours")
+    if dtype == torch.float32:
+        loaded.model.float()
+    merged = loaded.adapters.merge_and_unload().to(dtype)
+    merged.save_pretrained(tmp_path / "theirs")
+    files = [tmp_path / place / "model.safetensors" for place in ("ours", "theirs")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_no_file_is_larger_than_allowed(tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(WeightFiles.__init__, "__defaults__", (20_000,))
+    model = tiny()
+    write_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    count = len(files)
+    assert count > 2 and files[0].name == f"model-00001-of-{count:05}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 20_000 for file in files)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    assert {f.name for f in files} == set(index["weight_map"].values())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(saved), logits(model))
+
+
+def test_a_weight_that_is_not_finite_is_named(tokenizer, tmp_path: Path):
+    model = tiny()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(Diverged, match=r"model.layers.1.mlp.up_proj.weight is not finite"):
+        write_model(LoadedModel(model, tokenizer, chat_format(tokenizer, model)), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

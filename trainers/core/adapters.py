@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainers.contract import BadInput
 from trainers.core.layers import score_head_name
-from trainers.core.sharding import is_split
+from trainers.core.sharding import is_split, whole
 from trainers.spec import Lora
 
 READ_DIRECTLY = {
@@ -74,14 +74,24 @@ def stacked_experts(model: Any) -> list[str]:
     )
 
 
-def save_adapters(adapters: Any, folder: Path) -> None:
-    """Write the adapters alone, as peft loads them onto the model that they were trained on."""
+def save_adapters(adapters: Any, folder: Path, writes: bool = True) -> None:
+    """Write the adapters alone, as peft loads them onto the model that they were trained on.
+
+    All processes take part; one ``writes``.
+    """
+    state = {name: whole(t) for name, t in adapters.state_dict(keep_vars=True).items() if _is_saved(name)}
+    if not writes:
+        return
     config = adapters.peft_config["default"]
     config.target_modules = sorted(config.target_modules)  # peft holds sets, whose order changes from run to run
     if config.modules_to_save:
         config.modules_to_save = sorted(config.modules_to_save)
-    adapters.save_pretrained(folder, save_embedding_layers=False)
+    adapters.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
+
+
+def _is_saved(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def _check_names(model: Any, names: list[str]) -> None:

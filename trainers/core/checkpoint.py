@@ -208,6 +208,9 @@ class Checkpoints:
         """Raises Infrastructure when the best weights were damaged: started again, the phase finds them anew."""
         self.wait()
         assert self._best_name is not None
+        if self.ctx.stored is not None:  # other nodes hold the other shards
+            self.ctx.stored.fetch(self._root / self._best_name)
+        self.ctx.workers.barrier()
         problem = ""
         try:
             best = self._read_best(self._best_name, name)

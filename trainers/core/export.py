@@ -1,58 +1,148 @@
-"""What a phase leaves as a model: a Hugging Face directory, safetensors only."""
+"""What a phase leaves as a model: a Hugging Face directory, safetensors only.
 
+Weights are gathered, merged, checked and converted a layer at a time, so that a model of any size passes through: no
+process ever holds more than its own part and a layer, and rank 0 one file besides.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import Embedding, LoraLayer
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from trainers.contract import Diverged
 from trainers.core.adapters import save_adapters
 from trainers.core.context import PhaseContext
-from trainers.core.layers import hold
+from trainers.core.layers import kept_in_fp32
 from trainers.core.models import LoadedModel
-from trainers.core.sharding import gathered
+from trainers.core.sharding import release, whole
+from trainers.core.weight_files import WeightFiles
 from trainers.files import new_directory
 
 ADAPTER = "adapter"
 """Folder in the model's directory with the low-rank adapters alone, if there were any."""
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the model that is saved, as it is held."""
+
+    name: str
+    held: torch.Tensor
+    adapted: LoraLayer | None = None
+    """The layer around it, whose adapter is to be merged."""
+
+
 def save_model(ctx: PhaseContext, loaded: LoadedModel) -> None:
     """Leave the phase's model, of which every process may hold a part. Raises Diverged if a weight is not finite."""
     ctx.meter.stage("saving")
-    with gathered(loaded.model):
-        if ctx.workers.is_main:
-            write_model(loaded, ctx.dir.model)
+    write_model(loaded, ctx.dir.model, writes=ctx.workers.is_main)
 
 
-def write_model(loaded: LoadedModel, directory: Path) -> None:
+def write_model(loaded: LoadedModel, directory: Path, writes: bool = True) -> None:
     """Write a Hugging Face model directory, all or nothing: adapters merged, and beside that alone.
 
-    Raises Diverged if a weight is not finite: the last step's update is seen by no loss.
+    All processes take part; one ``writes``. Raises Diverged if a weight is not finite: the last step's update is seen
+    by no loss.
     """
-    with new_directory(directory) as temporary:
-        # A bf16 weight rounds a small update away: what adapters have learned in a short run would not be in the model.
-        dtype = loaded.export_dtype or (loaded.model.dtype if loaded.adapters is None else torch.float32)
+    # A bf16 weight rounds a small update away: what adapters have learned in a short run would not be in the model.
+    dtype = loaded.export_dtype or (loaded.model.dtype if loaded.adapters is None else torch.float32)
+    release(loaded.model)
+    with new_directory(directory) if writes else nullcontext(directory) as folder:
         if loaded.adapters is not None:
-            save_adapters(loaded.adapters, temporary / ADAPTER)
-            if dtype == torch.float32:
-                loaded.model.float()  # before merging, not after
-            loaded.model = loaded.adapters.merge_and_unload()
-            loaded.adapters = None
-        hold(loaded.model, dtype)
-        for name, weight in loaded.model.named_parameters():
-            if not weight.isfinite().all():
-                raise Diverged(f"{name} is not finite after the last step; try a lower optim.lr")
-        write_stop_tokens(loaded)
-        loaded.model.save_pretrained(temporary, safe_serialization=True, state_dict=_state(loaded.model))
-        loaded.tokenizer.save_pretrained(temporary)
+            save_adapters(loaded.adapters, folder / ADAPTER, writes)
+        files = WeightFiles(folder)
+        for weights in _layers(loaded.model):
+            found = {weight.name: _ready(weight, loaded.model, dtype) for weight in weights}
+            if writes:
+                _check_finite(found)
+                files.add(revert_weight_conversion(loaded.model, found))
+            del found
+        if writes:
+            files.close()
+            _write_settings(loaded, dtype, folder)
 
 
-def _state(model: Any) -> dict[str, torch.Tensor]:
-    """A model's state dict as it is: a split model's own would be this process's part, whatever it has gathered."""
-    not_saved = {name for name, _ in model.named_non_persistent_buffers()}
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in not_saved}
-    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)} | buffers
+def _layers(model: Any) -> Iterator[list[Weight]]:
+    """Weights, those together of which transformers may make one when it names and stacks them as its files do."""
+    groups: dict[str, list[Weight]] = {}
+    for weight in _weights(model):
+        layer = re.match(r"(.*?\.\d+)\.", weight.name)
+        groups.setdefault(layer[1] if layer else weight.name.rpartition(".")[0], []).append(weight)
+    yield from groups.values()
+
+
+def _weights(model: Any) -> Iterator[Weight]:
+    """What the model's files hold: without adapters, and of weights that are one only one."""
+    state = model.state_dict(keep_vars=True)
+    saved = _untied({_plain(name): tensor for name, tensor in state.items() if not _is_adapters(name)}, model)
+    for name, tensor in state.items():
+        if not _is_adapters(name) and _plain(name) in saved:
+            owner, _, last = name.rpartition(".")
+            layer = model.get_submodule(owner.removesuffix(".base_layer")) if owner.endswith(".base_layer") else None
+            yield Weight(_plain(name), tensor, layer if last == "weight" else None)
+
+
+def _plain(name: str) -> str:
+    """A weight's name without what peft puts around its layer."""
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+
+
+def _is_adapters(name: str) -> bool:
+    """Of an adapter, or of a head whose trained copy takes its place."""
+    return ".lora_" in name or ".original_module." in name
+
+
+def _untied(state: dict[str, torch.Tensor], model: Any) -> set[str]:
+    """Names that are saved, by transformers' own choice, which goes by storage: split weights get one to go by."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    storage = {id(tensor): torch.empty(1) for tensor in state.values()}
+    found = {name: storage[id(tensor)] for name, tensor in state.items() if name not in ignored}
+    return set(remove_tied_weights_from_state_dict(found, model))
+
+
+@torch.no_grad()
+def _ready(weight: Weight, model: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The whole weight, merged, in the type that is saved; all processes take part."""
+    found = whole(weight.held).detach()
+    if weight.adapted is not None:
+        found = _merged(found.to(torch.float32 if dtype == torch.float32 else found.dtype, copy=True), weight.adapted)
+    parameter = isinstance(weight.held, nn.Parameter)
+    return found.to(dtype) if parameter and not kept_in_fp32(model, weight.name) else found
+
+
+def _merged(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
+    """As peft merges: what is added to embeddings is first rounded to their type."""
+    delta = layer.get_delta_weight("default").detach()
+    return weight.add_(delta.to(weight.dtype) if isinstance(layer, Embedding) else delta)
+
+
+def _check_finite(weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise Diverged(f"{name} is not finite after the last step; try a lower optim.lr")
+
+
+def _write_settings(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
+    """What ``save_pretrained`` writes beside weights."""
+    model = loaded.model
+    write_stop_tokens(loaded)
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def write_stop_tokens(loaded: LoadedModel) -> None:

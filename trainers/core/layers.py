@@ -46,11 +46,15 @@ def hold(model: Any, dtype: torch.dtype) -> Any:
     A module's own ``to`` turns its tables too: in bf16 rotary angles are off by a 256th, and what was trained with them
     is another model once it is loaded again. Weights that an architecture keeps in fp32 stay so.
     """
-    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for name, weight in model.named_parameters():
-        if not any(part in name for part in strict):
+        if not kept_in_fp32(model, name):
             weight.data = weight.data.to(dtype)
     return model
+
+
+def kept_in_fp32(model: Any, name: str) -> bool:
+    """Whether an architecture keeps a weight in fp32, whatever type the model is held in."""
+    return any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def keep_layers(model: Any, layers: tuple[int, ...]) -> Any:

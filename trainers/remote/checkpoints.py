@@ -39,6 +39,11 @@ class StoredCheckpoints:
         content = Manifest(identity=self.phase.identity.mark, files=dict(marks)).model_dump_json(by_alias=True)
         self.store.write(f"{self.phase.name_of(folder)}/{MANIFEST}", content.encode())
 
+    def fetch(self, folder: Path) -> None:
+        """Bring what this node lacks of a whole folder."""
+        name = self.phase.name_of(folder)
+        self.phase.fetch_folder(name, self.store.find(name))
+
     def prune(self, newest: int) -> None:
         """Delete all but the newest whole ones and the best weights that they need, and torn ones that are older."""
         objects = self.store.find(f"{self.phase.name}/checkpoints")

@@ -191,9 +191,9 @@ class RemotePhase:
         wanted = [n for n in objects if any(fnmatch(n, f"{self.name}/{pattern}") for pattern in UNFINISHED)]
         self.store.download({n: self.workspace / n for n in wanted}, objects)
         for folder in self.folders(objects, BEST):
-            self._fetch_folder(folder, objects)
+            self.fetch_folder(folder, objects)
         for folder in reversed(self.folders(objects, STEP)):
-            if self._fetch_folder(folder, objects):
+            if self.fetch_folder(folder, objects):
                 break
 
     def folders(self, objects: Objects, kind: re.Pattern[str]) -> list[str]:
@@ -217,7 +217,7 @@ class RemotePhase:
         whole = sizes == {name: mark.size for name, mark in manifest.files.items()}
         return manifest if whole and manifest.identity == self.identity.mark else None
 
-    def _fetch_folder(self, folder: str, objects: Objects) -> bool:
+    def fetch_folder(self, folder: str, objects: Objects) -> bool:
         """Fetch a folder if it is what its manifest says."""
         final = self.workspace / folder
         temporary = final.with_name(f".{final.name}.tmp")

@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from trainers.contract import canonical_json, sha256_text
 from trainers.core.tensors import DamagedError, check_tensors, write_tensors
-from trainers.files import empty_directory, fsync_file
+from trainers.files import empty_directory, fsync_file, room_for
 from trainers.spec import SpecModel
 
 INDEX, STATE = "index.json", "state.json"
@@ -174,8 +174,9 @@ class ShardWriter(StorageWriter):
         tensors = {item.index.fqn: cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items}
         sums: dict[str, int] = {}
         if tensors:
-            sums = write_tensors(self.folder / name, tensors)
-            fsync_file(self.folder / name)
+            with room_for(sum(tensor.nbytes for tensor in tensors.values())):
+                sums = write_tensors(self.folder / name, tensors)
+                fsync_file(self.folder / name)
         written: Future[list[WriteResult]] = Future()
         written.set_result([WriteResult(i.index, 0, (name, sums[i.index.fqn])) for i in plan.items])
         return written
