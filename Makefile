@@ -62,7 +62,7 @@ bench-data: $(VENV)/.runtime ## Train on GIGABYTES=1 of generated rows in every 
 	$(BIN)/python benchmarks/large_data.py --gigabytes $(or $(GIGABYTES),1) --folder $(or $(FOLDER),runs/large-data)
 
 bench-checkpoints: $(VENV)/.dev ## What saving every 50 steps costs a training; with PROCESSES=2 split over processes
-	$(if $(PROCESSES),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) tests/trainers/checkpoint_share.py --strategy fsdp,$(BIN)/python tests/trainers/checkpoint_share.py)
+	$(if $(PROCESSES),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) benchmarks/checkpoint_share.py --strategy fsdp,$(BIN)/python benchmarks/checkpoint_share.py)
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
 	$(BIN)/pytest -m "not (slow or browser or families or distributed)"

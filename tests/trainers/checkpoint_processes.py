@@ -17,16 +17,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families.architectures import family_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainers.core.adapters import with_adapters
 from trainers.core.checkpoint import Checkpoints
+from trainers.core.export import write_model
 from trainers.core.flops import ModelFlops
+from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.saving import storage
 from trainers.core.sharding import whole
 from trainers.core.tensors import content_sum, write_tensors
 from trainers.core.trainee import Trainee
-from trainers.spec import Checkpoint, Fsdp, Optim, Parallel
+from trainers.spec import Checkpoint, Fsdp, Lora, Optim, Parallel
 
 FORK = multiprocessing.get_context("fork")
 # 61 tokens split unevenly over two processes; norms of 16 numbers leave the last of them nothing at all.
@@ -107,7 +111,7 @@ def _rank(rank: int, world: int, port: int, work, *args) -> None:
     work(*args)
 
 
-def finish(processes: list, seconds: float = 60) -> list[int]:
+def finish(processes: list, seconds: float = 240) -> list[int]:
     for process in processes:
         process.join(seconds)
         assert process.exitcode is not None, "does not end"
@@ -158,7 +162,7 @@ def kills(folder: Path) -> None:
             for process in rng.choice([ranks, ranks, ranks[:1], ranks[1:]]):
                 process.kill()
         killed = time.monotonic()
-        codes = finish(ranks, 30)
+        codes = finish(ranks, 30 if attempts <= KILLS else 240)
         torn += bool(list((folder / "checkpoints").glob(".step-*")))
         print(f"attempt {attempts}: {codes}, ended {time.monotonic() - killed:.1f} s after the kill", flush=True)
         assert set(codes) <= ({0, 1, -signal.SIGKILL} if attempts <= KILLS else {0})
@@ -284,6 +288,36 @@ def loads_best(folder: Path) -> None:
     wanted = json.loads((folder / "sums.json").read_text())
     found = attempt.sums()
     assert all(found[name] == wanted[name] for name in wanted if name.startswith("weights/"))
+
+
+def export(folder: Path) -> None:
+    """Split models leave the files that whole ones leave: stacked experts, one weight for both ends, adapters."""
+    for kind, rank in (("qwen3", 0), ("mixtral", 0), ("llama", 2)):
+        whole_one, split = folder / f"{kind}-whole", folder / f"{kind}-split"
+        assert set(finish(start(1, exports, "single", kind, rank, whole_one))) == {0}
+        assert set(finish(start(2, exports, "fsdp", kind, rank, split))) == {0}
+        files = sorted(path.relative_to(split) for path in split.rglob("*") if path.is_file())
+        assert len([file for file in files if file.suffix == ".safetensors"]) == (2 if rank else 1)
+        for file in files:
+            assert (split / file).read_bytes() == (whole_one / file).read_bytes(), file
+
+
+def exports(strategy: str, kind: str, rank: int, folder: Path) -> None:
+    workers = Workers(STRATEGIES[strategy])
+    model = family_model(kind)
+    if workers.trained_sharding is not None:
+        workers.trained_sharding.apply(model)
+    adapters = None
+    if rank:
+        adapters = with_adapters(model, Lora(rank=rank), 0)
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in adapters.named_parameters():
+            if "lora_B" in name:
+                weight.data.copy_(torch.randn(weight.shape, generator=generator))
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None, pad_token_id=0)
+    loaded = LoadedModel(model, tokenizer, SimpleNamespace(stop_ids={2}), adapters)
+    write_model(loaded, folder, workers.is_main)
+    workers.barrier()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from cluster.processes import free_ports
 from remote_store import serve, sft, start, steps, use, wait_for, weights
 
 from trainers.contract import Result
+from trainers.remote.checkpoints import StoredCheckpoints
+from trainers.remote.phase import RemotePhase
+from trainers.remote.store import Store
 from trainers.workspace import PhaseDir
 
 # Fixtures.
@@ -154,6 +157,30 @@ def test_the_checkpoint_before_a_torn_one_is_used(in_pod, stop_after, bucket, ti
     assert f"{bucket.uri}/ws/run/sft/checkpoints/step-4 is torn" in capsys.readouterr().err
     assert {p.name for p in (output / "checkpoints").iterdir()} == {"step-4", "step-5", "step-6"}
     assert weights(output) == weights(local[0])
+
+
+def test_nodes_bring_each_other_the_shards_that_they_wrote(bucket, tmp_path):
+    phases = [remote_phase(bucket, tmp_path / f"node-{n}") for n in range(3)]
+    stored = [StoredCheckpoints(phase, None) for phase in phases]
+    folders = [phase.dir.checkpoints / "best-1" for phase in phases]
+    for node, folder in enumerate(folders[:2]):
+        folder.mkdir(parents=True)
+        (folder / "index.json").write_text("the same on every node")
+        (folder / f"shard-0000{node}.safetensors").write_text(str(node))
+    stored[0].open(folders[0])
+    marks = stored[0].upload(folders[0], True) | stored[1].upload(folders[1], False)
+    stored[1].fetch(folders[1])
+    assert not (folders[1] / "shard-00000.safetensors").exists(), "it is not whole yet"
+    stored[0].commit(folders[0], marks)
+    for node, folder in zip(stored, folders, strict=True):
+        node.fetch(folder)
+        names = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == names
+        assert [(folder / name).read_text() for name in names[1:]] == ["0", "1"]
+
+
+def remote_phase(bucket, workspace: Path) -> RemotePhase:
+    return RemotePhase(Store(f"{bucket.uri}/ws"), workspace, PhaseDir(workspace / "run" / "sft"), "digest")
 
 
 def killed_at(name: str, times: int) -> str:

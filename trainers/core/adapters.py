@@ -26,7 +26,7 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
 
     Raises BadInput for a name that no layer has, and for layers that can have no adapter.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     names = list(lora.target_modules) or linear_names(model)
     _check_names(model, names)
@@ -46,13 +46,30 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        adapters = get_peft_model(model, config)
+        adapters = _for_whole_layers(model, config)
     except ValueError as error:
         raise BadInput(f"lora.targetModules {names}: {str(error).splitlines()[0]}") from error
     if model.is_gradient_checkpointing:
         # Frozen embeddings give the first checkpointed block no input that needs a gradient.
         adapters.enable_input_require_grads()
     return adapters
+
+
+def _for_whole_layers(model: Any, config: Any) -> Any:
+    """The peft model, with adapters as large as layers are while they compute.
+
+    peft takes any split weight for one of tensor parallelism, whose layers compute with their parts alone, unless its
+    mesh is called as peft expects, which one of two dimensions cannot be.
+    """
+    from peft import get_peft_model
+    from peft.tuners import tuners_utils
+
+    before = tuners_utils._torch_supports_distributed
+    tuners_utils._torch_supports_distributed = False  # alone decides whether it looks at what a layer holds
+    try:
+        return get_peft_model(model, config)
+    finally:
+        tuners_utils._torch_supports_distributed = before
 
 
 def linear_names(model: Any) -> list[str]:
