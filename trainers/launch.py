@@ -27,6 +27,7 @@ from trainers.contract import (
 from trainers.failures import fail, terminate
 from trainers.files import write_atomic
 from trainers.gates import check_gates, check_metrics
+from trainers.launched import as_launched
 from trainers.origins import origins_of
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
@@ -104,7 +105,8 @@ def _run(
     from trainers.meter import Meter
 
     directory = PhaseDir(Path(file.output))
-    workers = Workers(spec.parallel)
+    spec = spec.model_copy(update={"parallel": as_launched(spec.parallel, os.environ)})
+    workers = Workers(spec.parallel, Path(file.base_dir))
     if workers.is_main:
         open_directory(directory, identity)
     workers.barrier()

@@ -159,6 +159,12 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         document({"name": "a", "sft": {"model": {"source": "./one", "endToken": "<|im_end|>"}, "data": DATA}}),
         'spec.phases[a].sft.model.endToken: "<|im_end|>" is no token of the model\'s vocabulary (HERE/one/tokenizer.json)',
     ),
+    "a DeepSpeed file that says what the run says": (
+        document({"name": "a", "sft": {"model": {"source": "org/model"}, "data": DATA, "parallel": {
+            "strategy": "deepspeed", "deepspeed": {"config": "ds.json"}}}}),
+        "spec.phases[a].sft.parallel.deepspeed.config: ds.json: gradient_clipping is set by the run's optim.maxGradNorm: "
+        "remove it",
+    ),
     "more machines than one": (
         document(BASE, template={"nodes": 2}),
         "spec.template.nodes: 2: a local run has one machine; set 1, or apply the run to a cluster",
@@ -175,6 +181,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"overlap_comm": true}, "gradient_clipping": 1.0}')
     (tmp_path / "bad.jinja").write_text("{{ x }}\n{{ x | shout }}")
     for name, word in (("one", "a"), ("two", "b")):
         (tmp_path / name).mkdir()

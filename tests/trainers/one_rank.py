@@ -15,7 +15,7 @@ class OneRank:
         self.last: list[bool] = []
         """Of each pass, whether gradients would have been exchanged."""
 
-        self.trained_sharding = self.frozen_sharding = None
+        self.trained_sharding = self.frozen_sharding = self.zero = None
 
     def autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()

@@ -16,6 +16,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.head_losses import CHUNK_ELEMENTS
 from trainers.core.parallel import Workers
 from trainers.core.scoring import hidden_states
+from trainers.core.sharding import whole_shape
 from trainers.core.step import in_eval_mode
 from trainers.core.trainee import Trainee
 
@@ -55,14 +56,30 @@ def memory_needed(
     models = [model for _, model in trained] + list(frozen)
     weights = {id(p): p for model in models for p in model.parameters()}
     parameters = [p for trainee, _ in trained for p in trainee.engine.parameters]
-    moments = [p.numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.engine.parameters]
+    moments = [
+        whole_shape(p).numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.engine.parameters
+    ]
     copies = 1 if workers.world == 1 else 2  # DDP gathers gradients in buckets beside them
+    gradients, optimizer = copies * sum(map(_size, parameters)), len(MOMENTS) * sum(moments)
+    if workers.zero is not None:
+        gradients, optimizer = _zero_bytes(workers, parameters, optimizer)
     return Memory(
         sum(map(_size, weights.values())),
-        copies * sum(map(_size, parameters)),
-        len(MOMENTS) * sum(moments),
+        gradients,
+        optimizer,
         max(activation_bytes(workers, model, max_tokens, row) for _, model in trained),
     )
+
+
+def _zero_bytes(workers: Workers, parameters: List[torch.Tensor], moments: int) -> tuple[int, int]:
+    """Of gradients, and of moments with the fp32 weights that are updated, by ZeRO's stage and where they lie."""
+    assert workers.zero is not None
+    settings = workers.zero["zero_optimization"]
+    numbers = sum(whole_shape(p).numel() for p in parameters)
+    of_gradients = sum(whole_shape(p).numel() * p.element_size() for p in parameters)
+    split = (moments + 4 * numbers) // workers.world
+    on_device = workers.device.type == "cpu" or "offload_optimizer" not in settings
+    return of_gradients // (workers.world if settings["stage"] > 1 else 1), split if on_device else 0
 
 
 def activation_bytes(workers: Workers, model: Any, max_tokens: int, row: int) -> int:
@@ -81,7 +98,7 @@ def activation_bytes(workers: Workers, model: Any, max_tokens: int, row: int) ->
 
 def kept_bytes(workers: Workers, model: Any, num_tokens: int) -> int:
     """What a forward pass of the backbone keeps for its backward pass, without gradient checkpointing."""
-    ids = np.arange(num_tokens, dtype=np.int64) % min(64, model.get_input_embeddings().weight.shape[0])
+    ids = np.arange(num_tokens, dtype=np.int64) % min(64, whole_shape(model.get_input_embeddings().weight)[0])
     batch = collate([Sequence(ids, np.ones(num_tokens, dtype=bool))], False, workers.device)
     kept: dict[int, int] = {}
 
@@ -105,12 +122,14 @@ def _head_bytes(model: Any, max_tokens: int) -> int:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return 0
-    chunk = min(CHUNK_ELEMENTS, max_tokens * head.weight.shape[0])
+    shape = whole_shape(head.weight)
+    chunk = min(CHUNK_ELEMENTS, max_tokens * shape[0])
     copies = int(head.weight.requires_grad) + int(head.weight.dtype != torch.float32)
-    return 4 * (3 * chunk + copies * head.weight.numel())
+    return 4 * (3 * chunk + copies * shape.numel())
 
 
 def _size(tensor: torch.Tensor) -> int:
+    tensor = getattr(tensor, "ds_tensor", tensor)  # this process's part, where ZeRO splits weights
     return tensor.numel() * tensor.element_size()
 
 

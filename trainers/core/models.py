@@ -16,7 +16,7 @@ from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers, keep_split_layers
-from trainers.core.sharding import Sharding, is_split
+from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
 from trainers.spec import Lora, ModelRef, RewardModelRef
@@ -46,7 +46,8 @@ class LoadedModel:
     def num_parameters(self) -> int:
         """Of what is saved: adapters are merged into the weights, and a trained head replaces the one it copies."""
         gone = ("lora_", "original_module")
-        return sum(p.numel() for name, p in self.model.named_parameters() if not any(part in name for part in gone))
+        kept = [p for name, p in self.model.named_parameters() if not any(part in name for part in gone)]
+        return sum(whole_shape(p).numel() for p in kept)
 
 
 def load_causal_lm(

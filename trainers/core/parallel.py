@@ -3,11 +3,14 @@
 Everything goes through accelerate. ``torchrun`` starts the processes; a plain ``python`` is a run of one.
 """
 
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +19,8 @@ from torch import nn
 
 from trainers.contract import BadInput
 from trainers.core.sharding import sharding_for
-from trainers.spec import Parallel
+from trainers.spec import DeepSpeed, Parallel
+from trainers.zero_config import zero_config
 
 T = TypeVar("T")
 
@@ -24,12 +28,15 @@ T = TypeVar("T")
 class Workers:
     """This process among its peers."""
 
-    def __init__(self, parallel: Parallel) -> None:
+    def __init__(self, parallel: Parallel, base_dir: Path = Path()) -> None:
+        """``base_dir`` is where relative paths in the settings start. Raises BadInput for settings that cannot be honoured."""
         cuda = torch.cuda.is_available()
         self.bf16 = _use_bf16(parallel)
         self.attention = parallel.attention
-        if parallel.strategy == "fsdp" or parallel.splits_frozen:
+        if parallel.strategy in ("fsdp", "deepspeed") or parallel.splits_frozen:
             _be_a_group()
+        self.zero = _zero(parallel, base_dir)
+        """DeepSpeed's configuration, if that is the strategy."""
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.
         # A single process gets none: accelerate would take a named backend for an initialised process group.
         group = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if "RANK" in os.environ else []
@@ -47,6 +54,8 @@ class Workers:
             # Heads alone multiply in fp32 then. TF32 rounds what they are given to 11 bits instead of bf16's 8 and
             # adds up in fp32; plain fp32 would be 15 times slower on tensor cores.
             torch.set_float32_matmul_precision("high")
+        if self.zero is not None:
+            _start_deepspeed(cuda)
         if parallel.strategy == "single" and self.world > 1:
             raise BadInput(f"parallel.strategy single cannot use {self.world} processes: set ddp, or procsPerNode: 1")
         self.trained_sharding = sharding_for(parallel, False, self.bf16, self.device, self.world)
@@ -99,6 +108,33 @@ def _be_a_group() -> None:
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in alone.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _zero(parallel: Parallel, base_dir: Path) -> dict[str, Any] | None:
+    """DeepSpeed's configuration. Where it is not used it is kept from being imported, as packages do that find it."""
+    if parallel.strategy == "deepspeed":
+        return zero_config(parallel.deepspeed or DeepSpeed(), base_dir)
+    sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]
+    return None
+
+
+def _start_deepspeed(cuda: bool) -> None:
+    """Let DeepSpeed use the process group that there is. Raises BadInput if it is not installed.
+
+    On CPUs it would compile a collective of its own at every first start, which needs a compiler; gloo's does.
+    """
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BadInput(
+            "parallel.strategy deepspeed needs DeepSpeed: install this package's extra `deepspeed`"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
 
 
 def _use_bf16(parallel: Parallel) -> bool:

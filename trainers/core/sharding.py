@@ -5,8 +5,9 @@ Every decoder layer is a group of weights that are gathered together, as are emb
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,6 +165,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(weight: torch.Tensor) -> torch.Size:
+    """Shape of a weight of which a process may hold a part: ZeRO's third stage leaves the weight itself empty."""
+    return torch.Size(getattr(weight, "ds_shape", weight.shape))
+
+
 def release(model: nn.Module) -> None:
     """Give back gathered weights that wait for a backward pass, as after a forward pass without gradients.
 
@@ -180,13 +186,22 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     So processes may make different numbers of them, as in generation, where responses end early.
     """
+    zero = next((p._z3_optimizer for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:  # the model itself is the first: it has to be known as the root before its parts
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        with nullcontext() if zero is None else _gathered_by_zero(model, zero):
+            yield
     finally:
         for module in modules:
             module.set_reshard_after_forward(bool(module.reshards), recurse=False)
             module.reshard()
+
+
+def _gathered_by_zero(model: nn.Module, optimizer: Any) -> AbstractContextManager[Any]:
+    """The same of a model that ZeRO splits: DeepSpeed asks for its engine, of which it uses these two."""
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(SimpleNamespace(parameters=model.parameters, optimizer=optimizer))

@@ -11,6 +11,7 @@ from trainers.core.adamw import MOMENTS
 from trainers.core.engines.engine import STEP, WEIGHTS, Engine
 from trainers.core.engines.replicated import Replicated
 from trainers.core.engines.sharded import Sharded
+from trainers.core.engines.zero import Zero
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
 from trainers.core.sharding import is_split
@@ -73,6 +74,8 @@ class Trainee:
 
 def engine_for(workers: Workers, module: nn.Module, optim: Optim) -> Engine:
     """What the phase's strategy makes of a module."""
+    if workers.zero is not None:
+        return Zero(workers, module, optim, workers.zero)
     return Sharded(workers, module, optim) if is_split(module) else Replicated(workers, module, optim)
 
 

@@ -37,6 +37,21 @@ WAYS = {
     "fsdp, adapters": Way(FSDP, changes={"lora": LORA}),
 }
 
+ZERO = {"strategy": "deepspeed"}
+ELSEWHERE = {"stage": 3, "offloadOptimizer": True, "offloadParameters": True}
+
+WAYS |= {
+    "zero 1": Way(ZERO | {"deepspeed": {"stage": 1}}),
+    "zero 2": Way(ZERO),
+    "zero 2, offloaded": Way(ZERO | {"deepspeed": {"stage": 2, "offloadOptimizer": True}}),
+    "zero 2 alone": Way(ZERO, processes=1),
+    "zero 3": Way(ZERO | {"deepspeed": {"stage": 3}}),
+    "zero 3, offloaded": Way(ZERO | {"deepspeed": ELSEWHERE}),
+    "zero 3, checkpointed": Way(ZERO | {"deepspeed": {"stage": 3}, "gradientCheckpointing": True}),
+    "zero 3, adapters": Way(ZERO | {"deepspeed": {"stage": 3}}, changes={"lora": LORA}),
+    "zero 3, whole frozen models": Way(ZERO | {"deepspeed": {"stage": 3}, "frozen": "replicated"}),
+}
+
 
 def data(split: str, count: int) -> dict[str, Any]:
     return {"synthetic": {"task": "letters", "split": split, "count": count}}

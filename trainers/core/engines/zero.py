@@ -1,0 +1,81 @@
+"""DeepSpeed's ZeRO: moments (stage 1), gradients too (2) and weights too (3) are split over processes."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from trainers.core.adamw import adamw
+from trainers.core.engines.engine import Fill
+from trainers.core.engines.zero_state import ZeroState
+from trainers.core.parallel import Workers
+from trainers.spec import Optim
+
+NO_NORM = torch.tensor(-1.0)
+"""What DeepSpeed writes for a norm that is not finite."""
+
+
+class Zero:
+    """DeepSpeed's engine. Its own count of passes and examples is of no use here: our passes say which is the last."""
+
+    def __init__(self, workers: Workers, module: nn.Module, optim: Optim, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.world = workers.world
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: p.shape for name, p in named.items()}
+        self.optimizer = adamw(module, optim)
+        config = _with_types(config, named) | {"gradient_clipping": optim.max_grad_norm}
+        self.module, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        self.parameters = list(named.values())
+        self.state = ZeroState(workers, self.module, self.optimizer, named, shapes)
+        self.has_gradients = False
+
+    @contextmanager
+    def exchange(self, last: bool) -> Iterator[None]:
+        self.module.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """ZeRO averages over processes, so the sum is restored by multiplying with their number."""
+        self.module.backward(loss * self.world, scale_wrt_gas=False)
+        self.has_gradients = True
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.step()
+        self.has_gradients = False
+        norm = float(self.module.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan
+
+    def discard_gradients(self) -> None:
+        """DeepSpeed drops gradients, wherever they have got to, when their norm is no number: it is told so."""
+        if not self.has_gradients:
+            return
+        found, norm = ("_get_norm_groups", [NO_NORM]) if self.state.stage == 3 else ("scaled_global_norm", NO_NORM)
+        with patch.object(self.module.optimizer, found, lambda *_, **__: norm):
+            self.module.step()
+        self.has_gradients = False
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        return self.state.shapes
+
+    def saved(self, moments: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.state.saved(moments)
+
+    def restore(self, fill: Fill, names: Collection[str]) -> None:
+        self.state.restore(fill, names)
+
+
+def _with_types(config: dict[str, Any], named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Weights in bf16 get fp32 copies, split over processes, which are what is updated."""
+    if any(p.dtype == torch.bfloat16 for p in named.values()):
+        return config | {"bf16": {"enabled": True, "check_grad_overflow": True}}
+    return config
