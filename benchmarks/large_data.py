@@ -65,7 +65,7 @@ def write(path: Path, schema: str, size: int) -> None:
 
 def spec_for(phase: str, data: Path, steps: int, model: str) -> dict[str, object]:
     source = [{"files": str(data)}]
-    training = {"batchSize": 16, "duration": {"maxSteps": steps}, "parallel": {"microBatchTokens": 4096}}
+    training = {"batchSize": 16, "duration": {"maxSteps": steps}, "parallel": {"microBatchTokens": 1024}}
     if phase == "sft":
         return {"model": {"source": model}, "data": {"train": source}, **training}
     if phase == "dpo":
@@ -129,11 +129,13 @@ def run(phase: str, spec: dict[str, object], output: Path) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{phase} ended with {process.returncode}")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    first, last = lines[len(lines) // 4], lines[-1]
+    settled = lines[len(lines) // 4 :]
+    seconds = settled[-1]["time"] - settled[0]["time"]
     return {
         "first step after, s": round(lines[0]["time"] - started, 1),
         "whole, s": round(time.time() - started, 1),
-        "tokens/s": round((last["tokens"] - first["tokens"]) / (last["time"] - first["time"])),
+        "tokens/s": round(sum(line["tokens"] for line in settled[1:]) / seconds),
+        "of that waiting for data, %": round(100 * sum(line["seconds_data"] for line in settled[1:]) / seconds, 2),
         "largest resident set, MB": round(peak / 1e6),
     }
 

@@ -1,12 +1,18 @@
 """Data sets that are not held in memory: encoded as they are reached, kept on disk, the same to every step and process."""
 
 import json
+import os
 import shutil
+import signal
+import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from trainers.contract import BadInput, Origins
@@ -50,7 +56,12 @@ class Workers:
 def context(tmp_path, seed=0, workers=None):
     directory = PhaseDir(tmp_path / "run" / "sft")
     return SimpleNamespace(
-        dir=directory, base_dir=tmp_path, seed=seed, workers=workers or Workers(), origins=Origins(program="1")
+        dir=directory,
+        base_dir=tmp_path,
+        seed=seed,
+        workers=workers or Workers(),
+        origins=Origins(program="1"),
+        meter=SimpleNamespace(part=nullcontext),
     )
 
 
@@ -204,3 +215,100 @@ def test_small_sets_are_as_read(tmp_path, chat):
     assert not (tmp_path / ".rows").exists()
     rows = read_rows([DataSource(files="d.jsonl")], "sft", tmp_path, RowPolicy(), "d")
     assert [number(chat, s) for s in held.everything()] == [int(r["prompt"]) for r in rows.rows]
+
+
+# ---------------------------------------------------------------- processes
+
+FORK = get_context("fork")
+
+
+def _write_batches(path, ctx, chat, steps):
+    path.write_text(json.dumps(shown(chat, opened(ctx, chat).steps(8, 1, None), steps)))
+
+
+class Second(Workers):
+    """Another process of the same node."""
+
+    local_rank, rank, world, is_main = 1, 1, 2, False
+
+
+def test_the_other_processes_of_a_node_read_what_the_first_has_encoded(tmp_path, chat, monkeypatch):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    ctx = context(tmp_path, workers=Second())
+    other = FORK.Process(target=_write_batches, args=(tmp_path / "other", ctx, chat, range(8)))
+    monkeypatch.setattr(encoders.Encoder, "run", None)
+    other.start()
+    monkeypatch.undo()
+    for name in ("HELD_ROWS", "PLANNED"):
+        monkeypatch.setattr(examples, name, 8)
+    first = shown(chat, opened(context(tmp_path), chat).steps(8, 1, None))
+    other.join(60)
+    assert json.loads((tmp_path / "other").read_text()) == first
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5])
+def test_a_killed_writer_and_its_helpers_leave_a_cache_to_go_on_from(tmp_path, chat, monkeypatch, writes):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    wanted = shown(
+        chat, opened(context(tmp_path / "apart"), chat, [DataSource(files=str(tmp_path / "d.jsonl"))]).steps(8, 1, None)
+    )
+    left = FORK.Value("i", writes)
+    link = os.link
+
+    def killing(*names):
+        with left.get_lock():
+            left.value -= 1
+            over = left.value < 0
+        if over:
+            os.kill(os.getpid(), signal.SIGKILL)
+        link(*names)
+
+    monkeypatch.setattr("os.link", killing)
+    dying = FORK.Process(target=_write_batches, args=(tmp_path / "never", context(tmp_path), chat, range(8)))
+    dying.start()
+    dying.join(60)
+    monkeypatch.setattr("os.link", link)
+    assert dying.exitcode == -signal.SIGKILL and not (tmp_path / "never").exists()
+    assert shown(chat, opened(context(tmp_path), chat).steps(8, 1, None)) == wanted
+
+
+def test_helpers_end_with_the_process_that_they_help(tmp_path, chat):
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+
+    def begin(pids):
+        steps = opened(context(tmp_path), chat).steps(8, 1, None)
+        steps.batch(0)
+        for child in psutil.Process().children():
+            pids.put(child.pid)
+        pids.put(None)
+        pids.close()
+        pids.join_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pids = FORK.Queue()
+    process = FORK.Process(target=begin, args=(pids,))
+    process.start()
+    helpers = list(iter(lambda: pids.get(timeout=60), None))
+    process.join(60)
+    assert helpers
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in helpers if psutil.pid_exists(pid)], timeout=10)
+    assert not alive, gone
+
+
+def test_a_bad_row_that_helpers_come_to_ends_the_phase_before_its_step(tmp_path, chat, monkeypatch):
+    rows = [row(i) for i in range(ROWS)]
+    last = shown(chat, opened_elsewhere(tmp_path, chat, rows).steps(8, 1, None))[-1][-1]
+    rows[last] = "{"
+    write(tmp_path / "d.jsonl", rows)
+    steps = opened(context(tmp_path), chat).steps(8, 1, None)
+    with pytest.raises(BadInput, match=rf"d\.jsonl:{last + 1}: not valid JSON"):
+        for _ in range(50):
+            steps.batch(0)
+            time.sleep(0.1)
+
+
+def opened_elsewhere(tmp_path, chat, rows):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    write(folder / "d.jsonl", rows)
+    return opened(context(folder), chat)

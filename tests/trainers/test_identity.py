@@ -1,7 +1,10 @@
 """What a result is made of, and what of it is used again: results, and unfinished work."""
 
+import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,29 @@ def test_a_folder_is_its_visible_names_and_contents(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     (tmp_path / "b").write_text("1")
     assert fingerprints.folder_fingerprint(tmp_path) != first
+
+
+def test_a_large_file_is_hashed_by_blocks_once_for_all_processes_and_an_edit_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "BLOCK", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, content = tmp_path / "d.jsonl", bytearray(range(250)) * 11
+
+    def written():
+        path.write_bytes(content)
+        os.utime(path, (time.time() - 60 + len(written.times),) * 2)
+        written.times.append(fingerprints.files_fingerprint([path]))
+        return written.times[-1]
+
+    written.times = []
+    blocks = [hashlib.sha256(content[start : start + 1000]).digest() for start in (0, 1000, 2000)]
+    wanted = hashlib.sha256(hashlib.sha256(b"".join(blocks)).digest()).hexdigest()
+    assert written() == wanted
+    for place in (0, 1500, len(content) - 1):
+        content[place] ^= 1
+        assert written() not in written.times[:-1]
+    fingerprints._known_to_all.cache_clear()  # as in another process
+    monkeypatch.setattr(fingerprints, "_digest", None)
+    assert fingerprints.files_fingerprint([path]) == written.times[-1]
 
 
 def test_a_folder_is_read_once(tmp_path, monkeypatch):

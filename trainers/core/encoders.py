@@ -77,8 +77,11 @@ class Task(NamedTuple):
 class Ahead:
     """Encodes what a plan reaches, as far ahead as there are processors, in a node's first process."""
 
-    def __init__(self, encoders: list[Encoder], plan: Iterator[Block], processes: int) -> None:
-        self._encoders, self._plan, self._processes = encoders, plan, processes
+    def __init__(
+        self, encoders: list[Encoder], plan: Iterator[Block], processes: int, look_at: Callable[[Block], None]
+    ) -> None:
+        """``look_at`` is shown what is done, and raises for what a step must not come to."""
+        self._encoders, self._plan, self._processes, self._look_at = encoders, plan, processes, look_at
         self._pool: ProcessPoolExecutor | None = None
         self._usable = True
         self._tasks: list[Task] = []
@@ -135,6 +138,7 @@ class Ahead:
             self._give_up(error)
         else:
             self._tasks = [other for other in self._tasks if other is not task]
+            self._look_at(task.block)
 
     def _give_up(self, error: BrokenProcessPool) -> None:
         """A process was ended from outside. What its tasks had to do is done here, when it is needed."""

@@ -256,19 +256,22 @@ class _Stored(Examples[T]):
         if self._leads:
             if self._ahead is not None:
                 self._ahead.close()
-            self._ahead = Ahead(self._encoders, chain(first, plan), _processes())
+            self._ahead = Ahead(self._encoders, chain(first, plan), _processes(), self._stop_at)
         for block in first:
             self._ensure(*block)
-            self._look_at(*block)
+            self._stop_at(block)
+            self._count(*block)
         self._fates = [Counter() for _ in self._encoders]
 
     def take(self, sources: np.ndarray, numbers: np.ndarray) -> list[T]:
-        for source in np.unique(sources).tolist():
-            rows = numbers[sources == source]
-            self._ensure(source, rows)
-            self._look_at(source, rows)
-        taken = zip(sources.tolist(), numbers.tolist(), strict=True)
-        items = [item for source, row in taken for item in self._read(source, row)]
+        with self._ctx.meter.part("data"):
+            for source in np.unique(sources).tolist():
+                rows = numbers[sources == source]
+                self._ensure(source, rows)
+                self._stop_at(Block(source, rows))
+                self._count(source, rows)
+            taken = zip(sources.tolist(), numbers.tolist(), strict=True)
+            items = [item for source, row in taken for item in self._read(source, row)]
         if self._encoding.check is not None:
             self._encoding.check(items)
         return items
@@ -291,12 +294,15 @@ class _Stored(Examples[T]):
             return []
         return [unpacked(self._encoding.kind, part) for part in record.parts]
 
-    def _look_at(self, source: int, rows: np.ndarray) -> None:
-        """Raise BadInput for a row that may not be skipped, and when too few of those taken so far are usable."""
-        fates = self._encoders[source].store.fates(rows)
-        if (wrong := np.isin(fates, self._stops)).any():
-            raise BadInput(self._refusal(source, int(rows[wrong][0])))
-        self._fates[source].update(fates.tolist())
+    def _stop_at(self, block: Block) -> None:
+        """Raise BadInput for a row that may not be skipped."""
+        wrong = np.isin(self._encoders[block.source].store.fates(block.rows), self._stops)
+        if wrong.any():
+            raise BadInput(self._refusal(block.source, int(block.rows[wrong][0])))
+
+    def _count(self, source: int, rows: np.ndarray) -> None:
+        """Raise BadInput when too few of the rows taken so far can be used."""
+        self._fates[source].update(self._encoders[source].store.fates(rows).tolist())
         if sum(counts.total() for counts in self._fates) >= HELD_ROWS:
             check_share(self._counted(self._fates), self._policy, self._where)
 

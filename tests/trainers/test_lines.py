@@ -1,0 +1,58 @@
+"""Lines by number are the lines that a reader of the whole file sees, whatever the file holds."""
+
+import gzip
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainers import jsonl
+from trainers.contract import Infrastructure
+from trainers.core import lines
+from trainers.core.lines import indexed
+
+PIECES = [b"a", b" ", b"\n", b"\r", b"\xef\xbb\xbf", b'{"a": 1}', b"\n\n", b" x", b"\x00", "\u2028".encode()]
+
+
+def said(found):
+    return [(place, str(line) if isinstance(line, jsonl.Malformed) else line.rstrip(b"\n")) for place, line in found]
+
+
+def by_number(path, folder):
+    found = indexed(path, folder)
+    return said(found[i] for i in range(len(found)))
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14), st.sampled_from([4, 64, 2**20]), st.booleans())
+def test_any_bytes(tmp_path_factory, pieces, chunk, packed):
+    folder = tmp_path_factory.mktemp("lines")
+    path = folder / ("f.jsonl.gz" if packed else "f.jsonl")
+    (gzip.open if packed else open)(path, "wb").write(b"".join(pieces))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "CHUNK", chunk)
+        assert by_number(path, folder / "index") == said(jsonl.lines(path))
+    shutil.rmtree(folder)
+
+
+def test_a_damaged_file_ends_where_its_reader_stops(tmp_path):
+    whole = gzip.compress(b"".join(b'{"row": %d}\n' % i for i in range(5000)))
+    path = tmp_path / "f.jsonl.gz"
+    for cut in (3, len(whole) // 2, len(whole) - 4):
+        path.write_bytes(whole[:cut])
+        assert by_number(path, tmp_path / f"index-{cut}")[-1] == said(jsonl.lines(path))[-1]
+
+
+def test_a_line_of_no_end_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 10)
+    monkeypatch.setattr(lines, "MAX_LINE", 10)
+    (tmp_path / "f.jsonl").write_bytes(b'{"a":1}\n' + b"x" * 50 + b'\n{"b":2}\n')
+    assert by_number(tmp_path / "f.jsonl", tmp_path / "index") == said(jsonl.lines(tmp_path / "f.jsonl"))
+
+
+def test_a_file_that_is_edited_while_it_is_read_is_noticed(tmp_path):
+    (tmp_path / "f.jsonl").write_text("{}\n{}\n")
+    found = indexed(tmp_path / "f.jsonl", tmp_path / "index")
+    (tmp_path / "f.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(Infrastructure, match=r"f\.jsonl was edited while it was read"):
+        found[0]
