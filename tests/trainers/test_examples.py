@@ -115,6 +115,21 @@ def test_rows_that_cannot_be_used_leave_their_step_smaller_and_are_counted(tmp_p
         shown(chat, opened(context(tmp_path), chat).steps(6, 1, None))
 
 
+@pytest.mark.parametrize("usable", [0, 2])
+def test_too_few_usable_rows_end_the_phase_before_its_first_step(tmp_path, chat, usable):
+    """Of the first eight rows, which a small set of the same order would be."""
+    rows = [row(i, 20) for i in range(ROWS)]
+    for i in flat(shown(chat, opened_elsewhere(tmp_path, chat, list(map(row, range(ROWS)))).steps(8, 1, 1)))[:usable]:
+        rows[i] = row(i)
+    write(tmp_path / "d.jsonl", rows)
+    said = f"only {usable} of 8 rows can be used, less than minRows 0.5" if usable else "no usable rows"
+    with pytest.raises(
+        BadInput, match=rf"data.train: {said}: data.train\[0\]: {usable} of 8 rows used, {8 - usable} drop"
+    ):
+        opened(context(tmp_path), chat).steps(8, 1, None).batch(0)
+    assert opened(context(tmp_path), chat, min_rows=0.1).steps(8, 1, 1).batch(0) if usable else True
+
+
 def test_nothing_is_encoded_that_no_step_reaches(tmp_path, chat):
     write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
     ctx = context(tmp_path)

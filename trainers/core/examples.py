@@ -261,6 +261,7 @@ class _Stored(Examples[T]):
             self._ensure(*block)
             self._stop_at(block)
             self._count(*block)
+        self._check_share()
         self._fates = [Counter() for _ in self._encoders]
 
     def take(self, sources: np.ndarray, numbers: np.ndarray) -> list[T]:
@@ -272,6 +273,8 @@ class _Stored(Examples[T]):
                 self._count(source, rows)
             taken = zip(sources.tolist(), numbers.tolist(), strict=True)
             items = [item for source, row in taken for item in self._read(source, row)]
+        if sum(counts.total() for counts in self._fates) >= HELD_ROWS:
+            self._check_share()
         if self._encoding.check is not None:
             self._encoding.check(items)
         return items
@@ -301,9 +304,13 @@ class _Stored(Examples[T]):
             raise BadInput(self._refusal(block.source, int(block.rows[wrong][0])))
 
     def _count(self, source: int, rows: np.ndarray) -> None:
-        """Raise BadInput when too few of the rows taken so far can be used."""
         self._fates[source].update(self._encoders[source].store.fates(rows).tolist())
-        if sum(counts.total() for counts in self._fates) >= HELD_ROWS:
+
+    def _check_share(self) -> None:
+        """Raise BadInput when too few of the rows taken so far can be used."""
+        all_fates = sum(self._fates, Counter[int]())
+        used = all_fates[Fate.USED] + all_fates[Fate.SHORTENED]
+        if not used or used < self._policy.min_rows * all_fates.total():
             check_share(self._counted(self._fates), self._policy, self._where)
 
     def _refusal(self, source: int, row: int) -> str:
