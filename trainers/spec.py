@@ -504,7 +504,7 @@ class Checkpoint(SpecModel):
     every_seconds: float | None = Field(default=None, gt=0)
     """Save when this much time has passed since the last save, whatever it costs; unless set, `timeShare` says how often."""
     time_share: float | None = Field(default=0.02, gt=0, le=0.5)
-    """Save by the clock, as often as this allows: training waits for saves no more than this share of the time, files are written or uploaded no more than ten times that, and a minute at least lies between two saves. So a small model is saved every minute, one whose 18 GB take 20 s to write every two minutes or less often, as its last save took. `null`: not by the clock."""
+    """Save by the clock, as often as this allows: training waits for saves no more than this share of the time, files are written or uploaded no more than ten times that, and a minute at least lies between two saves. So a small model is saved every minute, one whose 18 GB took 20 s to write every 100 s, one whose upload took three minutes every quarter of an hour. `null`: not by the clock."""
     keep_last: int = Field(default=2, ge=0)
     """Checkpoints to keep, beside the best one; with 0 the last one goes too once the phase is done."""
 
