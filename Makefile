@@ -60,6 +60,9 @@ bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, o
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py
 
+gpu-check: $(VENV)/.dev ## What only a GPU can show: every setting with kernels of its own, as the report gpu-check.md
+	$(BIN)/python benchmarks/gpu_check.py
+
 bench-data: $(VENV)/.runtime ## Train on GIGABYTES=1 of generated rows in every schema: start, tokens/s, memory
 	$(BIN)/python benchmarks/large_data.py --gigabytes $(or $(GIGABYTES),1) --folder $(or $(FOLDER),runs/large-data)
 
