@@ -17,7 +17,7 @@ from trainers.core.flops import model_flops
 from trainers.core.generate import generate
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
-from trainers.core.sharding import gathered
+from trainers.core.sharding import gathered, whole
 from trainers.core.step import Layout, accumulate
 from trainers.core.trainee import Trainee, learning_rate
 from trainers.spec import DeepSpeed, Lora, Optim, Parallel, Sampling
@@ -59,6 +59,9 @@ def check_trajectory(workers: Workers, lora: bool) -> None:
     for name, weight in weights.items():
         error = (state[f"weights/{name}"] - weight).norm() / weight.norm().clamp(min=1e-12)
         assert error < 1e-5, f"stage {workers.zero['zero_optimization']}: {name} is off by {error}"
+    for name, parameter in model.named_parameters():  # what is exported
+        if parameter.requires_grad:
+            assert torch.equal(whole(parameter), state[f"weights/model.{name}"]), name
     check_restored(workers, trainee, state, lora)
     check_responses(workers, model, state)
 

@@ -23,7 +23,7 @@ from trainers.core.adapters import save_adapters
 from trainers.core.context import PhaseContext
 from trainers.core.layers import kept_in_fp32
 from trainers.core.models import LoadedModel
-from trainers.core.sharding import release, whole
+from trainers.core.sharding import held_whole, release, whole
 from trainers.core.weight_files import WeightFiles
 from trainers.files import new_directory
 
@@ -121,7 +121,8 @@ def _ready(weight: Weight, model: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _merged(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     """As peft merges: what is added to embeddings is first rounded to their type."""
-    delta = layer.get_delta_weight("default").detach()
+    with held_whole(p for name, p in layer.named_parameters() if "lora_" in name):
+        delta = layer.get_delta_weight("default").detach()
     return weight.add_(delta.to(weight.dtype) if isinstance(layer, Embedding) else delta)
 
 

@@ -4,7 +4,7 @@ Every decoder layer is a group of weights that are gathered together, as are emb
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -162,7 +162,20 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; every process takes part."""
+    if hasattr(tensor, "ds_id"):
+        with held_whole([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held_whole(weights: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Weights that ZeRO's third stage splits are whole inside, everywhere; others are as they were."""
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not split:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(split)
 
 
 def whole_shape(weight: torch.Tensor) -> torch.Size:
