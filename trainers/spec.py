@@ -450,7 +450,16 @@ class Parallel(SpecModel):
     """How one phase is spread over processes."""
 
     NOT_IDENTITY = frozenset(
-        {"strategy", "fsdp", "deepspeed", "frozen", "gradient_checkpointing", "micro_batch_tokens", "attention"}
+        {
+            "strategy",
+            "fsdp",
+            "deepspeed",
+            "frozen",
+            "gradient_checkpointing",
+            "compile",
+            "micro_batch_tokens",
+            "attention",
+        }
     )
     SHRINKS = frozenset({"micro_batch_tokens"})
 
@@ -466,6 +475,8 @@ class Parallel(SpecModel):
     """Arithmetic of forward and backward up to the last hidden state; what follows is fp32 always. `auto` is bf16 on GPUs that have it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile decoder layers with torch.compile: each start takes minutes more, each step less; numbers differ by rounding. Sampling is not compiled. Needs a C++ compiler (g++), for GPUs a C compiler."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
     """Tokens in one forward pass on one device. A step larger than that accumulates gradients; the result is the same."""
     attention: Literal["auto", "sdpa", "eager", "flash", "varlen", "flex"] = "auto"

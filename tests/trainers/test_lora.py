@@ -1,6 +1,7 @@
 """Low-rank adapters in every training phase, on a base in bf16: what is trained, in which type, and what is left."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,21 @@ def test_adapters_alone_are_trained_in_fp32(
     assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_adapter_of_the_head_needs_whole_weights(strategy):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trainers.contract import BadInput
+    from trainers.core.models import check_head
+    from trainers.spec import Parallel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
+    parallel = Parallel(strategy=strategy)
+    check_head(parallel, model)
+    get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    with nullcontext() if strategy == "ddp" else pytest.raises(BadInput, match="under strategy fsdp, which splits"):
+        check_head(parallel, model)

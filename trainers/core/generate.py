@@ -20,6 +20,7 @@ import torch
 
 from trainers.contract import BadInput, Diverged
 from trainers.core.attention import with_a_cache
+from trainers.core.compiling import uncompiled
 from trainers.spec import Sampling
 
 
@@ -58,7 +59,7 @@ def generate(
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, Response] = {}
-    with with_a_cache(model):
+    with with_a_cache(model), uncompiled():
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
             batch = _Batch(

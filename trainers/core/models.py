@@ -13,13 +13,15 @@ from trainers.core.adapters import with_adapters
 from trainers.core.batch import Packing
 from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
+from trainers.core.compiling import compile_layers
 from trainers.core.context import PhaseContext
+from trainers.core.heads import is_plain
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers, keep_split_layers
 from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
-from trainers.spec import Lora, ModelRef, RewardModelRef
+from trainers.spec import Lora, ModelRef, Parallel, RewardModelRef
 
 transformers_logging.disable_progress_bar()
 
@@ -146,6 +148,8 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     model.config.pad_token_id = tokenizer.pad_token_id
     place(ctx, model, frozen)
     chat = chat_format(tokenizer, model)
+    if ctx.spec.parallel.compile:
+        compile_layers(model, ctx.workers.device)
     if frozen:
         model.requires_grad_(False).eval()
         return LoadedModel(model, tokenizer, chat, num_known=num_known(model, tokenizer))
@@ -154,12 +158,23 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapters = with_adapters(model, lora, ctx.seed) if lora is not None else None
+    check_head(ctx.spec.parallel, model)
     for parameter in model.parameters():
         if adapters is not None and parameter.requires_grad:
             parameter.data = parameter.data.to(ctx.workers.device)  # made beside weights that may lie elsewhere
     plain = adapters.base_model.model if adapters is not None else model
     dtype = DTYPES[ctx.spec.export_dtype]
     return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))
+
+
+def check_head(parallel: Parallel, model: Any) -> None:
+    """Raise BadInput for a language head with adapters whose own weights are split: they are gathered for a plain one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if parallel.splits_weights and head is not None and not is_plain(head):
+        raise BadInput(
+            f"lora.targetModules: the language head can have no adapter under strategy {parallel.strategy}, "
+            "which splits its weights: leave it out, or set strategy ddp"
+        )
 
 
 def place(ctx: PhaseContext, model: Any, frozen: bool) -> None:
