@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from trainers.phases.distill.loss import forward_kl, generalized_jsd
+from trainers.phases.distill.loss import generalized_jsd, jsd_and_kl
 from trainers.phases.distill.spec import RewardWeighting
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import MODES, correlation, reward_weights
@@ -151,8 +151,12 @@ class TestDivergence:
         (grad,) = torch.autograd.grad(generalized_jsd(student[None], P[None], 1).sum(), student)
         assert_close(grad, wanted)
 
-    def test_forward_kl_records_nothing(self):
-        assert not forward_kl(Q.clone().requires_grad_()[None], P[None]).requires_grad
+    @pytest.mark.parametrize("beta", [0, 0.5, 1])
+    def test_the_kl_beside_it_has_no_gradient(self, beta):
+        student = Q.clone().requires_grad_()
+        value, kl = jsd_and_kl(student[None], P[None], beta)
+        assert value.requires_grad and not kl.requires_grad
+        assert kl.item() == pytest.approx(0.742033, abs=1e-6)
 
 
 rewards_of = st.lists(st.floats(-50, 50), min_size=1, max_size=20)

@@ -19,13 +19,15 @@ def generalized_jsd(
     m = beta p + (1 - beta) q (Agarwal et al. 2024). It goes to 0 near its ends and jumps there: beta 0.01 is about a
     hundredth of beta 0. Temperature divides both logits. Only the student gets a gradient.
     """
-    return _GeneralizedJsd.apply(student, teacher, beta, temperature)
+    return jsd_and_kl(student, teacher, beta, temperature)[0]
 
 
-def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(p || q) of each position, without a gradient: (k, V) and (k, V) to (k,)."""
-    with torch.no_grad():
-        return generalized_jsd(student, teacher, 0.0, temperature)
+def jsd_and_kl(
+    student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The divergence of :func:`generalized_jsd` and, without a gradient, KL(p || q): (k,) each."""
+    found: tuple[torch.Tensor, torch.Tensor] = _GeneralizedJsd.apply(student, teacher, beta, temperature)
+    return found
 
 
 def shared(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,11 +46,13 @@ class _GeneralizedJsd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         log_q, log_p = ((z if temperature == 1 else z / temperature).log_softmax(-1) for z in (student, teacher))
         value, slope = _value_and_slope(log_p, log_q, beta)
         ctx.save_for_backward(slope if temperature == 1 else slope.div_(temperature))
-        return value
+        kl = value.clone() if beta == 0 else _kl(log_p.exp(), log_p, log_q)[0]
+        ctx.mark_non_differentiable(kl)
+        return value, kl
 
     @staticmethod
     @once_differentiable
@@ -74,6 +78,6 @@ def _value_and_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> t
 
 def _kl(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(p || q) of each position (k,) and its terms (k, V). What is impossible under p adds 0, whatever q says of it."""
-    terms = p * (log_p - log_q)
+    terms = (log_p - log_q).mul_(p)
     terms.masked_fill_(p == 0, 0.0)
     return terms.sum(-1), terms

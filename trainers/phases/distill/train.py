@@ -32,7 +32,7 @@ from trainers.core.scoring import Scorer, check_scoring, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest, same_tokens
-from trainers.phases.distill.loss import forward_kl, generalized_jsd, shared
+from trainers.phases.distill.loss import jsd_and_kl, shared
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
@@ -132,9 +132,7 @@ def divergence(beta: float, temperature: float) -> LogitsFn:
     def fn(logits: torch.Tensor, _: slice, wanted: torch.Tensor) -> torch.Tensor:
         if logits.shape != wanted.shape:
             logits, wanted = shared(logits, wanted)
-        loss = generalized_jsd(logits, wanted, beta, temperature)
-        kl = loss.detach() if beta == 0 else forward_kl(logits, wanted, temperature)
-        return torch.stack([loss, kl], dim=-1)
+        return torch.stack(jsd_and_kl(logits, wanted, beta, temperature), dim=-1)
 
     return fn
 
