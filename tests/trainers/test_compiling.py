@@ -44,7 +44,7 @@ def gradient(model: LlamaForCausalLM, lengths: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_one_program_for_all_lengths_gives_the_gradients_and_sampling_does_not_use_it():
+def test_programs_serve_other_lengths_and_give_the_gradients_and_sampling_does_not_use_them():
     """In training mode, with layers recomputed in the backward pass."""
     from torch._dynamo.utils import counters
 
@@ -54,11 +54,13 @@ def test_one_program_for_all_lengths_gives_the_gradients_and_sampling_does_not_u
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compile_layers(compiled, CPU)
     counters.clear()
-    for lengths in ([17, 5, 9], [40, 30, 11]):
+    made = []
+    for lengths in ([17, 5, 9], [40, 30, 11], [50, 33, 20]):
         expected = gradient(eager, lengths)
         worst = (gradient(compiled, lengths) - expected).abs().max()
         assert worst <= 1e-5 * expected.abs().max()
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] > 0 and made[1] == made[2] and not counters["graph_break"]
     prompts, sampling = [[3, 4, 5], [6]], Sampling(max_new_tokens=5, temperature=0)
     assert generate(compiled, prompts, sampling, frozenset()) == generate(eager, prompts, sampling, frozenset())
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == made[2]

@@ -13,7 +13,7 @@ from trainers.core.layers import decoder_layers
 
 
 def compile_layers(model: Any, device: torch.device) -> None:
-    """Compile every decoder layer in its place, once for all that are alike and for sequences of any length.
+    """Compile every decoder layer in its place. Layers that are alike share few programs, for sequences of any length.
 
     Each layer's own forward is compiled: what hangs on its being called (gathering of weights, recomputation in the
     backward pass) stays around it. Raises BadInput where there is no compiler, or no plain list of layers.
