@@ -10,40 +10,22 @@ import yaml
 
 from controller.api.problems import InvalidRun, Problem, item_label, nearest
 from controller.api.run import MEMBERS
+from controller.yaml_text import parse_yaml
 
 Document = dict[str, Any]
 
-_BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(_BaseLoader):
-    """Safe loading with two corrections: `1e-4` is a number, as in JSON and on a cluster, and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True) if key_node.tag != "tag:yaml.org,2002:merge" else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-# Tried after YAML 1.1's own integers and floats, which know no exponent without a dot.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str) -> list[Any]:
-    return list(yaml.load_all(text, Loader=_Loader))
+LARGEST = 2 * 2**20
+"""Bytes of a file: an object of a cluster has 1.5 MB at most."""
 
 
 def read_document(path: Path) -> Document:
     """The one YAML mapping in a file."""
     try:
-        documents = parse_yaml(path.read_text())
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InvalidRun([Problem(str(path), f"larger than {LARGEST:,} bytes; one AlignmentRun is expected")])
+        documents = parse_yaml(content.decode())
     except OSError as error:
         raise InvalidRun([Problem(str(path), error.strerror or str(error))]) from error
     except UnicodeDecodeError as error:
@@ -61,7 +43,7 @@ def _syntax_problem(path: Path, error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     said = [getattr(error, "context", None), getattr(error, "problem", None)]
-    return Problem(place, "not valid YAML: " + (", ".join(text for text in said if text) or str(error)))
+    return Problem(place, "not valid YAML: " + (", ".join(text for text in said if text) or str(error).splitlines()[0]))
 
 
 def compose(base: Document, fragments: Iterable[Document], settings: Iterable[str] = ()) -> Document:

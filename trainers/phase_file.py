@@ -16,10 +16,10 @@ def read_phase_file(path: Path, kind: PhaseType, changes: Iterable[tuple[str, ob
         for dotted, value in changes:
             set_at(document["spec"], dotted, value)
         file = PhaseFile.model_validate(document)
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"phase file {path}: {error}") from error
     except (ValidationError, KeyError, TypeError) as error:
         raise BadInput(f"phase file {path}: {_first_problem(error)}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # also a date or number that is none
+        raise BadInput(f"phase file {path}: {' '.join(str(error).split())}") from error
     return file if file.phase else file.model_copy(update={"phase": kind.name})
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.api.problems import InvalidRun
-from controller.compose import apply_setting, compose, merge, parse_yaml, read_document
+from controller.compose import LARGEST, apply_setting, compose, merge, read_document
+from controller.yaml_text import parse_yaml
 
 # ---------------------------------------------------------------- reading
 
@@ -184,3 +185,44 @@ def test_settings_that_cannot_be(setting: str, message: str) -> None:
 def test_settings_of_different_places_commute(beta: float, seed: int) -> None:
     one, two = f"spec.phases.dpo.dpo.beta={beta}", f"spec.seed={seed}"
     assert compose(RUN, [], [one, two]) == compose(RUN, [], [two, one])
+
+
+def _bomb(lines):
+    first = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    return first + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, lines))
+
+
+HOSTILE = {
+    "[" * 100_000 + "]" * 100_000: ":1:65: not valid YAML: nested deeper than 64 levels",
+    "a: " + "{b: " * 1000 + "1" + "}" * 1000: "not valid YAML: nested deeper than 64 levels",
+    _bomb(9): ":5:45: not valid YAML: more than 100,000 values, counting what aliases stand for",
+    "a: &a [*a]": ":1:8: not valid YAML: *a stands inside what it means",
+    "a: &a {b: {<<: *a}}": "not valid YAML: *a stands inside what it means",
+    "seed: "
+    + "9" * 10_000: "not valid YAML: '9999999999999999999999999999999999999999…' cannot be read (Exceeds the limit",
+    "seed: 0x" + "f" * 10_000: "the number '0xffffffffffffffffffffffffffffffffffffff…' is too large",
+    "seed: 2001-99-99": ":1:7: not valid YAML: '2001-99-99' cannot be read (month must be in 1..12)",
+    "? [a]\n: 1": ":1:3: not valid YAML: a key must be a text, not a list or mapping",
+    "a: \0": "not valid YAML: unacceptable character #x0000: control characters are not allowed",
+    "a: '" + "x" * LARGEST + "'": "larger than 2,097,152 bytes",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_yaml_is_one_line(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidRun) as caught:
+        read_document(path)
+    (problem,) = caught.value.problems
+    assert HOSTILE[text] in str(problem)
+    assert len(str(problem).splitlines()) == 1
+
+
+def test_aliases_that_are_used_as_meant_are_fine():
+    text = "base: &base {a: [1, 2]}\nuses:\n- {<<: *base, b: 1}\n- *base\nscalar: &s 3\nagain: *s\n"
+    (found,) = parse_yaml(text)
+    assert found["uses"] == [{"a": [1, 2], "b": 1}, {"a": [1, 2]}]
+    assert found["again"] == 3
+    (most,) = parse_yaml("a: " + "[" * 63 + "]" * 63)
+    assert most["a"]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from cluster.installed import Runs
 
-from controller.compose import parse_yaml
 from controller.preflight import load_run
+from controller.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
