@@ -9,7 +9,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from controller.api.problems import Problem, shown
-from trainers.spec import ChatSettings
+from trainers.spec import LARGEST_TEMPLATE, ChatSettings
 from trainers.vocabulary import stored_vocabulary
 
 OTHER_TOKENS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -33,6 +33,9 @@ def template_problems(path: str, settings: ChatSettings, base_dir: Path) -> Iter
         yield Problem(
             path, f'"{settings.chat_template}" is neither a template nor a file: {file.absolute()} is not there'
         )
+        return
+    if file is not None and file.stat().st_size > LARGEST_TEMPLATE:
+        yield Problem(path, f"{file} is larger than {LARGEST_TEMPLATE:,} bytes, and so no template")
         return
     try:
         text = file.read_text() if file is not None else str(settings.chat_template)

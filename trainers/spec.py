@@ -261,6 +261,10 @@ class ArtifactRef(SpecModel):
     """Name of the phase in this run whose artifact is meant."""
 
 
+LARGEST_TEMPLATE = 2**20
+"""Bytes of a chat template's file; the longest that are published have 20,000."""
+
+
 class ChatSettings(SpecModel):
     """How conversations become a model's tokens, where that is not as its files say. Saved with what is trained from it."""
 

@@ -5,16 +5,19 @@ import json
 import os
 import socket
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controller.chat_problems import template_problems
 from trainers import json_lists, jsonl
 from trainers.contract import BadInput, Infrastructure
+from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.rows import read_rows
 from trainers.fingerprints import source_files
-from trainers.spec import DataSource, RowPolicy
+from trainers.spec import ChatSettings, DataSource, RowPolicy
 
 GOOD = b'{"prompt": "q", "response": "a"}'
 LONG = b'{"prompt": "' + b"x" * jsonl.MAX_LINE + b'", "response": "a"}'
@@ -280,3 +283,14 @@ def test_a_line_is_read_as_python_reads_it_or_refused(text):
         assert jsonl.parse(text) == expected
     except jsonl.Malformed as problem:
         assert str(problem).startswith(("the key", "the number", "half a character"))  # noqa: PT017
+
+
+def test_a_template_that_is_no_file_or_endless_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"")
+    os.truncate(tmp_path / "large", 50_000_000)
+    for name, words in (("pipe", "is no file with a template"), ("large", "is larger than 1,048,576 bytes")):
+        with pytest.raises(BadInput, match=rf"chatTemplate: .*/{name} {words}"):
+            apply_chat_settings(SimpleNamespace(), ChatSettings(chat_template=name), tmp_path)
+    (problem,) = template_problems("model.chatTemplate", ChatSettings(chat_template="large"), tmp_path)
+    assert "is larger than 1,048,576 bytes" in str(problem)

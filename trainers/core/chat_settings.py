@@ -6,7 +6,7 @@ from typing import Any
 
 from trainers.contract import BadInput
 from trainers.core.templates import template_of, variables, with_settings
-from trainers.spec import ChatSettings
+from trainers.spec import LARGEST_TEMPLATE, ChatSettings
 
 
 def apply_chat_settings(tokenizer: Any, settings: ChatSettings, base_dir: Path) -> None:
@@ -43,6 +43,10 @@ def _text(settings: ChatSettings, base_dir: Path) -> str:
     if path is None:
         return str(settings.chat_template)
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"chatTemplate: {path} is no file with a template, but a folder, pipe or device")
+        if path.stat().st_size > LARGEST_TEMPLATE:
+            raise BadInput(f"chatTemplate: {path} is larger than {LARGEST_TEMPLATE:,} bytes, and so no template")
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"chatTemplate: {path} cannot be read ({error})") from error
