@@ -140,12 +140,12 @@ def main() -> None:
     print(f"{K:,} positions x {H:,} x {V:,} tokens in chunks of {ROWS}, one thread; on paper {count:,} x {width:,} x "
           f"{vocabulary:,} in chunks of {rows}")  # fmt: skip
     print(f"{'':40}{'CPU-s':>8}{'peak':>12}{'by count':>12}{'on paper':>12}{'operations':>14}")
-    processes = multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1)
-    for (name, form), (seconds, peak) in zip(FORMS.items(), processes.imap(measure, FORMS), strict=True):
-        large, operations = form.paper(*LARGE)
-        counted = form.paper(K, H, V, ROWS)[0] / 2**20
-        print(f"{name:40}{seconds:8.2f}{peak:8.0f} MiB{counted:8.0f} MiB{large / 2**30:8.1f} GiB"
-              f"{operations / 1e12:8.0f} TFLOP")  # fmt: skip
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
+        for (name, form), (seconds, peak) in zip(FORMS.items(), processes.imap(measure, FORMS), strict=True):
+            large, operations = form.paper(*LARGE)
+            counted = form.paper(K, H, V, ROWS)[0] / 2**20
+            print(f"{name:40}{seconds:8.2f}{peak:8.0f} MiB{counted:8.0f} MiB{large / 2**30:8.1f} GiB"
+                  f"{operations / 1e12:8.0f} TFLOP")  # fmt: skip
 
 
 if __name__ == "__main__":
