@@ -96,8 +96,9 @@ def test_a_slow_store_changes_nothing(in_pod, bucket, run_phase, tiny_model_dir,
     assert result.artifact_digest == expected.artifact_digest
     assert weights(bucket.path / "ws/run/sft") == weights(tmp_path / "local/run/sft")
     kept = {name.split("/")[0] for name in bucket.names("ws/run/sft/checkpoints")}
-    assert {name.split("-")[0] for name in kept} == ({"step", "best"} if keep else set())
-    assert len(kept) == 2 * keep
+    best = {name for name in kept if name.startswith("best-")}
+    assert kept - best == ({"step-6"} if keep else set())
+    assert len(best) in ((1, 2) if keep else (0,)), "what the checkpoint needs, and what was found after it"
 
 
 @pytest.mark.slow

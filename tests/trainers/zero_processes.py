@@ -4,17 +4,21 @@ import copy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.core.adapters import with_adapters
 from trainers.core.batch import Sequence
+from trainers.core.export import write_model
 from trainers.core.flops import model_flops
 from trainers.core.generate import generate
+from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.sharding import gathered, whole
@@ -62,8 +66,26 @@ def check_trajectory(workers: Workers, lora: bool) -> None:
     for name, parameter in model.named_parameters():  # what is exported
         if parameter.requires_grad:
             assert torch.equal(whole(parameter), state[f"weights/model.{name}"]), name
+    if not lora:
+        check_exported(workers, model, state)
     check_restored(workers, trainee, state, lora)
     check_responses(workers, model, state)
+
+
+def check_exported(workers: Workers, model: LlamaForCausalLM, state: dict[str, torch.Tensor]) -> None:
+    """Every weight is in the files, whole, as it was trained."""
+    with TemporaryDirectory() as folder:
+        tokenizer = SimpleNamespace(save_pretrained=lambda folder: None, pad_token_id=0)
+        loaded = LoadedModel(model, tokenizer, SimpleNamespace(stop_ids={2}), None)
+        write_model(loaded, Path(folder) / "model", workers.is_main)
+        if workers.is_main:
+            saved = load_file(Path(folder) / "model" / "model.safetensors")
+            wanted = {
+                name.removeprefix("weights/model."): t for name, t in state.items() if name.startswith("weights/")
+            }
+            assert saved.keys() == wanted.keys()
+            assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+        workers.barrier()
 
 
 def fresh(lora: bool) -> LlamaForCausalLM:
