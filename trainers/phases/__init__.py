@@ -16,7 +16,7 @@ REGISTRY: tuple[PhaseType, ...] = (
     PhaseType("dpo", DpoSpec, "trainers.phases.dpo.train", "model"),
     PhaseType("ppo", PpoSpec, "trainers.phases.ppo.train", "model"),
     PhaseType("rollout", RolloutSpec, "trainers.phases.rollout.run", "traces"),
-    PhaseType("distill", DistillSpec, "trainers.phases.distill.train", "model"),
+    PhaseType("distill", DistillSpec, "trainers.phases.distill.train", "model", reads_beside=("top-k/*.safetensors",)),
     PhaseType("evaluate", EvaluateSpec, "trainers.phases.evaluate.run", "evaluation"),
     PhaseType(
         "package",

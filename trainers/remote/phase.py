@@ -32,6 +32,7 @@ UNFINISHED = (
     "metrics.jsonl",
     "wandb-id",
     "reference/*",
+    "top-k/*.safetensors",
     "checkpoints/part-*.jsonl",
     f"{CELLS}/*.json",
 )

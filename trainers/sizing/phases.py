@@ -156,7 +156,8 @@ def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
 
 def _distill(spec: DistillSpec, tally: _Tally) -> None:
     tokens = spec.parallel.micro_batch_tokens
-    teacher = tally.freeze("teacher", spec.teacher)
+    # Without a teacher its log-probabilities are read from files.
+    teacher = None if spec.teacher is None else tally.freeze("teacher", spec.teacher)
     shape = _student(spec.student, teacher, tally)
     row = min(spec.max_length, shape.positions)
     student = tally.train("student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, DIVERGENCE)
@@ -167,8 +168,8 @@ def _distill(spec: DistillSpec, tally: _Tally) -> None:
         tally.generate(shape, student.held, spec.sampling, spec.batch_size, spec.prompts.max_prompt_length, split)
 
 
-def _student(ref: StudentRef, teacher: ModelShape, tally: _Tally) -> ModelShape:
-    if ref.teacher_layers is None:
+def _student(ref: StudentRef, teacher: ModelShape | None, tally: _Tally) -> ModelShape:
+    if ref.teacher_layers is None or teacher is None:
         return tally.shape_of(ref)
     return some_layers(teacher, ref.teacher_layers)
 

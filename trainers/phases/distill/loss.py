@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trainers.core.head_losses import LogitsFn
+from trainers.core.top_k import bucket_logits
+
 
 def generalized_jsd(
     student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float = 1.0
@@ -28,6 +31,23 @@ def jsd_and_kl(
     """The divergence of :func:`generalized_jsd` and, without a gradient, KL(p || q): (k,) each."""
     found: tuple[torch.Tensor, torch.Tensor] = _GeneralizedJsd.apply(student, teacher, beta, temperature)
     return found
+
+
+def top_k_divergence(ids: torch.Tensor, log_probs: torch.Tensor, known: int, beta: float) -> LogitsFn:
+    """Of stored scores of a teacher, (K, k) and (K, k + 1): :func:`generalized_jsd` of k tokens and the rest as one.
+
+    For the student's logits: the divergence to train on, KL(teacher || student), and the student's and the teacher's
+    probability of the k tokens, (k, 4). Merging outcomes lowers a divergence, so it is at most the one of the whole
+    vocabulary, and equal to it where k is all of it. ``known``: ids below this are what the teacher chose among.
+    """
+
+    def fn(logits: torch.Tensor, at: slice) -> torch.Tensor:
+        ours, theirs = bucket_logits(logits[:, :known], ids[at]), log_probs[at]
+        loss, kl = jsd_and_kl(ours, theirs, beta)
+        masses = [1 - some.detach().softmax(-1)[:, -1] for some in (ours, theirs)]
+        return torch.stack([loss, kl, *masses], dim=-1)
+
+    return fn
 
 
 def shared(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,8 +61,8 @@ class RewardWeighting(SpecModel):
 class DistillSpec(TrainingSpec):
     """Distillation of a teacher into a student on stored teacher traces and the student's own samples."""
 
-    teacher: ModelRef
-    """Model to learn from."""
+    teacher: ModelRef | None = None
+    """Model to learn from. It may be left out where traces hold its log-probabilities (`teacherTopK` of the rollout that made them), and is not in memory then."""
     student: StudentRef
     """Model to train."""
     traces: TracesRef | None = None
@@ -98,12 +98,24 @@ class DistillSpec(TrainingSpec):
             raise ValueError(
                 f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0"
             )
+        if self.teacher is None:
+            self._check_without_teacher()
         weighed = self.weighting.mode != "none" and self.weighting.own_samples != "equal"
         if self.on_policy_fraction > 0 and weighed and self.reward_model is None:
             raise ValueError(
                 f"weighting.ownSamples {self.weighting.own_samples} needs rewardModel to score the student's samples: set it, or ownSamples: equal"
             )
         return self
+
+    def _check_without_teacher(self) -> None:
+        """Raise ValueError for what stored log-probabilities cannot answer."""
+        for name, needed, instead in (
+            (f"onPolicyFraction {self.on_policy_fraction:g}", self.on_policy_fraction > 0, "onPolicyFraction: 0"),
+            (f"temperature {self.temperature:g}", self.temperature != 1, "temperature: 1, which traces hold"),
+            ("student.teacherLayers", self.student.teacher_layers is not None, "another student"),
+        ):
+            if needed:
+                raise ValueError(f"{name} needs a teacher: set teacher, or {instead}")
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
@@ -129,4 +141,4 @@ class DistillSpec(TrainingSpec):
     def final_metrics(self) -> tuple[str, ...]:
         streams = {"offPolicy": self.on_policy_fraction < 1, "onPolicy": self.on_policy_fraction > 0}
         last = [f"{stream}{figure}Last" for stream, runs in streams.items() if runs for figure in ("Kl", "Reward")]
-        return (*last, "parameters", "teacherParameters")
+        return (*last, "parameters", *(["teacherParameters"] if self.teacher is not None else []))

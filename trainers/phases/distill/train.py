@@ -6,6 +6,7 @@ what is trained on: counting the loader's instead is wrong on-policy, where resp
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,9 +31,11 @@ from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
 from trainers.core.step import Layout, Measures, accumulate
+from trainers.core.top_k import FOLDER, NOWHERE, Place, shards_in, vocabulary_digest
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest, same_tokens
-from trainers.phases.distill.loss import jsd_and_kl, shared
+from trainers.fingerprints import source_files
+from trainers.phases.distill.loss import jsd_and_kl, shared, top_k_divergence
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
@@ -46,6 +49,8 @@ class Example:
     sequence: Sequence
     reward: float
     weight: float = 1.0
+    scores: Place = NOWHERE
+    """Where the teacher's log-probabilities of the response are, if it is not in memory."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,13 +69,13 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     streams = Streams(spec.on_policy_fraction)
     traces, prompts, total_steps = _data(spec, ctx, teacher, student, streams)
     _check_streams(spec, ctx, streams, total_steps)
-    packing = spec.packing and min(teacher.packs, student.packs)
+    packing = spec.packing and min(student.packs, teacher.packs if teacher is not None else student.packs)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    beside = [teacher.model, *([reward_model.model] if reward_model else [])]
+    beside = [some.model for some in (teacher, reward_model) if some is not None]
     print_memory(ctx, [(trainee, student.model)], beside, None if packing else spec.max_length)
-    compare = divergence(spec.divergence_beta, spec.temperature)
+    compared = _comparison(spec, ctx, teacher)
     first = checkpoints.restore()
     ctx.meter.begin(first, total_steps, spec.document())
 
@@ -87,12 +92,13 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
 
         def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
-            with torch.no_grad():
-                beside = Beside(teacher.model, hidden_states(teacher.model, micro)[micro.scored_at])
+            compare, beside = compared(some, micro)
             total = sum(e.weight * e.num_tokens for e in batch)
             shares = torch.tensor([e.weight / total for e in some], device=micro.segment.device)[micro.segment]
             loss, found = trainee.module(micro, compare, lambda values, at: (shares[at] * values).sum(), beside=beside)
-            return loss, {"kl": found[:, 1].sum() / sum(e.num_tokens for e in batch)}
+            names = ("kl", "student_mass", "teacher_mass")[: found.shape[1] - 1]
+            sums = found[:, 1:].sum(0) / sum(e.num_tokens for e in batch)
+            return loss, dict(zip(names, sums, strict=True))
 
         sums = accumulate(ctx, trainee, layout, step, batch, terms)
         with ctx.meter.part("optimizer"):
@@ -119,7 +125,9 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
 
     # ---- finish
     save_model(ctx, student)
-    sizes = {"parameters": student.num_parameters, "teacherParameters": teacher.num_parameters}
+    sizes = {"parameters": student.num_parameters}
+    if teacher is not None:
+        sizes["teacherParameters"] = teacher.num_parameters
     return Outcome(checkpoints.state | sizes, traces.records() + prompts.records(), total_steps)
 
 
@@ -137,6 +145,28 @@ def divergence(beta: float, temperature: float) -> LogitsFn:
     return fn
 
 
+def _comparison(
+    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None
+) -> Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]:
+    """What a pass's student is compared by, and with: a teacher, or what one has said before."""
+    beta = spec.divergence_beta
+    if teacher is None:
+        shards = shards_in(_shard_folders(spec, ctx))
+
+        def with_stored(some: list[Example], batch: Batch) -> tuple[LogitsFn, Beside | None]:
+            stored = shards.scores([(e.scores, e.num_tokens) for e in some], batch.segment.device)
+            return top_k_divergence(*stored, beta), None
+
+        return with_stored
+    whole, model = divergence(beta, spec.temperature), teacher.model
+
+    def with_teacher(some: list[Example], batch: Batch) -> tuple[LogitsFn, Beside | None]:
+        with torch.no_grad():
+            return whole, Beside(model, hidden_states(model, batch)[batch.scored_at])
+
+    return with_teacher
+
+
 def _sequences(example: Example) -> list[Sequence]:
     return [example.sequence]
 
@@ -152,8 +182,12 @@ def _check_streams(spec: DistillSpec, ctx: PhaseContext, streams: Streams, total
             print(said)
 
 
-def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedModel]:
-    """Teacher and student. Raises BadInput when the same token id means different things to them."""
+def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel | None, LoadedModel]:
+    """Teacher, if it is needed, and student. Raises BadInput when the same token id means different things to them."""
+    if spec.teacher is None:
+        student = load_causal_lm(ctx, spec.student, spec.lora)
+        check_scoring(student, ctx.workers)
+        return None, student
     teacher = load_causal_lm(ctx, spec.teacher, frozen=True)
     if spec.student.teacher_layers is not None:
         start = spec.teacher.model_copy(update={"dtype": spec.student.dtype})
@@ -173,7 +207,7 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel, LoadedMo
 
 
 def _data(
-    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel, student: LoadedModel, streams: Streams
+    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, student: LoadedModel, streams: Streams
 ) -> tuple[Steps[Example], Steps[Prompt], int]:
     """Steps on traces and on prompts, and how many there are of both. What the fraction leaves out has none."""
     traces, prompts = _traces(spec, ctx, student, teacher), _prompts(spec, ctx, student, teacher)
@@ -193,20 +227,36 @@ def _data(
 
 
 def _traces(
-    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel
+    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel | None
 ) -> Examples[Example] | None:
     if spec.traces is None or spec.on_policy_fraction == 1:
         return None
-    files = spec.traces.files or str(ctx.artifact(spec.traces).resolve())
+    files = _trace_files(spec, ctx)
     longest = length_limit(student, spec.max_length)
 
     def check(examples: list[Example]) -> None:
-        check_known((e.sequence.ids for e in examples), teacher.num_known, student.tokenizer, "traces", "teacher")
+        known = None if teacher is None else teacher.num_known
+        check_known((e.sequence.ids for e in examples), known, student.tokenizer, "traces", "teacher")
 
     # A teacher may say things that cannot be learned, such as its end token's text: no reason to stop.
-    encoding = Encoding("traces", partial(_examples, student.chat, longest), Example, check, skips=True)
+    encode = partial(_examples, student.chat, longest)
+    if teacher is None:
+        known = (vocabulary_digest(student.tokenizer), student.num_known or 0)
+        encode = partial(_scored_examples, _shard_folders(spec, ctx), *known, student.chat, longest)
+    encoding = Encoding("traces", encode, Example, check, skips=True)
     policy = RowPolicy(min_rows=spec.traces.min_rows)
     return open_examples(ctx, (DataSource(files=files),), encoding, policy, "traces")
+
+
+def _trace_files(spec: DistillSpec, ctx: PhaseContext) -> str:
+    assert spec.traces is not None
+    return spec.traces.files or str(ctx.artifact(spec.traces).resolve())
+
+
+def _shard_folders(spec: DistillSpec, ctx: PhaseContext) -> tuple[str, ...]:
+    """Where a teacher's log-probabilities lie beside traces."""
+    files = source_files(_trace_files(spec, ctx), ctx.base_dir)
+    return tuple(sorted({str(path.resolve().parent / FOLDER) for path in files}))
 
 
 def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
@@ -217,8 +267,26 @@ def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
     return [] if sequence is None else [Example(sequence, float(row["reward"]))]
 
 
+def _scored_examples(
+    folders: tuple[str, ...], vocabulary: str, known: int, chat: ChatFormat, max_length: int, row: Row
+) -> list[Example]:
+    """The very tokens that the teacher scored. Raises BadInput if the student's format makes others of the prompt."""
+    if not math.isfinite(row["reward"]):
+        raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
+    prompt, response, place = shards_in(folders).read(row, vocabulary, known)
+    if chat.prompt(prompt_messages(row)) != prompt:
+        raise BadInput(
+            "the student's chat template makes other tokens of the prompt: set chatTemplate to the teacher's"
+        )
+    if row.get("ended", True) and response[-1] not in chat.stop_ids:
+        token = chat.tokenizer.convert_ids_to_tokens(response[-1])
+        raise BadInput(f"the response ends with {token!r}, which does not end the student's: set endToken to it")
+    sequence = joined(prompt, response, max_length)
+    return [] if sequence is None else [Example(sequence, float(row["reward"]), scores=place)]
+
+
 def _prompts(
-    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel
+    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel | None
 ) -> Examples[Prompt] | None:
     if spec.prompts is None or spec.on_policy_fraction == 0:
         return None
@@ -228,7 +296,8 @@ def _prompts(
 
     def check(prompts: list[Prompt]) -> None:
         check_room(student, prompts, spec.sampling)
-        check_known((p.ids for p in prompts), teacher.num_known, student.tokenizer, "prompts", "teacher")
+        known = None if teacher is None else teacher.num_known
+        check_known((p.ids for p in prompts), known, student.tokenizer, "prompts", "teacher")
 
     return open_prompts(ctx, data, student.chat, "prompts", check)
 

@@ -1,5 +1,6 @@
 """Finished rows on disk, batch by batch, so that a phase that was killed goes on behind the last whole batch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from trainers.files import write_atomic
 class Parts:
     """``part-N.jsonl`` files, N being the index of the first row; each is written whole or not at all."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, check: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> None:
         self.root = root
+        self.check = check
+        """Raises BadInput for rows that lack what belongs to them."""
 
     def read(self) -> list[dict[str, Any]]:
         """All rows so far, in order, up to the first gap. A damaged part is one: its rows are made again."""
@@ -20,7 +23,9 @@ class Parts:
         for path in self._paths():
             if path.name == _name(len(rows)):
                 try:
-                    rows += list(jsonl.read(path))
+                    found = list(jsonl.read(path))
+                    self.check(found)
+                    rows += found
                 except BadInput as damage:
                     print(f"made again: {damage}")
                     break

@@ -24,6 +24,8 @@ class RolloutSpec(PhaseSpec):
     """Generation settings."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
+    teacher_top_k: int | None = Field(default=None, ge=1, le=4096)
+    """Keep the policy's log-probabilities of so many likeliest next tokens, and of all others together, beside every response token, at temperature 1: distillation on such traces needs no teacher. 64 take about 330 bytes a token."""
 
     @model_validator(mode="after")
     def _answers_each_prompt(self) -> Self:
