@@ -15,6 +15,7 @@ from controller.chat_problems import template_problems
 from trainers import json_lists, jsonl
 from trainers.contract import BadInput, Infrastructure
 from trainers.core.chat_settings import apply_chat_settings
+from trainers.core.lines import indexed
 from trainers.core.rows import read_rows
 from trainers.fingerprints import source_files
 from trainers.spec import ChatSettings, DataSource, RowPolicy
@@ -294,3 +295,11 @@ def test_a_template_that_is_no_file_or_endless_is_never_read(tmp_path):
             apply_chat_settings(SimpleNamespace(), ChatSettings(chat_template=name), tmp_path)
     (problem,) = template_problems("model.chatTemplate", ChatSettings(chat_template="large"), tmp_path)
     assert "is larger than 1,048,576 bytes" in str(problem)
+
+
+def test_blanks_without_end_are_no_blank_line_to_an_index_either(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(GOOD + b"\n" + b" " * (jsonl.MAX_LINE + 5) + b"\n" + GOOD + b"\n \n")
+    found = indexed(path, tmp_path / "index")
+    kinds = [type(line) for _, line in jsonl.lines(path)]
+    assert [type(found[i][1]) for i in range(len(found))] == kinds == [bytes, jsonl.Malformed, bytes]

@@ -105,10 +105,13 @@ def _lines(file: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _line_at(file: int, offset: int) -> bytes:
+    """As much of a line as says whether it is blank; one that is too long to be read is not."""
     line = b""
-    while b"\n" not in line and (more := os.pread(file, CHUNK, offset + len(line))):
+    while b"\n" not in line and len(line) <= MAX_LINE and (more := os.pread(file, CHUNK, offset + len(line))):
         line += more
     line = line.partition(b"\n")[0]
+    if len(line) > MAX_LINE:
+        return jsonl.LONG.encode()
     return line.removeprefix(jsonl.BOM) if offset == 0 else line
 
 
