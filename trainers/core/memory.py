@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from trainers.core.adamw import MOMENTS
 from trainers.core.batch import Sequence, collate
 from trainers.core.context import PhaseContext
 from trainers.core.head_losses import CHUNK_ELEMENTS
+from trainers.core.layers import decoder_layers
 from trainers.core.parallel import Workers
 from trainers.core.scoring import hidden_states
-from trainers.core.sharding import whole_shape
+from trainers.core.sharding import is_split, local, release, whole_shape
 from trainers.core.step import in_eval_mode
 from trainers.core.trainee import Trainee
 
@@ -54,17 +56,18 @@ def memory_needed(
 ) -> Memory:
     """On one device. Trainees take turns, so of activations the largest count."""
     models = [model for _, model in trained] + list(frozen)
+    for model in models:
+        release(model)  # what a forward pass has left gathered is not what is held
     weights = {id(p): p for model in models for p in model.parameters()}
     parameters = [p for trainee, _ in trained for p in trainee.engine.parameters]
-    moments = [
-        whole_shape(p).numel() * trainee.moment_bytes for trainee, _ in trained for p in trainee.engine.parameters
-    ]
-    copies = 1 if workers.world == 1 else 2  # DDP gathers gradients in buckets beside them
+    moments = [_held(p) * trainee.moment_bytes for trainee, _ in trained for p in trainee.engine.parameters]
+    # DDP gathers gradients in buckets beside them.
+    copies = 1 if workers.world == 1 or any(is_split(model) for _, model in trained) else 2
     gradients, optimizer = copies * sum(map(_size, parameters)), len(MOMENTS) * sum(moments)
     if workers.zero is not None:
         gradients, optimizer = _zero_bytes(workers, parameters, optimizer)
     return Memory(
-        sum(map(_size, weights.values())),
+        sum(map(_size, weights.values())) + max(map(gathered_bytes, models)),
         gradients,
         optimizer,
         max(activation_bytes(workers, model, max_tokens, row) for _, model in trained),
@@ -128,9 +131,22 @@ def _head_bytes(model: Any, max_tokens: int) -> int:
     return 4 * (3 * chunk + copies * shape.numel())
 
 
+def gathered_bytes(model: Any) -> int:
+    """Of a split model's largest layer and the one that is fetched while it computes, in the type that they are held in."""
+    if not is_split(model):
+        return 0
+    _, layers = decoder_layers(model, "splitting weights over processes")
+    return 2 * max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
+
+
+def _held(weight: torch.Tensor) -> int:
+    """Numbers of a weight that this process updates; under ZeRO all of them, whose stages are counted apart."""
+    return local(weight).numel() if isinstance(weight, DTensor) else whole_shape(weight).numel()
+
+
 def _size(tensor: torch.Tensor) -> int:
     tensor = getattr(tensor, "ds_tensor", tensor)  # this process's part, where ZeRO splits weights
-    return tensor.numel() * tensor.element_size()
+    return local(tensor).numel() * tensor.element_size()
 
 
 def device_bytes(device: torch.device) -> int | None:
