@@ -88,7 +88,7 @@ def _resource_schema() -> Schema:
 def spec_schema() -> Schema:
     """The spec, with what CEL and list types can check on top of the models."""
     schema = _described_once(structural_schema(RunSpec, "spec"))
-    phases = schema["properties"]["phases"]
+    phases = schema["properties"]["phases"] = _described_once(schema["properties"]["phases"], IN_PHASES)
     phases |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
     for steps in reference_paths():
         tighten(phases["items"], steps, meta.MAX_PHASES, meta.PHASE_NAME_LENGTH)
@@ -97,22 +97,33 @@ def spec_schema() -> Schema:
     return schema
 
 
-def _described_once(schema: Schema, below: bool = False) -> Schema:
-    """Without the texts below a new tokenizer's `trainOn`: every model has that list, and its sources are those of data.
+EVERYWHERE = frozenset({"trainOn"})
+"""Fields below which nothing is described: every model has a tokenizer's list, and its sources are those of data."""
 
-    kubectl keeps the whole in an annotation, which has room for less than these copies.
+IN_PHASES = frozenset({"scratch", "rows"})
+"""The same within phases: a new model is described at the run's own, and the rows of a benchmark are those of data."""
+
+
+def _described_once(schema: Schema, fields: frozenset[str] = EVERYWHERE, below: bool = False) -> Schema:
+    """Without the texts below some fields, of which there are many copies.
+
+    kubectl keeps the whole in an annotation, which has room for less than all of them.
     """
     kept = {key: value for key, value in schema.items() if not (below and key == "description")}
     for name in ("items", "additionalProperties"):
         if isinstance(kept.get(name), dict):
-            kept[name] = _described_once(kept[name], below)
+            kept[name] = _described_once(kept[name], fields, below)
     if "properties" in kept:
-        inner = kept["properties"].items()
-        kept["properties"] = {name: _described_once(value, below) for name, value in inner}
-        if "trainOn" in kept["properties"]:
-            sources = kept["properties"]["trainOn"]
-            kept["properties"]["trainOn"] = sources | {"items": _described_once(sources["items"], below=True)}
+        kept["properties"] = {
+            name: _without_texts_below(value) if name in fields and not below else _described_once(value, fields, below)
+            for name, value in kept["properties"].items()
+        }
     return kept
+
+
+def _without_texts_below(schema: Schema) -> Schema:
+    bare = _described_once(schema, frozenset(), below=True)
+    return bare | {"description": schema["description"]} if "description" in schema else bare
 
 
 def _status_schema() -> Schema:
