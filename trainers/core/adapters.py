@@ -32,8 +32,6 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
     _check_names(model, names)
     if is_split(model) and any(_means(name, "lm_head") for name in names):
         raise BadInput("lora.targetModules lm_head: a head that strategy fsdp splits can have no adapter")
-    if stacked := stacked_experts(model):
-        print(f"lora: experts' stacked weights get no adapters and stay as they are ({', '.join(stacked)})")
     _untie(model, names)
     head = score_head_name(model)
     config = LoraConfig(
@@ -49,10 +47,27 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
         adapters = _for_whole_layers(model, config)
     except ValueError as error:
         raise BadInput(f"lora.targetModules {names}: {str(error).splitlines()[0]}") from error
+    _say_of_experts(model, adapters)
     if model.is_gradient_checkpointing:
         # Frozen embeddings give the first checkpointed block no input that needs a gradient.
         adapters.enable_input_require_grads()
     return adapters
+
+
+def _say_of_experts(model: Any, adapters: Any) -> None:
+    """Which experts get adapters. peft takes stacked ones for the layers of a name that experts for all tokens have too."""
+    stacked = stacked_experts(model)
+    if not stacked:
+        return
+    taken = sorted(getattr(adapters.peft_config["default"], "target_parameters", None) or ())
+    if not taken:
+        print(f"lora: experts' stacked weights get no adapters and stay as they are ({', '.join(stacked)})")
+        return
+    if is_split(model):
+        raise BadInput(
+            f"lora: strategy fsdp cannot split experts with adapters ({', '.join(taken)}): set targetModules"
+        )
+    print(f"lora: experts' stacked weights get adapters ({', '.join(taken)}); experts that all tokens visit get none")
 
 
 def _for_whole_layers(model: Any, config: Any) -> Any:

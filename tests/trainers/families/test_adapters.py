@@ -59,3 +59,12 @@ def test_a_layer_that_is_not_called_is_refused_by_name():
     assert "dt_proj" not in linear_names(model)
     with pytest.raises(BadInput, match="jamba read its weight without calling it"):
         with_adapters(model, Lora(target_modules=("q_proj", "dt_proj")), 0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "mixtral"])
+def test_it_is_said_which_experts_get_adapters(family: str, capsys):
+    model = family_model(family)
+    with_adapters(model, Lora(rank=2), 0)
+    trained = [name for name, _ in model.named_parameters() if ".experts." in name and "lora_" in name]
+    said = capsys.readouterr().out
+    assert ("get no adapters" in said) == (trained == []) == (family == "mixtral")
