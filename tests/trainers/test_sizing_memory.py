@@ -88,3 +88,11 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     place = Place(Parallel(gradient_checkpointing=True))
     kept = [activations(place, Trained(each), TOKENS, TOKENS, False) for each in (deep, shape)]
     assert kept[0] - kept[1] == 4 * 128 * TOKENS * 18
+
+
+def test_a_chunk_of_logits_is_what_losses_hold() -> None:
+    """The number stands twice: what the losses import is part of a result's identity, and plans are not."""
+    from trainers.core import head_losses
+    from trainers.sizing import memory
+
+    assert memory.CHUNK_ELEMENTS == head_losses.CHUNK_ELEMENTS
