@@ -80,13 +80,20 @@ FAILURES: Mapping[FailureClass, Failure] = {
 
 ROOT_CAUSES = (
     FailureClass.BAD_INPUT, FailureClass.GATE_FAILED, FailureClass.DIVERGED, FailureClass.OUT_OF_MEMORY,
-    FailureClass.INTERNAL, FailureClass.INTERRUPTED, FailureClass.INFRASTRUCTURE,
+    FailureClass.INTERNAL, FailureClass.INFRASTRUCTURE, FailureClass.INTERRUPTED,
 )  # fmt: skip
-"""When a process fails, its peers fail after it with errors of the network: the cause is the class that comes first here."""
+"""When a process fails, its peers fail after it with errors of the network, or are asked to stop: the cause is the class that
+comes first here."""
 
 
-def cause_rank(failure: FailureClass) -> int:
-    """Where a class comes in :data:`ROOT_CAUSES`; those that only an onlooker can tell come last."""
+def cause_rank(failure: FailureClass, seen: bool = False) -> float:
+    """Where a class comes in :data:`ROOT_CAUSES`; those that only an onlooker can tell come last.
+
+    ``seen``: by an onlooker, as a kill or a node's loss is. It follows from nothing that another process met, and may make
+    peers fail in words that nobody knows, which are Internal.
+    """
+    if seen and failure in (FailureClass.INFRASTRUCTURE, FailureClass.INTERRUPTED):
+        return ROOT_CAUSES.index(FailureClass.INTERNAL) - 0.5
     return ROOT_CAUSES.index(failure) if failure in ROOT_CAUSES else len(ROOT_CAUSES)
 
 
@@ -142,6 +149,8 @@ class Termination(SpecModel):
     """The artifact's identity, the input digest of dependents."""
     metrics: dict[str, float] = {}
     """Final metrics; those that do not fit are left out."""
+    seen: bool = False
+    """The launcher says it of a process that was ended and could not say it itself."""
 
 
 def termination_json(termination: Termination) -> str:

@@ -1,14 +1,17 @@
 """How a phase ends: which failure an exception is, and the termination message. Imports no torch."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from trainers.contract import (
     TERMINATION_VARIABLE,
@@ -39,11 +42,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of paths that only the user can mend."""
 
-NETWORK = ("DistBackendError", "DistNetworkError", "DistStoreError", "TransportError")
+NETWORK = ("DistBackendError", "DistNetworkError", "DistStoreError", "RendezvousError", "TransportError")
 """Names of exception types (torch's, httpx's) or of their bases."""
 
 PEERS = re.compile(
-    r"(gloo|nccl|ProcessGroup|TCPStore|socket).*(connect|timed out|timeout|closed|reset|refused)", re.I | re.S
+    r"(gloo|nccl|ProcessGroup|TCPStore|socket).*(connect|timed out|timeout|closed|reset|refused|broken pipe)",
+    re.I | re.S,
 )
 
 
@@ -135,30 +139,41 @@ def no_room(error: BaseException, folder: Path | None) -> str:
 
 
 def terminate(termination: Termination) -> None:
-    """Leave the termination message. Of several ranks' words that of the root cause stands, else rank 0's."""
+    """Leave the termination message. Of several ranks' words that of the root cause stands, within a class the first one."""
     path = os.environ.get(TERMINATION_VARIABLE)
     if path is None:
         return
-    target = Path(path)
-    if not _outweighs(termination, _said_before(target)):
-        return
-    with suppress(OSError):  # the exit status still tells the class
-        # A plain write: in a pod this path is a mounted file, which cannot be replaced.
-        target.write_text(termination_json(termination))
+    # The exit status still tells the class. In a pod this path is a mounted file, which cannot be replaced.
+    with suppress(OSError), open(path, "a+") as file:
+        with suppress(OSError):  # there are file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _outweighs(termination, _said_before(file)):
+            file.truncate(0)
+            file.write(termination_json(termination))
 
 
-def _said_before(target: Path) -> Termination | None:
+def _said_before(file: TextIO) -> Termination | None:
+    file.seek(0)
     try:
-        return Termination.model_validate_json(target.read_text())
-    except (OSError, ValueError):
+        return Termination.model_validate_json(file.read())
+    except ValueError:
         return None
 
 
 def _outweighs(ours: Termination, before: Termination | None) -> bool:
     if before is None or before.failure is None or ours.failure is None:
         return before is None or rank() == 0
-    ranks = cause_rank(ours.failure), cause_rank(before.failure)
-    return ranks[0] < ranks[1] or (ranks[0] == ranks[1] and rank() == 0)
+    return cause_rank(ours.failure, ours.seen) < cause_rank(before.failure, before.seen)
+
+
+def of_signal(number: int) -> tuple[FailureClass, str]:
+    """(failure, message) of a process that a signal ended."""
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return FailureClass.INFRASTRUCTURE, "killed by SIGKILL, which is how a machine out of memory ends a process"
+    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return FailureClass.INTERRUPTED, f"ended by {name} before it could save"
+    return FailureClass.INTERNAL, f"crashed with {name}"
 
 
 def rank() -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from builders import DATA, START, after, artifact, digests, job, make_run, seen, sft, started, with_status
 
 from controller.api import meta
@@ -138,3 +139,42 @@ def _tokens(decision: Decision) -> int:
     assert isinstance(action, Apply)
     found: int = action.job.spec["parallel"]["microBatchTokens"]
     return found
+
+
+# ---------------------------------------------------------------- fewer nodes
+
+
+@pytest.mark.parametrize("failure", [FailureClass.INFRASTRUCTURE, FailureClass.INTERNAL, OOM])
+def test_a_failed_run_goes_on_with_fewer_nodes_once_it_is_edited(failure: FailureClass) -> None:
+    run = on_nodes(2, failurePolicy=NO_RETRIES)
+    gone = job(run, "base", 1, JobState.FAILED, failure=failure, finished_at=START)
+    asked = with_status(run, decide(run, seen(), START))
+    failed = decide(asked, seen(gone), after(10))
+    assert failed.status.is_true(meta.FAILED)
+    fewer = on_nodes(1, failurePolicy=NO_RETRIES)
+    assert_goes_on(run, fewer, decide(edited(fewer, failed), seen(gone), after(20)))
+
+
+def test_a_suspended_run_goes_on_with_fewer_nodes() -> None:
+    run = on_nodes(2)
+    asked = with_status(run, decide(run, seen(), START))
+    asleep = on_nodes(2, suspend=True)
+    stopping = decide(edited(asleep, decide(asked, seen(job(run, "base")), after(1))), seen(job(run, "base")), after(2))
+    stopped = job(run, "base", 1, JobState.FAILED, failure=FailureClass.INTERRUPTED, finished_at=after(3))
+    settled = decide(edited(asleep, stopping), seen(stopped), after(4))
+    fewer = on_nodes(1)
+    assert_goes_on(run, fewer, decide(edited(fewer, settled), seen(stopped), after(5)))
+
+
+NO_RETRIES = {"retries": {"outOfMemory": 0, "infrastructure": 0, "internal": 0}}
+
+
+def on_nodes(count: int, **more: Any) -> AlignmentRun:
+    return make_run(sft("base"), template={"nodes": count}, **more)
+
+
+def assert_goes_on(run: AlignmentRun, fewer: AlignmentRun, decision: Decision) -> None:
+    (action,) = decision.actions
+    assert isinstance(action, Apply)
+    assert (started(decision), action.job.nodes) == (["base-2"], 1)
+    assert action.job.digest == digests(run)["base"] == digests(fewer)["base"], "so it goes on from the checkpoint"

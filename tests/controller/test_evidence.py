@@ -92,6 +92,50 @@ def test_the_cause_and_not_what_followed_from_it():
     assert evidence.find(pods).failure == FailureClass.BAD_INPUT
 
 
+NETWORK = said("Infrastructure", "Connection closed by peer")
+KILLED = said("Infrastructure", "rank 1: killed by SIGKILL", seen=True)
+ODD = said("Internal", "RuntimeError: peer went away in words that nobody knows")
+EARLY = "2026-01-01T00:09:00Z"
+
+
+def failed(index, code, message="", **more):
+    return pod(index, "Failed", f"node-{index + 1}", terminated=terminated(code, message, **more))
+
+
+LOST = pod(1, node="node-2", conditions=disruption("DeletionByTaintManager"), running={"startedAt": EARLY})
+DRAINED = pod(1, "Failed", "node-2", terminated=terminated(75, NETWORK), conditions=disruption("EvictionByEvictionAPI"))
+
+CAUSES = {
+    "a lost node, and a peer asked to stop": ([failed(0, 143, said("Interrupted", "stopped"), at=EARLY), LOST], "node-2"),
+    "a lost node, and a peer whose launcher gave up": ([failed(0, 1, "RendezvousClosedError", at=EARLY), LOST], "node-2"),
+    "a lost node, and a peer's unknown words": ([failed(0, 1, ODD, at=EARLY), LOST], "node-2"),
+    "a drained node, and a peer's network": ([failed(0, 75, NETWORK, at=EARLY), DRAINED], "node-2"),
+    "a killed rank, and a peer's unknown words": ([failed(0, 1, ODD, at=EARLY), failed(1, 75, KILLED)], "node-2"),
+    "a killed rank, and a peer's network": ([failed(0, 75, NETWORK, at=EARLY), failed(1, 75, KILLED)], "node-2"),
+    "a killed pod, and a peer without a word": ([failed(0, 1, at=EARLY), failed(1, 137)], "node-2"),
+    "a killed pod, and a peer's unknown words": ([failed(0, 1, ODD, at=EARLY), failed(1, 137)], "node-2"),
+    "a network that broke, and a peer without a word": ([failed(0, 1, at=EARLY), failed(1, 75, NETWORK)], "node-2"),
+    "a disk that failed, and a peer asked to stop": (
+        [failed(0, 143, said("Interrupted", "stopped"), at=EARLY), failed(1, 75, said("Infrastructure", "EIO"))], "node-2",
+    ),
+    "a mistake, and a pod that was killed": ([failed(0, 2, BAD), failed(1, 137, at=EARLY)], "node-1"),
+    "a bug, and a peer asked to stop": ([failed(0, 1, ODD), failed(1, 143, at=EARLY)], "node-1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", CAUSES)
+def test_what_follows_from_a_cause_does_not_hide_it(sentence):
+    pods, node = CAUSES[sentence]
+    assert evidence.find(pods).node == node
+    assert evidence.find(reversed(pods)).node == node
+
+
+def test_a_pod_that_is_killed_when_its_grace_is_over_is_no_cause():
+    deleted = failed(1, 137, at=EARLY)
+    deleted["metadata"]["deletionTimestamp"] = EARLY
+    assert evidence.find([deleted, failed(0, 1, ODD)]).node == "node-1"
+
+
 def test_every_class_that_a_process_can_end_with_has_its_place_among_causes():
     assert set(ROOT_CAUSES) == {f for f, known in FAILURES.items() if known.code is not None}
 

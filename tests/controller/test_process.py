@@ -18,6 +18,7 @@ OOM, INFRA = FailureClass.OUT_OF_MEMORY, FailureClass.INFRASTRUCTURE
         (-9, None, True, OOM),
         (1, None, True, OOM),  # torchrun, of which a worker was killed
         (1, None, False, FailureClass.INTERNAL),
+        (143, None, False, FailureClass.INTERRUPTED),  # its launcher, before any process could speak
         (75, "Infrastructure", True, OOM),  # a peer of the one that was killed: its connection broke
         (75, "Infrastructure", False, INFRA),
         (2, "BadInput", True, FailureClass.BAD_INPUT),

@@ -61,7 +61,7 @@ class TestRender:
 
     def test_several_pods_meet_at_the_first_worker(self):
         document = rendered(make_run(sft("base"), template={"nodes": 2, "procsPerNode": 4}))
-        assert container(document)["command"][:3] == ["python", "-m", "torch.distributed.run"]
+        assert container(document)["command"][:3] == ["python", "-m", "trainers.agent"]
         assert (worker(document)["replicas"], document["spec"]["nprocPerNode"]) == (2, "4")
         assert environment(document)["PET_MASTER_ADDR"] == f"{document['metadata']['name']}-worker-0"
         rank = next(e for e in container(document)["env"] if e["name"] == "PET_NODE_RANK")

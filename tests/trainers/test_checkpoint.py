@@ -18,6 +18,7 @@ from trainers.contract import Diverged, Infrastructure
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.flops import ModelFlops
 from trainers.core.saving.schedule import Clock, shared_interval
+from trainers.core.saving.storage import ShardReader
 from trainers.core.tensors import DamagedError, content_sum, read_tensors, write_tensors
 from trainers.core.trainee import Trainee
 from trainers.spec import Checkpoint, Optim
@@ -28,6 +29,7 @@ class OneProcess:
 
     device = torch.device("cpu")
     world, rank, is_main = 1, 0, True
+    zero = None
     accelerator = SimpleNamespace(prepare_model=lambda module: module)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -183,6 +185,18 @@ def test_a_file_in_a_checkpoints_place_is_passed_over(ctx):
     (ctx.dir.checkpoints / "step-7").write_text("no folder")
     assert checkpoints(ctx).restore() == 1
     train(made, 1, 2)  # which also clears away old checkpoints
+
+
+def test_a_disk_that_fails_while_a_checkpoint_is_read_says_so(ctx, monkeypatch):
+    """torch wraps it in what is no Exception, which would end the phase without a word."""
+    train(checkpoints(ctx), 0, 1)
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ShardReader, "_read", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints(ctx).restore()
 
 
 def test_without_its_best_weights_a_checkpoint_is_of_no_use(ctx, capsys):

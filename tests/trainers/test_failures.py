@@ -2,19 +2,25 @@
 
 import errno
 import json
+import multiprocessing
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
+from trainers import failures
 from trainers.contract import BadInput, FailureClass, Infrastructure, Termination
 from trainers.failures import classify, no_room, terminate
 from trainers.files import write_atomic
 from trainers.workspace import PhaseDir
 
+FORK = multiprocessing.get_context("fork")
 OUT_OF_MEMORY = [
     "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
     "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
@@ -36,6 +42,7 @@ NETWORK = [
     "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:2713",
     "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error: timed out connecting",
     "NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network error, connection refused",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] writev [10.0.0.7]:2713: Broken pipe",
     "The client socket has timed out after 600000ms while trying to connect to (10.0.0.7, 29500).",
 ]
 DISK = [
@@ -75,6 +82,7 @@ class ConnectTimeout(TransportError):
         (OSError(errno.EIO, "Input/output error"), FailureClass.INFRASTRUCTURE),
         (OSError(errno.ENAMETOOLONG, "File name too long"), FailureClass.BAD_INPUT),
         (ConnectTimeout("timed out"), FailureClass.INFRASTRUCTURE),
+        (RendezvousTimeoutError("no peers"), FailureClass.INFRASTRUCTURE),
         (ZeroDivisionError("x"), FailureClass.INTERNAL),
         (RuntimeError("a template that says: memory"), FailureClass.INTERNAL),
         # Wrapped, or raised while something else is cleaned up after.
@@ -104,20 +112,55 @@ def test_a_model_with_a_name_that_is_too_long_is_bad_input(run_phase, tmp_path, 
         ([(1, "OutOfMemory"), (0, "Infrastructure")], "OutOfMemory"),
         ([(0, "Infrastructure"), (1, "OutOfMemory")], "OutOfMemory"),
         ([(1, "Infrastructure"), (0, "OutOfMemory")], "OutOfMemory"),
-        ([(1, "Infrastructure"), (0, "Infrastructure")], "Infrastructure of rank 0"),
+        ([(1, "Infrastructure"), (0, "Infrastructure")], "Infrastructure of rank 1"),
         ([(0, "Infrastructure"), (1, "Infrastructure")], "Infrastructure of rank 0"),
         ([(1, "Interrupted"), (0, "Infrastructure"), (2, "BadInput")], "BadInput"),
+        ([(1, "Interrupted"), (0, "Infrastructure")], "Infrastructure"),
         ([(1, "Infrastructure"), (0, None)], "success"),
         ([(0, None), (1, "Infrastructure")], "success"),
     ],
 )
 def test_of_several_processes_the_root_cause_has_the_last_word(words, stands, tmp_path, monkeypatch):
-    """The others fail after it, with errors of the network."""
+    """The others fail after it, with errors of the network, or are asked to stop. Of one class the first to fail is the cause."""
     monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(tmp_path / "word"))
     for number, failure in words:
         monkeypatch.setenv("RANK", str(number))
         terminate(Termination(failure=failure, message=f"{failure or 'success'} of rank {number}"))
     assert json.loads((tmp_path / "word").read_text())["message"].startswith(stands)
+
+
+@pytest.mark.parametrize(
+    ("before", "stands"),
+    [("BadInput", False), ("OutOfMemory", False), ("Internal", True), ("Infrastructure", True), ("Interrupted", True)],
+)
+def test_a_kill_that_the_launcher_saw_explains_what_its_peers_met_after_it(before, stands, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(tmp_path / "word"))
+    terminate(Termination(failure=FailureClass(before), message="said"))
+    terminate(Termination(failure=FailureClass.INFRASTRUCTURE, message="killed", seen=True))
+    assert json.loads((tmp_path / "word").read_text())["message"] == ("killed" if stands else "said")
+
+
+def test_of_processes_that_fail_at_once_the_root_cause_stands(tmp_path, monkeypatch):
+    """Whoever comes last has to read what was written just before it, and writes over it with less in no case."""
+    word = tmp_path / "word"
+    monkeypatch.setenv("ALIGNMENT_TERMINATION_LOG", str(word))
+    read = failures._said_before
+
+    def slowly(file):
+        found = read(file)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(failures, "_said_before", slowly)
+    words = [FailureClass.BAD_INPUT, *[FailureClass.INFRASTRUCTURE] * 3]
+    for _ in range(3):
+        word.unlink(missing_ok=True)
+        processes = [FORK.Process(target=terminate, args=(Termination(failure=failure),)) for failure in words]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(20)
+        assert json.loads(word.read_text())["failure"] == "BadInput"
 
 
 # ---------------------------------------------------------------- a full disk
@@ -149,7 +192,7 @@ def test_a_full_disk_is_infrastructure_and_the_phase_goes_on_when_there_is_room(
     code, result = run_phase("sft", spec, None, output, base_dir=str(tmp_path))
     word = json.loads((tmp_path / "word").read_text())
     assert (code, result, word["failure"]) == (75, None, "Infrastructure")
-    assert f"no space left to write in {output}" in word["message"]
+    assert re.match(rf"no space left to write [\d,]+ bytes in {output}: ", word["message"])
     assert "of 921,600 bytes are free" in word["message"]
     whole = [path for path in PhaseDir(output).checkpoints.glob("step-*") if (path / "state.json").exists()]
     assert whole, "the disk is too small for this test to say anything"

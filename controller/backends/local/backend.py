@@ -34,7 +34,7 @@ def phase_command(job: PhaseJob, phase_file: Path) -> Sequence[str]:
     program = ["-m", "trainers", job.type, "--spec", str(phase_file)]
     if job.procs_per_node == 1:
         return [sys.executable, *program]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.procs_per_node}"]
+    torchrun = ["-m", "trainers.agent", "--standalone", f"--nproc-per-node={job.procs_per_node}"]
     return [sys.executable, *torchrun, *program]
 
 

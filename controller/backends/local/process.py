@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from controller.api.status import StatusModel
 from trainers.contract import FAILURES, FailureClass, Termination
+from trainers.failures import of_signal
 from trainers.files import write_atomic
 
 VMSTAT = Path("/proc/vmstat")
@@ -194,18 +195,10 @@ def _termination(path: Path) -> Termination | None:
 
 def _by_status(status: int, root: Path, attempt: int) -> tuple[FailureClass, str]:
     if status < 0:
-        return _by_signal(signal.Signals(-status))
+        return of_signal(-status)
     last = (tail(log_file(root, attempt), 1) or ["nothing was printed"])[0]
     failure = next((f for f, known in FAILURES.items() if known.code == status), FailureClass.INTERNAL)
     return failure, f"exit status {status}: {last.strip()[:500]}"
-
-
-def _by_signal(number: signal.Signals) -> tuple[FailureClass, str]:
-    if number == signal.SIGKILL:
-        return FailureClass.INFRASTRUCTURE, "killed by SIGKILL, which is how a machine out of memory ends a process"
-    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        return FailureClass.INTERRUPTED, f"ended by {number.name} before it could save"
-    return FailureClass.INTERNAL, f"crashed with {number.name}"
 
 
 def tail(path: Path, count: int) -> list[str]:

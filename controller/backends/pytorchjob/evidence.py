@@ -3,9 +3,11 @@
 The Training Operator's own word is "1 Worker replica(s) failed", which helps nobody.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum, auto
 from typing import Any
 
 from pydantic import ValidationError
@@ -38,10 +40,22 @@ BAD_WAITS = ("InvalidImageName",)
 """Reasons to wait that time cannot heal."""
 
 
+class Source(Enum):
+    """What a reason rests on."""
+
+    SEEN = auto()
+    """Somebody saw it done to the pod, or to a process in it: a disruption, a kill."""
+    SAID = auto()
+    """The phase program's word, or how it crashed."""
+    GUESSED = auto()
+    """An exit status that means nothing in particular."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     failure: FailureClass
     message: str
+    source: Source = Source.SAID
     node: str = ""
     at: str = ""
     """When, as Kubernetes writes it: sorts as text."""
@@ -50,7 +64,14 @@ class Evidence:
 def find(pods: Iterable[Object]) -> Evidence | None:
     """The root cause among a job's pods."""
     found = [evidence for pod in pods if (evidence := of_pod(pod)) is not None]
-    return min(found, key=lambda e: (cause_rank(e.failure), e.at or "~"), default=None)
+    return min(found, key=lambda e: (_place(e), e.at or "~"), default=None)
+
+
+def _place(evidence: Evidence) -> float:
+    """Among causes. A pod that ended without a word, as a launcher does that lost its peers, explains no other pod's end."""
+    if evidence.source == Source.GUESSED:
+        return math.inf
+    return cause_rank(evidence.failure, evidence.source == Source.SEEN)
 
 
 def of_pod(pod: Object) -> Evidence | None:
@@ -62,14 +83,14 @@ def of_pod(pod: Object) -> Evidence | None:
         _own_word(pod, terminated),
         _disruption(pod),
         _pod_reason(pod),
-        _exit(terminated),
+        _exit(pod, terminated),
     ):
         if found is not None:
             return Evidence(*found, node, at)
     return None
 
 
-Found = tuple[FailureClass, str] | None
+Found = tuple[FailureClass, str, Source] | None
 
 
 def _oom(pod: Object, terminated: Object) -> Found:
@@ -77,7 +98,7 @@ def _oom(pod: Object, terminated: Object) -> Found:
         return None
     limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory")
     said = f"its memory limit of {limit}" if limit else "what its node has"
-    return FailureClass.OUT_OF_MEMORY, f"OOMKilled: the pod needs more memory than {said}"
+    return FailureClass.OUT_OF_MEMORY, f"OOMKilled: the pod needs more memory than {said}", Source.SEEN
 
 
 def termination(pod: Object) -> Termination | None:
@@ -95,8 +116,10 @@ def _own_word(pod: Object, terminated: Object) -> Found:
         return None
     disruption = _disruption(pod)
     if said.failure == FailureClass.INTERRUPTED and disruption is not None:
-        return said.failure, f"{disruption[1]}; {said.message}"
-    return said.failure, said.message
+        return said.failure, f"{disruption[1]}; {said.message}", Source.SEEN
+    if said.failure == FailureClass.INFRASTRUCTURE and disruption is not None:
+        return disruption  # what it met on its way down
+    return said.failure, said.message, Source.SEEN if said.seen else Source.SAID
 
 
 def _disruption(pod: Object) -> Found:
@@ -105,7 +128,8 @@ def _disruption(pod: Object) -> Found:
         return None
     known = DISRUPTIONS.get(target.get("reason", ""))
     failure, meaning = known or (FailureClass.INFRASTRUCTURE, "disrupted")
-    return failure, f"{target.get('reason')}: {meaning}" + (f" ({target['message']})" if target.get("message") else "")
+    more = f" ({target['message']})" if target.get("message") else ""
+    return failure, f"{target.get('reason')}: {meaning}{more}", Source.SEEN
 
 
 def _pod_reason(pod: Object) -> Found:
@@ -113,22 +137,26 @@ def _pod_reason(pod: Object) -> Found:
     if status.get("phase") != "Failed" or not status.get("reason"):
         return None
     failure = POD_REASONS.get(status["reason"], FailureClass.INFRASTRUCTURE)
-    return failure, f"{status['reason']}: {status.get('message', '')}".rstrip(": ")
+    return failure, f"{status['reason']}: {status.get('message', '')}".rstrip(": "), Source.SEEN
 
 
-def _exit(terminated: Object) -> Found:
+def _exit(pod: Object, terminated: Object) -> Found:
     code = terminated.get("exitCode", 0)
     if code == 0:
         return None
-    if code in (137, 143):
-        failure = FailureClass.INFRASTRUCTURE if code == 137 else FailureClass.INTERRUPTED
-        return failure, f"ended by {SIGNALS[code]}" + ("" if code == 137 else " before it could save")
+    if code == 137:
+        # A pod that is deleted once its peers have failed is killed when its grace is over.
+        source = Source.SAID if pod["metadata"].get("deletionTimestamp") else Source.SEEN
+        return FailureClass.INFRASTRUCTURE, "ended by SIGKILL", source
+    if code == 143:
+        return FailureClass.INTERRUPTED, "ended by SIGTERM before it could save", Source.SAID
     if code in SIGNALS:
-        return FailureClass.INTERNAL, f"crashed with {SIGNALS[code]}"
+        return FailureClass.INTERNAL, f"crashed with {SIGNALS[code]}", Source.SAID
     failure = next((f for f, known in FAILURES.items() if known.code == code), FailureClass.INTERNAL)
     lines = [line for line in terminated.get("message", "").splitlines() if line.strip()]
     last = lines[-1].strip()[:500] if lines else "nothing was printed"
-    return failure, f"exit status {code}: {last}"
+    source = Source.GUESSED if failure == FailureClass.INTERNAL else Source.SAID
+    return failure, f"exit status {code}: {last}", source
 
 
 # ---------------------------------------------------------------- pods that do not run yet

@@ -162,7 +162,7 @@ def _command(job: PhaseJob) -> list[str]:
     """As on one machine (docs/adr/0001): torchrun only where there is more than one process."""
     program = ["-m", "trainers", job.type, "--spec", PHASE_FILE]
     many = job.nodes * job.procs_per_node > 1
-    return ["python", *(["-m", "torch.distributed.run"] if many else []), *program]
+    return ["python", *(["-m", "trainers.agent"] if many else []), *program]
 
 
 def _environment(job: PhaseJob) -> list[Object]:

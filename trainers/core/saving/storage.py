@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -102,7 +103,15 @@ class Folder:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         wanted = {f"{prefix}{name}": tensor for name, tensor in targets.items()}
         # Every process has the whole index, so none has to ask another where its parts are.
-        load(wanted, storage_reader=ShardReader(self), planner=planner, no_dist=True)
+        try:
+            load(wanted, storage_reader=ShardReader(self), planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise first_failure(error) from error
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """The error itself, of the first process that had one: what it is wrapped in is no Exception, which nobody catches."""
+    return error.failures[min(error.failures)][0]
 
 
 def read_folder(path: Path) -> Folder:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainers.core.context import PhaseContext
 from trainers.core.saving.staging import Staged, StagedPlanner
-from trainers.core.saving.storage import Index, ShardWriter, State, write_json
+from trainers.core.saving.storage import Index, ShardWriter, State, first_failure, write_json
 from trainers.files import commit_directory
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Writer:
                 no_dist=not self.group,
             )
         except CheckpointException as error:
-            raise _first(error) from error
+            raise first_failure(error) from error
         if self.group is None or self.ctx.file.remote is None:
             return storage.index
         found = [storage.index]
@@ -108,8 +108,3 @@ class Writer:
             if isinstance(result, Exception):
                 raise result
         return found
-
-
-def _first(error: CheckpointException) -> BaseException:
-    """The error itself, of the first process that had one."""
-    return error.failures[min(error.failures)][0]

@@ -1,0 +1,48 @@
+"""Run by torchrun: a phase of which processes end after its third step. Takes TYPE, a phase file, and ``RANK=HOW`` for each.
+
+HOW is SIGKILL or an error's name, after ``@SECONDS`` of waiting if it says so.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers import launch
+from trainers.contract import BadInput, Infrastructure
+from trainers.core.checkpoint import Checkpoints
+
+ERRORS = {kind.__name__: kind for kind in (BadInput, Infrastructure, ValueError, torch.OutOfMemoryError)}
+STEP = 3
+
+
+def die(how: str) -> None:
+    name, _, seconds = how.partition("@")
+    time.sleep(float(seconds or 0))
+    if name in ERRORS:
+        raise ERRORS[name](f"of rank {os.environ['RANK']}")
+    os.kill(os.getpid(), signal.Signals[name])
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    kind, path, *dying = sys.argv[1:]
+    how = dict(entry.split("=") for entry in dying).get(os.environ["RANK"])
+    after_step = Checkpoints.after_step
+
+    def until_then(self: Checkpoints, step: int, *args: Any, **kwargs: Any) -> None:
+        if step == STEP and how is not None:
+            Path(path).with_suffix(".died").touch()
+            die(how)
+        after_step(self, step, *args, **kwargs)
+
+    Checkpoints.after_step = until_then  # type: ignore[method-assign]
+    return launch.run_phase(kind, Path(path), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
