@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -64,17 +64,22 @@ def classify(error: BaseException) -> FailureClass:
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error, those that it was raised from, and those in whose handling it was raised."""
+    return _linked(error, lambda e: e.__cause__ or e.__context__)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    return _linked(error, lambda e: e.__cause__)
+
+
+def _linked(
+    error: BaseException | None, following: Callable[[BaseException], BaseException | None]
+) -> Iterator[BaseException]:
+    """Errors one after the other. One that is kept and raised again can come after itself."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+        error = following(error)
 
 
 def _own_class(error: BaseException) -> FailureClass | None:
