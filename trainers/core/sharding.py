@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.distributed import DistributedConfig
 
 from trainers.core.layers import backbone, decoder_layers, score_head_name
@@ -45,6 +47,7 @@ class Sharding:
         """
         if isinstance(model, FSDPModule):
             return
+        _remember_conversions(model)
         for module in self._groups(model):
             if not isinstance(module, FSDPModule):
                 self._shard(module, self.reshard, self._precision)
@@ -140,6 +143,16 @@ def _mesh(device: torch.device, world: int, hybrid: bool) -> DeviceMesh:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def _remember_conversions(model: Any) -> None:
+    """How the names and layouts of a model's files are made of its own, which transformers finds by the classes of its parts.
+
+    Those of split parts it does not know. From a model that is read it remembers them itself.
+    """
+    if getattr(model, "_weight_conversions", None) is None:
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [entry for entry in found if not isinstance(entry, PrefixChange)] or None
 
 
 def _kept_in_fp32(model: Any) -> list[nn.Module]:
