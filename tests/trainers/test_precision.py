@@ -160,7 +160,7 @@ def test_weights_that_the_last_step_sends_to_infinity_are_no_model(
     def overflowing(self, step):
         found = update(self, step)
         if step == 3:
-            self.parameters[-1].data.view(-1)[0] = torch.inf
+            self.engine.parameters[-1].data.view(-1)[0] = torch.inf
         return found
 
     monkeypatch.setattr(Trainee, "update", overflowing)
