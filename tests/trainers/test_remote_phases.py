@@ -370,8 +370,12 @@ def test_two_nodes_with_a_folder_each(run_phase, bucket, with_sft, local, tmp_pa
     for process in nodes(tmp_path / "second", spec, bucket, digest):
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out.decode()
-    restored = {p.name for p in (tmp_path / "second/node-1/run/dpo/checkpoints").glob("step-*")}
-    assert len(restored) == 1 and restored != {"step-2"}
+    steps = [
+        (tmp_path / f"{name}/node-0/run/dpo/metrics.jsonl").read_text().splitlines() for name in ("first", "second")
+    ]
+    assert steps[1][0] == steps[0][0], "the first step was not made again"
+    kept = {p.name for p in (tmp_path / "second/node-1/run/dpo/checkpoints").glob("step-*")}
+    assert kept == {"step-38", "step-40"}, "which hold this node's shards"
     assert run_phase("dpo", spec, {"sft": local["sft"][0]}, tmp_path / "alone/run/dpo")[0] == 0
     ours, theirs = tensors(bucket.path / "ws/run/dpo"), tensors(tmp_path / "alone/run/dpo")
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 2e-5
