@@ -22,9 +22,12 @@ own_cgroups() {
   if [ -e /sys/fs/cgroup/cgroup.controllers ]; then # v2
     sed 's/\([a-z]\+\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control || true
     mkdir -p "/sys/fs/cgroup/$CGROUP/$NODE"
+    echo 1000 >"/sys/fs/cgroup/$CGROUP/cpu.weight" || true
     return
   fi
   for root in /sys/fs/cgroup/*/; do mkdir -p "$root$CGROUP/$NODE" 2>/dev/null || true; done
+  # A group weighs as much as one process outside of groups: all pods together would starve beside busy tests.
+  echo 10240 >"/sys/fs/cgroup/cpu/$CGROUP/cpu.shares" || true
   for file in cpus mems; do # containers fail to start under a parent whose cpuset is empty
     for group in "$CGROUP" "$CGROUP/$NODE"; do
       [ ! -e "/sys/fs/cgroup/cpuset/cpuset.$file" ] ||
