@@ -8,11 +8,13 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
 from trainers.core.batch import Sequence
 from trainers.core.export import write_model
@@ -45,7 +47,10 @@ def main(cases: list[str]) -> None:
         settings = DeepSpeed(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
         workers.zero = zero_config(settings, Path())
         check_trajectory(workers, lora)
+        check_unreached(workers)
         print(case, flush=True) if "-v" in sys.argv else None
+    workers.zero = None
+    check_unreached(workers)
 
 
 def check_trajectory(workers: Workers, lora: bool) -> None:
@@ -86,6 +91,22 @@ def check_exported(workers: Workers, model: LlamaForCausalLM, state: dict[str, t
             assert saved.keys() == wanted.keys()
             assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
         workers.barrier()
+
+
+def check_unreached(workers: Workers) -> None:
+    """Weights that get no gradient stay what they are, or are named."""
+    for decay in (0.1, 0.0):
+        model = fresh(lora=False)
+        model.spare = nn.Linear(4, 3)
+        before = model.spare.weight.detach().clone()
+        trainee = Trainee(workers, Scorer(model), Optim(weight_decay=decay), STEPS, model_flops(model))
+        one_pass(workers, trainee, 0)
+        if decay or workers.zero is None:
+            with pytest.raises(BadInput, match=r"model\.spare\.weight"):
+                trainee.update(0)
+        else:
+            trainee.update(0)
+            assert torch.equal(whole(model.spare.weight), before)
 
 
 def fresh(lora: bool) -> LlamaForCausalLM:

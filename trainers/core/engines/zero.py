@@ -9,8 +9,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from trainers.contract import BadInput
 from trainers.core.adamw import adamw
 from trainers.core.engines.engine import Fill
+from trainers.core.engines.reach import Reach, listed
 from trainers.core.engines.zero_state import ZeroState
 from trainers.core.parallel import Workers
 from trainers.spec import Optim
@@ -29,6 +31,8 @@ class Zero:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
         self.optimizer = adamw(module, optim)
+        self.weight_decay = optim.weight_decay
+        self.reach = Reach(workers, named)
         config = _with_types(config, named) | {"gradient_clipping": optim.max_grad_norm}
         self.module, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=config, dist_init_required=False
@@ -48,6 +52,13 @@ class Zero:
         self.has_gradients = True
 
     def step(self, lr: float) -> float:
+        """Raises BadInput for weights without gradients that would decay: ZeRO's are parts of one long vector."""
+        decaying = [name for name in self.reach.missed() if self.weight_decay and len(self.state.shapes[name]) > 1]
+        if decaying:
+            raise BadInput(
+                f"optim.weightDecay {self.weight_decay:g}: strategy deepspeed lets weights decay that get no gradient "
+                f"({listed(decaying)}): set 0, or strategy fsdp"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.module.step()
