@@ -151,6 +151,8 @@ class Termination(SpecModel):
     """Final metrics; those that do not fit are left out."""
     seen: bool = False
     """The launcher says it of a process that was ended and could not say it itself."""
+    lost_node: int | None = None
+    """Node (by its place in the job) that the launcher of another one has lost."""
 
 
 def termination_json(termination: Termination) -> str:

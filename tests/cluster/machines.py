@@ -50,7 +50,8 @@ class Machines:
         self._run(name)
 
     def kill(self, name: str) -> None:
-        """Like a loss of power: the disk stays, everything else is gone."""
+        """Like a loss of power: the disk stays, everything else is gone, without a last word to anybody."""
+        self.network.cut(self._number(name))
         self.children.kill(name)
         self.network.remove_one(self._number(name))
         remove_cgroups(f"{self.network.name}/{name}")

@@ -82,9 +82,13 @@ class Network:
         ):
             _ip("-n", name, *command)
 
+    def cut(self, number: int) -> None:
+        """Its cable: nothing that its processes send at their end reaches anybody."""
+        _ip("-n", self.switch, "link", "del", self.namespace(number), check=False)
+
     def remove_one(self, number: int) -> None:
         # The kernel takes a namespace apart some time later; its cable's name is wanted again before that.
-        _ip("-n", self.switch, "link", "del", self.namespace(number), check=False)
+        self.cut(number)
         _remove_namespace(self.namespace(number))
 
     def remove(self) -> None:

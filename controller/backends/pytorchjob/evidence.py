@@ -5,7 +5,7 @@ The Training Operator's own word is "1 Worker replica(s) failed", which helps no
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any
@@ -59,12 +59,19 @@ class Evidence:
     node: str = ""
     at: str = ""
     """When, as Kubernetes writes it: sorts as text."""
+    lost: int | None = None
+    """The pod, by its place in the job, that this one says is gone."""
 
 
 def find(pods: Iterable[Object]) -> Evidence | None:
-    """The root cause among a job's pods."""
+    """The root cause among a job's pods. Of a silent node its peers tell, long before Kubernetes notices."""
+    pods = list(pods)
     found = [evidence for pod in pods if (evidence := of_pod(pod)) is not None]
-    return min(found, key=lambda e: (_place(e), e.at or "~"), default=None)
+    cause = min(found, key=lambda e: (_place(e), e.at or "~"), default=None)
+    if cause is None or cause.lost is None:
+        return cause
+    node = next((pod["spec"].get("nodeName", "") for pod in pods if index(pod) == cause.lost), "")
+    return replace(cause, node=node)
 
 
 def _place(evidence: Evidence) -> float:
@@ -86,7 +93,8 @@ def of_pod(pod: Object) -> Evidence | None:
         _exit(pod, terminated),
     ):
         if found is not None:
-            return Evidence(*found, node, at)
+            said = termination(pod)
+            return Evidence(*found, node, at, said.lost_node if said is not None else None)
     return None
 
 
