@@ -37,7 +37,7 @@ test: $(VENV)/.dev ## Lint, check the generated files, and run every test that n
 
 # What waits for clusters and what computes, side by side. Each prints what it has to say at its end.
 test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they are compared with
-	$(BIN)/pytest -m "node or pipeline"
+	$(BIN)/pytest -m "(node or pipeline) and not distributed"
 
 test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not node"
@@ -54,8 +54,9 @@ test-families: $(VENV)/.dev ## The whole matrix: every model family in every pha
 bench-heads: $(VENV)/.dev ## Time and memory of losses on a language head beside autograd's; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trainers/bench_heads.py
 
-test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy
-	$(BIN)/pytest tests/trainers/distributed
+test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy, and whole runs on two real nodes
+	bash tests/system-packages.sh
+	$(BIN)/pytest tests/trainers/distributed tests/trainers/test_nodes.py tests/operator/test_any_size.py
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once

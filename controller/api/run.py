@@ -114,6 +114,8 @@ class Template(SpecModel):
     """Container image of the trainers; the operator's default unless set. Part of a phase's identity."""
     nodes: int | None = Field(default=None, ge=1, le=4096)
     """Pods (machines) per phase; 1 unless set. Local runs have one."""
+    min_nodes: int | None = Field(default=None, ge=1, le=4096)
+    """Where not all `nodes` find a place within `failurePolicy.startupTimeoutSeconds`, go on with those that do, if they are as many as this."""
     procs_per_node: int | None = Field(default=None, ge=1, le=64)
     """Processes per pod, one per GPU; 1 unless set."""
     resources: Resources | None = None

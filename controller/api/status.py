@@ -101,6 +101,10 @@ class Attempt(StatusModel):
     """Mark of all its settings, those that cannot change a result included: failures of other ones do not count."""
     halvings: int = 0
     """How often `microBatchTokens` and `sampling.batchSize` were halved for it, because attempts before ran out of memory."""
+    nodes: int = 0
+    """Pods it was started with; 0 is not known."""
+    placed: int = 0
+    """Of one that did not begin to run in time: how many of them found a place, if the next one is to have as many."""
     state: AttemptState
     """How far it is."""
     failure: FailureClass | None = None

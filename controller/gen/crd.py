@@ -100,8 +100,8 @@ def spec_schema() -> Schema:
 EVERYWHERE = frozenset({"trainOn"})
 """Fields below which nothing is described: every model has a tokenizer's list, and its sources are those of data."""
 
-IN_PHASES = frozenset({"scratch", "rows"})
-"""The same within phases: a new model is described at the run's own, and the rows of a benchmark are those of data."""
+IN_PHASES = frozenset({"scratch", "rows", "template"})
+"""The same within phases: new models and templates are described at the run's own, a benchmark's rows are those of data."""
 
 
 def _described_once(schema: Schema, fields: frozenset[str] = EVERYWHERE, below: bool = False) -> Schema:

@@ -120,7 +120,7 @@ class OperatorMetrics:
 
     def _used(self, key: Key, run: AlignmentRun, phase: PhaseStatus, attempt: Attempt) -> None:
         if attempt.started_at is not None and attempt.finished_at is not None:
-            seconds = gpus_of(run, phase.name) * (attempt.finished_at - attempt.started_at).total_seconds()
+            seconds = gpus_of(run, phase.name, attempt) * (attempt.finished_at - attempt.started_at).total_seconds()
             labels = {"namespace": key.namespace, "type": phase.type, "outcome": attempt.state}
             self._of("gpu_seconds_total", **labels).inc(max(seconds, 0.0))
 

@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from controller.api.run import AlignmentRun
-from controller.api.status import AttemptState, PhaseStatus, RunStatus
+from controller.api.status import Attempt, AttemptState, PhaseStatus, RunStatus
 from controller.operator.metrics import PREFIX, RUN_METRICS
 from controller.operator.queue import Key
 from controller.plan.attempts import budget, of_settings
@@ -64,14 +64,15 @@ class RunSeries(Collector):
                 yield from seen.results
 
 
-def gpus_of(run: AlignmentRun, phase: str) -> int:
+def gpus_of(run: AlignmentRun, phase: str, attempt: Attempt) -> int:
     """GPUs of a phase's job: what its pods' limits ask for."""
     entry = next((e for e in run.phases if e.name == phase), None)
     if entry is None:
         return 0
     template = merge_templates(run.spec.template, entry.template)
     limits = template.resources.limits if template.resources else {}
-    return (template.nodes or 1) * sum(int(n) for name, n in limits.items() if name.endswith("/gpu") and n.isdigit())
+    nodes = attempt.nodes or template.nodes or 1
+    return nodes * sum(int(n) for name, n in limits.items() if name.endswith("/gpu") and n.isdigit())
 
 
 def _run_samples(key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> Iterator[Sample]:
@@ -89,8 +90,8 @@ def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
         yield "phase_state", (*labels, phase.state), 1.0
         yield from _times("phase", labels, phase.started_at, phase.finished_at)
         yield "phase_attempts", labels, len(phase.attempts)
-        at_work = any(a.state in (AttemptState.RUNNING, AttemptState.STOPPING) and a.started_at for a in phase.attempts)
-        yield "phase_gpus", labels, gpus_of(run, phase.name) if at_work else 0
+        at_work = [a for a in phase.attempts if not a.state.ended and a.state != AttemptState.ASKED and a.started_at]
+        yield "phase_gpus", labels, gpus_of(run, phase.name, at_work[-1]) if at_work else 0
         for failure, count in _failures(phase).items():
             yield "phase_retries_used", (*labels, failure), count
             yield "phase_retries_allowed", (*labels, failure), budget(run.spec.failure_policy.retries, failure)
@@ -103,10 +104,12 @@ def _results(key: Key, status: RunStatus) -> Iterator[Sample]:
 
 
 def _failures(phase: PhaseStatus) -> Counter[FailureClass]:
-    """Of what is asked for now: earlier settings' failures do not count."""
+    """Of what is asked for now: earlier settings' failures do not count, nor do those that a smaller attempt follows."""
     newest = phase.attempts[-1].settings if phase.attempts else ""
     counted = of_settings(phase.attempts, phase.digest, newest) if phase.digest else phase.attempts
-    return Counter(a.failure for a in counted if a.state == AttemptState.FAILED and a.failure is not None)
+    return Counter(
+        a.failure for a in counted if a.state == AttemptState.FAILED and a.failure is not None and not a.placed
+    )
 
 
 def _times(what: str, labels: tuple[str, ...], start: datetime | None, end: datetime | None) -> Iterator[Sample]:

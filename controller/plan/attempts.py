@@ -96,6 +96,16 @@ def of_settings(attempts: Sequence[Attempt], digest: str | None, settings: str) 
     return [a for a in attempts if a.digest == digest and a.settings in ("", settings)]
 
 
+def nodes(failures: Sequence[Attempt], wanted: int) -> int:
+    """How many a further attempt has: as many as found a place when not all did."""
+    return min([wanted, *(a.placed for a in failures if a.placed)])
+
+
+def failed(attempts: Sequence[Attempt], digest: str | None, settings: str) -> list[Attempt]:
+    """Those that count."""
+    return [a for a in of_settings(attempts, digest, settings) if a.state == AttemptState.FAILED]
+
+
 def halvings(failures: Sequence[Attempt]) -> int:
     """How often a further attempt should halve what its memory goes into."""
     return sum(a.failure == FailureClass.OUT_OF_MEMORY for a in failures)
@@ -144,7 +154,11 @@ class Verdict:
 
 
 def judge(failures: Sequence[Attempt], policy: FailurePolicy, key: str) -> Verdict:
-    """Whether the last failure was one too many, and otherwise when to try again."""
+    """Whether the last failure was one too many, and otherwise when to try again.
+
+    Those that a smaller attempt follows do not count: there are only so many of them.
+    """
+    failures = [a for a in failures if not a.placed]
     if not failures:
         return Verdict()
     last = failures[-1]

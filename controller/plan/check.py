@@ -19,7 +19,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     types = {entry.name: entry.type for entry in run.phases}
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
-        problems += [*tokenizer_problems(run), *_gate_problems(run)]
+        problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run)]
     return problems
 
 
@@ -56,6 +56,13 @@ def _gate_problems(run: AlignmentRun) -> Iterator[Problem]:
             if gate.metric not in known:
                 path = f"spec.phases[{phase.name}].{phase.type.name}.gates[{i}].metric"
                 yield Problem(path, f'"{gate.metric}" is no metric of this phase; {_listed(gate.metric, known)}')
+
+
+def _node_problems(run: AlignmentRun) -> Iterator[Problem]:
+    for phase in resolve(run):
+        least = phase.template.min_nodes
+        if least is not None and least > phase.nodes:
+            yield Problem(f"spec.phases[{phase.name}].template.minNodes", f"{least} is more than nodes, {phase.nodes}")
 
 
 def _listed(metric: str, known: Sequence[str]) -> str:

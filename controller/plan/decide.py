@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
-from controller.plan.attempts import halvings, of_settings
+from controller.plan import attempts as history
 from controller.plan.check import check_run
 from controller.plan.conditions import Claim, update
 from controller.plan.job import PhaseJob, build_job
@@ -213,10 +213,15 @@ def _start(
 
 def _asked(run: AlignmentRun, phase: ResolvedPhase, step: Step, attempt: int) -> Step:
     before, digest = step.status.attempts, step.status.digest or ""
-    failures = [a for a in of_settings(before, digest, phase.settings) if a.state == AttemptState.FAILED]
-    times = halvings(failures) if run.spec.failure_policy.halve_on_out_of_memory else 0
-    record = Attempt(number=attempt, digest=digest, settings=phase.settings, halvings=times, state=AttemptState.ASKED)
-    said = f"starting, with what its memory goes into halved {times}x" if times else "starting"
+    failures = history.failed(before, digest, phase.settings)
+    times = history.halvings(failures) if run.spec.failure_policy.halve_on_out_of_memory else 0
+    nodes = history.nodes(failures, phase.nodes)
+    record = Attempt(
+        number=attempt, digest=digest, settings=phase.settings, halvings=times, nodes=nodes, state=AttemptState.ASKED
+    )
+    said = "starting"
+    said += f", on {nodes} of {phase.nodes} nodes" if nodes < phase.nodes else ""
+    said += f", with what its memory goes into halved {times}x" if times else ""
     changes = {"state": PhaseState.RUNNING, "message": said, "attempts": (*before, record)}
     return replace(step, status=step.status.model_copy(update=changes), live=True)
 
@@ -227,8 +232,8 @@ def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], att
     assert inputs is not None, "only a phase whose inputs have finished is started"
     assert digest is not None
     status = steps[phase.name].status
-    halved = next((a.halvings for a in status.attempts if a.number == attempt), 0)
-    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved)
+    halved, nodes = next(((a.halvings, a.nodes) for a in status.attempts if a.number == attempt), (0, 0))
+    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved, nodes)
 
 
 def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:

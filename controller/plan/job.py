@@ -64,7 +64,7 @@ class PhaseJob:
 
 def build_job(
     run: AlignmentRun, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str],
-    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0,
+    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0, nodes: int = 0,
 ) -> PhaseJob:  # fmt: skip
     return PhaseJob(
         run=run.name,
@@ -73,7 +73,7 @@ def build_job(
         attempt=attempt,
         digest=digest,
         image=phase.image,
-        nodes=phase.nodes,
+        nodes=nodes or phase.nodes,
         procs_per_node=phase.procs_per_node,
         # Nulls stay: a default that the user turned off must not come back when the phase reads its file.
         spec=shrunk(phase.spec, halvings).model_dump(by_alias=True, mode="json"),

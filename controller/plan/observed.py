@@ -41,6 +41,8 @@ class ObservedJob:
     """Since when nothing but the platform keeps it from running; None while it waits in a queue, or always runs at once."""
     running_since: datetime | None = None
     """Since when all its parts run."""
+    placed: int = 0
+    """How many of its parts have a machine."""
     queue: QueueStatus | None = None
     """What its queue says."""
     past: bool = False

@@ -120,11 +120,11 @@ def _unfinished(
 ) -> Step:  # fmt: skip
     mine = [a for a in records if a.digest == digest]
     started = _started(phase, before, mine, digest)
-    counted = history.of_settings(records, digest, phase.settings)
-    failures = [a for a in counted if a.state == AttemptState.FAILED]
+    failures = history.failed(records, digest, phase.settings)
     verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
     late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)
+    records = _end_outgrown(records, jobs, history.nodes(failures, phase.nodes))
     records, stop = _stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
@@ -162,10 +162,27 @@ def _end_overdue(
         change: dict[str, Any] = {}
         if late is not None:
             change = {"state": AttemptState.STOPPING, "failure": late[0], "message": history.short(late[1])}
+            change |= {"placed": _enough(record, job, phase) if late[0] == FailureClass.STARTUP_TIMEOUT else 0}
         elif (due := ending_due(record, phase.template.grace_seconds)) is not None and at.now >= due:
             change = {"state": AttemptState.STOPPING}
         result.append(record.model_copy(update=change))
     return tuple(result)
+
+
+def _enough(record: Attempt, job: ObservedJob | None, phase: ResolvedPhase) -> int:
+    """How many nodes a smaller attempt can have; 0 if it may not or would not be smaller."""
+    placed = job.placed if job else 0
+    return placed if phase.min_nodes <= placed < record.nodes else 0
+
+
+def _end_outgrown(records: tuple[Attempt, ...], jobs: list[ObservedJob], nodes: int) -> tuple[Attempt, ...]:
+    """Attempts that have not begun to run are stopping where another number of nodes is wanted now: nothing is lost."""
+    idle = {job.attempt for job in jobs if job.state == JobState.LIVE and job.running_since is None and not job.failure}
+    change: dict[str, Any] = {"state": AttemptState.STOPPING}
+    return tuple(
+        a.model_copy(update=change) if a.number in idle and a.state == AttemptState.RUNNING and a.nodes not in (0, nodes) else a
+        for a in records
+    )  # fmt: skip
 
 
 def _said_of(going: list[Attempt]) -> str:

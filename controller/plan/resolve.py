@@ -32,6 +32,10 @@ class ResolvedPhase:
         return self.template.nodes or 1
 
     @property
+    def min_nodes(self) -> int:
+        return self.template.min_nodes or self.nodes
+
+    @property
     def procs_per_node(self) -> int:
         return self.template.procs_per_node or 1
 

@@ -66,6 +66,7 @@ class TestRender:
         assert environment(document)["PET_MASTER_ADDR"] == f"{document['metadata']['name']}-worker-0"
         rank = next(e for e in container(document)["env"] if e["name"] == "PET_NODE_RANK")
         assert "replica-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
+        assert environment(document)["PET_RDZV_CONF"] == "timeout=604800", "the startup timeout is what ends their wait"
 
     def test_every_process_of_a_pod_has_a_port_for_its_metrics(self):
         document = rendered(make_run(sft("base"), template={"procsPerNode": 3}))
@@ -183,7 +184,10 @@ class TestObserve:
         got = self.look(job("Created", replicas=2), pod(0, running=RUNNING))
         assert (got.state, got.running_since, got.failure) == (JobState.LIVE, None, None)
         got = self.look(job("Created", replicas=2), pod(0, running=RUNNING), pod(1, running=RUNNING))
-        assert got.running_since == datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+        assert (got.running_since, got.placed) == (datetime(2026, 1, 1, 0, 1, tzinfo=UTC), 2)
+
+    def test_pods_that_have_found_a_place(self):
+        assert self.look(job("Created", replicas=2), pod(0, running=RUNNING), pod(1, "Pending", node="")).placed == 1
 
     def test_the_reason_is_known_before_the_job_has_failed(self):
         got = self.look(job("Created", "Running"), pod(phase="Failed", terminated=terminated(137, reason="OOMKilled")))

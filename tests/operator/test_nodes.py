@@ -60,21 +60,31 @@ def attempts(runs: Runs, name: str) -> list[tuple[str, str | None]]:
     return [(a["state"], a.get("failure")) for a in runs.phase(name, "sft")["attempts"]]
 
 
-def test_two_pods_on_two_nodes_train_one_model(runs: Runs, tmp_path: Path):
-    spec = {**TRAINING, "phases": [{"name": "sft", "sft": {**PHASE, "duration": {"maxSteps": 30}}}]}
-    runs.apply("two", spec, nodes=2, resources={"requests": {"cpu": _more_than_half(runs)}})
-
-    def placed() -> list[str] | None:
-        found = [pod["spec"].get("nodeName") for pod in runs.cluster.items("pods", "-n", runs.namespace)]
-        return found if len(found) == 2 and all(found) else None
-
-    assert set(runs.wait("both pods have a node", placed)) == {"node-1", "node-2"}
+def test_two_pods_on_two_nodes_train_models_that_are_split_over_them(runs: Runs, tmp_path: Path):
+    """Whole runs of all types: ``make test-distributed``."""
+    rows = {"train": [{"synthetic": {"task": "letters", "split": "preferences", "count": 200}}], "maxLength": 32}
+    sft = PHASE | {"duration": {"maxSteps": 20}}
+    dpo = PHASE | {"policy": {"phase": "sft"}, "data": rows, "duration": {"maxSteps": 4}}
+    ways = {"strategy": "fsdp"}, {"strategy": "deepspeed", "deepspeed": {"stage": 3}}
+    split = [{"name": "sft", "sft": sft | {"parallel": ways[0]}}, {"name": "dpo", "dpo": dpo | {"parallel": ways[1]}}]
+    cpu = {"requests": {"cpu": more_than_half(runs)}}
+    runs.apply("two", TRAINING | {"phases": split}, nodes=2, resources=cpu)
     runs.until_succeeded("two")
-    on_one_machine = local(tmp_path, {**spec, "template": {"procsPerNode": 2}})
-    assert weights(runs.result("two", "sft")) == weights(on_one_machine)
+    for job in ("two-sft-1", "two-dpo-1"):
+        assert {runs.pod(job, index)["spec"]["nodeName"] for index in (0, 1)} == {"node-1", "node-2"}
+    local(tmp_path, TRAINING | {"phases": [{"name": "sft", "sft": sft}, {"name": "dpo", "dpo": dpo}]})
+    for phase in ("sft", "dpo"):
+        alone = losses(tmp_path / "runs/local" / phase)
+        assert losses(runs.workspace / "two" / phase) == pytest.approx(alone, rel=1e-4), phase
 
 
-def _more_than_half(runs: Runs) -> str:
+def losses(phase: Path) -> dict[int, float]:
+    """By step."""
+    lines = map(json.loads, (phase / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def more_than_half(runs: Runs) -> str:
     """Of a node's processors, so that a second pod has to take another node, as with GPUs."""
     return f"{min(int(node['status']['allocatable']['cpu']) for node in runs.cluster.items('nodes')) * 600}m"
 

@@ -64,7 +64,8 @@ def _live(base: ObservedJob, job: Object, pods: Sequence[Object]) -> ObservedJob
         return replace(base, **_told(doomed))
     running = all_running_since(job, pods)
     since = running_since(job)
-    return replace(base, message=evidence.holdup(at_work), may_start_since=since, running_since=running)
+    placed = sum(bool(pod["spec"].get("nodeName")) for pod in pods)
+    return replace(base, message=evidence.holdup(at_work), may_start_since=since, running_since=running, placed=placed)
 
 
 def _told(found: Evidence) -> dict[str, Any]:

@@ -26,6 +26,8 @@ PHASE_FOLDER = "/etc/alignment"
 PHASE_FILE = f"{PHASE_FOLDER}/phase.json"
 TERMINATION_LOG = "/dev/termination-log"
 MASTER_PORT = 23456
+RENDEZVOUS_SECONDS = 7 * 86400
+"""For pods to wait for each other: how long that may take is up to the run's startup timeout."""
 GRACE_MARGIN = 5
 """Seconds of the pod's grace that torchrun keeps for itself."""
 TMP = "/tmp"  # noqa: S108 -- an emptyDir of the pod's own
@@ -203,6 +205,7 @@ def _rendezvous(job: PhaseJob) -> list[Object]:
     return [
         {"name": "PET_MASTER_ADDR", "value": f"{job.name}-worker-0"},
         {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
+        {"name": "PET_RDZV_CONF", "value": f"timeout={RENDEZVOUS_SECONDS}"},
         {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}},
     ]
 

@@ -1,0 +1,165 @@
+"""The planner when there are fewer nodes than were asked for: after one was lost, or from the beginning."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from builders import START, digests, job, make_run, results, seen, sft, stopped
+
+from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState, PhaseState, PhaseStatus
+from controller.plan.check import check_run
+from controller.plan.decide import Apply, Decision, decide
+from controller.plan.observed import JobState, ObservedJob
+from trainers.contract import FailureClass
+
+STARTUP = 60
+LOST = {"state": JobState.FAILED, "failure": FailureClass.INFRASTRUCTURE, "message": "a node is gone"}
+
+
+def run_on(nodes: int, least: int | None, **policy: Any) -> AlignmentRun:
+    policy = {"startupTimeoutSeconds": STARTUP, "backoff": {"initialSeconds": 0}} | policy
+    template = {"nodes": nodes} | ({} if least is None else {"minNodes": least})
+    return make_run(sft("base"), template=template, failurePolicy=policy)
+
+
+@dataclass
+class Cluster:
+    """A run and its jobs, where as many pods find a place as there are nodes free."""
+
+    run: AlignmentRun
+    now: Any = START
+    jobs: list[ObservedJob] = field(default_factory=list)
+
+    def look(self, seconds: float = 1) -> Decision:
+        self.now += timedelta(seconds=seconds)
+        decision = decide(self.run, seen(*self.jobs), self.now)
+        self.run = self.run.model_copy(update={"status": decision.status})
+        return decision
+
+    def ask(self) -> int:
+        """How many nodes the attempt has that is asked for now."""
+        (action,) = self.look().actions
+        assert isinstance(action, Apply)
+        self.jobs.append(job(self.run, "base", action.job.attempt, may_start_since=self.now))
+        return action.job.nodes
+
+    def now_is(self, **facts: Any) -> None:
+        """The newest job is seen like this."""
+        ended = {"finished_at": self.now} if "state" in facts else {}
+        self.jobs[-1] = job(self.run, "base", self.jobs[-1].attempt, **{"may_start_since": self.now} | ended | facts)
+
+    def give_up(self, placed: int) -> None:
+        """Nothing more finds a place until the startup timeout, and the job is deleted."""
+        self.now_is(placed=placed)
+        self.look()
+        assert stopped(self.look(STARTUP + 1)) == [f"base-{self.jobs[-1].attempt}"]
+        self.jobs.pop()
+
+    @property
+    def phase(self) -> PhaseStatus:
+        assert self.run.status is not None
+        return self.run.status.phases[0]
+
+
+def test_after_a_lost_node_a_phase_goes_on_with_those_that_are_left() -> None:
+    cluster = Cluster(run_on(4, 2))
+    assert cluster.ask() == 4
+    cluster.now_is(running_since=START)
+    cluster.look()
+    cluster.now_is(**LOST)
+    assert cluster.ask() == 4, "another node may be free"
+    cluster.give_up(placed=3)
+    assert cluster.ask() == 3
+    assert cluster.phase.message == "starting, on 3 of 4 nodes"
+    assert [(a.failure, a.nodes, a.placed) for a in cluster.phase.attempts] == [
+        ("Infrastructure", 4, 0), ("StartupTimeout", 4, 3), (None, 3, 0),
+    ]  # fmt: skip
+    assert {j.digest for j in cluster.jobs} == {digests(cluster.run)["base"]}, "so it goes on from the checkpoint"
+
+
+def test_it_can_become_smaller_as_often_as_there_are_nodes() -> None:
+    """The budget of startup timeouts is for those that nothing follows from."""
+    cluster = Cluster(run_on(4, 1, retries={"startupTimeout": 0}))
+    for left in (3, 2, 1):
+        cluster.ask()
+        cluster.give_up(placed=left)
+    assert cluster.ask() == 1
+    cluster.give_up(placed=0)
+    cluster.look()
+    assert (cluster.phase.state, cluster.phase.failure) == (PhaseState.FAILED, "StartupTimeout")
+
+
+@pytest.mark.parametrize(("least", "placed"), [(None, 3), (3, 2), (1, 4), (1, 0)])
+def test_too_few_nodes_and_pods_that_do_not_start_for_another_reason_are_failures(
+    least: int | None, placed: int
+) -> None:
+    cluster = Cluster(run_on(4, least))
+    for _ in range(2):
+        assert cluster.ask() == 4
+        cluster.give_up(placed)
+    cluster.look()
+    assert (cluster.phase.state, cluster.phase.failure) == (PhaseState.FAILED, "StartupTimeout")
+
+
+def test_a_smaller_attempt_is_asked_for_again_as_it_was_and_followed_by_one_as_small() -> None:
+    cluster = Cluster(run_on(4, 2))
+    cluster.ask()
+    cluster.give_up(placed=3)
+    cluster.ask()
+    cluster.jobs.pop()
+    assert cluster.ask() == 3, "nobody has seen it"
+    cluster.now_is(running_since=START)
+    cluster.look()
+    cluster.now_is(**LOST)
+    assert cluster.ask() == 3
+
+
+def test_an_attempt_that_does_not_run_yet_is_replaced_when_the_number_of_nodes_is_edited() -> None:
+    cluster = Cluster(run_on(4, None))
+    cluster.ask()
+    cluster.now_is(placed=2)
+    cluster.look()
+    edited = run_on(2, None)
+    cluster.run = cluster.run.model_copy(update={"spec": edited.spec})
+    assert stopped(cluster.look()) == ["base-1"]
+    cluster.jobs.pop()
+    assert cluster.ask() == 2
+    assert cluster.phase.attempts[-1].number == 2
+    assert AttemptState.FAILED not in {a.state for a in cluster.phase.attempts}
+
+
+def test_one_that_runs_is_left_alone_when_the_number_of_nodes_is_edited() -> None:
+    cluster = Cluster(run_on(4, None))
+    cluster.ask()
+    cluster.now_is(running_since=START)
+    cluster.look()
+    cluster.run = cluster.run.model_copy(update={"spec": run_on(2, None).spec})
+    decision = cluster.look()
+    assert not decision.actions
+    cluster.now_is(**LOST)
+    assert cluster.ask() == 2, "the next one has as many as are wanted now"
+
+
+def test_an_edit_asks_for_all_nodes_again() -> None:
+    cluster = Cluster(run_on(4, 2))
+    cluster.ask()
+    cluster.give_up(placed=3)
+    cluster.run = cluster.run.model_copy(update={"spec": run_on(4, 1).spec})
+    assert cluster.ask() == 4
+
+
+def test_more_nodes_at_least_than_at_most() -> None:
+    (problem,) = check_run(run_on(2, 3))
+    assert str(problem) == "spec.phases[base].template.minNodes: 3 is more than nodes, 2"
+
+
+def test_a_finished_phase_says_how_many_nodes_it_had() -> None:
+    cluster = Cluster(run_on(2, 1))
+    cluster.ask()
+    cluster.give_up(placed=1)
+    cluster.ask()
+    cluster.now_is(state=JobState.SUCCEEDED)
+    decision = decide(cluster.run, seen(*cluster.jobs, results=results(cluster.run, "base")), cluster.now)
+    assert [a.nodes for a in decision.status.phases[0].attempts] == [2, 1]
