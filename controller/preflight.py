@@ -16,6 +16,7 @@ from controller.plan.check import check_entries, check_run
 from controller.plan.lineage import model_pairs, root
 from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
+from trainers.model_files import model_problem
 from trainers.phases import phase_type
 from trainers.spec import (
     DataSource,
@@ -206,6 +207,8 @@ def _model_problems(path: str, source: str, base_dir: Path) -> Iterator[Problem]
                 path,
                 f'"{source}" is a folder without config.json; a model saved by Hugging Face transformers is expected',
             )
+        elif (problem := model_problem(folder)) is not None:
+            yield Problem(path, f'"{source}" holds no model that can be loaded: {problem}')
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         yield Problem(path, f"{shown(source)} is not there: {folder.absolute()} does not exist")
     elif not HUB_ID.fullmatch(source):

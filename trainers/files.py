@@ -95,6 +95,14 @@ def commit_directory(temporary: Path, final: Path) -> None:
         shutil.rmtree(displaced)
 
 
+def read_into(file: int, buffer: memoryview, offset: int) -> int:
+    """Bytes of an open file from ``offset`` on, as many as there are room for; their number."""
+    size = 0
+    while size < len(buffer) and (found := os.preadv(file, [buffer[size:]], offset + size)):
+        size += found
+    return size
+
+
 def tree_digest(root: Path) -> str:
     """SHA-256 over the relative names and contents of all files below ``root`` (or of one file)."""
     digest = hashlib.sha256()

@@ -13,13 +13,13 @@ from functools import cache, partial
 from pathlib import Path
 
 from trainers.contract import BadInput, canonical_json, sha256_text
-from trainers.files import locked, write_atomic
+from trainers.files import locked, read_into, write_atomic
 from trainers.spec import DataSource, HubDataset
 
 BLOCK = 64 * 2**20
 """Bytes of a file that are hashed by themselves: one processor would take ten seconds or more for 10 GB."""
 
-CHUNK = 2**20
+CHUNK = 2**18
 
 SETTLED_SECONDS = 2.0
 """A file that was written this short a time ago could be written once more without its time changing."""
@@ -120,12 +120,13 @@ def _digest(path: Path, size: int) -> bytes:
 
 def _block_digest(path: Path, offset: int) -> bytes:
     digest = hashlib.sha256()
+    chunk = memoryview(bytearray(CHUNK))  # one for all: new memory is cleared by the system first
     with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        left = BLOCK
-        while left and (chunk := file.read(min(left, CHUNK))):
-            digest.update(chunk)
-            left -= len(chunk)
+        for start in range(offset, offset + BLOCK, CHUNK):
+            size = read_into(file.fileno(), chunk, start)
+            digest.update(chunk[:size])
+            if size < CHUNK:
+                break
     return digest.digest()
 
 

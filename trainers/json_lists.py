@@ -34,17 +34,23 @@ LENIENT = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
 
 
 def listed(path: Path) -> Iterator[tuple[str, Any]]:
-    """(``file row number``, value or what is wrong with it) of every item of a file that is a list.
+    """(``file row number``, value or what is wrong with it) of every item of a file that is a list. Raises as :func:`spans`."""
+    for number, (_, item) in enumerate(spans(path), 1):
+        yield f"{path} row {number}", item
+
+
+def spans(path: Path) -> Iterator[tuple[tuple[int, int], Any]]:
+    """(bytes of the unpacked file from which and up to which an item goes, value or what is wrong with it) of every item.
 
     Raises BadInput with line and column where it is no JSON: where the next item begins nobody knows then.
     """
-    number = 0
+    end = 0
     try:
         with opened(path) as file:
-            for number, item in enumerate(_items(_Window(file)), 1):
-                yield f"{path} row {number}", item
+            for (start, end), item in _items(_Window(file)):
+                yield (start, end), item if end - start <= MAX_LINE else Malformed(LONG)
     except DAMAGE as error:
-        yield f"{path} row {number + 1}", Damaged(damage(error))
+        yield (end, end), Damaged(damage(error))
     except _Broken as problem:
         raise BadInput(f"{path}: {problem}") from problem
     except OSError as error:
@@ -62,15 +68,20 @@ class _Window:
         self._file = file
         # Bytes that are no UTF-8 become half characters, which an item of a list may not hold.
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-        self.text = self._decode(file.read(CHUNK).removeprefix(BOM))
+        first = file.read(len(BOM))
+        self.text = self._decode(first.removeprefix(BOM))
         self.at = 0
         self.ended = False
         self._line, self._column = 1, 1
+        self._offset, self._counted = len(BOM) if first.startswith(BOM) else 0, 0
 
     def more(self) -> None:
         """Drop what lies behind, and read as much again as is left."""
         self._line, self._column = self._place(self.at)
-        chunk = self._file.read(max(CHUNK, len(self.text) - self.at))
+        self.offset()
+        self._counted = 0
+        # What one look yields: one that wants more loses it when it finds a damage behind.
+        chunk = self._file.read1(max(CHUNK, len(self.text) - self.at))  # type: ignore[attr-defined]
         self.ended = not chunk
         self.text, self.at = self.text[self.at :] + self._decode(chunk, self.ended), 0
 
@@ -81,6 +92,13 @@ class _Window:
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.more()
+
+    def offset(self) -> int:
+        """Bytes of the file that lie behind."""
+        passed = self.text[self._counted : self.at]
+        self._offset += len(passed) if passed.isascii() else len(passed.encode(errors="surrogateescape"))
+        self._counted = self.at
+        return self._offset
 
     def take(self, wanted: str) -> str:
         """Go behind the next character, which is one of those wanted. Raises _Broken."""
@@ -102,17 +120,23 @@ class _Window:
         return self._line + lines, position - self.text.rfind("\n", 0, position)
 
 
-def _items(window: _Window) -> Iterator[Any]:
+def _items(window: _Window) -> Iterator[tuple[tuple[int, int], Any]]:
     window.take("[")
     if window.next() == "]":
         window.take("]")
     else:
-        yield _item(window)
+        yield _spanned(window)
         while window.take(",]") == ",":
             window.next()
-            yield _item(window)
+            yield _spanned(window)
     if window.next():
         raise window.broken(json.JSONDecodeError("Extra data", window.text, window.at))
+
+
+def _spanned(window: _Window) -> tuple[tuple[int, int], Any]:
+    start = window.offset()
+    item = _item(window)
+    return (start, window.offset()), item
 
 
 def _item(window: _Window) -> Any:
@@ -126,8 +150,8 @@ def _item(window: _Window) -> Any:
         else:
             # Of "1.5e+3" the first part, or two, are numbers too.
             if end + len("e+") < len(window.text) or window.ended:
-                length, window.at = end - window.at, end
-                return found if length <= MAX_LINE else Malformed(LONG)
+                window.at = end
+                return found
         if len(window.text) - window.at > MAX_LINE:
             raise _Broken(f"line {window._line}: an item, or what begins like one, is {LONG}")
         window.more()

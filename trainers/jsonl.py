@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn
 from trainers.contract import BadInput, Infrastructure
 
 MAX_LINE = 16 * 2**20
-"""Bytes of a line, or characters of a list's item: fifty times what the longest context holds."""
+"""Bytes of a line, or of a list's item: fifty times what the longest context holds."""
 
 MAX_NESTING = 64
 """Levels of objects and lists in a row. Python reads, pickles and compares nested values by recursion, which has an end."""

@@ -188,6 +188,16 @@ def test_a_damaged_or_missing_segment_is_made_again(tmp_path, chat):
     assert shown(chat, opened(context(tmp_path), chat).steps(8, 1, None)) == before
 
 
+@pytest.mark.parametrize("limits", [(20, None), (None, 20)])
+def test_runs_of_different_limits_share_a_cache(tmp_path, chat, limits):
+    """Each reads what the other has encoded, while both have it open."""
+    write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
+    sets = [opened(context(tmp_path), chat, [DataSource(files="d.jsonl", limit=limit)]) for limit in limits]
+    for examples_, limit in zip(sets, limits, strict=True):
+        assert [number(chat, s) for s in examples_.everything()] == list(range(limit or ROWS))
+    assert len(list((tmp_path / ".rows").rglob("table"))) == 1
+
+
 def test_several_sources_are_mixed_by_weight_and_by_epochs(tmp_path, chat):
     write(tmp_path / "a.jsonl", [row(i) for i in range(40)])
     write(tmp_path / "b.jsonl", [row(i) for i in range(40, 50)])

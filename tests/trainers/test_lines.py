@@ -1,14 +1,15 @@
 """Lines by number are the lines that a reader of the whole file sees, whatever the file holds."""
 
 import gzip
+import re
 import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import jsonl
-from trainers.contract import Infrastructure
+from trainers import json_lists, jsonl
+from trainers.contract import BadInput, Infrastructure
 from trainers.core import lines
 from trainers.core.lines import indexed
 
@@ -31,8 +32,59 @@ def test_any_bytes(tmp_path_factory, pieces, chunk, packed):
     (gzip.open if packed else open)(path, "wb").write(b"".join(pieces))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "CHUNK", chunk)
+        patch.setattr(lines, "BLOCK", 2 * chunk)
         assert by_number(path, folder / "index") == said(jsonl.lines(path))
     shutil.rmtree(folder)
+
+
+ITEMS = [
+    b"{}",
+    b'{"a": "\xc3\xa9\n"}',
+    b'{"a": [1,\n 2]}',
+    b'"\xff"',
+    b"1.5e+3",
+    b"NaN",
+    b'{"a":1,"a":2}',
+    "\u2028".encode(),
+]
+BETWEEN = [b",", b" ,\n", b"\n\n,  "]
+
+
+def values(found):
+    """What a reader makes of rows; of one that cannot be used only that it cannot."""
+    for place, raw in found:
+        try:
+            yield place, jsonl.value(raw)
+        except jsonl.Malformed as problem:
+            yield place, type(problem)
+
+
+@given(st.lists(st.sampled_from(ITEMS), max_size=8), st.sampled_from(BETWEEN), st.booleans(), st.integers(1, 60))
+def test_items_of_a_list_are_those_that_its_reader_sees(tmp_path_factory, items, between, packed, chunk):
+    folder = tmp_path_factory.mktemp("lists")
+    path = folder / ("f.json.gz" if packed else "f.json")
+    (gzip.open if packed else open)(path, "wb").write(jsonl.BOM + b" [\n" + between.join(items) + b"]\n ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lists, "CHUNK", chunk)
+        try:
+            wanted = list(values(jsonl.items(path)))
+        except BadInput as problem:
+            with pytest.raises(BadInput, match=re.escape(str(problem))):
+                indexed(path, folder / "index")
+        else:
+            found = indexed(path, folder / "index")
+            assert list(values(found[i] for i in range(len(found)))) == wanted
+    shutil.rmtree(folder)
+
+
+def test_a_damaged_list_ends_where_its_reader_stops(tmp_path):
+    whole = gzip.compress(b"[" + b",".join(b'{"row": %d}' % i for i in range(5000)) + b"]")
+    path = tmp_path / "f.json.gz"
+    for cut in (len(whole) // 2, len(whole) - 4):
+        path.write_bytes(whole[:cut])
+        found = indexed(path, tmp_path / f"index-{cut}")
+        assert list(values(found[i] for i in range(len(found)))) == list(values(jsonl.items(path)))
+        assert len(found) > 1000
 
 
 def test_a_damaged_file_ends_where_its_reader_stops(tmp_path):

@@ -37,18 +37,21 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]), "SafetensorError"),
-    "garbage": (write(WEIGHTS, b"x" * 1000), "SafetensorError"),
-    "empty": (write(WEIGHTS, b""), "SafetensorError"),
+    "cut off": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]),
+        "safetensors: cut off: [0-9,]+ of its bytes",
+    ),
+    "garbage": (write(WEIGHTS, b"x" * 1000), "safetensors: its header would have"),
+    "empty": (write(WEIGHTS, b""), "safetensors: its header would have"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no file named model.safetensors"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
-    "half a tokenizer": (write("tokenizer.json", b"{"), "Expecting"),
+    "half a tokenizer": (write("tokenizer.json", b"{"), "tokenizer.json: not valid JSON .Expecting"),
     "another file as tokenizer": (write("tokenizer.json", b"{}"), "KeyError"),
-    "half a config": (write("config.json", b"{"), "not a valid JSON"),
+    "half a config": (write("config.json", b"{"), "config.json: not valid JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "model_type"),
     "another type": (edit(model_type="nosuch"), "nosuch"),
     "heads that do not fit": (edit(num_attention_heads=5, num_key_value_heads=5), "not a multiple"),
-    "text for a number": (edit(vocab_size="many"), "vocab_size|expected int"),
+    "text for a number": (edit(vocab_size="many"), 'config.json: vocab_size: "many" is not a whole number'),
     "another width": (edit(intermediate_size=48), r"has the shape \[\d+, \d+\], its config asks for \[\d+, \d+\]"),
     "more layers": (edit(num_hidden_layers=3), r"holds? no model.layers.2.* and 8 more weights"),
     "a missing weight": (without("model.layers.1.mlp.up_proj.weight"), "hold no model.layers.1.mlp.up_proj.weight$"),

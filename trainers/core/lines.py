@@ -1,28 +1,41 @@
-"""Rows of a JSONL file by number, without the file in memory: where its lines begin is found once and kept."""
+"""Rows of a JSONL file by number, without the file in memory: where its lines begin is found once and kept.
+
+Of a ``.json`` file that is one list: where its items begin and end.
+"""
 
 import os
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from struct import Struct
 from typing import IO
 
 import numpy as np
 
-from trainers import jsonl
+from trainers import json_lists, jsonl
 from trainers.contract import Infrastructure
-from trainers.files import locked, new_directory
+from trainers.files import locked, new_directory, read_into
 from trainers.jsonl import MAX_LINE, Damaged, Malformed
 
-CHUNK = 1 << 20
-"""Bytes that are looked through at a time: what stays in a processor's cache is looked through three times as fast."""
+BLOCK = 64 * 2**20
+"""Bytes that a thread looks through for lines: numpy and the system do nearly all of it, without Python's lock."""
+
+CHUNK = 2**18
+"""Bytes of them that are looked through at a time: what stays in a processor's cache is looked through three times as fast."""
+
+NEWLINE = ord("\n")
 
 BLANK = np.frombuffer(b" \t\r\n\v\f", dtype=np.uint8)
 """What a blank line is made of, and what one that is not may begin with."""
 
-PLAIN, STARTS, BLANKS, DAMAGE = "plain.jsonl", "starts.i64", "blanks.i64", "damage"
+PLAIN, STARTS, ENDS, BLANKS, DAMAGE = "plain", "starts.i64", "ends.i64", "blanks.i64", "damage"
+
+
+OFFSET = Struct("<q")
 
 
 class Lines:
-    """What :func:`trainers.jsonl.lines` yields of a file, by number."""
+    """What :func:`trainers.jsonl.items` yields of a file, by number; items of a list as the bytes that they are."""
 
     def __init__(self, path: Path, index: Path) -> None:
         """``index`` is a folder that :func:`indexed` has filled."""
@@ -31,6 +44,7 @@ class Lines:
         self._file = os.open(plain if plain.exists() else path, os.O_RDONLY)
         self._stat = os.fstat(self._file)
         self._starts = _mapped(index / STARTS)
+        self._ends = _mapped(index / ENDS) if (index / ENDS).exists() else None
         blanks = _mapped(index / BLANKS)
         self._rows_before_blanks = np.asarray(blanks) - np.arange(len(blanks))
         damage = index / DAMAGE
@@ -42,18 +56,25 @@ class Lines:
 
     def __getitem__(self, row: int) -> tuple[str, bytes | Malformed]:
         """Raises Infrastructure for a file that was edited since it was opened: an attempt anew reads the new one."""
-        if self._damage is not None and row == len(self) - 1:
-            return f"{self._path}:{len(self._starts) + 1}", Damaged(self._damage)
         number = row + int(np.searchsorted(self._rows_before_blanks, row, side="right"))
-        start = int(self._starts[number])
-        end = int(self._starts[number + 1]) if number + 1 < len(self._starts) else self._stat.st_size
+        place = f"{self._path}{':' if self._ends is None else ' row '}{number + 1}"
+        if self._damage is not None and row == len(self) - 1:
+            return place, Damaged(self._damage)
+        start, end = self._span(number)
         line = os.pread(self._file, min(end - start, MAX_LINE + 1), start)
         now = os.fstat(self._file)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise Infrastructure(f"{self._path} was edited while it was read; start the phase again")
-        if number == 0:
+        if start == 0:
             line = line.removeprefix(jsonl.BOM)
-        return f"{self._path}:{number + 1}", line if len(line) <= MAX_LINE else Malformed(jsonl.LONG)
+        return place, line if len(line) <= MAX_LINE else Malformed(jsonl.LONG)
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a line begins and ends."""
+        start = int(self._starts[number])
+        if self._ends is not None:
+            return start, int(self._ends[number])
+        return start, int(self._starts[number + 1]) if number + 1 < len(self._starts) else self._stat.st_size
 
 
 def indexed(path: Path, folder: Path) -> Lines:
@@ -72,36 +93,59 @@ def indexed(path: Path, folder: Path) -> Lines:
 def _index(path: Path, folder: Path) -> None:
     if path.suffix == ".gz":
         _unpack(path, folder)
-        path = folder / PLAIN
+    if jsonl.is_list(path):
+        _index_list(path, folder)
+    else:
+        _index_lines(folder / PLAIN if path.suffix == ".gz" else path, folder)
+
+
+def _index_list(path: Path, folder: Path) -> None:
+    with (folder / STARTS).open("wb") as starts, (folder / ENDS).open("wb") as ends:
+        for (start, end), item in json_lists.spans(path):
+            if not isinstance(item, Damaged):
+                starts.write(OFFSET.pack(start))
+                ends.write(OFFSET.pack(end))
+    (folder / BLANKS).touch()
+
+
+def _index_lines(path: Path, folder: Path) -> None:
     blanks: list[int] = []
-    with path.open("rb", buffering=0) as file, (folder / STARTS).open("wb") as starts:
-        number = 0
-        for found, first in _lines(file.fileno()):
+    with (
+        path.open("rb", buffering=0) as file,
+        (folder / STARTS).open("wb") as starts,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
+    ):
+        number, size = 0, os.fstat(file.fileno()).st_size
+        for found, first in threads.map(partial(_starts, file.fileno(), size), range(0, size, BLOCK)):
             starts.write(found.tobytes())
             for i in np.flatnonzero(np.isin(first, BLANK)).tolist():
-                if first[i] == ord("\n") or not _line_at(file.fileno(), int(found[i])).strip():
+                if first[i] == NEWLINE or not _line_at(file.fileno(), int(found[i])).strip():
                     blanks.append(number + i)
             number += len(found)
     (folder / BLANKS).write_bytes(np.array(blanks, dtype=np.int64).tobytes())
 
 
-def _lines(file: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(where lines begin, their first bytes), some at a time. The first line may begin with a byte order mark."""
-    offset, buffer = 0, bytearray(CHUNK)
-    whole = np.frombuffer(buffer, dtype=np.uint8)
-    begins = True  # whether the chunk's first byte is a line's first
-    while size := os.preadv(file, [buffer], offset):
-        chunk = whole[:size]
-        ends = np.flatnonzero(chunk == ord("\n"))
-        starts = ends[: len(ends) - (size in (ends[-1:] + 1))] + 1
-        if begins:
-            starts = np.concatenate([[0], starts])
-        begins = bool(chunk[-1] == ord("\n"))
-        first = chunk[starts].copy()
-        if offset == 0 and chunk[: len(jsonl.BOM)].tobytes() == jsonl.BOM:
-            first[0] = BLANK[0]  # to be looked at
-        yield starts + offset, first
-        offset += size
+def _starts(file: int, size: int, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    """(where lines begin in a block of a file of this size, their first bytes): (N,) int64 and uint8.
+
+    The first line may begin with a byte order mark: its first byte is said to be a blank, to be looked at.
+    """
+    buffer = bytearray(CHUNK + 1)
+    found = [_starts_in(file, offset, buffer) for offset in range(begin, min(begin + BLOCK, size), CHUNK)]
+    starts, first = map(np.concatenate, zip(*found, strict=True))
+    if begin == 0 and os.pread(file, len(jsonl.BOM), 0) == jsonl.BOM:
+        first[0] = BLANK[0]
+    return starts, first
+
+
+def _starts_in(file: int, offset: int, buffer: bytearray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a chunk. A line begins behind a line's end, so the byte before the chunk is looked at, too."""
+    buffer[0] = NEWLINE
+    before = int(offset > 0)
+    size = 1 - before + read_into(file, memoryview(buffer)[1 - before :], offset - before)
+    seen = np.frombuffer(buffer, dtype=np.uint8)
+    found = np.flatnonzero(seen[: size - 1] == NEWLINE) + 1 if size > 1 else np.zeros(0, dtype=np.int64)
+    return found + (offset - 1), seen[found]
 
 
 def _line_at(file: int, offset: int) -> bytes:
@@ -116,7 +160,7 @@ def _line_at(file: int, offset: int) -> bytes:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Whole lines, and what is wrong with the file behind them."""
+    """What can be read of it, if only in part up to the last whole line, and what is wrong with it behind that."""
     with (folder / PLAIN).open("wb") as file:
         try:
             with jsonl.opened(path) as packed:
@@ -124,7 +168,8 @@ def _unpack(path: Path, folder: Path) -> None:
                     file.write(chunk)
         except jsonl.DAMAGE as error:
             (folder / DAMAGE).write_text(jsonl.damage(error))
-            file.truncate(_end_of_lines(folder / PLAIN, file))
+            if not jsonl.is_list(path):
+                file.truncate(_end_of_lines(folder / PLAIN, file))
         except OSError as error:
             raise jsonl.unreadable(path, error) from error
 

@@ -54,9 +54,8 @@ class RowStore:
         self.folder = folder
         self.num_rows = num_rows
         path = folder / "table"
-        with locked(folder / "lock"):
-            if not path.exists():
-                _make_table(path, num_rows)
+        with locked(folder / "lock"), path.open("ab") as file:
+            file.truncate(max(file.tell(), 8 * max(num_rows, 1)))  # runs with other limits may share it
         self._table = np.memmap(path, dtype=np.uint64, mode="r+")
         self._opened = lru_cache(OPEN_SEGMENTS)(_Segment)
         self._next = len(list(folder.glob("segment-*")))
@@ -116,13 +115,6 @@ def _named(temporary: str, path: Path) -> bool:
         os.link(temporary, path)
         return True
     return False
-
-
-def _make_table(path: Path, num_rows: int) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        file.truncate(8 * max(num_rows, 1))
-    os.replace(temporary, path)
 
 
 class _Segment:

@@ -51,9 +51,8 @@ def open_source(source: DataSource, base_dir: Path, folder: Path) -> RowSource:
 
 
 def _file(path: Path, folder: Path) -> RowSource:
-    if jsonl.is_list(path):
-        return list(jsonl.items(path))
-    return indexed(path, folder / f"lines-{files_fingerprint([path])[:32]}")
+    kind = f"{'items' if jsonl.is_list(path) else 'lines'}{'-packed' if path.suffix == '.gz' else ''}"
+    return indexed(path, folder / f"{kind}-{files_fingerprint([path])[:32]}")
 
 
 def _made(source: DataSource) -> Iterator[tuple[str, Row]]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from trainers.contract import BadInput, FailureClass
 from trainers.core.sharding import Sharding, local
 from trainers.failures import classify
+from trainers.model_files import model_problem
 
 
 def read_model(
@@ -59,7 +60,9 @@ def _mend_tables(auto: Any, model: Any, config: Any, trust_remote_code: bool) ->
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> Any:
-    """A model's config alone. Raises as :func:`read_model` does."""
+    """A model's config alone, once its files are such as can be given to a library. Raises as :func:`read_model` does."""
+    if (problem := model_problem(Path(folder))) is not None:
+        raise BadInput(f"model {folder} cannot be loaded: {problem}")
     with _readable(folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainers.model_files import config_problem
+
 TIMEOUT_SECONDS = 3.0
 LARGEST = 1 << 20
 """Bytes of a config that are read."""
@@ -78,4 +80,4 @@ def _parsed(text: bytes | None) -> Mapping[str, Any] | None:
         found = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and config_problem(found) is None else None

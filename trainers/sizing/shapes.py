@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from trainers.model_files import config_problem
 from trainers.sizing.families import DEFAULTS, FAMILIES, READ_DIRECTLY, STATE_SPACE
 from trainers.sizing.parts import Part, layer_norm, norm
 from trainers.spec import Lora, ScratchModel
@@ -86,14 +87,19 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """The sizes of a causal language model, or of a classifier with one label. Raises UnknownSize."""
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, Mapping) else config
+    if (wrong := config_problem(config)) is not None:
+        raise UnknownSize(f"its config.json lacks or misstates {wrong}")
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UnknownSize(f"models of type {kind} are not known here")
     settings = {**DEFAULTS.get(kind, {}), **{key: value for key, value in config.items() if value is not None}}
     try:
-        return _shape(kind, settings, _is_classifier(config))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        found = _shape(kind, settings, _is_classifier(config))
+        if found.parameters <= 0:  # whatever is no number raises here
+            raise ValueError("its sizes")
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UnknownSize(f"its config.json lacks or misstates {error}") from error
+    return found
 
 
 def _shape(kind: str, c: dict[str, Any], classifier: bool) -> ModelShape:
