@@ -130,6 +130,7 @@ def _run(
         text = json.dumps(result.document(), indent=1, allow_nan=False)
         write_atomic(directory.result, text)
     workers.barrier()
+    workers.part()
     meter.close()
     if uploads is not None:
         uploads.finish()  # may take long: no other process waits for it

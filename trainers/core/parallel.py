@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from trainers.contract import BadInput
+from trainers.core.presence import PATIENCE, Presence, end_process
 from trainers.core.sharding import sharding_for
 from trainers.spec import DeepSpeed, Parallel
 from trainers.zero_config import zero_config
@@ -39,7 +40,8 @@ class Workers:
         """DeepSpeed's configuration, if that is the strategy."""
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.
         # A single process gets none: accelerate would take a named backend for an initialised process group.
-        group = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if "RANK" in os.environ else []
+        backend = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=PATIENCE)
+        group = [backend] if "RANK" in os.environ else []
         # The buffers of language models are tables that never change: nothing to send at every forward pass.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         # No mixed precision of accelerate's: it patches a module's forward, and unwrapping the module takes that away.
@@ -50,6 +52,7 @@ class Workers:
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.world: int = self.accelerator.num_processes
+        self.presence = Presence(self.rank, self.world, end_process) if self.world > 1 else None
         if self.bf16 and cuda:
             # Heads alone multiply in fp32 then. TF32 rounds what they are given to 11 bits instead of bf16's 8 and
             # adds up in fp32; plain fp32 would be 15 times slower on tensor cores.
@@ -96,6 +99,11 @@ class Workers:
     def barrier(self) -> None:
         if self.world > 1:
             self.accelerator.wait_for_everyone()
+
+    def part(self) -> None:
+        """This process's peers need it no more."""
+        if self.presence is not None:
+            self.presence.close()
 
 
 def _be_a_group() -> None:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import PrefixChange
 from transformers.distributed import DistributedConfig
 
 from trainers.core.layers import backbone, decoder_layers, score_head_name
+from trainers.core.presence import be_patient
 from trainers.spec import Parallel
 
 
@@ -142,7 +143,10 @@ def _mesh(device: torch.device, world: int, hybrid: bool) -> DeviceMesh:
     if not hybrid:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    for dimension in range(mesh.ndim):
+        be_patient(mesh.get_group(dimension))
+    return mesh
 
 
 def _remember_conversions(model: Any) -> None:

@@ -1,6 +1,6 @@
 """Run by torchrun: a phase of which processes end after its third step. Takes TYPE, a phase file, and ``RANK=HOW`` for each.
 
-HOW is SIGKILL or an error's name, after ``@SECONDS`` of waiting if it says so.
+HOW is a signal's or an error's name, after ``@SECONDS`` of waiting if it says so.
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 
 from trainers import launch
 from trainers.contract import BadInput, Infrastructure
+from trainers.core import presence
 from trainers.core.checkpoint import Checkpoints
 
 ERRORS = {kind.__name__: kind for kind in (BadInput, Infrastructure, ValueError, torch.OutOfMemoryError)}
@@ -32,6 +33,7 @@ def main() -> int:
     torch.set_num_threads(1)
     kind, path, *dying = sys.argv[1:]
     how = dict(entry.split("=") for entry in dying).get(os.environ["RANK"])
+    presence.MISSED = 4  # else a frozen one is waited for for two minutes
     after_step = Checkpoints.after_step
 
     def until_then(self: Checkpoints, step: int, *args: Any, **kwargs: Any) -> None:

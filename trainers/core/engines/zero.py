@@ -15,6 +15,7 @@ from trainers.core.engines.engine import Fill
 from trainers.core.engines.reach import Reach, listed
 from trainers.core.engines.zero_state import ZeroState
 from trainers.core.parallel import Workers
+from trainers.core.presence import be_patient
 from trainers.spec import Optim
 
 NO_NORM = torch.tensor(-1.0)
@@ -37,6 +38,7 @@ class Zero:
         self.module, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
+        be_patient(self.module.seq_data_parallel_group)
         self.parameters = list(named.values())
         self.state = ZeroState(workers, self.module, self.optimizer, named, shapes)
         self.has_gradients = False

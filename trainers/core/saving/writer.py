@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +18,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainers.core.context import PhaseContext
+from trainers.core.presence import PATIENCE
 from trainers.core.saving.staging import Staged, StagedPlanner
 from trainers.core.saving.storage import Index, ShardWriter, State, first_failure, write_json
 from trainers.files import commit_directory
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)
-"""How long threads wait for one that still writes or uploads. One that has died ends the waiting at once."""
 
 # One process alone is no accident here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -1,0 +1,100 @@
+"""Processes tell each other that they are there, and end when one is not.
+
+A collective waits for a process that is frozen, or whose machine has lost power, as it does for one that is at work, and
+then names none. So each process counts up in the store through which they have met, in a thread of its own, and looks at
+the count of the next one: whatever its main thread does, for however long, goes on being heard of.
+"""
+
+import faulthandler
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from trainers.contract import FailureClass, Termination, exit_status
+from trainers.failures import terminate
+
+EVERY_SECONDS = 5.0
+MISSED = 24
+"""Counts that may fail to come, two minutes: no machine stands still for so long and comes back, and no library is known
+that keeps all of a process's threads waiting for it."""
+
+PATIENCE = timedelta(hours=6)
+"""How long collectives wait: longer than anything that one process does while others wait, such as preparing large data or
+uploading. torch's 10 minutes for NCCL are not. A process of which the main thread alone hangs ends the others then;
+sooner than that `failurePolicy.stallTimeoutSeconds` does."""
+
+_groups = itertools.count()
+"""Of one process, which may carry out several phases."""
+
+
+class Presence:
+    """Of a process among ``world``. ``give_up`` is called, in a thread, with what is known when the next one is gone."""
+
+    def __init__(self, rank: int, world: int, give_up: Callable[[str], None]) -> None:
+        self.rank, self.next = rank, (rank + 1) % world
+        self.give_up = give_up
+        self.store = PrefixStore(f"presence-{next(_groups)}", _store())
+        self.heard = (0, b"")
+        """Exchanges with the store, and the next process's count."""
+        self.closed = threading.Event()
+        for work in (self._exchange, self._judge):
+            threading.Thread(target=work, name="presence", daemon=True).start()
+
+    def close(self) -> None:
+        """Say that this process is done. Those before it wait no more."""
+        self.closed.set()
+        with suppress(RuntimeError):  # whoever holds the store may be done before
+            self.store.set(str(self.rank), "done")
+
+    def _exchange(self) -> None:
+        for count in itertools.count(1):
+            with suppress(RuntimeError):  # the judge misses the answer
+                self.store.set(str(self.rank), str(count))
+                if self.store.check([str(self.next)]):
+                    self.heard = (count, self.store.get(str(self.next)))
+                else:
+                    self.heard = (count, b"")
+            if self.closed.wait(EVERY_SECONDS):
+                return
+
+    def _judge(self) -> None:
+        """Counts its own turns, not seconds: when all processes are frozen together, nobody is missed."""
+        before, unanswered, unheard = self.heard, 0, 0
+        while not self.closed.wait(EVERY_SECONDS) and self.heard[1] != b"done":
+            unanswered = unanswered + 1 if self.heard[0] == before[0] else 0
+            unheard = unheard + 1 if self.heard[1] == before[1] else 0
+            before = self.heard
+            if unheard >= MISSED:
+                self.give_up(self._missing(unanswered))
+                return
+
+    def _missing(self, unanswered: int) -> str:
+        if unanswered >= MISSED:
+            return f"the store through which processes have met has not answered for {MISSED * EVERY_SECONDS:.0f} s"
+        silent = f"rank {self.next} has given no sign of life for {MISSED * EVERY_SECONDS:.0f} s"
+        return f"{silent}: it is frozen, or its machine is gone"
+
+
+def end_process(reason: str) -> None:
+    """End this process, whose main thread may wait for a collective that never comes, and say why."""
+    faulthandler.dump_traceback(sys.stderr)
+    print(f"{FailureClass.INFRASTRUCTURE}: {reason}", file=sys.stderr, flush=True)
+    terminate(Termination(failure=FailureClass.INFRASTRUCTURE, message=reason, seen=True))
+    os._exit(exit_status(FailureClass.INFRASTRUCTURE))
+
+
+def be_patient(group: ProcessGroup) -> None:
+    """For a group that others have made, with torch's time-out."""
+    _set_pg_timeout(PATIENCE, group)
+
+
+def _store() -> Store:
+    """Where processes meet, by a connection of this one's own: that of the group may wait for long."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
