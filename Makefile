@@ -54,7 +54,7 @@ test-families: $(VENV)/.dev ## The whole matrix: every model family in every pha
 bench-heads: $(VENV)/.dev ## Time and memory of losses on a language head beside autograd's; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trainers/bench_heads.py
 
-test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy, and whole runs on two real nodes
+test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy, cut off and gone on with, and whole runs on two real nodes
 	bash tests/system-packages.sh
 	$(BIN)/pytest tests/trainers/distributed tests/trainers/test_nodes.py tests/operator/test_any_size.py
 
