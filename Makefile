@@ -43,10 +43,13 @@ test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not node"
 
 test-unit: $(VENV)/.dev ## The tests that need no cluster
-	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory)"
+	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled)"
 
 test-memory: $(VENV)/.dev ## What plans say of memory against what phases reach: types, strategies, checkpointing, LoRA
 	$(BIN)/pytest -s -m memory tests/trainers/test_measured_memory.py
+
+test-compiled: $(VENV)/.dev ## Phases as torch.compile makes them, with g++: losses, number of programs, steps a second
+	$(BIN)/pytest -s -m compiled
 
 test-families: $(VENV)/.dev ## The whole matrix: every model family in every phase and precision, a quarter of an hour
 	$(BIN)/pytest tests/trainers/families
@@ -74,7 +77,7 @@ bench-checkpoints: $(VENV)/.dev ## What saving every 50 steps costs a training; 
 	$(if $(PROCESSES),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) benchmarks/checkpoint_share.py --strategy fsdp,$(BIN)/python benchmarks/checkpoint_share.py)
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
-	$(BIN)/pytest -m "not (slow or browser or families or distributed or memory)"
+	$(BIN)/pytest -m "not (slow or browser or families or distributed or memory or compiled)"
 
 lint: $(VENV)/.dev ## Style, types, import layers
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ waits for a save and processor time of the thread that writes are set against th
 """
 
 import argparse
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainers.core.checkpoint import Checkpoints
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
-from trainers.core.saving.writer import Writer
 from trainers.core.trainee import Trainee
 from trainers.files import tree_size
 from trainers.spec import Checkpoint, Optim, Parallel
@@ -52,16 +52,6 @@ def main() -> None:
 
 
 def _measure(workers: Workers, trainee: Trainee, checkpoints: Checkpoints, root: Path, every: int, saves: int) -> None:
-    written: list[float] = []
-    write = Writer._write
-
-    def timed(self: Writer, *args: object) -> float:
-        begin = time.thread_time()
-        seconds = write(self, *args)
-        written.append(time.thread_time() - begin)
-        return seconds
-
-    Writer._write = timed  # type: ignore[method-assign,assignment]
     waited = steps = 0.0
     cpu = time.process_time()
     for step in range(every * saves):
@@ -73,15 +63,20 @@ def _measure(workers: Workers, trainee: Trainee, checkpoints: Checkpoints, root:
         waited += time.perf_counter() - middle
     checkpoints.wait()
     cpu = time.process_time() - cpu
+    written = _seconds_of("checkpoints")
     if workers.is_main:
         size = tree_size(max(root.glob("step-*"))) / 1e6
         print(f"{every * saves} steps of {steps / every / saves:.3f} s, {saves} checkpoints of {size:.0f} MB")
         print(
             f"training waited {waited / saves * 1e3:.1f} ms a checkpoint: {waited / (steps + waited):.2%} of the time"
         )
-        print(
-            f"writing took {sum(written) / saves * 1e3:.1f} ms of processor time: {sum(written) / cpu:.2%} of the process's"
-        )
+        print(f"writing took {written / saves * 1e3:.1f} ms of processor time: {written / cpu:.2%} of the process's")
+
+
+def _seconds_of(threads: str) -> float:
+    """Processor time of the threads of an executor, by its name."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith(threads)]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in found if thread.ident)
 
 
 def _step(trainee: Trainee, workers: Workers, step: int) -> None:

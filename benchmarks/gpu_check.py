@@ -1,11 +1,13 @@
 """What only a GPU can show, in a quarter of an hour on one, as a report: ``make gpu-check``.
 
-    python benchmarks/gpu_check.py [--report gpu-check.md] [--only PATTERN] [--steps 8]
+    python benchmarks/gpu_check.py [--report gpu-check.md] [--only PATTERN] [--steps 10]
 
 The same phases on the same rows in every setting that has kernels or memory of its own: attention, compilation,
 sharding, offloading, checkpointing, adapters, types. For each: whether it runs, how far its losses are from those of the
 plain setting, tokens per second without the first two steps, and the peak of the device's memory beside what the phase said
-it would need. Then the losses on a head beside autograd's. Without a GPU the models are tiny and memory is not compared.
+it would need. Some are run twice, to see whether they leave the same bits, which a resumed run's being the uninterrupted one
+rests on. Then one process of two is killed (on two GPUs), and losses on a head are set beside torch's and Liger's. Without a
+GPU the models are tiny and memory is not compared.
 """
 
 import argparse
@@ -33,11 +35,14 @@ LAYERS, WIDTH, LONGEST = (24, 1024, 2048) if ON_GPU else (2, 64, 128)
 TOKENS = 16384 if ON_GPU else 512
 BOUND = 2e-2
 """Relative difference of losses in bf16 that rounding explains."""
+SECONDS = 60
+"""That two processes may go on after one is killed: torchrun kills by itself after 30."""
 
 PHASE = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
 from trainers import launch
+torch.use_deterministic_algorithms("CUBLAS_WORKSPACE_CONFIG" in os.environ)
 code = launch.run_phase(sys.argv[1], Path(sys.argv[2]), [])
 peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 print("PEAK", json.dumps(peak))
@@ -55,15 +60,20 @@ class Cell:
     changes: dict[str, Any] = field(default_factory=dict)
     like: str = "sft"
     """The cell whose losses it should have; its own name for one that is compared with nothing."""
+    twice: bool = False
+    """Run again, to compare bits."""
+    deterministic: bool = False
+    """With torch's deterministic algorithms, which are slower and which a phase does not ask for."""
 
 
 CELLS = (
-    Cell("sft"),
+    Cell("sft", twice=True),
+    Cell("sft, deterministic", twice=True, deterministic=True),
     *(
-        Cell(f"sft, {kind} attention", parallel={"attention": kind})
+        Cell(f"sft, {kind} attention", parallel={"attention": kind}, twice=True)
         for kind in ("sdpa", "eager", "varlen", "flash", "flex")
     ),
-    Cell("sft, compiled", parallel={"compile": True}),
+    Cell("sft, compiled", parallel={"compile": True}, twice=True),
     Cell("sft, checkpointed", parallel={"gradientCheckpointing": True}),
     Cell("sft, fsdp", parallel={"strategy": "fsdp"}),
     Cell("sft, fsdp offloaded", parallel={"strategy": "fsdp", "fsdp": {"cpuOffload": True}}),
@@ -86,20 +96,24 @@ def main() -> int:
         lines, results = [*heading(), ""], dict[str, dict[str, Any]]()
         for cell in CELLS:
             if options.only is None or fnmatch.fnmatch(cell.name, options.only):
-                results[cell.name] = found = run(cell, made, options.steps)
+                results[cell.name] = found = run_cell(cell, made, options.steps)
                 print(cell.name, found.get("problem", "ok"), flush=True)
-    lines += table(results)
-    lines += ["", "## Losses on a head", "", "```", heads() if options.only is None else "left out", "```"]
+        lines += table(results)
+        end = killed(made) if options.only is None else "Left out."
+    lines += ["", "## One process of two is killed", "", end]
+    if options.only is None:
+        lines += ["", "## Losses on a head", "", heads()]
     Path(options.report).write_text("\n".join(lines) + "\n")
     print(f"the report is {options.report}")
-    return int(any("problem" in found or found.get("apart", 0) > BOUND for found in results.values()))
+    wrong = [found for found in results.values() if "problem" in found or found.get("apart", 0) > BOUND]
+    return int(bool(wrong) or end.startswith("PROBLEM"))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--report", default="gpu-check.md")
     parser.add_argument("--only", help="names of settings, such as 'sft, fsdp*'")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args()
 
 
@@ -143,16 +157,26 @@ def spec(cell: Cell, made: dict[str, str], steps: int) -> dict[str, Any]:
     return common | {"policy" if cell.phase == "dpo" else "model": model, "data": rows} | changes
 
 
+def run_cell(cell: Cell, made: dict[str, str], steps: int) -> dict[str, Any]:
+    """What is found of a cell; if it is run twice, whether losses and weights are the same ``bits``."""
+    found = run(cell, made, steps)
+    if not cell.twice or "problem" in found:
+        return found
+    again = run(cell, made, steps)
+    same = all(found[name] == again.get(name) for name in ("losses", "digest"))
+    return found | {"bits": "the same" if same else "others"}
+
+
 def run(cell: Cell, made: dict[str, str], steps: int) -> dict[str, Any]:
     """What a phase's own output says of it."""
     output = Path(made["folder"]) / re.sub(r"\W+", "-", cell.name) / "run" / "phase"
-    output.parent.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({"output": str(output), "inputs": {}, "spec": spec(cell, made, steps)}))
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PHASE, cell.phase, str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0"}, cwd=ROOT, capture_output=True, text=True, check=False,
+        env=environment(cell), cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     found: dict[str, Any] = {"like": cell.like, "seconds": time.perf_counter() - began}
     if done.returncode:
@@ -160,26 +184,35 @@ def run(cell: Cell, made: dict[str, str], steps: int) -> dict[str, Any]:
         return found | {"problem": lines[-1][:200] if lines else f"exit code {done.returncode}"}
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     log = [line for line in log if "loss" in line]
+    artifacts = json.loads((output / "result.json").read_text())["artifacts"]
     said = re.search(r"memory on a device:.*; ([\d.]+) GiB", done.stdout)
     shutil.rmtree(output, ignore_errors=True)
     return found | {
         "losses": [line["loss"] for line in log],
+        "digest": artifacts["model"]["digest"],
         "speed": sum(line["tokens"] for line in log[2:]) / max(log[-1]["time"] - log[1]["time"], 1e-9),
         "peak": int(done.stdout.rsplit("PEAK ", 1)[-1]) / 2**30,
         "said": float(said.group(1)) if said else float("nan"),
     }
 
 
+def environment(cell: Cell) -> dict[str, str]:
+    exact = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if cell.deterministic else {}
+    return os.environ | {"ALIGNMENT_METRICS_PORT": "0", **exact}
+
+
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """One line for each cell; adds how far its losses are ``apart`` from those it should have."""
-    lines = ["| setting | losses apart | tokens/s | peak GiB | said GiB | |", "| --- | --- | --- | --- | --- | --- |"]
+    columns = ("setting", "losses apart", "bits of a second run", "tokens/s", "peak GiB", "said GiB", "")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for name, found in results.items():
         if "problem" in found:
-            lines.append(f"| {name} | | | | | {found['problem'].replace('|', '/')} |")
+            lines.append(f"| {name} | | | | | | {found['problem'].replace('|', '/')} |")
             continue
         other = results.get(found["like"], found)
         found["apart"] = apart(found["losses"], other.get("losses", found["losses"]))
-        numbers = f"{found['apart']:.1e} | {found['speed']:,.0f} | {found['peak']:.2f} | {found['said']:.2f}"
+        bits = f"{found['apart']:.1e} | {found.get('bits', '')}"
+        numbers = f"{bits} | {found['speed']:,.0f} | {found['peak']:.2f} | {found['said']:.2f}"
         lines.append(f"| {name} | {numbers} | {'ok' if found['apart'] <= BOUND else 'TOO FAR'} |")
     return lines
 
@@ -189,10 +222,32 @@ def apart(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, theirs, strict=True))
 
 
-def heads() -> str:
-    """The table of ``make bench-heads``."""
+def killed(made: dict[str, str]) -> str:
+    """How two processes end when one of them is killed in its third step: NCCL's watchdog is what only GPUs have."""
+    if ON_GPU and torch.cuda.device_count() < 2:
+        return "Left out: it takes two GPUs."
+    cell = Cell("killed", parallel={"strategy": "ddp"})
+    file, word = (Path(made["folder"]) / f"killed.{suffix}" for suffix in ("yaml", "word"))
+    output = str(Path(made["folder"]) / "killed" / "run" / "phase")
+    file.write_text(yaml.safe_dump({"output": output, "inputs": {}, "spec": spec(cell, made, steps=400)}))
+    launcher = [sys.executable, "-m", "trainers.agent", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, "tests/trainers/bench_heads.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*launcher, "tests/trainers/distributed/dying.py", "sft", str(file), "1=SIGKILL"],
+        env=environment(cell) | {"ALIGNMENT_TERMINATION_LOG": str(word)}, cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    died = file.with_suffix(".died")
+    if not (died.exists() and word.exists()):
+        return f"PROBLEM: {done.stderr[-500:]}"
+    took, said = time.time() - died.stat().st_mtime, json.loads(word.read_text())
+    well = took < SECONDS and said["failure"] == "Infrastructure" and "rank 1" in said["message"]
+    return f"{'ok' if well else 'PROBLEM'}: over {took:.0f} s later, as {said['failure']}: {said['message']}"
+
+
+def heads() -> str:
+    """The table of benchmarks/gpu_heads.py, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_heads.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout if done.returncode == 0 else done.stderr[-2000:]
 

@@ -55,7 +55,7 @@ def _problems(parallel: Parallel, environment: Mapping[str, str]) -> Iterator[st
     if environment.get("ACCELERATE_GRADIENT_CLIPPING", "none") not in ("none", "auto"):
         yield "--gradient_clipping: the run's optim.maxGradNorm decides; leave it"
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO") not in ("NO", "no"):
-        yield "--dynamo_backend is not available: leave it"
+        yield "--dynamo_backend: parallel.compile decides; leave it"
     if _is_set(environment, "ACCELERATE_USE_MEGATRON_LM"):
         yield "--use_megatron_lm is not available: use --use_fsdp or --use_deepspeed"
     if _is_set(environment, "ACCELERATE_USE_FSDP") and environment.get("FSDP_VERSION", "1") != "2":
@@ -105,8 +105,13 @@ def _checked(stage: object, optimizer: bool, parameters: bool, file: str | None)
 
 
 def _agreed(parallel: Parallel, wanted: Parallel) -> Parallel:
-    """Raises BadInput if both say what they want, and it is not the same."""
+    """Raises BadInput if both say what they want, and it is not the same, or cannot be had together."""
     name = wanted.strategy
+    if parallel.compile and wanted.deepspeed is not None and wanted.deepspeed.stage == 3:
+        raise BadInput(
+            "accelerate launch asks for ZeRO's stage 3, with which parallel.compile cannot be had: take FSDP, "
+            "or set compile: false"
+        )
     if parallel.strategy == "auto":
         return parallel.model_copy(update={"strategy": name, name: getattr(wanted, name)})
     if parallel.strategy != name:

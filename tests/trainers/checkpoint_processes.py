@@ -11,13 +11,13 @@ import signal
 import socket
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families.architectures import family_model
+from saving_context import saving_context
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.core.adapters import with_adapters
@@ -61,24 +61,9 @@ class Attempt:
         if self.workers.trained_sharding is not None:
             self.workers.trained_sharding.apply(model)
         self.trainee = Trainee(self.workers, model, Optim(lr=1e-2), 100, ModelFlops(0, 0, 1.0, 0))
-        meter = SimpleNamespace(
-            part=lambda name: nullcontext(),
-            seconds=lambda: 1.0,
-            seconds_before=0.0,
-            checkpointed=lambda step: None,
-            will_checkpoint=lambda step: None,
+        self.checkpoints = Checkpoints(
+            saving_context(self.workers, folder), Checkpoint(every_steps=1, keep_last=2), {"model": self.trainee}
         )
-        ctx = SimpleNamespace(
-            workers=self.workers,
-            meter=meter,
-            dir=SimpleNamespace(checkpoints=folder / "checkpoints"),
-            file=SimpleNamespace(remote=None),
-            stored=None,
-            writes_for_others=self.workers.is_main,
-            stop_signal=None,
-            stop_asked=False,
-        )
-        self.checkpoints = Checkpoints(ctx, Checkpoint(every_steps=1, keep_last=2), {"model": self.trainee})
 
     def train(self, step: int) -> None:
         ids = torch.arange(8)[None].mul(step + 3) % CONFIG.vocab_size

@@ -89,23 +89,13 @@ def run_phase() -> RunPhase:
     return run
 
 
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+@pytest.fixture(scope="session")
+def stop_after() -> Callable[[int], AbstractContextManager[None]]:
     """``with stop_after(k):`` a phase run inside gets SIGTERM when it has finished step k."""
-    from trainers.core.checkpoint import Checkpoints
+    from distributed.acting import after_steps
 
-    after_step = Checkpoints.after_step
-
-    @contextmanager
-    def stopping(k: int) -> Iterator[None]:
-        def stopped(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
-            if step == k:
-                os.kill(os.getpid(), signal.SIGTERM)
-            after_step(self, step, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "after_step", stopped)
-            yield
+    def stopping(k: int) -> AbstractContextManager[None]:
+        return after_steps(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == k else None)
 
     return stopping
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from one_rank import OneRank
 from test_batch import SIZES, some_sequences
-from torch.nn.attention import varlen
+from torch.nn.attention import flex_attention, varlen
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
@@ -90,6 +90,27 @@ def test_varlen_is_transformers_own_attention_in_every_layout(kind, kernel):
         torch.testing.assert_close(ours / slopes.abs().max(), slopes / slopes.abs().max(), atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def flex_anywhere(monkeypatch):
+    """Flex attention as plain operations instead of a program. torch refuses gradients on CPUs, where it has none with them."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_keeps_sequences_apart_too(kind, flex_anywhere):
+    """What transformers and flex attention are told of a packed row, not the kernel, which only a GPU has."""
+    model, sequences = tiny(kind), some_sequences(LENGTHS)
+    apart, slopes = (f(model, sequences, Packing.PADDED) for f in (scores, gradient))
+    model.set_attn_implementation("flex_attention")
+    for packing in (Packing.ROWS, Packing.ONE_ROW):
+        torch.testing.assert_close(scores(model, sequences, packing), apart, atol=1e-5, rtol=1e-5)
+        ours = gradient(model, sequences, packing)
+        torch.testing.assert_close(ours / slopes.abs().max(), slopes / slopes.abs().max(), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("packing", [Packing.ROWS, Packing.ONE_ROW])
 def test_bounds_are_what_transformers_finds_in_position_ids(packing):
     batch = collate(some_sequences(LENGTHS), packing, CPU)
@@ -139,6 +160,14 @@ def test_without_a_gpu_or_bf16_there_are_no_kernels():
     assert "needs a GPU" in attention.why_not(model, "flex", "cpu", bf16=True)
     assert "precision is fp32" in attention.why_not(model, "varlen", "cuda", bf16=False)
     assert attention.why_not(model, "flex", "cuda", bf16=False) is None
+
+
+def test_what_is_compiled_where_it_runs_needs_a_compiler_there(monkeypatch):
+    """As in the trainers' image, which has none: the best of the others is taken, and nothing fails on the way."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "no gcc or clang here" in attention.why_not(tiny(), "flex", "cuda", bf16=False)
+    assert attention.why_not(tiny(), "varlen", "cuda", bf16=True) is None
 
 
 def workers(name: str) -> OneRank:

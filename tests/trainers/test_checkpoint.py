@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saving_context import saving_context
 
 from trainers.contract import Diverged, Infrastructure
 from trainers.core.checkpoint import Checkpoints
@@ -39,23 +39,7 @@ class OneProcess:
 
 @pytest.fixture
 def ctx(tmp_path):
-    meter = SimpleNamespace(
-        part=lambda name: nullcontext(),
-        seconds=lambda: 1.0,
-        seconds_before=0.0,
-        checkpointed=lambda step: None,
-        will_checkpoint=lambda step: None,
-    )
-    return SimpleNamespace(
-        workers=OneProcess(),
-        meter=meter,
-        dir=SimpleNamespace(checkpoints=tmp_path / "checkpoints"),
-        file=SimpleNamespace(remote=None),
-        stored=None,
-        writes_for_others=True,
-        stop_asked=False,
-        stop_signal=None,
-    )
+    return saving_context(OneProcess(), tmp_path)
 
 
 def checkpoints(ctx, width: int = 6, keep_last: int = 9, **optim) -> Checkpoints:

@@ -75,6 +75,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
     [
         ({"strategy": "ddp"}, DEEPSPEED, "asks for deepspeed, parallel.strategy is ddp"),
         ({"strategy": "deepspeed", "deepspeed": {"stage": 2}}, DEEPSPEED, "stage 3, parallel.deepspeed says 2"),
+        ({"compile": True}, DEEPSPEED, "with which parallel.compile cannot be had"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "add --fsdp_version 2"),
         ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm is not available"),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16 is not available"),

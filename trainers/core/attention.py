@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from trainers.contract import BadInput
 from trainers.core.batch import Batch, Packing
+from trainers.core.compiling import missing_compiler
 from trainers.core.parallel import Workers
 
 OF_GPUS = ("flash", "varlen", "flex")
@@ -75,7 +76,12 @@ def why_not(model: Any, name: str, device: str, bf16: bool) -> str | None:
     trained = any(weight.requires_grad for weight in model.parameters())
     if name != "flash" and trained and getattr(config, "attention_dropout", None):
         return f"it has no dropout, and attention_dropout is {config.attention_dropout}"
-    return None if name == "flex" else _why_no_kernel(model, config, name, bf16)
+    return _why_not_compiled(device) if name == "flex" else _why_no_kernel(model, config, name, bf16)
+
+
+def _why_not_compiled(device: str) -> str | None:
+    missing = missing_compiler(device)
+    return None if missing is None else f"it is compiled where it runs, and there is no {missing} here"
 
 
 def _why_no_kernel(model: Any, config: Any, name: str, bf16: bool) -> str | None:

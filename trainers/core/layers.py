@@ -11,7 +11,7 @@ from trainers.contract import BadInput
 
 T = TypeVar("T")
 
-NOT_OF_A_LAYER = ("layer_idx", "training", "reshards")
+NOT_OF_A_LAYER = ("layer_idx", "training")
 """Numbers that a layer has by its place, or for the time being."""
 
 

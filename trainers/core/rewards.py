@@ -15,6 +15,7 @@ from trainers.contract import BadInput
 from trainers.core.attention import in_halves, settle
 from trainers.core.batch import Batch, Packing, Sequence, collate
 from trainers.core.classifiers import RewardModel, TextClassifier, text_scores
+from trainers.core.compiling import uncompiled
 from trainers.core.encode import joined
 from trainers.core.heads import in_fp32
 from trainers.core.layers import score_head
@@ -107,7 +108,8 @@ def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
     sequences = probe_sequences(model)
     # A head in fp32, as a fresh one is, takes what a backbone in bf16 gives under autocast only.
     with in_eval_mode(model), workers.autocast() if model.dtype != torch.float32 else nullcontext():
-        own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
+        with uncompiled():
+            own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
 
         def differs(packing: Packing) -> bool:
             with workers.autocast() if in_halves(model) else nullcontext():

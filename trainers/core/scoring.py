@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from trainers.contract import BadInput
 from trainers.core import attention, balance
 from trainers.core.batch import Batch, Packing, Sequence, collate
+from trainers.core.compiling import uncompiled
 from trainers.core.head_losses import Beside, LogitsFn, LossFn, head_loss, head_values
 from trainers.core.heads import head_logits
 from trainers.core.layers import as_forward, backbone
@@ -115,7 +116,8 @@ def check_scoring(loaded: "LoadedModel", workers: Workers) -> None:
         raise BadInput(f"models of type {kind} cannot be used: no language head is known of them")
     sequences = probe_sequences(model)
     with torch.no_grad(), in_eval_mode(model):
-        own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits[0, :-1].float() for s in sequences]
+        with uncompiled():
+            own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits[0, :-1].float() for s in sequences]
 
         def differs(packing: Packing) -> bool:
             batch = collate(sequences, packing, device)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from transformers.distributed import DistributedConfig
 from trainers.core.layers import backbone, decoder_layers, score_head_name
 from trainers.core.presence import be_patient
 from trainers.spec import Parallel
+
+_RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a split module's weights are freed after its forward pass: FSDP2 can be told, but not asked."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Sharding:
             offload_policy=CPUOffloadPolicy(self.mesh.device_type == "cuda") if self.offload else OffloadPolicy(),
             ignored_params=ignored,
         )
-        module.reshards = reshard  # type: ignore[assignment]
+        _RESHARDS[module] = reshard
 
     @contextmanager
     def loading(self) -> Iterator[dict[str, Any]]:
@@ -226,7 +230,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(bool(module.reshards), recurse=False)
+            module.set_reshard_after_forward(_RESHARDS[module], recurse=False)
             module.reshard()
 
 

@@ -69,7 +69,7 @@ class Parallel(SpecModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile decoder layers with torch.compile: each start takes minutes more, each step less; numbers differ by rounding. Sampling is not compiled. Needs a C++ compiler (g++), for GPUs a C compiler."""
+    """Compile decoder layers with torch.compile: each start takes minutes more, each step less; numbers differ by rounding. Sampling is not compiled. Needs a C++ compiler (g++), for GPUs a C compiler; not with DeepSpeed's stage 3."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
     """Tokens in one forward pass on one device. A step larger than that accumulates gradients; the result is the same."""
     attention: Literal["auto", "sdpa", "eager", "flash", "varlen", "flex"] = "auto"
@@ -80,6 +80,10 @@ class Parallel(SpecModel):
         for name in ("fsdp", "deepspeed"):
             if getattr(self, name) is not None and self.strategy != name:
                 raise ValueError(f"{name} is set, but strategy is {self.strategy}: set strategy {name}, or remove it")
+        if self.compile and self.deepspeed is not None and self.deepspeed.stage == 3:
+            raise ValueError(
+                "compile is set, and deepspeed.stage 3 gathers weights within layers, which cannot be compiled: set strategy fsdp, or compile: false"
+            )
         if self.strategy == "single" and self.frozen in ("sharded", "offloaded"):
             raise ValueError(f"strategy single cannot have frozen: {self.frozen}: set ddp, fsdp or deepspeed")
         return self

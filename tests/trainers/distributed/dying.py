@@ -8,14 +8,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from acting import after_steps
 
 from trainers import launch
 from trainers.contract import BadInput, Infrastructure
 from trainers.core import presence
-from trainers.core.checkpoint import Checkpoints
 
 ERRORS = {kind.__name__: kind for kind in (BadInput, Infrastructure, ValueError, torch.OutOfMemoryError)}
 STEP = 3
@@ -34,16 +33,14 @@ def main() -> int:
     kind, path, *dying = sys.argv[1:]
     how = dict(entry.split("=") for entry in dying).get(os.environ["RANK"])
     presence.MISSED = 4  # else a frozen one is waited for for two minutes
-    after_step = Checkpoints.after_step
 
-    def until_then(self: Checkpoints, step: int, *args: Any, **kwargs: Any) -> None:
+    def act(step: int) -> None:
         if step == STEP and how is not None:
             Path(path).with_suffix(".died").touch()
             die(how)
-        after_step(self, step, *args, **kwargs)
 
-    Checkpoints.after_step = until_then  # type: ignore[method-assign]
-    return launch.run_phase(kind, Path(path), [])
+    with after_steps(act):
+        return launch.run_phase(kind, Path(path), [])
 
 
 if __name__ == "__main__":
