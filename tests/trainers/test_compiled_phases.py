@@ -82,5 +82,5 @@ def losses(phase: Path) -> list[float]:
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:
-    """The largest relative difference."""
-    return max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, theirs, strict=True))
+    """The largest relative difference. A divergence of models that are all but one is a difference of larger numbers."""
+    return max(abs(a - b) / max(abs(b), 1e-2) for a, b in zip(ours, theirs, strict=True))
