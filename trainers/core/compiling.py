@@ -20,12 +20,13 @@ without a mask, one row or several, trained and frozen are 16 already.
 def compile_layers(model: Any, device: torch.device) -> None:
     """Compile every decoder layer in its place. Layers that are alike share few programs, for sequences of any length.
 
-    Each layer's own forward is compiled: what hangs on its being called (gathering of weights, recomputation in the
-    backward pass) stays around it. Raises BadInput where there is no compiler, or no plain list of layers.
+    Each layer's own forward is compiled: what hangs on its being called, such as gathering of weights, stays around it.
+    Raises BadInput where there is no compiler, or no plain list of layers.
     """
     _check_compiler(device.type)
+    torch._dynamo.config.recompile_limit = PROGRAMS
     for layer in decoder_layers(model, "parallel.compile")[1]:
-        layer.forward = torch.compile(layer.forward, dynamic=True, recompile_limit=PROGRAMS)
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def uncompiled() -> AbstractContextManager[None]:
