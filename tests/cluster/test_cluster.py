@@ -273,10 +273,15 @@ time.sleep(600)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tier", ["api", "node"])
-def test_a_killed_owner_leaves_nothing(tier: str, request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue(f"{tier}_cluster")  # skips where it cannot run
+def test_a_killed_owner_leaves_nothing(api_cluster: Cluster) -> None:
+    leaves_nothing("api")
+
+
+def test_a_killed_owner_of_nodes_leaves_nothing(node_cluster: Cluster) -> None:
+    leaves_nothing("node")
+
+
+def leaves_nothing(tier: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tier], stdout=subprocess.PIPE, text=True, env=environment)
     assert owner.stdout
