@@ -7,7 +7,7 @@ from controller.api.problems import Problem, nearest
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
-from controller.plan.resolve import resolve
+from controller.plan.resolve import merge_templates, resolve
 from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
 
@@ -59,10 +59,14 @@ def _gate_problems(run: AlignmentRun) -> Iterator[Problem]:
 
 
 def _node_problems(run: AlignmentRun) -> Iterator[Problem]:
-    for phase in resolve(run):
-        least = phase.template.min_nodes
-        if least is not None and least > phase.nodes:
-            yield Problem(f"spec.phases[{phase.name}].template.minNodes", f"{least} is more than nodes, {phase.nodes}")
+    """A phase of fewer nodes than the run's least needs them all, which is no mistake."""
+    ours = run.spec.template
+    own = [(f"spec.phases[{e.name}]", e.template) for e in run.phases if e.template and e.template.min_nodes]
+    for path, template in [("spec", ours), *((path, merge_templates(ours, template)) for path, template in own)]:
+        if (template.min_nodes or 0) > (template.nodes or 1):
+            yield Problem(
+                f"{path}.template.minNodes", f"{template.min_nodes} is more than nodes, {template.nodes or 1}"
+            )
 
 
 def _listed(metric: str, known: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ class ResolvedPhase:
 
     @property
     def min_nodes(self) -> int:
-        return self.template.min_nodes or self.nodes
+        return min(self.template.min_nodes or self.nodes, self.nodes)
 
     @property
     def procs_per_node(self) -> int:

@@ -152,7 +152,17 @@ def test_an_edit_asks_for_all_nodes_again() -> None:
 
 def test_more_nodes_at_least_than_at_most() -> None:
     (problem,) = check_run(run_on(2, 3))
+    assert str(problem) == "spec.template.minNodes: 3 is more than nodes, 2"
+    own = sft("base") | {"template": {"minNodes": 3}}
+    (problem,) = check_run(make_run(own, template={"nodes": 2}))
     assert str(problem) == "spec.phases[base].template.minNodes: 3 is more than nodes, 2"
+
+
+def test_a_phase_with_fewer_nodes_than_the_runs_least_has_them_all() -> None:
+    run = make_run(sft("base") | {"template": {"nodes": 1}}, template={"nodes": 4, "minNodes": 2})
+    assert check_run(run) == []
+    cluster = Cluster(run)
+    assert cluster.ask() == 1
 
 
 def test_a_finished_phase_says_how_many_nodes_it_had() -> None:
