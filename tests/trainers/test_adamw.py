@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from trainers.core import adamw
 from trainers.core.adamw import RoundingAdamW, rounded
 from trainers.spec import Optim
 
@@ -36,6 +37,20 @@ def test_in_fp32_it_is_torchs():
     train(theirs, 20)
     for a, b in zip(weights(ours), weights(theirs), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 6, 7])
+def test_some_rows_after_the_others_are_one_update(size, monkeypatch):
+    """The very bits, whatever is worked out at once: rounding depends on places in the whole tensor."""
+    start = [torch.randn(5, 3, 2), torch.randn(17), torch.randn(())]
+    found = []
+    for elements in (2**24, size):
+        monkeypatch.setattr(adamw, "PIECE_ELEMENTS", elements)
+        optimizer = RoundingAdamW(groups(*(w.bfloat16() for w in start)), OPTIM, torch.bfloat16)
+        train(optimizer, 3)
+        moments = [state["exp_avg_sq"] for state in optimizer.state.values()]
+        found.append([*weights(optimizer), *moments])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("value", [0.02, -0.02, 1 + 2**-9, 3.0, -1e-30, 0.0])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from live_tensors import Live
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.core.batch import Sequence, collate
@@ -87,6 +88,13 @@ def test_small_passes_tell_what_a_large_one_keeps(workers, kind, precision):
     # In the estimate are three tensors of logits in fp32 too.
     said = activation_bytes(one, model, 512, 512) - 3 * 4 * 512 * VOCABULARY
     assert said == pytest.approx(kept_bytes(one, model, 512), rel=0.05)
+
+
+def test_nothing_of_the_small_passes_stays(workers):
+    one, model = workers(), tiny()
+    with Live() as live:
+        activation_bytes(one, model, 512, 512)
+    assert live.now < live.most / 100
 
 
 def test_short_rows_keep_less_where_attention_is_written_out(workers):

@@ -17,6 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trainers.spec import Optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE_ELEMENTS = 2**24
+"""Numbers of a weight that are worked out at once, which takes some six tensors of 64 MiB."""
 
 
 def adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -66,13 +68,34 @@ class RoundingAdamW(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight] = fresh_state(self, weight)
             self.state[weight]["step"] += 1
-            _update(weight, self.state[weight], group, number)
+            _update_by_rows(weight, self.state[weight], group, number)
 
 
-def _update(weight: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], number: int) -> None:
+def _update_by_rows(weight: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], number: int) -> None:
+    """Some rows after the others: what is worked out in fp32 is several times as large as the weight, which may be a
+    model's part in one piece (ZeRO's are).
+    """
+    parts = [_part(tensor) for tensor in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
+    rows, start = parts[0].shape[0] if parts[0].ndim else 1, _start(weight)
+    width = parts[0].numel() // max(rows, 1)
+    size = max(1, PIECE_ELEMENTS // max(width, 1))
+    for first in range(0, rows, size):
+        held, grad, average, square = (part[first : first + size] if part.ndim else part for part in parts)
+        _update(held, grad, average, square, start + first * width, int(state["step"]), group, number)
+
+
+def _update(
+    held: torch.Tensor,
+    grad: torch.Tensor,
+    average: torch.Tensor,
+    square: torch.Tensor,
+    start: int,
+    step: int,
+    group: dict[str, Any],
+    number: int,
+) -> None:
+    """Rows of a weight in place, of which the first element is at ``start``."""
     beta1, beta2 = group["betas"]
-    step = int(state["step"])
-    held, grad, average, square = map(_part, (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]))
     grad, exact = grad.float(), held.float()
     first = average.float().lerp_(grad, 1 - beta1)
     second = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -80,7 +103,7 @@ def _update(weight: torch.Tensor, state: dict[str, torch.Tensor], group: dict[st
     exact.mul_(1 - group["lr"] * group["weight_decay"])
     exact.addcdiv_(first, divisor, value=-group["lr"] / (1 - beta1**step))
     for kind, (target, value) in enumerate(((held, exact), (average, first), (square, second))):
-        target.copy_(value if target.dtype == torch.float32 else rounded(value, (step, number, kind), _start(weight)))
+        target.copy_(value if target.dtype == torch.float32 else rounded(value, (step, number, kind), start))
 
 
 def _part(tensor: Any) -> torch.Tensor:

@@ -109,7 +109,8 @@ def kept_bytes(workers: Workers, model: Any, num_tokens: int) -> int:
         storage = tensor.untyped_storage()
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Itself it would hold the node that keeps it, which would hold it: all of that would stay for ever.
+        return tensor.detach()
 
     # Eval mode: transformers checkpoints gradients in training mode alone.
     with in_eval_mode(model), saved_tensors_hooks(look, lambda tensor: tensor), workers.autocast():

@@ -18,6 +18,8 @@ from trainers.core.parallel import Workers
 from trainers.core.presence import be_patient
 from trainers.spec import Optim
 
+BUCKET_ELEMENTS = 5 * 10**8
+"""DeepSpeed's own size of a bucket of gradients."""
 NO_NORM = torch.tensor(-1.0)
 """What DeepSpeed writes for a norm that is not finite."""
 
@@ -34,7 +36,10 @@ class Zero:
         self.optimizer = adamw(module, optim)
         self.weight_decay = optim.weight_decay
         self.reach = Reach(workers, named)
-        config = _with_types(config, named) | {"gradient_clipping": optim.max_grad_norm}
+        config = _with_types(config, named) | {
+            "zero_optimization": _with_bucket(config["zero_optimization"], shapes),
+            "gradient_clipping": optim.max_grad_norm,
+        }
         self.module, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
@@ -92,3 +97,8 @@ def _with_types(config: dict[str, Any], named: Mapping[str, nn.Parameter]) -> di
     if any(p.dtype == torch.bfloat16 for p in named.values()):
         return config | {"bf16": {"enabled": True, "check_grad_overflow": True}}
     return config
+
+
+def _with_bucket(zero: dict[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """DeepSpeed allocates a bucket for gradients whole, so it is no larger than they are unless the user's file says so."""
+    return {"reduce_bucket_size": min(BUCKET_ELEMENTS, sum(shape.numel() for shape in shapes.values()))} | zero

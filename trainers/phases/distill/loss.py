@@ -82,18 +82,24 @@ class _GeneralizedJsd(torch.autograd.Function):
 
 
 def _value_and_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence (k,) and its gradient with respect to the student's scaled logits (k, V)."""
-    p, q = log_p.exp(), log_q.exp()
+    """Divergence (k,) and its gradient with respect to the student's scaled logits (k, V).
+
+    In place and in this order: such tensors are the largest of a step, and beside the two given no more than three are there.
+    """
     if beta == 0:
-        return _kl(p, log_p, log_q)[0], q - p
+        p = log_p.exp()
+        return _kl(p, log_p, log_q)[0], log_q.exp().sub_(p)
     if beta == 1:
+        q = log_q.exp()
         value, terms = _kl(q, log_q, log_p)
-        return value, terms - q * value.unsqueeze(-1)
+        return value, terms.addcmul_(q, value.unsqueeze(-1), value=-1)
     # Of logarithms: where p and q both underflow, log(beta p + (1 - beta) q) is log 0.
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    kl_p, _ = _kl(p, log_p, log_m)
+    kl_p = _kl(log_p.exp(), log_p, log_m)[0]
+    q = log_q.exp()
     kl_q, terms = _kl(q, log_q, log_m)
-    return beta * kl_p + (1 - beta) * kl_q, (1 - beta) * (terms - q * kl_q.unsqueeze(-1))
+    slope = terms.addcmul_(q, kl_q.unsqueeze(-1), value=-1).mul_(1 - beta)
+    return beta * kl_p + (1 - beta) * kl_q, slope
 
 
 def _kl(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
