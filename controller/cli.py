@@ -150,13 +150,19 @@ def validate(
     fragment: Fragments,
     setting: Settings,
 ) -> None:
-    """Check a run without starting anything: fields, references, data files."""
+    """Check a run without starting anything: fields, references, data files; and whether it fits the memory it states."""
+    from controller.commands.sizes import misfits, sizes_here
     from controller.compose import compose, read_document
+    from controller.plan.sizes import states_memory
     from controller.preflight import load_run
 
     document = compose(read_document(file), [read_document(path) for path in fragment], setting)
     loaded = load_run(document, file.resolve().parent)
     typer.echo(f"{file}: run {loaded.name} is valid, {len(loaded.phases)} phases")
+    # Sizes are an estimate: a warning, and no error.
+    sizes = sizes_here(loaded, file.resolve().parent) if states_memory(loaded) else {}
+    for misfit in misfits(sizes.values()):
+        typer.secho(f"warning: {misfit}", fg="yellow", err=True)
 
 
 @app.command()

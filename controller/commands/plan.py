@@ -7,11 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from controller.commands.run import Request, local_backend
-from controller.commands.sizes import COLUMNS, plain_lines, remarks, row
+from controller.commands.sizes import COLUMNS, plain_lines, remarks, row, sizes_here
 from controller.plan.explain import PhasePlan, explain
-from controller.plan.shapes import sources
-from controller.plan.sizes import PhaseSize, run_sizes
-from trainers.sizing.configs import read_configs
+from controller.plan.sizes import PhaseSize
 
 TITLE = "memory of one device, by arithmetic"
 COLOURS = {"reuse": "green", "run": "bold", "continue": "cyan", "skip": "dim"}
@@ -21,7 +19,7 @@ def plan_command(request: Request) -> int:
     run = request.load(local=False)
     only = request.selection(run)
     plans = explain(run, asyncio.run(local_backend(request, run).survey(run)), only)
-    sizes = run_sizes(run, read_configs(sources(run), request.base_dir))
+    sizes = sizes_here(run, request.base_dir)
     needed = [sizes[plan.name] for plan in plans if plan.name in sizes and plan.action in ("run", "continue")]
     known = [size for size in needed if size.needs is not None]
     console = Console()

@@ -1,11 +1,27 @@
 """What phases will need, as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from controller.plan.sizes import PARTS, PhaseSize, parts, sentence, shown
+from controller.api.run import AlignmentRun
+from controller.plan.shapes import sources
+from controller.plan.sizes import PARTS, PhaseSize, ZeroFiles, parts, run_sizes, sentence, shown
+from trainers.sizing.configs import read_configs
+from trainers.zero_config import ZERO, zero_config
 
 SHOWN_MODELS = 4
 COLUMNS = ("phase", "models", "devices", *PARTS, "in all", "of")
+
+
+def sizes_here(run: AlignmentRun, base_dir: Path) -> dict[str, PhaseSize]:
+    """Of a run that has been checked, with the files and configs that can be had from this machine."""
+    return run_sizes(run, read_configs(sources(run), base_dir), _zero_files(run, base_dir))
+
+
+def _zero_files(run: AlignmentRun, base_dir: Path) -> ZeroFiles:
+    found = (entry.spec.parallel.deepspeed for entry in run.phases)
+    named = {settings.config: settings for settings in found if settings is not None and settings.config is not None}
+    return {name: zero_config(settings, base_dir)[ZERO] for name, settings in named.items()}
 
 
 def row(size: PhaseSize) -> tuple[str, ...]:
@@ -33,9 +49,14 @@ def count(parameters: int) -> str:
     return str(parameters)
 
 
+def misfits(sizes: Iterable[PhaseSize]) -> list[str]:
+    """What does not fit, and what would."""
+    return [f"{size.phase} {sentence(size)}" for size in sizes if size.fits is False]
+
+
 def remarks(sizes: Sequence[PhaseSize]) -> list[str]:
     """What does not fit, and what is not known."""
-    said = [f"{size.phase} {sentence(size)}" for size in sizes if size.fits is False]
+    said = misfits(sizes)
     for reason in dict.fromkeys(size.unknown for size in sizes if size.unknown):
         phases = ", ".join(size.phase for size in sizes if size.unknown == reason)
         said.append(f"what {phases} will need is not known: {reason}")

@@ -1,7 +1,8 @@
 """What each phase of a run will need of a device's memory, whether that is there, and what would fit. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, Template
@@ -22,6 +23,10 @@ FRAGMENTED = 0.05
 """Share of a GPU that the caching allocator cannot give out again in one piece."""
 SMALLEST_PASS = 512
 """Tokens of a forward pass below which a step becomes slow."""
+
+
+ZeroFiles = Mapping[str, Mapping[str, Any]]
+"""`zero_optimization` of the DeepSpeed JSON files that are known, by what the run names them."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,16 @@ class PhaseSize:
         return True if self.needs.activations_known else None
 
 
-def run_sizes(run: AlignmentRun, configs: Configs) -> dict[str, PhaseSize]:
+def run_sizes(run: AlignmentRun, configs: Configs, zero_files: ZeroFiles | None = None) -> dict[str, PhaseSize]:
     """By phase, in the order in which they can run; phases that hold no model are left out."""
     shape_of = Shapes(run, configs).of
-    found = ((phase.name, phase_size(phase, shape_of)) for phase in resolve(run))
+    found = ((phase.name, phase_size(phase, shape_of, zero_files or {})) for phase in resolve(run))
     return {name: size for name, size in found if size is not None}
 
 
-def phase_size(phase: ResolvedPhase, shape_of: ShapeOf) -> PhaseSize | None:
+def phase_size(phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles) -> PhaseSize | None:
     device = device_of(phase.template)
-    place = place_of(phase, device)
+    place = place_of(phase, device, zero_files)
     try:
         needs = phase_needs(phase.spec, place, shape_of)
     except UnknownSize as error:
@@ -81,7 +86,12 @@ def phase_size(phase: ResolvedPhase, shape_of: ShapeOf) -> PhaseSize | None:
     if needs is None:
         return None
     size = PhaseSize(phase.name, place.world, device, needs)
-    return replace(size, advice=_advice(phase, device, shape_of)) if size.fits is False else size
+    return replace(size, advice=_advice(phase, device, shape_of, zero_files)) if size.fits is False else size
+
+
+def states_memory(run: AlignmentRun) -> bool:
+    """Whether there is a phase of whose devices the run says how large they are."""
+    return any(device_of(phase.template).memory is not None for phase in resolve(run))
 
 
 def device_of(template: Template) -> Device:
@@ -95,24 +105,25 @@ def device_of(template: Template) -> Device:
     return Device(False, "", byte_count(limit) // (template.procs_per_node or 1) if limit is not None else None)
 
 
-def place_of(phase: ResolvedPhase, device: Device) -> Place:
-    wanted = phase.spec.parallel.precision
-    bf16 = wanted == "bf16" or (
-        wanted == "auto" and device.gpu and "V100" not in device.name and "T4" not in device.name
+def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Place:
+    parallel = phase.spec.parallel
+    bf16 = parallel.precision == "bf16" or (
+        parallel.precision == "auto" and device.gpu and "V100" not in device.name and "T4" not in device.name
     )
-    return Place(phase.spec.parallel, phase.nodes, phase.procs_per_node, bf16, device.gpu)
+    zero = zero_files.get(parallel.deepspeed.config or "", {}) if parallel.deepspeed is not None else {}
+    return Place(parallel, phase.nodes, phase.procs_per_node, bf16, device.gpu, zero)
 
 
 # ---------------------------------------------------------------- what would fit
 
 
-def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf) -> str:
+def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf, zero_files: ZeroFiles) -> str:
     """The first change that makes it fit, from what costs nothing to what costs most time."""
     usable = device.usable
     assert usable is not None
-    for said, parallel, nodes in _changes(phase):
-        changed = replace(phase, spec=_with(phase.spec, parallel), template=_on(phase.template, nodes))
-        needs = phase_needs(changed.spec, place_of(changed, device), shape_of)
+    for said, spec, nodes in _changes(phase):
+        changed = replace(phase, spec=spec, template=_on(phase.template, nodes))
+        needs = phase_needs(changed.spec, place_of(changed, device, zero_files), shape_of)
         if needs is not None and needs.memory.total <= usable:
             return f"would fit with {said}: {shown(needs.memory.total)}"
     return "no strategy on these devices makes it fit: use larger ones or more of them, or a smaller model"
@@ -126,19 +137,19 @@ def _on(template: Template, nodes: int) -> Template:
     return template.model_copy(update={"nodes": nodes})
 
 
-def _changes(phase: ResolvedPhase) -> Iterator[tuple[str, Parallel, int]]:
+def _changes(phase: ResolvedPhase) -> Iterator[tuple[str, PhaseSpec, int]]:
+    """What is changed, in words; the phase's settings with it; and nodes."""
     now, nodes = phase.spec.parallel, phase.nodes
     for said, parallel in _on_these_devices(now, phase.nodes * phase.procs_per_node):
-        yield said, parallel, nodes
-        yield from (
-            (f"{said}{', ' if said else ''}microBatchTokens: {p.micro_batch_tokens}", p, nodes)
-            for p in _smaller(parallel)
-        )
+        changed = _with(phase.spec, parallel)
+        yield said, changed, nodes
+        yield from ((f"{said}{', ' if said else ''}{less}", spec, nodes) for less, spec in _smaller(changed))
     split = now.model_copy(
         update={"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None, "gradient_checkpointing": True}
     )
     for more in (2, 4, 8, 16, 32, 64):
-        yield f"nodes: {more * nodes}, strategy: fsdp, gradientCheckpointing: true", split, more * nodes
+        said = f"nodes: {more * nodes}, strategy: fsdp, gradientCheckpointing: true"
+        yield said, _with(phase.spec, split), more * nodes
 
 
 def _on_these_devices(now: Parallel, world: int) -> Iterator[tuple[str, Parallel]]:
@@ -160,11 +171,19 @@ def _on_these_devices(now: Parallel, world: int) -> Iterator[tuple[str, Parallel
         yield said, checkpointing.model_copy(update=offloaded)
 
 
-def _smaller(parallel: Parallel) -> Iterator[Parallel]:
-    tokens = parallel.micro_batch_tokens // 2
+def _smaller(spec: PhaseSpec) -> Iterator[tuple[str, PhaseSpec]]:
+    """Fewer tokens at once, where they are scored; fewer responses at once, where they are sampled."""
+    tokens = spec.parallel.micro_batch_tokens // 2
     while tokens >= SMALLEST_PASS:
-        yield parallel.model_copy(update={"micro_batch_tokens": tokens})
+        said = f"microBatchTokens: {tokens}"
+        yield said, _with(spec, spec.parallel.model_copy(update={"micro_batch_tokens": tokens}))
         tokens //= 2
+    sampling = getattr(spec, "sampling", None)
+    size = sampling.batch_size // 2 if sampling is not None else 0
+    while sampling is not None and size >= 1:
+        smaller = sampling.model_copy(update={"batch_size": size})
+        yield f"sampling.batchSize: {size}", spec.model_copy(update={"sampling": smaller})
+        size //= 2
 
 
 # ---------------------------------------------------------------- in words

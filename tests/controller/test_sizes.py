@@ -1,17 +1,23 @@
 """What phases will need, worked out from a run and the configs of its models."""
 
 import pytest
-from builders import DATA, PROMPTS, START, dpo, make_run, ppo, reward, sft
+import yaml
+from builders import DATA, PAIRS, PROMPTS, START, document, dpo, make_run, ppo, reward, sft
+from typer.testing import CliRunner
 
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun
-from controller.commands.sizes import count, markdown_lines, plain_lines, remarks
+from controller.cli import app
+from controller.commands.sizes import count, markdown_lines, plain_lines, remarks, sizes_here
 from controller.operator.events import transitions
 from controller.plan.decide import decide
 from controller.plan.observed import Observed
 from controller.plan.shapes import sources
 from controller.plan.sizes import PhaseSize, run_sizes, shown
 from trainers.sizing.devices import GIB, product_memory
+from trainers.sizing.memory import Place, forward_alone
+from trainers.sizing.shapes import shape_of
+from trainers.spec import Parallel
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -148,12 +154,68 @@ def test_activations_grow_with_the_tokens():
 
 
 def test_the_cache_by_hand():
-    """Keys and values of 64 responses of 512 + 256 tokens in bf16; one layer more while it grows; then logits."""
+    """Keys and values of 64 responses of 512 + 256 tokens in bf16; one layer more while it grows; what computes prompts."""
     phase = {"name": "traces", "rollout": {"policy": {"source": "org/big"}, "data": PROMPTS}}
     memory = one(phase).needs.memory
     a_token = 2 * 8 * 128 * 32
-    assert memory.cache == 2 * a_token * 64 * 768 * 33 // 32 + 64 * 128256 * 28
+    prompts = forward_alone(Place(Parallel(), bf16=True), shape_of(LLAMA_8B), 64 * 512, 512)
+    assert memory.cache == 2 * a_token * 64 * 768 * 33 // 32 + prompts
     assert memory.frozen == 2 * BIG
+    phase["rollout"]["data"] = {**PROMPTS, "maxPromptLength": 1}
+    assert one(phase).needs.memory.cache == 2 * a_token * 64 * 257 * 33 // 32 + 64 * 128256 * 28, "or logits"
+
+
+def test_casts_of_a_policy_that_speaks_under_autocast():
+    """Its weights are held in fp32, and have copies in bf16 while it does; embeddings and head have none."""
+    phase = ppo("ppo", "sft", "r")
+    run = make_run(tuned("org/big"), reward("r", "sft"), phase, template=EIGHT_H100)
+    spoken = run_sizes(run, CONFIGS)["ppo"].needs.memory.cache
+    phase["ppo"]["parallel"] = {"precision": "fp32"}
+    run = make_run(tuned("org/big"), reward("r", "sft"), phase, template=EIGHT_H100)
+    plain = run_sizes(run, CONFIGS)["ppo"].needs.memory
+    assert plain.cache > 0
+    assert spoken > 2 * (BIG - 2 * 128256 * 4096)
+
+
+def test_a_reference_whose_scores_are_stored_is_gone_before_there_are_moments():
+    phase = {
+        "name": "dpo",
+        "dpo": {"policy": {"source": "org/small"}, "reference": {"source": "org/small"}, "data": PAIRS},
+    }
+    memory = one(phase).needs.memory
+    assert memory.frozen == 0
+    assert memory.cache > 4 * SMALL, "it is held as the policy is"
+    phase["dpo"]["referenceScores"] = "on-the-fly"
+    assert one(phase).needs.memory.frozen == 4 * SMALL
+
+
+@pytest.mark.parametrize(
+    ("zero", "stage", "exchange"),
+    [
+        ({}, 2, 4 * 5 * 10**8),
+        ({"reduce_bucket_size": 10**7}, 2, 4 * 10**7),
+        ({"reduce_bucket_size": 10**7, "overlap_comm": True}, 2, 2 * 4 * 10**7),
+        ({}, 3, 4 * (10**9 + 5 * 10**8)),
+        (
+            {
+                "reduce_bucket_size": 10**7, "stage3_max_live_parameters": 10**8, "stage3_max_reuse_distance": 10**8,
+                "stage3_prefetch_bucket_size": 10**6,
+            },
+            3,
+            4 * (128256 * 4096 + 10**6 + 10**7),
+        ),
+    ],
+)  # fmt: skip
+def test_buckets_are_those_of_the_deepspeed_file(zero, stage, exchange):
+    parallel = {"strategy": "deepspeed", "deepspeed": {"stage": stage, "config": "zero.json"}}
+    run = make_run(tuned("org/big", parallel=parallel), template=EIGHT_H100)
+    assert run_sizes(run, CONFIGS, {"zero.json": zero})["sft"].needs.memory.exchange == exchange
+
+
+def test_a_bucket_is_no_larger_than_the_gradients():
+    small = tuned("org/small", parallel={"strategy": "deepspeed", "deepspeed": {"stage": 1}}, lora={"rank": 1})
+    memory = one(small).needs.memory
+    assert memory.exchange == memory.gradients
 
 
 # ---------------------------------------------------------------- through the graph
@@ -223,6 +285,24 @@ def test_what_does_not_fit_and_what_would():
     assert size.advice.startswith("would fit with strategy: fsdp, gradientCheckpointing: true")
     changed = one(tuned("org/big", parallel={"strategy": "fsdp", "gradientCheckpointing": True}))
     assert changed.fits is True, "the advice, followed, is right"
+
+
+def test_fewer_tokens_at_once():
+    size = one(tuned("org/small", parallel={"gradientCheckpointing": True, "microBatchTokens": 2**18}))
+    assert size.advice.startswith("would fit with microBatchTokens: ")
+    tokens = int(size.advice.split()[4].rstrip(":"))
+    assert one(tuned("org/small", parallel={"gradientCheckpointing": True, "microBatchTokens": tokens})).fits is True
+
+
+def test_fewer_responses_at_once():
+    data = {**PROMPTS, "maxPromptLength": 4096}
+    phase = {"name": "traces", "rollout": {"policy": {"source": "org/big"}, "data": data}}
+    phase["rollout"]["sampling"] = {"batchSize": 512}
+    size = one(phase)
+    assert size.fits is False
+    assert size.advice.startswith("would fit with sampling.batchSize: ")
+    phase["rollout"]["sampling"] = {"batchSize": int(size.advice.split()[4].rstrip(":"))}
+    assert one(phase).fits is True
 
 
 def test_more_nodes_where_no_strategy_is_enough():
@@ -295,6 +375,28 @@ def test_counts(number, text):
 @pytest.mark.parametrize(("size", "text"), [(38 * GIB, "38 GiB"), (3 * GIB // 2, "1.5 GiB"), (210 * 2**20, "210 MiB")])
 def test_sizes_in_words(size, text):
     assert shown(size) == text
+
+
+LARGE = {"scratch": {"hiddenSize": 4096, "numLayers": 32, "numHeads": 32, "tokenizer": {"trainOn": DATA["train"]}}}
+
+
+@pytest.mark.parametrize(("memory", "warned"), [("80Gi", True), ("800Gi", False), (None, False)])
+def test_validate_warns_of_what_does_not_fit_and_does_not_fail(memory, warned, tmp_path):
+    template = {"procsPerNode": 8, "resources": {"limits": {"nvidia.com/gpu": 8}}}
+    template |= {"gpuMemory": memory} if memory else {}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(document({"name": "sft", "sft": {"model": LARGE, "data": DATA}}, template=template)))
+    result = CliRunner().invoke(app, ["validate", str(file)])
+    assert (result.exit_code, "is valid" in result.stdout) == (0, True)
+    assert ("warning: sft needs" in result.stderr) is warned
+    assert ("would fit with strategy: fsdp" in result.stderr) is warned
+
+
+def test_plans_read_the_deepspeed_file(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": 10000000}}')
+    parallel = {"strategy": "deepspeed", "deepspeed": {"stage": 2, "config": "zero.json"}}
+    run = make_run({"name": "sft", "sft": {"model": LARGE, "data": DATA, "parallel": parallel}}, template=EIGHT_H100)
+    assert sizes_here(run, tmp_path)["sft"].needs.memory.exchange == 4 * 10**7
 
 
 # ---------------------------------------------------------------- in the status

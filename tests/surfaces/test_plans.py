@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.api.run import AlignmentRun
 from controller.commands.sizes import markdown_lines
 from controller.compose import read_document
 from controller.plan.shapes import sources
@@ -49,6 +50,31 @@ def test_every_phase_of_a_large_example_fits_its_gpus(name):
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_page_has_the_plan_of_each_large_example(name):
     assert "\n".join(markdown_lines(list(sizes_of(name).values()))) in PAGE.read_text()
+
+
+BYTES = {
+    "weights, trained (`fp32`, the default)": ({}, "weights"),
+    "their gradients": ({}, "gradients"),
+    "AdamW's two moments": ({}, "optimizer"),
+    "weights, not trained: reference, teacher, reward model (`bf16` on GPUs)": (None, "frozen"),
+    "weights under adapters (LoRA)": ({"lora": {"rank": 1}}, "weights"),
+}
+"""Rows of the page's first table: what a training or, for None, a rollout is set, and the part of its memory."""
+
+
+@pytest.mark.parametrize("held", BYTES)
+def test_the_page_says_how_many_bytes_a_parameter_takes(held):
+    settings, part = BYTES[held]
+    model = {"source": "Qwen/Qwen2.5-1.5B-Instruct"}
+    data = [{"synthetic": {"task": "letters", "split": "prompts", "count": 8}}]
+    phase = {"sft": {"model": model, "data": {"train": data}, **settings}} if settings is not None else None
+    phase = phase or {"rollout": {"policy": model, "data": {"prompts": data}}}
+    template = {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}
+    document = {"apiVersion": "alignment.dev/v1alpha1", "kind": "AlignmentRun", "metadata": {"name": "one"}}
+    run = AlignmentRun.model_validate(document | {"spec": {"template": template, "phases": [{"name": "one", **phase}]}})
+    needs = run_sizes(run, {(source, revision): HUB[source] for source, revision in sources(run)})["one"].needs
+    said = round(getattr(needs.memory, part) / needs.models[0][1])
+    assert f"| {held} | {said} |" in PAGE.read_text()
 
 
 def test_without_splitting_the_examples_would_not_fit():

@@ -1,18 +1,40 @@
-"""Phases in processes of their own, and the memory that they reach."""
+"""Phases in processes of their own, and the memory that they reach.
 
+Processes are forked from one that has imported what phases need, which else would take most of the time.
+"""
+
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import psutil
 import yaml
+
+IMPORTED = [
+    "trainers.launch",
+    "trainers.core.context",
+    "trainers.core.parallel",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    *(f"trainers.phases.{name}.train" for name in ("sft", "reward", "dpo", "ppo", "distill")),
+    *(f"trainers.phases.{name}.run" for name in ("rollout", "evaluate")),
+]
+"""All but DeepSpeed, which phases without it keep from being imported."""
 
 # Large tensors are given back as soon as they are freed, as a device's allocator has them for others at once.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+SAVED = (".model.tmp", "model")
+"""In a phase's directory, from where its model is saved on."""
 
 
 @dataclass(frozen=True)
@@ -20,55 +42,82 @@ class Reached:
     """Resident bytes of the largest of a phase's processes."""
 
     peak: int
-    """At its worst moment, be that in a step or not."""
-    between: int
-    """After the first step: without what imports and exports have for a moment."""
+    """At its worst moment, up to where the model is saved: what is saved passes through the machine's memory."""
+    settled: int
+    """From the first step on, without what imports and loading have for a moment."""
+
+
+@contextmanager
+def prepared_process() -> Iterator[None]:
+    """Inside, a process stands by that has imported what phases need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with patch.dict(os.environ, MALLOC | {"OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0"}):
+        yield
 
 
 def reached(kind: str, spec: dict[str, Any], folder: Path, processes: int = 1) -> Reached:
-    """What a phase reaches. Raises RuntimeError if it fails.
+    """What a phase reaches, within :func:`prepared_process`. Raises RuntimeError if it fails.
 
     Weights that nothing has written to are pages of their file, so what is mapped of files counts too.
     """
     folder.mkdir(parents=True)
-    file = folder / "phase.yaml"
+    file, log = folder / "phase.yaml", folder / "log"
     file.write_text(yaml.safe_dump({"output": str(folder / "out" / "phase"), "inputs": {}, "spec": spec}))
-    command = [*_launcher(processes), "-m", "trainers", kind, "--spec", str(file)]
-    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        found = _watch(process, processes, folder / "out" / "phase" / "metrics.jsonl")
-    if process.returncode != 0:
-        raise RuntimeError((folder / "log").read_text()[-4000:])
+    context = multiprocessing.get_context("forkserver")
+    group = _group(processes)
+    ranks = [context.Process(target=_run, args=(kind, file, log, group, rank)) for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    found = _watch(ranks, folder / "out" / "phase")
+    if any(rank.exitcode for rank in ranks):
+        raise RuntimeError(log.read_text()[-4000:])
     return found
 
 
-def _launcher(processes: int) -> list[str]:
+def _group(processes: int) -> dict[str, str]:
+    """What torchrun would tell all ranks; nothing to one alone."""
     if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(processes)
+    return {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _watch(process: "subprocess.Popen[bytes]", processes: int, metrics: Path) -> Reached:
+def _run(kind: str, file: Path, log: Path, group: dict[str, str], rank: int) -> None:
+    """One rank, in its process."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if group:
+        os.environ |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    from trainers.launch import run_phase
+
+    sys.exit(run_phase(kind, file, []))
+
+
+def _watch(ranks: list[BaseProcess], output: Path) -> Reached:
     """The kernel keeps the peak, so it is enough to ask for it now and then."""
-    peak, between, ranks = 0, 0, [process.pid] if processes == 1 else []
-    while process.poll() is None:
-        ranks = ranks if len(ranks) == processes else _ranks(process.pid)
-        peak = max([peak, *(_resident(pid, "VmHWM") for pid in ranks)])
-        if not between and metrics.exists():
-            between = max(_resident(pid, "VmRSS") for pid in ranks)
+    peak, settled, failed, metrics = 0, 0, False, output / "metrics.jsonl"
+    while any(rank.is_alive() for rank in ranks):
+        highest = [_resident(rank.pid, "VmHWM") for rank in ranks]
+        if not any((output / name).exists() for name in SAVED):
+            peak = max([peak, *highest])
+        if metrics.exists() and metrics.stat().st_size:
+            settled = max([settled, *(_resident(rank.pid, "VmRSS") for rank in ranks)])
+        if not failed and any(rank.exitcode for rank in ranks):
+            failed = True
+            for rank in ranks:
+                rank.terminate()
         time.sleep(0.02)
-    return Reached(peak, between)
+    for rank in ranks:
+        rank.join()
+    return Reached(peak, settled or peak)
 
 
-def _ranks(launcher: int) -> list[int]:
-    try:
-        return [child.pid for child in psutil.Process(launcher).children() if "trainers" in child.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _resident(pid: int, which: str) -> int:
+def _resident(pid: int | None, which: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -2,20 +2,28 @@
 
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from families.architectures import FAMILIES, family_config
+from live_tensors import Live
 from one_rank import OneRank
 from transformers import AutoModelForCausalLM
 
+from trainers.core.batch import Sequence, collate
 from trainers.core.flops import model_flops
 from trainers.core.generate import generate
+from trainers.core.head_losses import Beside, head_loss
 from trainers.core.memory import kept_bytes, memory_needed
-from trainers.core.scoring import Scorer
+from trainers.core.scoring import Scorer, hidden_states, target_logprobs
 from trainers.core.trainee import Trainee
+from trainers.phases.distill.loss import top_k_divergence
+from trainers.phases.distill.train import divergence
 from trainers.sizing.families import STATE_SPACE
-from trainers.sizing.memory import Place, Trained, activations, held_trained
+from trainers.sizing.memory import Place, Trained, activations, forward_alone, held_trained
+from trainers.sizing.phases import DIVERGENCE, SCORES, STORED
 from trainers.sizing.shapes import shape_of
 from trainers.spec import Optim, Parallel, Sampling
 
@@ -96,3 +104,48 @@ def test_a_chunk_of_logits_is_what_losses_hold() -> None:
     from trainers.sizing import memory
 
     assert memory.CHUNK_ELEMENTS == head_losses.CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "phi3"])
+def test_what_a_pass_without_gradients_holds(family):
+    """Of all layers one after the other, and nothing of what is gone behind them."""
+    config = large_enough(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    batch = collate([Sequence(np.arange(TOKENS) % 61, np.ones(TOKENS, dtype=bool))], False, torch.device("cpu"))
+    with torch.no_grad(), Live() as live:
+        hidden_states(model, batch)
+    said = forward_alone(Place(Parallel()), shape_of(config.to_dict()), TOKENS, TOKENS)
+    print(family, said / live.most)
+    assert said == pytest.approx(live.most, rel=0.25)
+
+
+POSITIONS, VOCABULARY, KEPT = 64, 4096, 32
+
+
+def stored_scores():
+    ids = torch.arange(KEPT).expand(POSITIONS, KEPT)
+    return top_k_divergence(ids, torch.zeros(POSITIONS, KEPT + 1).log_softmax(-1), VOCABULARY, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("compared", "with_teacher", "tensors"),
+    [
+        (target_logprobs(SimpleNamespace(target_ids=torch.zeros(POSITIONS, dtype=torch.long))), False, SCORES),
+        (target_logprobs(SimpleNamespace(target_ids=torch.zeros(POSITIONS, dtype=torch.long)), 0.7), False, SCORES + 1),
+        (divergence(0.5, 1.0), True, DIVERGENCE),
+        (divergence(0.0, 1.0), True, DIVERGENCE),
+        (divergence(1.0, 0.7), True, DIVERGENCE),
+        (stored_scores(), False, STORED),
+    ],
+    ids=["log-probabilities", "and a temperature", "divergence", "forward", "reverse", "stored scores"],
+)
+def test_what_a_chunk_of_logits_becomes(compared, with_teacher, tensors):
+    """Logits, and what is made of them on the way to their gradient; each as large as they are."""
+    model = AutoModelForCausalLM.from_config(
+        family_config("llama", VOCABULARY, hidden_size=8, num_attention_heads=2, num_key_value_heads=2, head_dim=4)
+    )
+    hidden = torch.randn(POSITIONS, 8, requires_grad=True)
+    beside = Beside(model, hidden.detach()) if with_teacher else None
+    with Live() as live:
+        head_loss(model, hidden, compared, lambda values, _: values.sum(), beside=beside)[0].backward()
+    assert tensors - 0.75 < live.most / (4 * POSITIONS * VOCABULARY) < tensors + 0.75

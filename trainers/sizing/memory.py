@@ -3,8 +3,9 @@
 What torch is asked for, not what a caching allocator holds on to. Names: n tokens of a forward pass, L of a row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trainers.sizing.shapes import ModelShape
 from trainers.spec import Lora, Parallel
@@ -13,9 +14,13 @@ FP32, BF16 = 4, 2
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, as in `trainers.core.head_losses`."""
 BUCKET_ELEMENTS = 5 * 10**8
-"""Numbers in one of DeepSpeed's buckets of gradients unless its config says otherwise."""
+"""Numbers in one of DeepSpeed's buckets of gradients unless its config says otherwise, or there are fewer."""
 LIVE_ELEMENTS = 10**9
 """Weights that DeepSpeed holds whole at a time in stage 3 unless its config says otherwise: those that are soon used again."""
+PREFETCH_ELEMENTS = 5 * 10**7
+"""Weights that DeepSpeed fetches ahead in stage 3 unless its config says otherwise."""
+AT_ONCE = 2 / 3
+"""Share of what a layer would keep for its backward pass that is there at once where there is none."""
 PREFETCHED = 2
 """Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
 
@@ -30,6 +35,8 @@ class Place:
     bf16: bool = False
     """Arithmetic of forward and backward."""
     gpu: bool = False
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    """`zero_optimization` of a DeepSpeed JSON file."""
 
     @property
     def world(self) -> int:
@@ -147,7 +154,7 @@ def _with_adapters(place: Place, model: Trained) -> Memory:
     trained = model.parameters
     moments = 2 * model.moment * trained // (place.shards if place.strategy == "deepspeed" else 1)
     exchange = FP32 * trained if place.world > 1 else 0
-    exchange += _gathered(place, model.shape, _gather_bytes(place, model.held)) if place.stage == 3 else 0
+    exchange += _gathered(place, model.shape, model.held) if place.stage == 3 else 0
     memory = Memory(base + FP32 * trained, FP32 * trained, moments, exchange=exchange)
     return replace(memory, weights=FP32 * trained) if _offloads_weights(place) else memory
 
@@ -157,14 +164,23 @@ def _buffers(place: Place, model: Trained) -> int:
     whole = model.parameters
     if place.strategy == "ddp":
         return model.held * whole
+    gathered = _gathered(place, model.shape, model.held) if place.stage == 3 else 0
     if place.strategy == "deepspeed":
-        live = LIVE_ELEMENTS if place.stage == 3 else BUCKET_ELEMENTS
-        return model.held * (min(whole, live) + min(whole, BUCKET_ELEMENTS))
+        return gathered + _zero_buckets(place, model)
     if place.stage == 3:
         number = _gather_bytes(place, model.held)
-        gradients = (number + FP32) * max(model.shape.largest_layer, model.shape.embedding)
-        return _gathered(place, model.shape, number) + gradients
+        return gathered + (number + FP32) * max(model.shape.largest_layer, model.shape.embedding)
     return 0
+
+
+def _zero_buckets(place: Place, model: Trained) -> int:
+    """They come with a backward pass, and go with it. On a CPU they take memory as they fill, while activations go."""
+    if place.stage < 3 and not place.gpu:
+        return 0
+    # One is filled while the other one is on its way.
+    count = 2 if place.stage < 3 and place.zero.get("overlap_comm") else 1
+    size = int(place.zero.get("reduce_bucket_size", min(model.parameters, BUCKET_ELEMENTS)))
+    return count * model.held * size
 
 
 def _gather_bytes(place: Place, held: int) -> int:
@@ -178,11 +194,26 @@ def _gather_bytes(place: Place, held: int) -> int:
     return BF16 if wanted == "bf16" else FP32
 
 
-def _gathered(place: Place, shape: ModelShape, number: int) -> int:
-    """Whole weights that are there at once. Embeddings that are the head too are there from begin to end."""
+def _gathered(place: Place, shape: ModelShape, held: int) -> int:
+    """Whole weights of a trained model that are there at once."""
+    if place.strategy == "deepspeed":
+        return held * _live(place, shape)
     fsdp = place.parallel.fsdp
     if fsdp is not None and not fsdp.reshard_after_forward:
-        return number * shape.parameters
+        return _gather_bytes(place, held) * shape.parameters
+    return _layers(shape, _gather_bytes(place, held))
+
+
+def _live(place: Place, shape: ModelShape) -> int:
+    """Weights that ZeRO keeps whole for their next use, or fetches ahead; the largest is there in any case."""
+    names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    kept = max(int(place.zero.get(name, LIVE_ELEMENTS)) for name in names)
+    ahead = int(place.zero.get("stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))
+    return min(shape.parameters, max(kept, shape.embedding + ahead))
+
+
+def _layers(shape: ModelShape, number: int) -> int:
+    """FSDP's: layers that compute and are fetched. Embeddings that are the head too are there from begin to end."""
     layers = PREFETCHED * shape.largest_layer
     if shape.tied:
         return number * (layers + shape.embedding)
@@ -211,7 +242,7 @@ def held_frozen(place: Place, model: Frozen) -> Memory:
     size = model.held * model.shape.parameters
     if not place.parallel.splits_frozen or place.world == 1:
         return Memory(frozen=size)
-    gathered = _gathered(place, model.shape, model.held)
+    gathered = _layers(model.shape, model.held)
     kept = 0 if place.gpu and place.parallel.frozen == "offloaded" else size // place.shards
     return Memory(frozen=kept, exchange=gathered)
 
@@ -231,18 +262,18 @@ def activations(place: Place, model: Trained, tokens: int, row: int, masked: boo
     kept += FP32 * shape.around.wide + FP32 * shape.width
     if masked:
         kept += FP32 * row
-    return tokens * kept + _casts(place, model) + head_bytes(model, tokens)
+    return tokens * kept + _casts(place, model.shape, model.held) + head_bytes(model, tokens)
 
 
 def _kept(wide: int, narrow: int, pairs: int, number: int, row: int) -> int:
     return FP32 * wide + number * narrow + FP32 * pairs * row
 
 
-def _casts(place: Place, model: Trained) -> int:
+def _casts(place: Place, shape: ModelShape, held: int) -> int:
     """Under autocast weights in fp32 have a copy in bf16 until their backward pass. What FSDP gathers is in bf16."""
-    if model.held <= place.number or place.strategy == "fsdp":
+    if held <= place.number or place.strategy == "fsdp":
         return 0
-    return BF16 * (model.shape.parameters - model.shape.embedding - model.shape.head)
+    return BF16 * (shape.parameters - shape.embedding - shape.head)
 
 
 def head_bytes(model: Trained, tokens: int) -> int:
@@ -259,19 +290,23 @@ def head_bytes(model: Trained, tokens: int) -> int:
 def forward_alone(place: Place, shape: ModelShape, tokens: int, row: int) -> int:
     """What one layer holds while it computes, and the hidden states before and behind it, without gradients."""
     layer = max((_kept(0, layer.narrow, layer.pairs, place.number, row) for layer in shape.layers), default=0)
-    return tokens * (layer + 2 * FP32 * shape.width)
+    return tokens * (int(AT_ONCE * layer) + 2 * FP32 * shape.width)
 
 
-def generation(place: Place, shape: ModelShape, held: int, responses: int, length: int, split: bool) -> int:
-    """The cache of keys and values of ``responses`` side by side, their last logits, and whole weights if they are split.
+def generation(
+    place: Place, shape: ModelShape, held: int, responses: int, prompt: int, length: int, split: bool
+) -> int:
+    """The cache of keys and values of ``responses`` side by side, whole weights if they are split, and what is computed:
+    prompts first, all at once; then one token of each.
 
     One layer's cache is there twice while it grows. Logits become probabilities and running sums in fp32 and fp64.
     """
     number = min(place.number, held) if place.bf16 else held
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
     logits = responses * shape.vocabulary * (3 * FP32 + 2 * 8)
+    prompts = forward_alone(place, shape, responses * prompt, prompt)
     gathered = _gather_bytes(place, held) * shape.parameters if split else 0
-    return cache + logits + gathered
+    return cache + max(prompts, logits) + gathered + _casts(place, shape, held)
 
 
 def largest(memories: Sequence[Memory]) -> Memory:

@@ -33,8 +33,9 @@ from trainers.spec import ArtifactRef, Lora, Optim, PhaseSpec, Sampling
 ShapeOf = Callable[[ArtifactRef], ModelShape]
 """The shape of the model that a reference means. Raises UnknownSize."""
 
-SCORES, DIVERGENCE = 3, 7
-"""Tensors of a chunk of logits: logits, probabilities, gradient; for a divergence both models' and its slope too."""
+SCORES, DIVERGENCE, STORED = 2, 7, 5
+"""Tensors of a chunk of logits that are there at once: its logits, and their log-probabilities, which become the gradient; of
+a divergence both models' and its terms; of a divergence from stored scores the student's alone, by autograd."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,14 @@ class _Tally:
         self.add(held_frozen(self.place, Frozen(shape, alike or self.held(ref, trained=False))))
         return shape
 
+    def pass_by(self, name: str, ref: ArtifactRef, held: int, tokens: int, row: int) -> None:
+        """A model that scores rows before any is trained on, and is gone then: it is there instead of gradients."""
+        alone = _Tally(self.place, self.shape_of)
+        shape = alone.freeze(name, ref, held)
+        self.models += alone.models
+        there = alone.memory.frozen + alone.memory.exchange
+        self.add(Memory(cache=there + forward_alone(self.place, shape, tokens, row)))
+
     def score(self, shape: ModelShape, tokens: int, row: int) -> None:
         """Forward passes without gradients."""
         self.add(Memory(cache=forward_alone(self.place, shape, tokens, row)))
@@ -100,7 +109,8 @@ class _Tally:
     ) -> None:
         side_by_side = min(sampling.batch_size, -(-responses // self.place.world))
         length = min(prompt + sampling.max_new_tokens, shape.positions)
-        self.add(Memory(cache=generation(self.place, shape, held, side_by_side, length, split)))
+        prompt = min(prompt, length)
+        self.add(Memory(cache=generation(self.place, shape, held, side_by_side, prompt, length, split)))
 
 
 def _sft(spec: SftSpec, tally: _Tally) -> None:
@@ -123,16 +133,18 @@ def _train_on_rows(spec: Any, ref: ArtifactRef, shape: ModelShape, tally: _Tally
 
 def _dpo(spec: DpoSpec, tally: _Tally) -> None:
     policy = _train_on_rows(spec, spec.policy, tally.shape_of(spec.policy), tally, SCORES)
-    on_the_fly = spec.reference_scores == "on-the-fly"
-    if spec.reference is not None or (on_the_fly and spec.lora is None):
-        # Stored scores need the reference only before training; but then it is there beside the policy.
+    if spec.reference_scores == "on-the-fly" and (spec.reference is not None or spec.lora is None):
         tally.freeze("reference", spec.reference or spec.policy, policy.held)
+    elif spec.reference is not None:
+        row = min(spec.data.max_length, policy.shape.positions)
+        tally.pass_by("reference", spec.reference, policy.held, spec.parallel.micro_batch_tokens, row)
 
 
 def _ppo(spec: PpoSpec, tally: _Tally) -> None:
     tokens, shape = spec.parallel.micro_batch_tokens, tally.shape_of(spec.policy)
     row = min(spec.data.max_prompt_length + spec.sampling.max_new_tokens, shape.positions)
-    policy = tally.train("policy", spec.policy, shape, spec.optim, tokens, row, spec.packing, spec.lora)
+    head = SCORES + (spec.sampling.temperature not in (0, 1))  # logits divided by it
+    policy = tally.train("policy", spec.policy, shape, spec.optim, tokens, row, spec.packing, spec.lora, head)
     reward = tally.freeze("rewardModel", spec.reward_model)
     critic_ref = spec.critic or spec.reward_model
     critic = tally.shape_of(critic_ref)
@@ -160,7 +172,8 @@ def _distill(spec: DistillSpec, tally: _Tally) -> None:
     teacher = None if spec.teacher is None else tally.freeze("teacher", spec.teacher)
     shape = _student(spec.student, teacher, tally)
     row = min(spec.max_length, shape.positions)
-    student = tally.train("student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, DIVERGENCE)
+    head = STORED if teacher is None else DIVERGENCE
+    student = tally.train("student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, head)
     if spec.reward_model is not None:
         tally.freeze("rewardModel", spec.reward_model)
     if spec.on_policy_fraction > 0 and spec.prompts is not None:
