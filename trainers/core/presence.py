@@ -5,6 +5,7 @@ then names none. So each process counts up in the store through which they have 
 the count of the next one: whatever its main thread does, for however long, goes on being heard of.
 """
 
+import atexit
 import faulthandler
 import itertools
 import os
@@ -44,14 +45,22 @@ class Presence:
         self.heard = (0, b"")
         """Exchanges with the store, and the next process's count."""
         self.closed = threading.Event()
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, name="presence", daemon=True).start()
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self._stop)
 
     def close(self) -> None:
         """Say that this process is done. Those before it wait no more."""
-        self.closed.set()
+        self._stop()
         with suppress(RuntimeError):  # whoever holds the store may be done before
             self.store.set(str(self.rank), "done")
+
+    def _stop(self) -> None:
+        """An interpreter that ends while a thread is in the store's code aborts, and the process seems to have crashed."""
+        self.closed.set()
+        for thread in self.threads:
+            thread.join(EVERY_SECONDS)
 
     def _exchange(self) -> None:
         for count in itertools.count(1):
