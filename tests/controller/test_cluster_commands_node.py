@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cluster.client import Cluster
 from cluster.proxy import FaultProxy
-from test_cluster_commands_api import Bench, attempt, phase
+from cluster_bench import Bench, attempt, phase
 
 pytestmark = pytest.mark.slow
 LINES = 40

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import real_tokenizers
-from test_chat import bytes_tokenizer
+from chat_tokenizers import bytes_tokenizer
 
 from trainers.contract import BadInput
 from trainers.core.chat import ChatFormat, chat_format

@@ -2,8 +2,8 @@
 
 import pytest
 import real_tokenizers
+from chat_tokenizers import CHATML, QUESTION, bytes_tokenizer
 from pydantic import ValidationError
-from test_chat import CHATML, QUESTION, bytes_tokenizer
 
 from trainers.contract import BadInput
 from trainers.core.chat import chat_format

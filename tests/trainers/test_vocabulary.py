@@ -6,7 +6,7 @@ import json
 import pytest
 import real_tokenizers
 import torch
-from test_chat import CHATML, OPEN, WITH_BOS, bytes_tokenizer
+from chat_tokenizers import CHATML, OPEN, WITH_BOS, bytes_tokenizer
 
 from trainers.core.models import LoadedModel, speak_alike
 from trainers.core.vocabulary import same_ids, same_tokens
