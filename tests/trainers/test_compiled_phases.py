@@ -35,6 +35,7 @@ CELLS = {kind: Cell(kind) for kind in ("sft", "reward", "dpo", "ppo", "distill")
 }
 SPLIT = {
     "ddp": {"strategy": "ddp"},
+    "ddp, checkpointed": {"strategy": "ddp", "gradientCheckpointing": True},
     "fsdp": {"strategy": "fsdp", "gradientCheckpointing": True},
     "zero 2": {"strategy": "deepspeed"},
 }
