@@ -66,32 +66,39 @@ def write(path: Path, schema: str, size: int) -> None:
 def spec_for(phase: str, data: Path, steps: int, model: str) -> dict[str, object]:
     source = [{"files": str(data)}]
     training = {"batchSize": 16, "duration": {"maxSteps": steps}, "parallel": {"microBatchTokens": 1024}}
-    if phase == "sft":
-        return {"model": {"source": model}, "data": {"train": source}, **training}
-    if phase == "dpo":
-        return {"policy": {"source": model}, "data": {"train": source}, "referenceScores": "on-the-fly", **training}
-    if phase == "distill":
-        return {
-            "teacher": {"source": model},
-            "student": {"source": model},
-            "traces": {"files": str(data)},
-            "onPolicyFraction": 0,
-            "maxLength": 512,
-            "weighting": {"mode": "none"},
-            **training,
-        }
-    assert phase == "ppo"
-    return {
-        "policy": {"source": model},
-        "rewardModel": {"source": f"{model}-reward"},
-        "data": {"prompts": source, "maxPromptLength": 512},
-        "sampling": {"maxNewTokens": 8},
-        "iterations": steps,
-        "batchSize": 16,
-    }
+    prompts = {"data": {"prompts": source, "maxPromptLength": 512}}
+    pairs = {"data": {"train": source}, **training}
+    sampling = {"maxNewTokens": 8, "batchSize": 16}
+    distilled = {"traces": {"files": str(data)}, "onPolicyFraction": 0, "maxLength": 512, "weighting": {"mode": "none"}}
+    judge = {"rewardModel": {"source": f"{model}-reward"}}
+    perplexity = {"benchmarks": [{"name": "p", "perplexity": {}}], "latency": {"enabled": False}}
+    specs: dict[str, dict[str, object]] = {
+        "sft": {"model": {"source": model}, **pairs},
+        "reward": {"model": {"source": model}, **pairs},
+        "dpo": {"policy": {"source": model}, "referenceScores": "on-the-fly", **pairs},
+        "distill": {"teacher": {"source": model}, "student": {"source": model}, **distilled, **training},
+        "ppo": {
+            "policy": {"source": model}, **judge, **prompts, "sampling": {"maxNewTokens": 8}, "iterations": steps, "batchSize": 16
+        },
+        "rollout": {"policy": {"source": model}, **prompts, "sampling": sampling},
+        "evaluate": {"models": [{"name": "m", "source": model}], "data": {"rows": source}, **perplexity},
+    }  # fmt: skip
+    return specs[phase]
 
 
-PHASES = {"sft": "sft", "dpo": "preference", "distill": "traces", "ppo": "prompt"}
+PHASES = {
+    "sft": "sft",
+    "reward": "preference",
+    "dpo": "preference",
+    "distill": "traces",
+    "ppo": "prompt",
+    "rollout": "prompt",
+    "evaluate": "sft",
+}
+"""With the schema of their rows."""
+
+UNENDING = ("rollout", "evaluate")
+"""Every row is used: they are stopped after as many steps, or blocks, as the others make."""
 
 
 def models(folder: Path, text: Path) -> str:
@@ -111,7 +118,7 @@ def models(folder: Path, text: Path) -> str:
     return str(folder / "model")
 
 
-def run(phase: str, spec: dict[str, object], output: Path) -> dict[str, float]:
+def run(phase: str, spec: dict[str, object], output: Path, steps: int) -> dict[str, float]:
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output, ignore_errors=True)
     file = output.with_suffix(".json")
@@ -126,11 +133,17 @@ def run(phase: str, spec: dict[str, object], output: Path) -> dict[str, float]:
     begun: float | None = None
     while process.poll() is None:
         peak = max([peak, *sizes(process)])
-        if begun is None and (output / "metrics.jsonl").exists():
+        made = times(phase, output)
+        if begun is None and made:
             begun = cpu_seconds(process)
+        if phase in UNENDING and len(made) >= steps:
+            process.terminate()
+            process.wait()
         time.sleep(0.2)
-    if process.returncode:
+    if process.returncode not in ((0, 143) if phase in UNENDING else (0,)):
         raise SystemExit(f"{phase} ended with {process.returncode}")
+    if phase == "evaluate":
+        return evaluated(times(phase, output), started, begun or 0.0, peak)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     settled = lines[len(lines) // 4 :]
     seconds = settled[-1]["time"] - settled[0]["time"]
@@ -140,6 +153,27 @@ def run(phase: str, spec: dict[str, object], output: Path) -> dict[str, float]:
         "whole, s": round(time.time() - started, 1),
         "tokens/s": round(sum(line["tokens"] for line in settled[1:]) / seconds),
         "of that waiting for data, %": round(100 * sum(line["seconds_data"] for line in settled[1:]) / seconds, 2),
+        "largest resident set, MB": round(peak / 1e6),
+    }
+
+
+def times(phase: str, output: Path) -> list[float]:
+    """When each step was done; of an evaluation, each block of rows."""
+    if phase == "evaluate":
+        return sorted(path.stat().st_mtime for path in (output / "cells").glob("losses-*"))
+    file = output / "metrics.jsonl"
+    return (
+        [json.loads(line)["time"] for line in file.read_text().splitlines(True) if line[-1] == "\n"]
+        if file.exists()
+        else []
+    )
+
+
+def evaluated(made: list[float], started: float, begun: float, peak: int) -> dict[str, float]:
+    return {
+        "first block after, s": round(made[0] - started, 1),
+        "processor seconds until then": round(begun, 1),
+        "seconds for a block of 512 rows": round((made[-1] - made[0]) / max(len(made) - 1, 1), 2),
         "largest resident set, MB": round(peak / 1e6),
     }
 
@@ -165,7 +199,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--phases", default="sft,dpo,distill,ppo")
+    parser.add_argument("--phases", default=",".join(PHASES))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     write(args.folder / "words.jsonl", "sft", 10**6)
@@ -176,7 +210,9 @@ def main() -> None:
         write(large, PHASES[phase], int(args.gigabytes * 1e9))
         os.environ["XDG_CACHE_HOME"] = str(args.folder / "cache")
         for name, data in (("small", small), ("large", large), ("large, again", large)):
-            found = run(phase, spec_for(phase, data, args.steps, model), args.folder / "runs" / "run" / phase)
+            found = run(
+                phase, spec_for(phase, data, args.steps, model), args.folder / "runs" / "run" / phase, args.steps
+            )
             print(f"{phase} {name}: {found}", flush=True)
         large.unlink()
 

@@ -20,7 +20,7 @@ from trainers.core import encoders, examples
 from trainers.core.batch import Sequence
 from trainers.core.chat import chat_format
 from trainers.core.encode import Pair, preference_pairs, sft_sequences
-from trainers.core.examples import Encoding, open_examples
+from trainers.core.examples import Encoding, InOrder, open_examples
 from trainers.core.records import packed, unpacked
 from trainers.core.row_store import Fate, Record, RowStore
 from trainers.core.rows import read_rows
@@ -176,6 +176,24 @@ def test_edited_data_and_other_settings_are_not_hidden_by_the_cache(tmp_path, ch
     assert {s.shortened for s in opened(context(tmp_path), chat, length=5).everything()} != {0}
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_all_in_order_from_any_on(tmp_path, chat, monkeypatch, held):
+    """For what uses each row once: a row that cannot be used has its place, and nothing in it."""
+    write(tmp_path / "a.jsonl", [row(i) for i in range(20)])
+    write(tmp_path / "b.jsonl", [row(i) for i in range(20, 50)])
+    write(tmp_path / "c.jsonl", [row(i) if held or i % 3 else row(i, 30) for i in range(50, ROWS)])
+    if held:
+        monkeypatch.setattr(examples, "HELD_ROWS", 100)
+    sources = [DataSource(files=f"{name}.jsonl") for name in "abc"]
+    data = opened(context(tmp_path), chat, sources)
+    for first in (0, 21, ROWS - 1):
+        found = InOrder(data, first)
+        assert len(found) == ROWS
+        wanted = [[i] if held or i < 50 or i % 3 else [] for i in range(ROWS)]
+        assert [[number(chat, s) for s in found[i]] for i in range(first, ROWS)] == wanted[first:]
+    assert sum(record.rows for record in data.all_records()) == sum(map(len, wanted))
+
+
 def test_a_damaged_or_missing_segment_is_made_again(tmp_path, chat):
     write(tmp_path / "d.jsonl", [row(i) for i in range(ROWS)])
     before = shown(chat, opened(context(tmp_path), chat).steps(8, 1, None))
@@ -295,6 +313,28 @@ def test_a_killed_writer_and_its_helpers_leave_a_cache_to_go_on_from(tmp_path, c
     monkeypatch.setattr("os.link", link)
     assert dying.exitcode == -signal.SIGKILL and not (tmp_path / "never").exists()
     assert shown(chat, opened(context(tmp_path), chat).steps(8, 1, None)) == wanted
+
+
+def test_two_runs_at_once_fill_one_cache(tmp_path, chat, monkeypatch):
+    """In orders of their own, so that each comes to rows that the other has and has not encoded."""
+    write(tmp_path / "d.jsonl", [row(i) if i % 7 else "{" for i in range(ROWS)])
+
+    def steps(root, seed):
+        source = DataSource(files=str(tmp_path / "d.jsonl"))
+        return opened(context(root, seed), chat, [source], on_malformed="skip").steps(8, 1, None)
+
+    def run(seed):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(shown(chat, steps(tmp_path, seed))))
+
+    runs = [FORK.Process(target=run, args=(seed,)) for seed in (1, 2)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(60)
+    found = [json.loads((tmp_path / f"{seed}.json").read_text()) for seed in (1, 2)]
+    assert found == [shown(chat, steps(tmp_path / "apart", seed)) for seed in (1, 2)]
+    monkeypatch.setattr(encoders.Encoder, "run", None)
+    assert shown(chat, steps(tmp_path, 2)) == found[1], "all is known"
 
 
 def test_helpers_end_with_the_process_that_they_help(tmp_path, chat):

@@ -162,6 +162,7 @@ def test_a_stopped_rollout_goes_on_behind_any_response(tmp_path_factory, respons
 
     parts = Parts(tmp_path_factory.mktemp("parts"))
     rows = [{"prompt": "p", "teacher_response": text, "reward": 0.5} for text in responses]
-    parts.write(0, rows)
-    parts.write(len(rows), rows)
-    assert parts.read() == rows + rows
+    parts.write(0, len(rows), rows)
+    parts.write(len(rows), 2 * len(rows), rows)
+    assert parts.done() == 2 * len(rows)
+    assert list(parts.rows()) == rows + rows

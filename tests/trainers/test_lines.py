@@ -1,14 +1,17 @@
 """Lines by number are the lines that a reader of the whole file sees, whatever the file holds."""
 
 import gzip
+import os
 import re
 import shutil
+import signal
+from multiprocessing import get_context
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import json_lists, jsonl
+from trainers import files, json_lists, jsonl
 from trainers.contract import BadInput, Infrastructure
 from trainers.core import lines
 from trainers.core.lines import indexed
@@ -93,6 +96,23 @@ def test_a_damaged_file_ends_where_its_reader_stops(tmp_path):
     for cut in (3, len(whole) // 2, len(whole) - 4):
         path.write_bytes(whole[:cut])
         assert by_number(path, tmp_path / f"index-{cut}")[-1] == said(jsonl.lines(path))[-1]
+
+
+def test_a_process_that_is_killed_while_it_looks_leaves_nothing_that_is_believed(tmp_path):
+    path = tmp_path / "f.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}\n" * 100))
+
+    def die():
+        files.commit_directory = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        indexed(path, tmp_path / "index")
+
+    process = get_context("fork").Process(target=die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [found.name for found in tmp_path.iterdir() if found.is_dir()] == [".index.tmp"]
+    assert by_number(path, tmp_path / "index") == said(jsonl.lines(path))
+    assert [found.name for found in tmp_path.iterdir() if found.is_dir()] == ["index"]
 
 
 def test_a_line_of_no_end_is_not_read(tmp_path, monkeypatch):

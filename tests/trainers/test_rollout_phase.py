@@ -89,8 +89,8 @@ def test_a_stopped_run_goes_on_behind_the_last_batch(
     write = Parts.write
     written = []
 
-    def stopping(self, first, rows):
-        write(self, first, rows)
+    def stopping(self, first, last, rows):
+        write(self, first, last, rows)
         written.append(first)
         if first == 12:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -104,6 +104,17 @@ def test_a_stopped_run_goes_on_behind_the_last_batch(
     assert written == list(range(0, 40, 4)), "no batch was made twice"
     assert (output / "traces.jsonl").read_bytes() == (reference[0] / "traces.jsonl").read_bytes()
     assert result.artifact_digest == reference[1].artifact_digest
+
+
+def test_a_damaged_part_made_again_by_fewer_processes_is_not_read_twice(tmp_path):
+    parts = Parts(tmp_path)
+    for first in range(0, 18, 6):
+        parts.write(first, first + 6, [{"n": n} for n in range(first, first + 6)])
+    (tmp_path / "part-000000000-000000006.jsonl").write_bytes(b"{")
+    assert parts.done() == 0
+    for first in range(0, 18, 2):
+        parts.write(first, first + 2, [{"n": n} for n in range(first, first + 2)])
+    assert [row["n"] for row in parts.rows()] == list(range(18))
 
 
 def test_a_killed_run_goes_on(reference, run_phase, tiny_model_dir, tiny_reward_dir, tmp_path):
@@ -244,17 +255,19 @@ def test_a_policy_that_is_no_number_is_no_success(run_phase, tiny_model_dir, tmp
 def test_parts_hold_any_text(rows, tmp_path_factory):
     parts = Parts(tmp_path_factory.mktemp("parts"))
     half = len(rows) // 2
-    parts.write(0, rows[:half]) if half else None
-    parts.write(half, rows[half:])
-    assert parts.read() == rows
+    parts.write(0, half, rows[:half]) if half else None
+    parts.write(half, len(rows) + 1, rows[half:])
+    assert list(parts.rows()) == rows
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff\n", b'{"reward": NaN}\n', b"[" * 5000])
 def test_a_damaged_part_is_made_again(damage, tmp_path):
     parts = Parts(tmp_path)
     for first in (0, 2, 4):
-        parts.write(first, [{"n": first}, {"n": first + 1}])
-    (tmp_path / "part-000000002.jsonl").write_bytes(damage)
-    assert [row["n"] for row in parts.read()] == [0, 1]
-    parts.write(2, [{"n": 2}, {"n": 3}])
-    assert [row["n"] for row in parts.read()] == [0, 1, 2, 3, 4, 5]
+        parts.write(first, first + 2, [{"n": first}, {"n": first + 1}])
+    (tmp_path / "part-000000002-000000004.jsonl").write_bytes(damage)
+    assert parts.done() == 2
+    for first in (2, 4):
+        parts.write(first, first + 2, [{"n": first}, {"n": first + 1}])
+    assert parts.done() == 6
+    assert [row["n"] for row in parts.rows()] == [0, 1, 2, 3, 4, 5]

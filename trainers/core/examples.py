@@ -8,11 +8,12 @@ a cache in the workspace (:mod:`trainers.core.row_store`), and read from there b
 import os
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -92,16 +93,19 @@ class Examples(ABC, Generic[T]):
 
     def everything(self) -> list[T]:
         """All examples, source by source in the order of their rows."""
+        return list(self.each())
+
+    def each(self) -> Iterator[T]:
+        """The same, one after the other."""
         self.follow(self._all())
-        return [item for block in self._all() for item in self.take(np.full(len(block.rows), block.source), block.rows)]
+        for block in self._all():
+            yield from self.take(np.full(len(block.rows), block.source), block.rows)
 
     def all_records(self) -> list[DataRecord]:
         return self.records(self._all())
 
     def _all(self) -> Plan:
-        for source, size in enumerate(self.sizes):
-            for first in range(0, size, PLANNED):
-                yield Block(source, np.arange(first, min(first + PLANNED, size)))
+        return in_order(self.sizes)
 
 
 def _part(size: int, source: DataSource) -> Part:
@@ -158,6 +162,32 @@ class Steps(Generic[T]):
             source, number = self._at(first, min(first + PLANNED, end))
             for i in np.unique(source).tolist():
                 yield Block(i, number[source == i])
+
+
+class InOrder(Generic[T]):
+    """What each number has become, source by source; for what uses every one once. One example, none, or several."""
+
+    def __init__(self, examples: Examples[T], first: int) -> None:
+        """``first``: the number that is asked for first; then come those behind it."""
+        self._examples, self._ends = examples, list(accumulate(examples.sizes))
+        if first < len(self):
+            examples.follow(in_order(examples.sizes, first))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> list[T]:
+        source = bisect_right(self._ends, number)
+        row = number - (self._ends[source - 1] if source else 0)
+        return self._examples.take(np.array([source]), np.array([row]))
+
+
+def in_order(sizes: list[int], first: int = 0) -> Plan:
+    """Blocks of all rows of sources of these sizes, without the first ones."""
+    for source, size in enumerate(sizes):
+        for start in range(min(first, size), size, PLANNED):
+            yield Block(source, np.arange(start, min(start + PLANNED, size)))
+        first = max(0, first - size)
 
 
 def no_steps() -> Steps[Any]:

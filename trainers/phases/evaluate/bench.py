@@ -4,7 +4,7 @@ With several processes all go through the same measurements in step and share ea
 Every row's result depends on the seed and the row alone, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch
 from trainers.core.batch import Sequence as Tokens
+from trainers.core.checked_rows import CheckedRows
 from trainers.core.encode import conversation, joined, prompt_ids, prompt_messages
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
 from trainers.core.rewards import response_rewards
@@ -72,26 +73,18 @@ class Bench:
     def pause(self) -> None:
         self.laboratory.ctx.stop_if_asked()
 
-    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[tuple[Row, Reply]]:
+    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[tuple[Row, Reply]]:
         """Every row with the model's response."""
-        rows, sampling = self.rows(data, "prompt"), self._sampling(sampling)
-        limit = self._data(data).max_prompt_length
-        replies = []
-        for first in range(0, len(rows), BLOCK):
-            block = rows[first : first + BLOCK]
-            key = self._responses_key(block, first, sampling, limit)
-            found = self.cell(key, partial(self._respond, block, first, sampling, limit))
-            replies += [Reply(**reply) for reply in found]
-        self._note_shortened(rows, replies)
-        return list(zip(rows, replies, strict=True))
+        for block, replies, _ in self._answers(data, sampling):
+            yield from zip(block, replies, strict=True)
 
-    def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[float]:
+    def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[float]:
         """The reward model's scores of the responses."""
         assert self.laboratory.spec.reward_model is not None
         judge = {"kind": "rewards", "judge": self.laboratory.digest(self.laboratory.spec.reward_model)}
-        return self._by_block(data, sampling, judge, self._score)
+        return self._of_answers(data, sampling, judge, self._score)
 
-    def divergences(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[Divergence]:
+    def divergences(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[Divergence]:
         """KL to the reference on the responses. Raises NotComparable for a model with other tokens."""
         assert self.laboratory.reference_ref is not None
         reference = self.laboratory.digest(self.laboratory.reference_ref)
@@ -103,23 +96,21 @@ class Bench:
         def measure(answered: list[tuple[Row, Reply]]) -> list[list[float]]:
             return self._diverge(answered, limit, length)
 
-        found = self._by_block(data, sampling, {"kind": "kl", "reference": reference}, measure)
-        return [Divergence(kl, int(tokens)) for kl, tokens in found]
+        found = self._of_answers(data, sampling, {"kind": "kl", "reference": reference}, measure)
+        return (Divergence(kl, int(tokens)) for kl, tokens in found)
 
-    def losses(self, data: BenchmarkRows | None) -> list[Loss]:
+    def losses(self, data: BenchmarkRows | None) -> Iterator[Loss]:
         """Losses on the rows' own responses."""
         rows = self.rows(data, "sft")
         limit = self._data(data).max_prompt_length
-        found: list[list[float]] = []
         for first in range(0, len(rows), BLOCK):
             block = rows[first : first + BLOCK]
             key = {"kind": "losses", "model": self.digest, "rows": _content(block, "response"), "limit": limit}
-            found += self.cell(key, partial(self._lose, block, limit))
-        losses = [Loss(nll, int(tokens), int(shortened)) for nll, tokens, shortened in found]
-        self._note_shortened(rows, losses)
-        return losses
+            found = self.cell(key, partial(self._lose, rows, first, limit))
+            self.laboratory.shortened(rows, first, (shortened > 0 for _, _, shortened in found))
+            yield from (Loss(nll, int(tokens), int(shortened)) for nll, tokens, shortened in found)
 
-    def rows(self, data: BenchmarkRows | None, schema: str) -> list[Row]:
+    def rows(self, data: BenchmarkRows | None, schema: str) -> CheckedRows:
         return self.laboratory.rows(self._data(data), schema)
 
     # -- measurements
@@ -128,16 +119,24 @@ class Bench:
         """See :meth:`Laboratory.cell`."""
         return self.laboratory.cell(self.label, key, measure)
 
-    def _by_block(self, data: Any, sampling: Any, key: dict[str, Any], measure: Callable[..., Any]) -> list[Any]:
-        """Measure the responses block by block, under their own key and ``key``."""
-        answered = self.answered(data, sampling)
+    def _answers(
+        self, data: BenchmarkRows | None, sampling: Sampling | None
+    ) -> Iterator[tuple[list[Row], list[Reply], dict[str, Any]]]:
+        """(rows, the model's responses, key of their cell), block by block: no more of them are held."""
+        rows, sampling = self.rows(data, "prompt"), self._sampling(sampling)
         limit = self._data(data).max_prompt_length
-        found: list[Any] = []
-        for first in range(0, len(answered), BLOCK):
-            block = answered[first : first + BLOCK]
-            of = self._responses_key([row for row, _ in block], first, self._sampling(sampling), limit)
-            found += self.cell({"of": of, **key}, partial(measure, block))
-        return found
+        for first in range(0, len(rows), BLOCK):
+            block = rows[first : first + BLOCK]
+            key = self._responses_key(block, first, sampling, limit)
+            found = self.cell(key, partial(self._respond, rows, first, sampling, limit))
+            replies = [Reply(**reply) for reply in found]
+            self.laboratory.shortened(rows, first, (reply.shortened > 0 for reply in replies))
+            yield block, replies, key
+
+    def _of_answers(self, data: Any, sampling: Any, key: dict[str, Any], measure: Callable[..., Any]) -> Iterator[Any]:
+        """What is measured of the responses, block by block, under their own key and ``key``."""
+        for block, replies, of in self._answers(data, sampling):
+            yield from self.cell({"of": of, **key}, partial(measure, list(zip(block, replies, strict=True))))
 
     def _responses_key(self, rows: list[Row], first: int, sampling: Sampling, limit: int) -> dict[str, Any]:
         return {
@@ -151,13 +150,13 @@ class Bench:
             "seed": self.laboratory.ctx.seed if sampling.temperature else None,
         }
 
-    def _respond(self, rows: list[Row], first: int, sampling: Sampling, limit: int) -> list[dict[str, Any]]:
-        ctx = self.laboratory.ctx
+    def _respond(self, rows: CheckedRows, first: int, sampling: Sampling, limit: int) -> list[dict[str, Any]]:
+        ctx, block = self.laboratory.ctx, rows[first : first + BLOCK]
         with ctx.meter.part("rollout"):
             room = self._room(sampling.max_new_tokens)
-            whole = [self._prompt(row) for row in rows]
-            prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(rows, whole, strict=True)]
-            keys = [(ctx.seed, first + i) for i in range(len(rows))]
+            whole = [self._prompt(row, partial(rows.place, first + i)) for i, row in enumerate(block)]
+            prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(block, whole, strict=True)]
+            keys = [(ctx.seed, first + i) for i in range(len(block))]
             samples = respond(ctx.workers, self.loaded, prompts, sampling, keys)
             mine = samples[ctx.workers.rank :: ctx.workers.world]
             ctx.meter.count(sum(len(s.ids) for s in mine), len(mine))
@@ -180,16 +179,19 @@ class Bench:
 
     def _diverge(self, answered: list[tuple[Row, Reply]], limit: int, new_tokens: int) -> list[list[float]]:
         limit = min(limit, self._room(new_tokens))
-        found = [joined(self._prompt(row), reply.ids, limit + len(reply.ids)) for row, reply in answered]
+        found = [
+            joined(prompt_ids(self.loaded.chat, row), reply.ids, limit + len(reply.ids)) for row, reply in answered
+        ]
         sequences = [sequence for sequence in found if sequence is not None]  # all: there is room for every reply
         reference = self.laboratory.reference.model
         return self._sums(sequences, lambda batch: divergence_sums(self.loaded.model, reference, batch))
 
-    def _lose(self, rows: list[Row], limit: int) -> list[list[float]]:
+    def _lose(self, rows: CheckedRows, first: int, limit: int) -> list[list[float]]:
         """(loss, scored tokens, tokens left out) of each row."""
         check_scoring(self.loaded, self.laboratory.ctx.workers)
         scorer = Scorer(self.loaded.model)
-        given = [self._given(row, limit) for row in rows]
+        block = rows[first : first + BLOCK]
+        given = [self._given(row, limit, partial(rows.place, first + i)) for i, row in enumerate(block)]
         sequences = [sequence for found in given for sequence in found]
         sums = iter(self._sums(sequences, lambda batch: batch.sums(-scorer(batch, target_logprobs(batch)))))
         return [
@@ -210,35 +212,30 @@ class Bench:
 
     # -- tokens
 
-    def _prompt(self, row: Row) -> list[int]:
+    def _prompt(self, row: Row, place: Callable[[], str]) -> list[int]:
         """The prompt's tokens. Raises BadInput for what the template refuses."""
-        with self._at(row):
+        with self._at(place):
             return prompt_ids(self.loaded.chat, row)
 
     @contextmanager
-    def _at(self, row: Row) -> Iterator[None]:
-        """Errors say where the row stands, and for which model."""
+    def _at(self, place: Callable[[], str]) -> Iterator[None]:
+        """Errors say where a row stands, and for which model."""
         try:
             yield
         except BadInput as problem:
-            raise BadInput(f"{self.laboratory.place(row)}: {problem} (model {self.label!r})") from problem
+            raise BadInput(f"{place()}: {problem} (model {self.label!r})") from problem
 
-    def _note_shortened(self, rows: Sequence[Row], found: Sequence[Reply | Loss]) -> None:
-        for row, item in zip(rows, found, strict=True):
-            if item.shortened:
-                self.laboratory.shortened(row)
-
-    def _given(self, row: Row, limit: int) -> list[Tokens]:
+    def _given(self, row: Row, limit: int, place: Callable[[], str]) -> list[Tokens]:
         """A row's prompts and responses. A response that does not fit the model is cut, so no model skips a row."""
         chat, longest = self.loaded.chat, context_length(self.loaded.model)
-        with self._at(row):
+        with self._at(place):
             whole = chat.turns(prompt_messages(row)) if "messages" in row else [self._answer(row)]
         turns = [(prompt, response[: longest - 1]) for prompt, response in whole]
         if "messages" not in row:
             longest = min(longest, limit + len(turns[0][1]))
         sequences = conversation(turns, longest)
         if not sequences:
-            raise BadInput(f"{self.laboratory.place(row)}: it has no response to score (model {self.label!r})")
+            raise BadInput(f"{place()}: it has no response to score (model {self.label!r})")
         cut = sum(len(response) - len(kept) for (_, response), (_, kept) in zip(whole, turns, strict=True))
         return [replace(sequences[0], shortened=sequences[0].shortened + cut), *sequences[1:]]
 

@@ -18,6 +18,9 @@ from trainers.workspace import HISTORY
 
 FOLDER = "cells"
 
+KEPT = 16
+"""Values that are remembered, of 512 rows each: the others are read again."""
+
 Key = Mapping[str, Any]
 
 
@@ -51,6 +54,8 @@ class Cells:
         """Remember a value; it must be JSON, finite, and not null."""
         name = _name(key)
         self._known[name] = value
+        if len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
         if write:
             write_atomic(self.own / name, json.dumps({"key": key, "value": value}, allow_nan=False))
             self.keep(self.own / name)

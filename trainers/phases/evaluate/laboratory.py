@@ -1,15 +1,17 @@
 """What all models of an evaluation share: rows, cells, the reward model and the reference."""
 
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from trainers.contract import BadInput, DataRecord, Diverged, canonical_json, sha256_text
+from trainers.core import row_cache
+from trainers.core.checked_rows import CheckedRows
 from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.models import LoadedModel, load_causal_lm, positions
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rows import Row, Rows, read_rows
 from trainers.core.weights import read_config
 from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows, SampledSpec
@@ -31,8 +33,8 @@ class Laboratory:
         self.ctx, self.spec = ctx, spec
         self.cells = Cells(ctx.dir.root, ctx.fetch_cell, ctx.keep)
         self.reference_ref = reference
-        self._rows: dict[tuple[str, str], Rows] = {}
-        self._shortened: set[int] = set()
+        self._rows: dict[tuple[str, str], CheckedRows] = {}
+        self._shortened: dict[int, np.ndarray] = {}
         self._reward_model: RewardModel | None = None
         self._reference: LoadedModel | None = None
         self._digests: dict[str, str] = {}
@@ -63,29 +65,28 @@ class Laboratory:
                 config = read_config(self.ctx.model_location(ref), ref.trust_remote_code)
                 check_room(label, positions(config), longest)
 
-    def rows(self, data: BenchmarkRows, schema: str) -> list[Row]:
+    def rows(self, data: BenchmarkRows, schema: str) -> CheckedRows:
         where = f"{next(path for path, other in find_models(self.spec, BenchmarkRows) if other is data)}.rows"
         if (where, schema) not in self._rows:
-            self._rows[where, schema] = read_rows(data.rows, schema, self.ctx.base_dir, data, where)
-        return self._rows[where, schema].rows
+            root = row_cache.cache_root(self.ctx)
+            found = CheckedRows(data.rows, schema, self.ctx.base_dir, data, where, root)
+            self._rows[where, schema], self._shortened[id(found)] = found, np.zeros(len(found), dtype=bool)
+        return self._rows[where, schema]
 
-    def place(self, row: Row) -> str:
-        """Where a row stands, for messages."""
-        pairs = (pair for rows in self._rows.values() for pair in zip(rows.rows, rows.places, strict=True))
-        return next(place for other, place in pairs if other is row)
-
-    def shortened(self, row: Row) -> None:
-        """Note that some model has not seen a row's whole prompt."""
-        self._shortened.add(id(row))
+    def shortened(self, rows: CheckedRows, first: int, found: Iterable[bool]) -> None:
+        """Note of rows from ``first`` on whether some model has not seen the whole prompt."""
+        flags = np.array(list(found), dtype=bool)
+        self._shortened[id(rows)][first : first + len(flags)] |= flags
 
     def records(self) -> list[DataRecord]:
         """What was read of each source."""
         found: dict[str, DataRecord] = {}
         for rows in self._rows.values():
-            flags = iter([id(row) in self._shortened for row in rows.rows])
+            flags, first = self._shortened[id(rows)], 0
             for record in rows.records:
-                shortened = sum(islice(flags, record.rows))
+                shortened = int(flags[first : first + record.rows].sum())
                 found[record.source] = record.model_copy(update={"shortened": shortened})
+                first += record.rows
         return list(found.values())
 
     @property

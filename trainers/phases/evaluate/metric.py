@@ -3,7 +3,8 @@
 The estimator (estimates.py) adds the value and its interval, so a benchmark holds no statistics of its own.
 """
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,6 @@ class Metric:
     """When the statistic has no value although all samples have; None: then something is wrong."""
 
 
-def share(key: str, label: str, hits: Sequence[bool], better: bool | None = None, headline: bool = False) -> Metric:
+def share(key: str, label: str, hits: Iterable[bool], better: bool | None = None, headline: bool = False) -> Metric:
     """Share of prompts for which something holds."""
-    return Metric(key, label, ([float(hit) for hit in hits],), better, headline, proportion=True)
+    return Metric(key, label, (array("d", hits),), better, headline, proportion=True)

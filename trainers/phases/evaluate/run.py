@@ -5,14 +5,19 @@ cells. The second compares: it reads the cells and computes values, intervals, w
 may come anywhere in the list, and an interrupted evaluation goes on at the first missing cell.
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.sharding import gathered
-from trainers.files import write_atomic
+from trainers.files import replaced, write_atomic
 from trainers.phases.evaluate.bench import Bench
 from trainers.phases.evaluate.laboratory import Laboratory
 from trainers.phases.evaluate.latency import check_positions, device, measure_latency
@@ -61,12 +66,11 @@ def main(spec: EvaluateSpec, ctx: PhaseContext) -> Outcome:
     for label, reason in too_short.items():
         results.note(label, LATENCY, reason)
     # Reading a cell is a matter of all processes; only writing is the first one's.
-    responses = {label: _responses(spec, bench) for label, bench in benches.items()}
+    for label, bench in benches.items():
+        _write_responses(spec, bench, ctx.dir.root / "responses" / f"{label}.jsonl")
     document = results.document()
     if ctx.workers.is_main:
         root = ctx.dir.root
-        for label, text in responses.items():
-            write_atomic(root / "responses" / f"{label}.jsonl", text)
         write_atomic(root / "latency.json", json.dumps(latency, indent=1))
         write_atomic(root / "summary.md", summary(document, latency))
         write_atomic(root / ARTIFACT_NAMES["evaluation"], json.dumps(document, indent=1))
@@ -131,26 +135,29 @@ def _compare(spec: EvaluateSpec, benches: dict[str, Bench], seed: int) -> Result
     return results
 
 
-def _responses(spec: EvaluateSpec, bench: Bench) -> str:
-    """The model's responses as JSONL; benchmarks with equal rows and sampling share them."""
-    shared: dict[str, list[str]] = {}
-    kept: dict[str, list[dict[str, Any]]] = {}
+def _write_responses(spec: EvaluateSpec, bench: Bench, path: Path) -> None:
+    """The model's responses as JSONL, by the first process; benchmarks with equal rows and sampling share them."""
+    shared: dict[str, list[Any]] = {}
     for entry in spec.benchmarks:
         if isinstance(entry.settings, SampledSpec):
-            rows = _asked(spec, bench, entry.settings)
-            name = json.dumps(rows, sort_keys=True)
-            kept[name] = rows
-            shared.setdefault(name, []).append(entry.name)
-    lines = [{**row, "benchmarks": shared[name]} for name, rows in kept.items() for row in rows]
-    return jsonl.dumps(lines)
+            digest = hashlib.sha256()
+            for row in _asked(spec, bench, entry.settings):
+                digest.update(jsonl.dump(row).encode())
+            shared.setdefault(digest.hexdigest(), []).append(entry)
+    with replaced(path) if bench.laboratory.ctx.workers.is_main else nullcontext() as file:
+        for entries in shared.values():
+            names = [entry.name for entry in entries]
+            for row in _asked(spec, bench, entries[-1].settings):
+                if file is not None:
+                    file.write(jsonl.dump({**row, "benchmarks": names}).encode())
 
 
-def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> list[dict[str, Any]]:
+def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> Iterator[dict[str, Any]]:
     answered = bench.answered(settings.data, settings.sampling)
-    rewards = bench.rewards(settings.data, settings.sampling) if bench.has_reward_model else [None] * len(answered)
+    rewards = bench.rewards(settings.data, settings.sampling) if bench.has_reward_model else repeat(None)
     temperature = (settings.sampling or spec.sampling).temperature
-    return [
-        {
+    for (row, reply), reward in zip(answered, rewards, strict=False):
+        yield {
             "prompt": row["prompt"] if "prompt" in row else row["messages"][-1]["content"],
             "response": reply.text,
             "reward": reward,
@@ -159,8 +166,6 @@ def _asked(spec: EvaluateSpec, bench: Bench, settings: SampledSpec) -> list[dict
             "temperature": temperature,
             **{key: row[key] for key in ("answer", "shouldRefuse", "kind") if key in row},
         }
-        for (row, reply), reward in zip(answered, rewards, strict=True)
-    ]
 
 
 def _flat_latency(latency: dict[str, Any]) -> dict[str, float]:

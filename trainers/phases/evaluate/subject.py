@@ -1,8 +1,10 @@
 """A model as benchmarks see it: what they can ask of it, and the answers. Imports no torch."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.spec import Sampling
@@ -50,7 +52,11 @@ class Divergence:
 
 
 class Subject(Protocol):
-    """``data`` and ``sampling`` default to the evaluation's. What is expensive is measured once, however often asked for."""
+    """``data`` and ``sampling`` default to the evaluation's. What is expensive is measured once, however often asked for.
+
+    There may be more rows than memory has room for: keep numbers of them alone (:func:`columns`), or look at some at a
+    time (:func:`in_blocks`).
+    """
 
     label: str
 
@@ -64,17 +70,35 @@ class Subject(Protocol):
     def pause(self) -> None:
         """A place to stop, if that was asked for. Raises Interrupted."""
 
-    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Sequence[tuple[Row, Reply]]:
+    def answered(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[tuple[Row, Reply]]:
         """Every row with the model's response."""
 
-    def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[float]:
+    def rewards(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[float]:
         """The reward model's scores of the responses."""
 
-    def divergences(self, data: BenchmarkRows | None, sampling: Sampling | None) -> list[Divergence]:
+    def divergences(self, data: BenchmarkRows | None, sampling: Sampling | None) -> Iterator[Divergence]:
         """KL to the reference on the responses. Raises NotComparable for a model with other tokens."""
 
-    def losses(self, data: BenchmarkRows | None) -> list[Loss]:
+    def losses(self, data: BenchmarkRows | None) -> Iterator[Loss]:
         """Losses on the rows' own responses."""
+
+
+T = TypeVar("T")
+
+
+def in_blocks(items: Iterable[T], size: int = 512) -> Iterator[list[T]]:
+    rest = iter(items)
+    while block := list(islice(rest, size)):
+        yield block
+
+
+def columns(rows: Iterable[tuple[float, ...]], count: int) -> list["array[float]"]:
+    """What rows of so many numbers have in each place: eight bytes a number."""
+    found = [array("d") for _ in range(count)]
+    for row in rows:
+        for column, value in zip(found, row, strict=True):
+            column.append(value)
+    return found
 
 
 class NotComparable(Exception):

@@ -5,6 +5,7 @@ restart nor another number of processes changes it.
 """
 
 import statistics
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,14 @@ from trainers.core.batch import Batch, Sequence
 from trainers.core.classifiers import RewardModel
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.encode import joined
+from trainers.core.examples import Examples, InOrder
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_tokens
-from trainers.files import write_atomic
+from trainers.files import replaced
 from trainers.phases.rollout.parts import Parts
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.phases.rollout.tokens import check_tokens
@@ -38,34 +40,40 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
     room = partial(check_room, loaded, sampling=spec.sampling)
     data = open_prompts(ctx, spec.data, loaded.chat, "data", room)
-    prompts = data.everything()
     _check_top_k(spec, ctx, loaded)
-    checked = _token_check(loaded, reward_model, prompts) if spec.sampling.max_new_tokens == 1 else {}
-    wanted = [prompt for prompt in prompts for _ in range(spec.samples_per_prompt)]
+    checked = _token_check(loaded, reward_model, data) if spec.sampling.max_new_tokens == 1 else {}
     parts = Parts(ctx.dir.checkpoints, partial(top_k.check_shards, ctx.dir.root / top_k.FOLDER))
     # One process reads for all: with a folder per node the others may lack some.
-    rows = ctx.workers.from_main(parts.read)
+    first = ctx.workers.from_main(parts.done)
+    prompts = InOrder(data, first // spec.samples_per_prompt)
+    total = len(prompts) * spec.samples_per_prompt
     size = spec.sampling.batch_size * ctx.workers.world
-    total_steps = -(-len(wanted) // size)
+    total_steps = -(-total // size)
     ctx.workers.barrier()
-    ctx.meter.begin(len(rows) // size, total_steps, spec.document())
-    ctx.meter.will_checkpoint(len(rows) // size)
+    ctx.meter.begin(first // size, total_steps, spec.document())
+    ctx.meter.will_checkpoint(first // size)
 
     # ---- loop
-    while (first := len(rows)) < len(wanted):
-        batch = range(first, min(first + size, len(wanted)))
+    while first < total:
+        last = min(first + size, total)
         with ctx.meter.part("rollout"):
-            keys = [(ctx.seed, i) for i in batch]
-            chosen = [wanted[i] for i in batch]
+            chosen = _asked(prompts, range(first, last), spec.samples_per_prompt)
+            while not chosen and last < total:
+                ahead = range(last, last := min(last + size, total))
+                chosen = _asked(prompts, ahead, spec.samples_per_prompt)
+            if not chosen:
+                break
+            keys = [(ctx.seed, number) for number, _ in chosen]
+            asked = [prompt for _, prompt in chosen]
             samples = respond(
-                ctx.workers, loaded, chosen, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
+                ctx.workers, loaded, asked, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
             )
             done = _with_scores(spec, ctx, loaded, first, samples)
-        rows += done
-        step = -(-len(rows) // size)
+        step = -(-last // size)
         if ctx.workers.is_main:
             with ctx.meter.part("checkpoint"):
-                ctx.keep(parts.write(first, done))
+                ctx.keep(parts.write(first, last, done))
+        first = last
         ctx.meter.checkpointed(step)
         mine = done[ctx.workers.rank :: ctx.workers.world]
         ctx.meter.count(sum(row["tokens"] for row in mine), len(mine))
@@ -76,15 +84,24 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
             response_length=summary["tokensMean"],
             ended_share=summary["endedShare"],
         )
-        if len(rows) < len(wanted):
+        if first < total:
             ctx.stop_if_asked()
 
     # ---- finish
     if ctx.workers.is_main:
-        top_k.drop_others(ctx.dir.root / top_k.FOLDER, rows)
-        traces = [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
-        write_atomic(ctx.dir.root / ARTIFACT_NAMES["traces"], jsonl.dumps(traces))
-    return Outcome(_summary(rows) | checked, data.all_records(), total_steps)
+        top_k.drop_others(ctx.dir.root / top_k.FOLDER, parts.rows())
+        with replaced(ctx.dir.root / ARTIFACT_NAMES["traces"]) as file:
+            for row in parts.rows():
+                file.write(jsonl.dump({key: value for key, value in row.items() if key != "tokens"}).encode())
+    summary = ctx.workers.from_main(lambda: _summary(parts.rows()))
+    return Outcome(summary | checked, data.all_records(), total_steps)
+
+
+def _asked(prompts: InOrder[Prompt], responses: range, each: int) -> list[tuple[int, Prompt]]:
+    """(number of the response, prompt to respond to) of these responses; none to a prompt that cannot be used."""
+    numbers = range(responses.start // each, -(-responses.stop // each))
+    found = {number: prompts[number] for number in numbers}
+    return [(i, prompt) for i in responses for prompt in found[i // each]]
 
 
 def _check_top_k(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel) -> None:
@@ -142,26 +159,28 @@ def _row(sample: Sample) -> Row:
     return {**answer, **chat, "ended": sample.ended, "tokens": len(sample.ids)}
 
 
-def _summary(rows: list[Row]) -> dict[str, float]:
-    rewards = [row["reward"] for row in rows]
+def _summary(rows: Iterable[Row]) -> dict[str, float]:
+    """Of rows that are not held: 24 bytes of each are."""
+    numbers = ((row["reward"], row["tokens"], row["ended"]) for row in rows)
+    rewards, tokens, ended = np.fromiter(numbers, dtype=(np.float64, 3)).T
     return {
-        "responses": len(rows),
-        "rewardMean": statistics.fmean(rewards),
-        "rewardStd": statistics.pstdev(rewards),
-        "tokensMean": statistics.fmean(row["tokens"] for row in rows),
-        "endedShare": statistics.fmean(row["ended"] for row in rows),
+        "responses": len(rewards),
+        "rewardMean": float(statistics.fmean(rewards)),
+        "rewardStd": float(statistics.pstdev(rewards)),
+        "tokensMean": float(statistics.fmean(tokens)),
+        "endedShare": float(statistics.fmean(ended)),
     }
 
 
-def _token_check(loaded: LoadedModel, reward_model: RewardModel | None, prompts: list[Prompt]) -> dict[str, float]:
+def _token_check(loaded: LoadedModel, reward_model: RewardModel | None, data: Examples[Prompt]) -> dict[str, float]:
     """What ``--max-new-tokens 1`` is for. Raises BadInput when prompts do not become sane tokens."""
-    metrics = check_tokens(loaded.chat, prompts, "policy")
+    metrics = check_tokens(loaded.chat, data.each(), "policy")
     if reward_model is not None:
         difference = same_tokens(reward_model.tokenizer, loaded.tokenizer)
         metrics["rewardModelSameTokens"] = float(difference is None)
         if difference is not None:
             print(f"the reward model reads responses as text, its tokens are others: {difference}")
             if isinstance(reward_model, LoadedModel):
-                check_tokens(reward_model.chat, prompts, "rewardModel")
-    print(f"tokens of {len(prompts)} prompts checked: {metrics}")
+                check_tokens(reward_model.chat, data.each(), "rewardModel")
+    print(f"tokens of all prompts checked: {metrics}")
     return metrics

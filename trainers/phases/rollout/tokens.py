@@ -1,6 +1,7 @@
 """The tokenisation check: do prompts become the tokens that the model was trained to continue?"""
 
-from collections.abc import Sequence as List
+from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from trainers.contract import BadInput
@@ -8,12 +9,12 @@ from trainers.core.chat import ChatFormat
 from trainers.core.rollouts import Prompt
 
 
-def check_tokens(chat: ChatFormat, prompts: List[Prompt], whose: str) -> dict[str, float]:
+def check_tokens(chat: ChatFormat, prompts: Iterable[Prompt], whose: str) -> dict[str, float]:
     """Check every prompt with one tokenizer and count its tokens. Raises BadInput at the first that is wrong."""
     # Raises when the assistant's turn does not begin where the rendered prompt ends.
     chat.answer([{"role": "user", "content": "x"}], "x")
     unknown = 0
-    lengths = []
+    lengths = array("q")
     for prompt in prompts:
         ids = chat.prompt(prompt.messages)
         problem = _problem(chat, ids, chat.prompt_text(prompt.messages))

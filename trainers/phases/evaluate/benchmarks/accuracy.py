@@ -1,6 +1,7 @@
 """Share of right answers, checked by program against the rows' `answer`."""
 
 import re
+from array import array
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
@@ -9,7 +10,7 @@ from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.patterns import Pattern, search_all
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import CUT, Reply, Row, Subject
+from trainers.phases.evaluate.subject import CUT, Reply, Row, Subject, in_blocks
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -24,9 +25,11 @@ class AccuracySpec(SampledSpec):
 
 
 def run(spec: AccuracySpec, model: Subject) -> list[Metric]:
-    checkable = [(row, reply) for row, reply in model.answered(spec.data, spec.sampling) if _answer(row)]
-    given = answers_given([reply for _, reply in checkable], spec, model)
-    hits = [is_right(found, _answer(row), spec.match) for (row, _), found in zip(checkable, given, strict=True)]
+    hits = array("b")
+    checkable = ((_answer(row), reply) for row, reply in model.answered(spec.data, spec.sampling) if _answer(row))
+    for block in in_blocks(checkable):
+        given = answers_given([reply for _, reply in block], spec, model)
+        hits.extend(is_right(found, answer, spec.match) for (answer, _), found in zip(block, given, strict=True))
     return [share("accuracy", "right answers", hits, better=True, headline=True)]
 
 

@@ -3,7 +3,7 @@
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, quotient
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.subject import Subject, columns
 
 
 class KlSpec(SampledSpec):
@@ -14,8 +14,7 @@ class KlSpec(SampledSpec):
 
 
 def run(spec: KlSpec, model: Subject) -> list[Metric]:
-    divergences = model.divergences(spec.data, spec.sampling)
-    sums, tokens = [d.kl for d in divergences], [d.tokens for d in divergences]
+    sums, tokens = columns(((d.kl, d.tokens) for d in model.divergences(spec.data, spec.sampling)), 2)
     return [
         Metric("perSequence", "KL / response", (sums,)),
         Metric("perToken", "KL / token", (sums, tokens), statistic=quotient),

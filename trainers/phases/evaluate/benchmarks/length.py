@@ -1,11 +1,12 @@
 """How long responses are, and whether the reward model likes them long."""
 
+from array import array
 from typing import Any
 
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.subject import Subject, columns
 
 
 class LengthSpec(SampledSpec):
@@ -13,14 +14,14 @@ class LengthSpec(SampledSpec):
 
 
 def run(spec: LengthSpec, model: Subject) -> list[Metric]:
-    replies = [reply for _, reply in model.answered(spec.data, spec.sampling)]
-    lengths = [float(reply.length) for reply in replies]
+    answered = model.answered(spec.data, spec.sampling)
+    lengths, ended = columns(((reply.length, reply.ended) for _, reply in answered), 2)
     metrics = [
         Metric("tokens", "tokens / response", (lengths,)),
-        share("ended", "ended by itself", [reply.ended for reply in replies], better=True),
+        share("ended", "ended by itself", map(bool, ended), better=True),
     ]
     if model.has_reward_model:
-        rewards = model.rewards(spec.data, spec.sampling)
+        rewards = array("d", model.rewards(spec.data, spec.sampling))
         correlated = Metric(
             "rewardCorrelation",
             "length-reward corr.",

@@ -6,7 +6,7 @@ from typing import Any
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, quotient
 from trainers.phases.evaluate.settings import BenchmarkSpec
-from trainers.phases.evaluate.subject import Subject
+from trainers.phases.evaluate.subject import Subject, columns
 
 
 class PerplexitySpec(BenchmarkSpec):
@@ -22,9 +22,8 @@ def perplexity(losses: Any, tokens: Any) -> Any:
 
 
 def run(spec: PerplexitySpec, model: Subject) -> list[Metric]:
-    losses = model.losses(spec.data)
-    columns = ([loss.nll for loss in losses], [loss.tokens for loss in losses])
-    return [Metric("perplexity", "perplexity", columns, higher_is_better=False, statistic=perplexity)]
+    losses = tuple(columns(((loss.nll, loss.tokens) for loss in model.losses(spec.data)), 2))
+    return [Metric("perplexity", "perplexity", losses, higher_is_better=False, statistic=perplexity)]
 
 
 BENCHMARK = Benchmark("perplexity", PerplexitySpec, run, ("perplexity",), schema="sft")

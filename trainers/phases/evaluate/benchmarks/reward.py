@@ -1,6 +1,8 @@
 """What the reward model says: mean score, and how often a model's response beats the baseline's to the same prompt."""
 
 import math
+from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from trainers.phases.evaluate.benchmark import Benchmark
@@ -18,15 +20,13 @@ class RewardBenchmarkSpec(SampledSpec):
 
 
 def run(spec: RewardBenchmarkSpec, model: Subject) -> list[Metric]:
-    ours = model.rewards(spec.data, spec.sampling)
+    ours = array("d", model.rewards(spec.data, spec.sampling))
     metrics = [Metric("score", "reward", (ours,), higher_is_better=True, headline=True)]
     if model.baseline is None:
         return metrics
-    theirs = model.baseline.rewards(spec.data, spec.sampling)
-    won = wins(ours, theirs)
-    lengths = [reply.length for _, reply in model.answered(spec.data, spec.sampling)]
-    others = [reply.length for _, reply in model.baseline.answered(spec.data, spec.sampling)]
-    longer = [float(a - b) for a, b in zip(lengths, others, strict=True)]
+    won = wins(ours, model.baseline.rewards(spec.data, spec.sampling))
+    answered = (one.answered(spec.data, spec.sampling) for one in (model, model.baseline))
+    longer = array("d", (a.length - b.length for (_, a), (_, b) in zip(*answered, strict=True)))
     name = f"wins vs {model.baseline.label}"
     return [
         *metrics,
@@ -35,9 +35,9 @@ def run(spec: RewardBenchmarkSpec, model: Subject) -> list[Metric]:
     ]
 
 
-def wins(ours: list[float], theirs: list[float]) -> list[float]:
+def wins(ours: Iterable[float], theirs: Iterable[float]) -> "array[float]":
     """1 for a win, 0.5 for a tie, 0 for a loss, prompt by prompt."""
-    return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+    return array("d", (0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)))
 
 
 def length_controlled(won: Any, longer: Any, steps: int = 25, ridge: float = 1e-3) -> Any:

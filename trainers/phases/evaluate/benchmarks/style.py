@@ -1,12 +1,13 @@
 """Share of responses in a wanted form."""
 
+from array import array
 from collections.abc import Callable, Sequence
 
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.metric import Metric, share
 from trainers.phases.evaluate.patterns import Pattern, search_all
 from trainers.phases.evaluate.settings import SampledSpec
-from trainers.phases.evaluate.subject import Row, Subject
+from trainers.phases.evaluate.subject import Row, Subject, in_blocks
 
 
 class StyleSpec(SampledSpec):
@@ -19,8 +20,10 @@ class StyleSpec(SampledSpec):
 
 
 def run(spec: StyleSpec, model: Subject) -> list[Metric]:
-    texts = [reply.shown for row, reply in model.answered(spec.data, spec.sampling) if _has_style(row)]
-    hits = in_style(texts, spec, model.pause)
+    texts = (reply.shown for row, reply in model.answered(spec.data, spec.sampling) if _has_style(row))
+    hits = array("b")
+    for block in in_blocks(texts):
+        hits.extend(in_style(block, spec, model.pause))
     return [share("match", "wanted style", hits, better=True, headline=True)]
 
 
