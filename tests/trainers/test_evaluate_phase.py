@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from trainers.contract import FailureClass
+from trainers.core import checked_rows
+from trainers.phases.evaluate import cells
 
 ROWS = {"rows": [{"synthetic": {"task": "letters", "split": "test", "count": 24}}], "maxPromptLength": 32}
 LATENCY = {"promptLengths": [8], "newTokens": 4, "batchSizes": [1, 4], "repeats": 2}
@@ -95,6 +97,17 @@ def document(root, name="results.json"):
 def replies(root, model, benchmark="answers"):
     lines = (root / "responses" / f"{model}.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if benchmark in row["benchmarks"]]
+
+
+def test_what_is_not_held_in_memory_is_read_again(evaluated, spec, run_phase, tmp_path, monkeypatch):
+    monkeypatch.setattr(checked_rows, "HELD_ROWS", 0)
+    monkeypatch.setattr(cells, "KEPT", 1)
+    root = tmp_path / "run" / "eval"
+    assert run_phase("evaluate", spec, None, root)[0] == 0
+    whole = document(evaluated[0])
+    assert document(root)["values"] == whole["values"] and document(root)["differences"] == whole["differences"]
+    for path in (evaluated[0] / "responses").iterdir():
+        assert path.read_bytes() == (root / "responses" / path.name).read_bytes()
 
 
 def test_what_it_leaves(evaluated):

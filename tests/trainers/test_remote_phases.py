@@ -318,7 +318,9 @@ def test_rollouts_go_on_behind_the_last_stored_batch(in_pod, bucket, with_sft, t
 
     monkeypatch.setattr(run, "respond", counted)
     assert in_pod("rollout", rollout(tiny_reward_dir), inputs=["sft"])[0] == 75
-    assert {"part-000000000.jsonl", "part-000000004.jsonl"} == bucket.names("ws/run/rollout/checkpoints")
+    assert {"part-000000000-000000004.jsonl", "part-000000004-000000008.jsonl"} == bucket.names(
+        "ws/run/rollout/checkpoints"
+    )
     code, result, _ = in_pod("rollout", rollout(tiny_reward_dir), inputs=["sft"])
     assert code == 0 and len(made) == 3 + 3
     assert result.artifact_digest == local["rollout"][1].artifact_digest

@@ -92,7 +92,8 @@ class _Part:
 
     @cached_property
     def _rows(self) -> RowSource:
-        return open_source(self._source, self._base_dir, self._folder)
+        last = self._numbers[-1]  # a stream has as many rows as are asked for
+        return open_source(self._source.model_copy(update={"limit": last + 1}), self._base_dir, self._folder)
 
     def _keep(self, number: int, place: str, row: Row) -> None:
         self._numbers.append(number)

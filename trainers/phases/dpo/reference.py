@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch
 from trainers.core.context import PhaseContext
 from trainers.core.encode import Pair
+from trainers.core.examples import HELD_ROWS
 from trainers.core.models import LoadedModel
 from trainers.core.reference import Reference, load_reference
 from trainers.core.scoring import Scorer, target_logprobs
@@ -59,21 +61,26 @@ def reference_for(
     if spec.reference_scores == "precompute":
         return _stored(spec, ctx, policy, layout, batches), []
     reference = _reference(spec, ctx, policy, batches)
-    return _live(ctx, layout, reference), [reference.loaded.model]
+    return _live(ctx, layout, reference, policy), [reference.loaded.model]
 
 
 def _reference(
     spec: DpoSpec, ctx: PhaseContext, policy: LoadedModel, batches: Batches, stays: bool = True
 ) -> Reference:
-    """Raises BadInput if the reference does not know a token of some pair."""
+    """Raises BadInput if the reference does not know a token of some pair; of many pairs, only the first are looked at."""
     reference = load_reference(ctx, spec.reference, spec.policy, policy, stays)
     for name, found in batches.items():
-        ids = (sequence.ids for batch in found() for pair in batch for sequence in pair.sequences)
-        check_known(ids, reference.loaded.num_known, policy.tokenizer, f"data.{name}", "reference")
+        first = islice(chain.from_iterable(found()), HELD_ROWS)
+        _check_known(reference, policy, first, f"data.{name}")
     return reference
 
 
-def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> PairScores:
+def _check_known(reference: Reference, policy: LoadedModel, pairs: Iterable[Pair], where: str) -> None:
+    ids = (sequence.ids for pair in pairs for sequence in pair.sequences)
+    check_known(ids, reference.loaded.num_known, policy.tokenizer, where, "reference")
+
+
+def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference, policy: LoadedModel) -> PairScores:
     """Scores beside the policy, of the same batches. Raises BadInput if the reference cannot read them."""
     if layout.packing and not reference.loaded.packs:
         kind = reference.loaded.model.config.model_type
@@ -81,6 +88,7 @@ def _live(ctx: PhaseContext, layout: Layout[Pair], reference: Reference) -> Pair
     scorer = Scorer(reference.loaded.model)
 
     def score(pairs: list[Pair], batch: Batch) -> torch.Tensor:
+        _check_known(reference, policy, pairs, "data")
         with reference.scoring():
             return pair_logprobs(scorer, pairs, batch)
 
@@ -103,7 +111,7 @@ def _stored(
     paths = {name: folder / f"{_key(spec, ctx, policy, found)}.safetensors" for name, found in keys.items()}
     stored = {name: _read(path) for name, path in paths.items()}
     if ctx.workers.any(any(rows is None for rows in stored.values())):
-        score = _live(ctx, layout, _reference(spec, ctx, policy, batches, stays=False))
+        score = _live(ctx, layout, _reference(spec, ctx, policy, batches, stays=False), policy)
         for name, path in paths.items():
             ctx.meter.stage(f"reference scores of data.{name}")
             stored[name] = scores = _all_scores(ctx, layout, score, batches[name]())[first[name]]

@@ -42,6 +42,6 @@ class Metric:
     """When the statistic has no value although all samples have; None: then something is wrong."""
 
 
-def share(key: str, label: str, hits: Iterable[bool], better: bool | None = None, headline: bool = False) -> Metric:
+def share(key: str, label: str, hits: Iterable[float], better: bool | None = None, headline: bool = False) -> Metric:
     """Share of prompts for which something holds."""
     return Metric(key, label, (array("d", hits),), better, headline, proportion=True)

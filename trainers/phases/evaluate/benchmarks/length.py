@@ -18,7 +18,7 @@ def run(spec: LengthSpec, model: Subject) -> list[Metric]:
     lengths, ended = columns(((reply.length, reply.ended) for _, reply in answered), 2)
     metrics = [
         Metric("tokens", "tokens / response", (lengths,)),
-        share("ended", "ended by itself", map(bool, ended), better=True),
+        share("ended", "ended by itself", ended, better=True),
     ]
     if model.has_reward_model:
         rewards = array("d", model.rewards(spec.data, spec.sampling))
