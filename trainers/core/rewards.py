@@ -21,7 +21,7 @@ from trainers.core.heads import in_fp32
 from trainers.core.layers import score_head
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
-from trainers.core.scoring import error_share, hidden_states, probe_sequences, tolerance
+from trainers.core.scoring import error_share, gathers_halves, hidden_states, probe_sequences, tolerance
 from trainers.core.shares import over_ranks
 from trainers.core.step import Layout, in_eval_mode, scored
 from trainers.core.templates import Messages, renderer
@@ -107,7 +107,8 @@ def reads_last_token(loaded: LoadedModel, workers: Workers) -> bool:
     model, device = loaded.model, workers.device
     sequences = probe_sequences(model)
     # A head in fp32, as a fresh one is, takes what a backbone in bf16 gives under autocast only.
-    with in_eval_mode(model), workers.autocast() if model.dtype != torch.float32 else nullcontext():
+    halves = model.dtype != torch.float32 or gathers_halves(model, workers)
+    with in_eval_mode(model), workers.autocast() if halves else nullcontext():
         with uncompiled():
             own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits.float() for s in sequences]
 

@@ -115,7 +115,8 @@ def check_scoring(loaded: "LoadedModel", workers: Workers) -> None:
     if model.get_output_embeddings() is None:
         raise BadInput(f"models of type {kind} cannot be used: no language head is known of them")
     sequences = probe_sequences(model)
-    with torch.no_grad(), in_eval_mode(model):
+    as_trained = workers.autocast() if gathers_halves(model, workers) else nullcontext()
+    with torch.no_grad(), in_eval_mode(model), as_trained:
         with uncompiled():
             own = [model(input_ids=torch.from_numpy(s.ids[None]).to(device)).logits[0, :-1].float() for s in sequences]
 
@@ -154,7 +155,17 @@ def error_share(ours: List[torch.Tensor], own: List[torch.Tensor]) -> float:
     return max(map(float, medians)) / max(scale, 1e-30)
 
 
+def gathers_halves(model: Any, workers: Workers) -> bool:
+    """Whether layers compute with bf16 weights, though they are held in fp32: a split model's are gathered so.
+
+    What comes in is fp32 nevertheless, where embeddings are the head as well: such layers work under autocast alone.
+    """
+    sharding = workers.trained_sharding if model.training else workers.frozen_sharding
+    return sharding is not None and sharding.gather_dtype == torch.bfloat16
+
+
 def tolerance(model: Any) -> float:
     """What rounding explains, as a share of the largest value."""
-    halves = attention.in_halves(model) or next(model.parameters()).dtype != torch.float32
+    under_autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    halves = under_autocast or attention.in_halves(model) or next(model.parameters()).dtype != torch.float32
     return 5e-2 if halves else 1e-3

@@ -82,6 +82,7 @@ WAYS = {
     "zero 3, adapters": Way(ZERO_3, changes=ADAPTERS),
     "zero 3, whole frozen models": Way(ZERO_3 | {"frozen": "replicated"}),
     "ddp in bf16": Way(DDP, bf16=True),
+    "fsdp alone in bf16": Way(FSDP, processes=1, bf16=True),
     "fsdp in bf16": Way(FSDP, bf16=True),
     "zero 1 in bf16": Way(ZERO_1, bf16=True),
     "zero 2 in bf16": Way(ZERO, bf16=True),
