@@ -74,6 +74,7 @@ CELLS = (
         for kind in ("sdpa", "eager", "varlen", "flash", "flex")
     ),
     Cell("sft, compiled", parallel={"compile": True}, twice=True),
+    *(Cell(f"sft, {kind} compiled", parallel={"attention": kind, "compile": True}) for kind in ("varlen", "flex")),
     Cell("sft, checkpointed", parallel={"gradientCheckpointing": True}),
     Cell("sft, fsdp", parallel={"strategy": "fsdp"}),
     Cell("sft, fsdp offloaded", parallel={"strategy": "fsdp", "fsdp": {"cpuOffload": True}}),

@@ -63,6 +63,26 @@ def tiny_reward_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def louder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """``louder(factor)``: the tiny model with its matrices multiplied, so that it is far from its own layers and its equals."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def made(factor: float) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(factor)
+        directory = tmp_path_factory.mktemp("louder")
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def run_phase() -> RunPhase:
     """``run_phase(type, spec, inputs, output, **file) -> (exit code, Result or None)``, in this process.
 

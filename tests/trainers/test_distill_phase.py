@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from finished import assert_same, lines, weights
 from safetensors.torch import load_file
-from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.workspace import PhaseDir
@@ -19,17 +19,8 @@ PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "co
 
 
 @pytest.fixture(scope="module")
-def teacher_dir(tiny_model_dir, tmp_path_factory) -> Path:
-    """The tiny model with louder weights, so that it is far from its own layers."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    directory = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
-    return directory
+def teacher_dir(louder) -> Path:
+    return louder(8)
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +82,6 @@ def reference(run_phase, spec_for, tmp_path_factory):
     code, result = run_phase("distill", spec_for(), None, output)
     assert code == 0
     return output, result
-
-
-def lines(output: Path):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(output: Path):
-    return load_file(output / "model" / "model.safetensors")
-
-
-def assert_same(ours, theirs, tolerance=0.0):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert_close(ours[name], theirs[name], atol=tolerance, rtol=0)
 
 
 def test_metrics(reference):

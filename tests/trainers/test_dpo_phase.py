@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from finished import difference, lines, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,21 +34,6 @@ def spec_for(model: Path, **changes):
         "optim": {"lr": 1e-3},
     }
     return {**base, **changes}
-
-
-def weights(phase_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(phase_dir / "model" / "model.safetensors")
-
-
-def difference(a: Path, b: Path) -> float:
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys()
-    return max((ours[k] - theirs[k]).abs().max().item() for k in ours)
-
-
-def lines(phase_dir: Path, key: str = "loss") -> list[dict]:
-    read = [json.loads(line) for line in (phase_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in read if key in line]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +59,7 @@ def undisturbed(run_phase, tiny_model_dir, tmp_path_factory):
 
 def test_training_prefers_the_chosen_responses(undisturbed):
     output, result, _ = undisturbed
-    steps = lines(output)
+    steps = lines(output, "loss")
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert abs(steps[0]["reward"]) < 1e-5
     assert steps[-1]["loss"] < 0.69
@@ -98,7 +84,7 @@ def test_three_steps_are_trls(run_phase, tiny_model_dir, other_model_dir, tmp_pa
         **smoothing,
     )
     assert run_phase("dpo", spec, None, tmp_path / "run" / "dpo")[0] == 0
-    ours = [[line["loss"], line["grad_norm"], line["reward"]] for line in lines(tmp_path / "run" / "dpo")]
+    ours = [[line["loss"], line["grad_norm"], line["reward"]] for line in lines(tmp_path / "run" / "dpo", "loss")]
     theirs = trl_steps(tiny_model_dir, other_model_dir, tmp_path, kind, 0.1 if smoothing else 0.0)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-5, rtol=2e-5)
 
@@ -154,8 +140,8 @@ def test_stored_scores_are_live_scores(run_phase, tiny_model_dir, other_model_di
     stored, live = (tmp_path / mode / "run" / "dpo" for mode in ("precompute", "on-the-fly"))
     assert (stored / "reference").exists()
     assert not (live / "reference").exists()
-    assert difference(stored, live) < 5e-5
-    for ours, theirs in zip(lines(stored), lines(live), strict=True):
+    assert difference(weights(stored), weights(live)) < 5e-5
+    for ours, theirs in zip(lines(stored, "loss"), lines(live, "loss"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
@@ -204,7 +190,7 @@ def test_damaged_scores_are_made_again(run_phase, tiny_model_dir, tmp_path, stop
     assert run_phase("dpo", spec, None, output)[0] == 0
     assert "its pairs are scored again" in capsys.readouterr().err
     assert stored.read_bytes() == content
-    assert difference(whole, output) == 0.0
+    assert difference(weights(whole), weights(output)) == 0.0
 
 
 def test_sigterm_is_answered_while_the_reference_scores(run_phase, tiny_model_dir, tmp_path, monkeypatch):
@@ -229,9 +215,9 @@ def test_a_run_that_was_stopped_ends_the_same(run_phase, undisturbed, tmp_path, 
     monkeypatch.setattr(reference_module, "_all_scores", None)  # what is stored is not computed again
     code, resumed = run_phase("dpo", spec, None, output)
     assert code == 0
-    assert difference(whole, output) == 0.0
+    assert difference(weights(whole), weights(output)) == 0.0
     assert resumed.metrics == result.metrics
-    assert [line["loss"] for line in lines(output)] == [line["loss"] for line in lines(whole)]
+    assert [line["loss"] for line in lines(output, "loss")] == [line["loss"] for line in lines(whole, "loss")]
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
@@ -249,7 +235,7 @@ def test_micro_batches_and_layout_do_not_change_a_step(run_phase, tiny_model_dir
         )
         output = tmp_path / f"{packing}-{tokens}" / "run" / "dpo"
         assert run_phase("dpo", spec, None, output)[0] == 0
-        found.append([[line["loss"], line["grad_norm"], line["nll"]] for line in lines(output)])
+        found.append([[line["loss"], line["grad_norm"], line["nll"]] for line in lines(output, "loss")])
     for other in found[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), atol=ROUNDING, rtol=1e-5)
 
@@ -269,7 +255,7 @@ def test_the_nll_term_is_the_chosen_responses_loss_per_token(run_phase, tiny_mod
         labels[:, :start] = -100
         count += (labels != -100).sum().item()
         total += model(input_ids=ids, labels=labels).loss.item() * (labels != -100).sum().item()
-    first = lines(tmp_path / "run" / "dpo")[0]
+    first = lines(tmp_path / "run" / "dpo", "loss")[0]
     assert first["nll"] == pytest.approx(total / count, abs=1e-5)
     assert first["loss"] == pytest.approx(0.693147 + 0.5 * total / count, abs=1e-5)
 
@@ -330,7 +316,7 @@ def test_two_processes_give_what_one_gives(run_phase, tiny_model_dir, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for ours, theirs in zip(lines(one), lines(two), strict=True):
+    for ours, theirs in zip(lines(one, "loss"), lines(two, "loss"), strict=True):
         for name in ("loss", "grad_norm", "accuracy", "reward", "nll"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
-    assert difference(one, two) < 1e-4
+    assert difference(weights(one), weights(two)) < 1e-4

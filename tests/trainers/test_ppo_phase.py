@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from finished import assert_same, lines, weights
 from foreign_models import save_encoder
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -47,20 +47,6 @@ def reference(run_phase, spec_for, tmp_path_factory):
     code, result = run_phase("ppo", spec_for(), None, output)
     assert code == 0
     return output, result
-
-
-def lines(output: Path):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(output: Path):
-    return load_file(output / "model" / "model.safetensors")
-
-
-def assert_same(ours, theirs, tolerance=0.0):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert_close(ours[name], theirs[name], atol=tolerance, rtol=0)
 
 
 def test_metrics(reference):

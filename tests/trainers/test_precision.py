@@ -1,10 +1,10 @@
 """What is held and computed in which precision, through whole phases. bf16 works on any CPU, if slowly."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from finished import lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -52,10 +52,6 @@ def dpo(model: Path, precision: str, dtype: str, packing: bool, **changes):
         "parallel": {"precision": precision},
         **changes,
     }
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 HELD = [("fp32", "auto"), ("bf16", "auto"), ("bf16", "bf16")]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from finished import difference, lines, weights
 from one_rank import OneRank
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -42,17 +43,6 @@ def context(seed: int = 0):
     return SimpleNamespace(
         workers=OneRank(), seed=seed, spec=spec, base_dir=Path("."), model_location=lambda ref: ref.source
     )
-
-
-def difference(a: Path, b: Path) -> float:
-    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (a, b))
-    assert ours.keys() == theirs.keys()
-    return max((ours[k] - theirs[k]).abs().max().item() for k in ours)
-
-
-def lines(phase_dir: Path, key: str = "loss") -> list[dict]:
-    read = [json.loads(line) for line in (phase_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in read if key in line]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -103,7 +93,7 @@ def undisturbed(run_phase, tiny_model_dir, tmp_path_factory):
 
 def test_training_ranks_the_pairs(undisturbed):
     output, result, _ = undisturbed
-    steps = lines(output)
+    steps = lines(output, "loss")
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert {"accuracy", "reward", "grad_norm", "learning_rate"} <= steps[0].keys()
     assert result.metrics["evalAccuracy"] > 0.6  # on pairs it has seen: six steps teach no more
@@ -168,7 +158,7 @@ def test_three_steps_are_trls(run_phase, tiny_model_dir, tmp_path, settings):
     spec = spec_for(tiny_model_dir, data=data, duration={"maxSteps": 3}, optim=PLAIN, **settings)
     output = tmp_path / "run" / "reward"
     assert run_phase("reward", spec, None, output, baseDir=str(tmp_path))[0] == 0
-    ours = [[line["loss"], line["grad_norm"], line["reward"]] for line in lines(output)]
+    ours = [[line["loss"], line["grad_norm"], line["reward"]] for line in lines(output, "loss")]
     theirs = trl_steps(tiny_model_dir, tmp_path, rows, settings)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-5, rtol=2e-5)
 
@@ -218,9 +208,9 @@ def test_a_run_that_was_stopped_ends_the_same(run_phase, undisturbed, tmp_path, 
         assert run_phase("reward", spec, None, output) == (143, None)
     code, resumed = run_phase("reward", spec, None, output)
     assert code == 0
-    assert difference(whole, output) == 0.0
+    assert difference(weights(whole), weights(output)) == 0.0
     assert resumed.metrics == result.metrics
-    assert [line["loss"] for line in lines(output)] == [line["loss"] for line in lines(whole)]
+    assert [line["loss"] for line in lines(output, "loss")] == [line["loss"] for line in lines(whole, "loss")]
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
@@ -238,7 +228,7 @@ def test_micro_batches_and_layout_do_not_change_a_step(run_phase, tiny_model_dir
         )
         output = tmp_path / f"{packing}-{tokens}" / "run" / "reward"
         assert run_phase("reward", spec, None, output)[0] == 0
-        found.append([[line["loss"], line["grad_norm"], line["reward"]] for line in lines(output)])
+        found.append([[line["loss"], line["grad_norm"], line["reward"]] for line in lines(output, "loss")])
     for other in found[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), atol=1e-5, rtol=1e-5)
 
@@ -259,7 +249,7 @@ def test_the_language_loss_trains_a_head_that_is_not_saved(run_phase, tiny_model
     for weight, output in outputs.items():
         with stop_after(2):
             assert run_phase("reward", {**spec, "lmWeight": weight}, None, output)[0] == 143
-    added = lines(outputs[0.5])[0]["loss"] - lines(outputs[0.0])[0]["loss"]
+    added = lines(outputs[0.5], "loss")[0]["loss"] - lines(outputs[0.0], "loss")[0]["loss"]
     assert added == pytest.approx(0.5 * chosen_loss(model, start), abs=1e-5)
     saved = load_file(outputs[0.5] / "checkpoints" / "step-2" / "shard-00000.safetensors")
     heads = [name for name in saved if name.startswith("model/weights/") and "lm_head" in name]
@@ -408,7 +398,7 @@ def test_two_processes_give_what_one_gives(run_phase, tiny_model_dir, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for ours, theirs in zip(lines(one), lines(two), strict=True):
+    for ours, theirs in zip(lines(one, "loss"), lines(two, "loss"), strict=True):
         for name in ("loss", "grad_norm", "accuracy", "reward"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
-    assert difference(one, two) < 1e-4
+    assert difference(weights(one), weights(two)) < 1e-4

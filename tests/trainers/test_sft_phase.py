@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from finished import assert_same, lines, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,16 +33,6 @@ def spec_for(model: Path, **changes):
     return {**base, **changes}
 
 
-def weights(phase_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(phase_dir / "model" / "model.safetensors")
-
-
-def assert_same(a: dict, b: dict, tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    worst = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
-    assert worst <= tolerance, f"weights differ by {worst}"
-
-
 @pytest.fixture(scope="module")
 def reference(run_phase, tiny_model_dir, tmp_path_factory):
     """One undisturbed run, to compare others with."""
@@ -53,9 +44,9 @@ def reference(run_phase, tiny_model_dir, tmp_path_factory):
 
 def test_training_lowers_the_loss_and_leaves_a_loadable_model(reference):
     output, result = reference
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.15
+    steps = lines(output)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.15
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     assert sum(p.numel() for p in model.parameters()) == result.metrics["parameters"]
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
@@ -99,7 +90,7 @@ def test_the_loss_is_transformers_own(reference, tiny_model_dir):
         out = model(input_ids=torch.tensor([prompt + answer]), labels=labels)
         total += out.loss.item() * len(answer)
         count += len(answer)
-    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    first = lines(output)[0]
     assert first["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
@@ -113,7 +104,7 @@ def test_a_stopped_run_continues_to_the_same_weights(run_phase, stop_after, refe
     assert code == 0
     assert_same(weights(output), weights(reference[0]))
     assert result.artifact_digest == reference[1].artifact_digest
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines(output)]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -225,8 +216,7 @@ def test_the_best_weights_are_exported_when_asked(run_phase, tiny_model_dir, tmp
     output = tmp_path / "run" / "sft"
     code, result = run_phase("sft", spec, None, output, baseDir=str(tmp_path))
     assert code == 0
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses = [line["eval_loss"] for line in lines(output, "eval_loss")]
     assert result.metrics["evalLoss"] == min(losses) < losses[-1]
     folders = (output / "checkpoints").glob("best-*")
     best = load_file(max(folders, key=lambda path: int(path.name[5:])) / "shard-00000.safetensors")

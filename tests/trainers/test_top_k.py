@@ -215,17 +215,8 @@ def test_what_stored_scores_cannot_answer_needs_a_teacher(changes, said):
 
 
 @pytest.fixture(scope="module")
-def teacher_dir(tiny_model_dir, tmp_path_factory) -> Path:
-    """The tiny model with louder weights, so that it is far from the student."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    directory = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(directory)
-    return directory
+def teacher_dir(louder) -> Path:
+    return louder(4)
 
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 16}}], "maxPromptLength": 32}

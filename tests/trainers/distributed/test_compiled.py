@@ -3,15 +3,14 @@
 Prints of each how far losses are apart, how many programs were made, and steps and processor time a second.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.cells import LORA, phases
-from distributed.conftest import SCRIPT, torchrun, write
+from distributed.cells import LORA, Way, phases
+from finished import lines
 from test_compiling import counted
 
 pytestmark = pytest.mark.compiled
@@ -46,7 +45,7 @@ def test_losses_are_those_of_plain_layers_and_programs_are_few(
     name, run_phase, tiny_model_dir, tiny_reward_dir, tmp_path
 ):
     cell = CELLS[name]
-    spec = phases(tiny_model_dir, tiny_reward_dir)[cell.kind] | cell.changes
+    spec = phases(tiny_model_dir, tiny_reward_dir, [cell.kind])[cell.kind] | cell.changes
     found = {}
     for compiled in (False, True):
         counters = counted()
@@ -63,23 +62,15 @@ def test_losses_are_those_of_plain_layers_and_programs_are_few(
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_so_are_those_of_several_processes(name, tiny_model_dir, tiny_reward_dir, tmp_path):
-    spec = phases(tiny_model_dir, tiny_reward_dir)["sft"]
-    found = []
-    for folder, parallel, processes in (("one", {}, 1), ("split", SPLIT[name] | {"compile": True}, 2)):
-        place = tmp_path / folder
-        output = place / "sft" / "run" / "phase"
-        file = write(place / "sft.yaml", output, spec | {"parallel": {"microBatchTokens": 128} | parallel})
-        codes = torchrun([str(SCRIPT), f"sft={file}"], processes, 1, place)
-        assert codes == [0], (place / "node-0.log").read_text()[-4000:]
-        found.append(losses(output))
-    print(f"{name}: losses {apart(*found):.1e} apart")
-    assert apart(*found) < BOUND
+def test_so_are_those_of_several_processes(name, run_way):
+    way = Way(SPLIT[name] | {"compile": True})
+    ours, plain = (losses(run_way(each, ["sft"])["sft"]) for each in (way, way.alone))
+    print(f"{name}: losses {apart(ours, plain):.1e} apart")
+    assert apart(ours, plain) < BOUND
 
 
 def losses(phase: Path) -> list[float]:
-    lines = map(json.loads, (phase / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in lines(phase, "loss")]
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:
