@@ -58,6 +58,8 @@ class PhaseSize:
     """Why it is not known what it needs; empty if it is."""
     advice: str = ""
     """What would fit, if this does not."""
+    by_layers: bool = False
+    """Whether it fits only because sampling gathers layers for every token, where whole weights do not fit."""
 
     @property
     def fits(self) -> bool | None:
@@ -86,7 +88,12 @@ def phase_size(phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles) -
     if needs is None:
         return None
     size = PhaseSize(phase.name, place.world, device, needs)
-    return replace(size, advice=_advice(phase, device, shape_of, zero_files)) if size.fits is False else size
+    if size.fits is not False:
+        return size
+    layered = replace(size, needs=phase_needs(phase.spec, replace(place, by_layers=True), shape_of), by_layers=True)
+    if device.gpu and layered.fits is not False:
+        return layered
+    return replace(size, advice=_advice(phase, device, shape_of, zero_files))
 
 
 def states_memory(run: AlignmentRun) -> bool:
@@ -208,6 +215,8 @@ def sentence(size: PhaseSize) -> str:
     of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
     where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
     said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}"
+    if size.by_layers:
+        return f"{said}; whole weights for sampling do not fit: layers are gathered for every token, which is slow"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
 
 

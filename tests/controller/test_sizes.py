@@ -13,7 +13,7 @@ from controller.operator.events import transitions
 from controller.plan.decide import decide
 from controller.plan.observed import Observed
 from controller.plan.shapes import sources
-from controller.plan.sizes import PhaseSize, run_sizes, shown
+from controller.plan.sizes import PhaseSize, run_sizes, sentence, shown
 from trainers.sizing.devices import GIB, product_memory
 from trainers.sizing.memory import Place, forward_alone
 from trainers.sizing.shapes import shape_of
@@ -216,6 +216,28 @@ def test_a_bucket_is_no_larger_than_the_gradients():
     small = tuned("org/small", parallel={"strategy": "deepspeed", "deepspeed": {"stage": 1}}, lora={"rank": 1})
     memory = one(small).needs.memory
     assert memory.exchange == memory.gradients
+
+
+def test_sampling_gathers_layers_where_whole_weights_do_not_fit():
+    huge = {
+        **LLAMA_8B,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
+    configs = CONFIGS | {("org/huge", None): huge}
+
+    def of(source: str) -> PhaseSize:
+        policy = {"policy": {"source": source}, "data": PROMPTS, "parallel": {"frozen": "sharded"}}
+        return one({"name": "traces", "rollout": policy}, configs)
+
+    size = of("org/huge")
+    assert size.fits
+    assert size.needs.memory.total < 2 * size.needs.models[0][1], "whole it takes two bytes a parameter"
+    assert sentence(size).endswith("do not fit: layers are gathered for every token, which is slow")
+    assert of("org/big").needs.memory.cache > 2 * BIG
+    assert "layers" not in sentence(of("org/big"))
 
 
 # ---------------------------------------------------------------- through the graph

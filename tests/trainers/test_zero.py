@@ -11,7 +11,7 @@ PROGRAM = Path(__file__).with_name("zero_processes.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [("1", "2", "3", "3l")], ids=["stages-and-adapters"])
+@pytest.mark.parametrize("cases", [("1", "2", "3s", "3l")], ids=["stages-and-adapters"])
 def test_two_processes_train_as_one_does(cases):
     run(cases)
 

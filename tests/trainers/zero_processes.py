@@ -17,13 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainers.contract import BadInput
 from trainers.core.adapters import with_adapters
 from trainers.core.batch import Sequence
+from trainers.core.engines.zero_weights import hand_over
 from trainers.core.export import write_model
 from trainers.core.flops import model_flops
+from trainers.core.gathering import gathered, in_step
 from trainers.core.generate import generate
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
-from trainers.core.sharding import gathered, whole
+from trainers.core.sharding import sharding_for, whole
 from trainers.core.step import Layout, accumulate
 from trainers.core.trainee import Trainee, learning_rate
 from trainers.spec import DeepSpeed, Lora, Optim, Parallel, Sampling
@@ -42,20 +44,50 @@ OFFLOADED = {"offload_optimizer": True, "offload_parameters": True}
 def main(cases: list[str]) -> None:
     workers = Workers(Parallel(strategy="deepspeed", precision="fp32"))
     assert workers.world == 2
+    check_handed_over(workers)
     for case in cases:
         stage, offload, lora = int(case[0]), "o" in case, "l" in case
         settings = DeepSpeed(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
         workers.zero = zero_config(settings, Path())
-        check_trajectory(workers, lora)
+        check_trajectory(workers, lora, as_read="s" in case)
         check_unreached(workers)
         print(case, flush=True) if "-v" in sys.argv else None
     workers.zero = None
     check_unreached(workers)
 
 
-def check_trajectory(workers: Workers, lora: bool) -> None:
+def check_handed_over(workers: Workers) -> None:
+    """Nothing is left of FSDP, in which the model has computed, and every weight is whole again when ZeRO gathers it."""
+    config = copy.deepcopy(CONFIG)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model, plain = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    split(workers, model)
+    model(input_ids=torch.arange(5)[None])
+    hand_over(model, zero_config(DeepSpeed(stage=3), Path()) | {"train_micro_batch_size_per_gpu": 1})
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        assert vars(ours).keys() ^ vars(theirs).keys() <= {"_weight_conversions"}, type(ours)
+        hooks = [name for name in vars(ours) if name.endswith("_hooks")]
+        assert all(len(vars(ours)[name]) == len(vars(theirs)[name]) for name in hooks), type(ours)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert ours.numel() == 0 and torch.equal(whole(ours), theirs), name
+
+
+def split(workers: Workers, model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """As a model is that is read for ZeRO's third stage."""
+    parallel = Parallel(strategy="deepspeed", deepspeed=DeepSpeed(stage=3))
+    sharding_for(parallel, False, False, workers.device, workers.world).apply(model)
+    return model
+
+
+def check_trajectory(workers: Workers, lora: bool, as_read: bool) -> None:
     model = fresh(lora)
     losses, norms, weights = plainly(copy.deepcopy(model))
+    if as_read:
+        split(workers, model)
     trainee = Trainee(workers, Scorer(model), OPTIM, STEPS, model_flops(model))
     for step in range(STEPS):
         found = one_pass(workers, trainee, step)
@@ -173,8 +205,11 @@ def check_restored(workers: Workers, trainee: Trainee, state: dict[str, torch.Te
 def check_responses(workers: Workers, model: LlamaForCausalLM, state: dict[str, torch.Tensor]) -> None:
     """Processes generate as much as they like inside ``gathered``, what a whole model would; training can go on."""
     sampling = Sampling(max_new_tokens=4 + 3 * workers.rank, temperature=0)
+    with in_step(model):  # layer by layer, where the whole does not fit
+        layered = generate(model, [[1, 2, 3]], sampling, frozenset())[0].ids
     with gathered(model):
         found = generate(model, [[1, 2, 3]], sampling, frozenset())[0].ids
+        assert found == layered
         plain = LlamaForCausalLM(CONFIG)
         if not any("lora" in name for name in state):
             plain.load_state_dict(model.state_dict())

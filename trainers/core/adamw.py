@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from trainers.core.sharding import whole_shape
 from trainers.spec import Optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,8 +36,8 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]
     """Matrices decay; biases and norm scales (fewer than two dimensions) do not."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
 
 

@@ -21,6 +21,7 @@ import torch
 from trainers.contract import BadInput, Diverged
 from trainers.core.attention import with_a_cache
 from trainers.core.compiling import uncompiled
+from trainers.core.sharding import computes_on
 from trainers.spec import Sampling
 
 
@@ -94,7 +95,7 @@ class _Batch:
     ) -> None:
         self.model, self.sampling, self.stop_ids = model, sampling, stop_ids
         self.keep_times, self.num_known = keep_times, num_known
-        device = next(model.parameters()).device
+        device = computes_on(model)
         self.uniforms = uniforms.to(device)
         self.responses = [Response([], False) for _ in prompts]
         self.rows = list(range(len(prompts)))

@@ -14,13 +14,13 @@ from trainers.core.classifiers import RewardModel
 from trainers.core.context import PhaseContext
 from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.examples import Encoding, Examples, open_examples
+from trainers.core.gathering import gathered
 from trainers.core.generate import generate
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row
-from trainers.core.sharding import gathered
-from trainers.core.shares import over_ranks
+from trainers.core.shares import in_order
 from trainers.core.templates import Messages
 from trainers.spec import PromptData, Sampling
 
@@ -111,8 +111,10 @@ def respond(
             Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
         ]
 
+    mine = range(len(prompts))[workers.rank :: workers.world]
     with gathered(loaded.model):
-        samples = over_ranks(workers, len(prompts), work)
+        found = work(mine)
+    samples = in_order(workers, mine, found)
     return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,8 +24,17 @@ from trainers.core.layers import backbone, decoder_layers, score_head_name
 from trainers.core.presence import be_patient
 from trainers.spec import Parallel
 
-_RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a split module's weights are freed after its forward pass: FSDP2 can be told, but not asked."""
+
+@dataclass(frozen=True)
+class How:
+    """How a module is split: FSDP2 can be told, but not asked."""
+
+    reshard: bool
+    """Whether its weights are freed after its forward pass."""
+    gather_dtype: torch.dtype | None
+
+
+HOW: WeakKeyDictionary[nn.Module, How] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Sharding:
             offload_policy=CPUOffloadPolicy(self.mesh.device_type == "cuda") if self.offload else OffloadPolicy(),
             ignored_params=ignored,
         )
-        _RESHARDS[module] = reshard
+        HOW[module] = How(reshard, precision.param_dtype)
 
     @contextmanager
     def loading(self) -> Iterator[dict[str, Any]]:
@@ -129,13 +137,18 @@ class Sharding:
 
 
 def sharding_for(parallel: Parallel, frozen: bool, bf16: bool, device: torch.device, world: int) -> Sharding | None:
-    """How a phase's models are split over its ``world`` processes; None where every process holds whole ones."""
-    if not (parallel.splits_frozen if frozen else parallel.strategy == "fsdp"):
+    """How a phase's models are split over its ``world`` processes; None where every process holds whole ones.
+
+    Under ZeRO's third stage those that are trained are read so, and are split by it when their engine is made.
+    """
+    if not (parallel.splits_frozen if frozen else parallel.splits_weights):
         return None
     settings = parallel.fsdp
     mesh = _mesh(device, world, hybrid=settings is not None and settings.hybrid)
     if frozen:
         return Sharding(mesh, offload=parallel.frozen == "offloaded")
+    if parallel.deepspeed is not None:
+        return Sharding(mesh, offload=parallel.deepspeed.offload_parameters)
     dtype = settings.gather_dtype if settings is not None else "auto"
     gather = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and bf16) else None
     if settings is None:
@@ -176,6 +189,12 @@ def is_split(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def computes_on(model: nn.Module) -> torch.device:
+    """The device of a model's forward passes; parts of its weights may lie elsewhere."""
+    first = next(model.parameters())
+    return torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What of a tensor lies in this process; empty where it has no part of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -186,7 +205,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if hasattr(tensor, "ds_id"):
         with held_whole([tensor]):
             return tensor.detach().clone()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_device: Any = tensor.to(tensor.device_mesh.device_type)  # NCCL takes nothing from the machine's memory
+    found: torch.Tensor = on_device.full_tensor()
+    return found
 
 
 def held_whole(weights: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
@@ -212,30 +235,3 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Every process has all weights of a split model inside, gathered once; forward passes inside wait for nobody.
-
-    So processes may make different numbers of them, as in generation, where responses end early.
-    """
-    zero = next((p._z3_optimizer for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:  # the model itself is the first: it has to be known as the root before its parts
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
-    try:
-        with nullcontext() if zero is None else _gathered_by_zero(model, zero):
-            yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(_RESHARDS[module], recurse=False)
-            module.reshard()
-
-
-def _gathered_by_zero(model: nn.Module, optimizer: Any) -> AbstractContextManager[Any]:
-    """The same of a model that ZeRO splits: DeepSpeed asks for its engine, of which it uses these two."""
-    from deepspeed.runtime.zero import unwrap_model_for_generation
-
-    return unwrap_model_for_generation(SimpleNamespace(parameters=model.parameters, optimizer=optimizer))

@@ -37,6 +37,8 @@ class Place:
     gpu: bool = False
     zero: Mapping[str, Any] = field(default_factory=dict)
     """`zero_optimization` of a DeepSpeed JSON file."""
+    by_layers: bool = False
+    """Sampling gathers a split model's layers for every token, not the whole once."""
 
     @property
     def world(self) -> int:
@@ -305,8 +307,11 @@ def generation(
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
     logits = responses * shape.vocabulary * (3 * FP32 + 2 * 8)
     prompts = forward_alone(place, shape, responses * prompt, prompt)
-    gathered = _gather_bytes(place, held) * shape.parameters if split else 0
-    return cache + max(prompts, logits) + gathered + _casts(place, shape, held)
+    found = cache + max(prompts, logits) + _casts(place, shape, held)
+    if not split:
+        return found
+    number = _gather_bytes(place, held)
+    return found + (_layers(shape, number) if place.by_layers else number * shape.parameters)
 
 
 def largest(memories: Sequence[Memory]) -> Memory:

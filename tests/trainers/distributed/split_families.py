@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trainers.core.batch import Sequence, collate
+from trainers.core.gathering import gathered, in_step
 from trainers.core.layers import hold
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
-from trainers.core.sharding import gathered, release, whole
+from trainers.core.sharding import release, whole
 from trainers.core.weights import read_model
 from trainers.spec import Parallel
 
@@ -42,9 +43,11 @@ def compared(workers: Workers, folder: str, dtype: torch.dtype) -> dict[str, flo
     errors = {name: float((ours[name] - g).abs().max() / g.abs().max().clamp(min=1e-12)) for name, g in theirs.items()}
     worst = max(errors, key=lambda name: errors[name])
     ids = torch.arange(3, 9)[None]
-    with torch.no_grad(), gathered(split):
-        logits = split(input_ids=ids).logits if workers.rank == 0 else None  # nobody waits inside
-    same = logits is None or torch.equal(logits, alone(input_ids=ids).logits)
+    same = True
+    for inside in (gathered, in_step):
+        with torch.no_grad(), inside(split):
+            logits = split(input_ids=ids).logits if workers.rank == 0 else None  # nobody waits inside
+        same &= logits is None or torch.equal(logits, alone(input_ids=ids).logits)
     return {"error": errors[worst], "weight": worst, "generates": str(same)}
 
 

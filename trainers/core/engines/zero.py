@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -14,14 +13,14 @@ from trainers.core.adamw import adamw
 from trainers.core.engines.engine import Fill
 from trainers.core.engines.reach import Reach, listed
 from trainers.core.engines.zero_state import ZeroState
+from trainers.core.engines.zero_weights import hand_over
 from trainers.core.parallel import Workers
 from trainers.core.presence import be_patient
+from trainers.core.sharding import is_split, whole_shape
 from trainers.spec import Optim
 
 BUCKET_ELEMENTS = 5 * 10**8
 """DeepSpeed's own size of a bucket of gradients."""
-NO_NORM = torch.tensor(-1.0)
-"""What DeepSpeed writes for a norm that is not finite."""
 
 
 class Zero:
@@ -30,19 +29,22 @@ class Zero:
     def __init__(self, workers: Workers, module: nn.Module, optim: Optim, config: dict[str, Any]) -> None:
         import deepspeed
 
-        self.world = workers.world
+        self.rank, self.world = workers.rank, workers.world
+        config = _with_types(config, module) | {"gradient_clipping": optim.max_grad_norm}
+        if is_split(module):
+            hand_over(module, config)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        shapes = {name: p.shape for name, p in named.items()}
+        shapes = {name: whole_shape(p) for name, p in named.items()}
         self.optimizer = adamw(module, optim)
         self.weight_decay = optim.weight_decay
         self.reach = Reach(workers, named)
-        config = _with_types(config, named) | {
-            "zero_optimization": _with_bucket(config["zero_optimization"], shapes),
-            "gradient_clipping": optim.max_grad_norm,
-        }
+        config |= {"zero_optimization": _with_bucket(config["zero_optimization"], shapes)}
         self.module, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
+        if "offload_optimizer" in config["zero_optimization"]:
+            # Gradients are looked at themselves: their norms were taken before :meth:`discard_gradients` marks one.
+            self.module.optimizer.check_grad_overflow = True
         be_patient(self.module.seq_data_parallel_group)
         self.parameters = list(named.values())
         self.state = ZeroState(workers, self.module, self.optimizer, named, shapes)
@@ -74,12 +76,18 @@ class Zero:
         return norm if norm >= 0 else math.nan
 
     def discard_gradients(self) -> None:
-        """DeepSpeed drops gradients, wherever they have got to, when their norm is no number: it is told so."""
+        """DeepSpeed drops gradients, wherever they have got to, when one is no number: so the first is made to be none."""
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
         if not self.has_gradients:
             return
-        found, norm = ("_get_norm_groups", [NO_NORM]) if self.state.stage == 3 else ("scaled_global_norm", NO_NORM)
-        with patch.object(self.module.optimizer, found, lambda *_, **__: norm):
-            self.module.step()
+        first: Any = self.parameters[0]  # a step that reaches any weight reaches it: embeddings, or the lowest adapter
+        split = self.state.stage == 3
+        value = torch.zeros_like(first.ds_tensor if split else first)
+        if self.rank == 0:  # whose part begins with a number of the weight, where others may have padding alone
+            value.view(-1)[0] = math.nan
+        (safe_set_local_grad if split else safe_set_full_grad)(first, value)
+        self.module.step()
         self.has_gradients = False
 
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -92,9 +100,9 @@ class Zero:
         self.state.restore(fill, names)
 
 
-def _with_types(config: dict[str, Any], named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+def _with_types(config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Weights in bf16 get fp32 copies, split over processes, which are what is updated."""
-    if any(p.dtype == torch.bfloat16 for p in named.values()):
+    if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
         return config | {"bf16": {"enabled": True, "check_grad_overflow": True}}
     return config
 

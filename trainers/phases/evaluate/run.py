@@ -16,7 +16,7 @@ from typing import Any
 from trainers import jsonl
 from trainers.contract import BadInput
 from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
-from trainers.core.sharding import gathered
+from trainers.core.gathering import gathered
 from trainers.files import replaced, write_atomic
 from trainers.phases.evaluate.bench import Bench
 from trainers.phases.evaluate.laboratory import Laboratory
@@ -115,7 +115,8 @@ def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
         check_positions(bench.loaded, spec.latency)
         # One process at a time: on a shared machine two would slow each other down.
         with gathered(bench.loaded.model):
-            return workers.from_main(lambda: measure_latency(bench.loaded, spec.latency, workers))
+            found = measure_latency(bench.loaded, spec.latency, workers) if workers.is_main else {}
+        return workers.from_main(lambda: found)
 
     found: dict[str, Any] = bench.cell(key, measure)
     return found
