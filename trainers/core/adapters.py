@@ -30,8 +30,6 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
 
     names = list(lora.target_modules) or linear_names(model)
     _check_names(model, names)
-    if is_split(model) and any(_means(name, "lm_head") for name in names):
-        raise BadInput("lora.targetModules lm_head: a head that strategy fsdp splits can have no adapter")
     _untie(model, names)
     head = score_head_name(model)
     config = LoraConfig(
@@ -63,10 +61,6 @@ def _say_of_experts(model: Any, adapters: Any) -> None:
     if not taken:
         print(f"lora: experts' stacked weights get no adapters and stay as they are ({', '.join(stacked)})")
         return
-    if is_split(model):
-        raise BadInput(
-            f"lora: strategy fsdp cannot split experts with adapters ({', '.join(taken)}): set targetModules"
-        )
     print(f"lora: experts' stacked weights get adapters ({', '.join(taken)}); experts that all tokens visit get none")
 
 
@@ -150,6 +144,11 @@ def _untie(model: Any, names: list[str]) -> None:
         return
     ends = [name for name, module in model.named_modules() if module is head or module is embedding]
     if any(_means(name, end) for name in names for end in ends):
+        if is_split(model):
+            raise BadInput(
+                f"lora.targetModules {names}: embeddings that are the language head too have been split as one weight, "
+                "and cannot become two: leave them and the head out, or set strategy ddp"
+            )
         head.weight = nn.Parameter(embedding.weight.detach().clone())
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 

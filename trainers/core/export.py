@@ -86,14 +86,23 @@ def _weights(model: Any) -> Iterator[Weight]:
     saved = _untied({_plain(name): tensor for name, tensor in state.items() if not _is_adapters(name)}, model)
     for name, tensor in state.items():
         if not _is_adapters(name) and _plain(name) in saved:
-            owner, _, last = name.rpartition(".")
-            layer = model.get_submodule(owner.removesuffix(".base_layer")) if owner.endswith(".base_layer") else None
-            yield Weight(_plain(name), tensor, layer if last == "weight" else None)
+            yield Weight(_plain(name), tensor, _adapter_of(name, model))
+
+
+def _adapter_of(name: str, model: Any) -> LoraLayer | None:
+    """The layer that has a weight's adapter. peft puts one around the other where a module has several adapted weights."""
+    owner, _, last = name.rpartition(".")
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+        layer = model.get_submodule(owner)
+        if last == getattr(layer, "parameter_name", "weight"):
+            return layer
+    return None
 
 
 def _plain(name: str) -> str:
     """A weight's name without what peft puts around its layer."""
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name).replace(".modules_to_save.default.", ".")
 
 
 def _is_adapters(name: str) -> bool:

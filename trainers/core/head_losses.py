@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from trainers.core.heads import fp32_weights, is_plain, product, scaled
-from trainers.core.layers import as_forward
+from trainers.core.heads import called, fp32_weights, is_plain, product, scaled
 
 CHUNK_ELEMENTS = 2**26
 """Logits of one model held at once: 256 MiB in fp32."""
@@ -59,7 +58,7 @@ def head_values(
         return _beside(beside, fn, partial(head.values, chunks))
 
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return as_forward(model.get_output_embeddings(), run, hidden.float())
+        return called(model.get_output_embeddings(), run, hidden.float())
 
 
 def head_loss(
@@ -87,7 +86,7 @@ def head_loss(
         return _WithGradients.apply(form, hidden, *weights.values())
 
     with torch.autocast(hidden.device.type, enabled=False):
-        return as_forward(model.get_output_embeddings(), run, hidden.float())
+        return called(model.get_output_embeddings(), run, hidden.float())
 
 
 def pieces(sizes: List[int] | None, count: int, room: int) -> list[tuple[slice, list[slice]]]:
@@ -163,7 +162,7 @@ def _beside(beside: Beside | None, fn: LogitsFn, work: Callable[[LogitsFn], Any]
         other = _Head(beside.model, hidden, fp32_weights(module))
         return work(lambda logits, at: fn(logits, at, other.logits(at)))
 
-    return as_forward(module, run, beside.hidden.float())
+    return called(module, run, beside.hidden.float())
 
 
 def _formed(head: _Head, loss: LossFn, sizes: List[int] | None, gradients: "_Gradients", fn: LogitsFn) -> _Formed:

@@ -6,8 +6,9 @@ bits: of 300 sequences 258 got distinct ones.
 Names: k positions, V vocabulary, H hidden width.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from trainers.core.layers import as_forward
+
+T = TypeVar("T")
 
 
 def in_fp32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -24,7 +27,15 @@ def in_fp32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return product(head, fp32_weights(head), hidden)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        return as_forward(head, run, hidden.float())
+        return called(head, run, hidden.float())
+
+
+def called(head: Any, run: Callable[[torch.Tensor], T], hidden: torch.Tensor) -> T:
+    """``run`` of hidden states in the place of a head's forward pass, while all that owns its weights is being called."""
+    owners = [head.base_layer, head.lora_A["default"], head.lora_B["default"]] if is_adapted(head) else [head]
+    for owner in owners:
+        run = partial(as_forward, owner, run)
+    return run(hidden)
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -58,13 +69,29 @@ def product(head: nn.Module, weights: Mapping[str, torch.Tensor], hidden: torch.
     """What a head makes of hidden states with these weights in the place of its own."""
     if is_plain(head):
         return linear(hidden, weights["weight"], weights.get("bias"))
+    if is_adapted(head):
+        return _adapted(head, weights, hidden)
     found: torch.Tensor = functional_call(_Own(head), {f"head.{name}": w for name, w in weights.items()}, (hidden,))
     return found
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is a product with one matrix, and perhaps a bias. One with adapters is more."""
-    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    """Whether a head is a product with one matrix, and perhaps a bias, as embeddings are too. One with adapters is more."""
+    return isinstance(head, nn.Embedding) or (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
+
+
+def is_adapted(head: Any) -> bool:
+    """Whether a head is a linear layer with peft's low-rank adapter."""
+    return hasattr(head, "lora_A") and isinstance(head.base_layer, nn.Linear)
+
+
+def _adapted(head: Any, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """As peft's own forward pass, which would call the layers that own the weights."""
+    found = linear(hidden, weights["base_layer.weight"], weights.get("base_layer.bias"))
+    if head.disable_adapters:
+        return found
+    narrow = linear(head.lora_dropout["default"](hidden), weights["lora_A.default.weight"])
+    return found + linear(narrow, weights["lora_B.default.weight"]) * head.scaling["default"]
 
 
 class _Own(nn.Module):

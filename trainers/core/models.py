@@ -15,7 +15,7 @@ from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.compiling import compile_layers
 from trainers.core.context import PhaseContext
-from trainers.core.heads import is_plain
+from trainers.core.heads import is_adapted, is_plain
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers, keep_split_layers
 from trainers.core.sharding import Sharding, is_split, whole_shape
@@ -158,6 +158,7 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapters = with_adapters(model, lora, ctx.seed) if lora is not None else None
+    check_adapters(ctx.spec.parallel, adapters)
     check_head(ctx.spec.parallel, model)
     for parameter in model.parameters():
         if adapters is not None and parameter.requires_grad:
@@ -167,13 +168,27 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))
 
 
-def check_head(parallel: Parallel, model: Any) -> None:
-    """Raise BadInput for a language head with adapters whose own weights are split: they are gathered for a plain one."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if parallel.splits_weights and head is not None and not is_plain(head):
+def check_adapters(parallel: Parallel, adapters: Any) -> None:
+    """Raise BadInput for adapters that peft puts into stacked weights where those are gathered layer by layer when called.
+
+    It reads them, and its own, around the layers that own them: FSDP has gathered a whole decoder layer then, ZeRO nothing.
+    """
+    config = adapters.peft_config["default"] if adapters is not None else None
+    taken = sorted(getattr(config, "target_parameters", None) or ())
+    if taken and parallel.strategy == "deepspeed" and parallel.splits_weights:
         raise BadInput(
-            f"lora.targetModules: the language head can have no adapter under strategy {parallel.strategy}, "
-            "which splits its weights: leave it out, or set strategy ddp"
+            f"lora: experts' stacked weights ({', '.join(taken)}) can have no adapters under ZeRO's stage 3: "
+            "set targetModules without them, stage 2, or strategy fsdp"
+        )
+
+
+def check_head(parallel: Parallel, model: Any) -> None:
+    """Raise BadInput for a language head whose split weights could not be gathered: one that is no linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if parallel.splits_weights and head is not None and not (is_plain(head) or is_adapted(head)):
+        raise BadInput(
+            f"a language head of type {type(head).__name__} cannot be used under strategy {parallel.strategy}, which "
+            "splits its weights: set strategy ddp"
         )
 
 

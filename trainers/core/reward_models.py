@@ -79,7 +79,7 @@ def _text_classifier(ctx: PhaseContext, model: Any, tokenizer: Any) -> TextClass
 def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None) -> tuple[LoadedModel, Any]:
     """A causal model's backbone with a fresh scalar head (normal, std 1/sqrt(H+1), as in InstructGPT's successors).
 
-    Also returns the causal model, which shares the backbone and is not part of what is saved.
+    Also returns what has the causal model's head, which shares the backbone's weights and is not part of what is saved.
     """
     base, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None), _sharding_of_base(ctx, ref))
     stop_ids = chat_format(tokenizer, base).stop_ids
@@ -103,13 +103,33 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
         if head.bias is not None:
             head.bias.zero_()
     base.requires_grad_(lora is None)
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     loaded = prepared(ctx, model, tokenizer, lora, frozen=False)
+    if tied and is_split(model):
+        return loaded, EmbeddingsAsHead(base)
     base.get_output_embeddings().to(ctx.workers.device)
     return loaded, base
 
 
+class EmbeddingsAsHead(nn.Module):
+    """A causal model whose head is its embeddings: these are called as the head too, which gathers what is split of them.
+
+    Beside a classifier they are a group of their own, which the head's module knows nothing of.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.config = base.config
+        self.embeddings = base.get_input_embeddings()
+        if base.get_output_embeddings().bias is not None:
+            raise BadInput("lmWeight: embeddings that are the head too cannot be split beside its bias: use ddp")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+
 def _sharding_of_base(ctx: PhaseContext, ref: ModelRef | None) -> Sharding | None:
-    """None for a model whose embeddings are its head as well: split together, they cannot be used without each other."""
+    """None for a model whose embeddings are its head as well: read as one they could not be split apart from its head."""
     sharding = sharding_of(ctx, frozen=False)
     if sharding is None or ref is None or ref.scratch is not None:
         return None
@@ -130,5 +150,7 @@ def _own_pad_token(model: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None
     tokenizer.add_special_tokens({"pad_token": free[0] if free else "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         if is_split(model):
-            raise BadInput("model: its vocabulary has no token for padding, and strategy fsdp cannot add one: use ddp")
+            raise BadInput(
+                "model: its vocabulary has no token for padding, and none can be added where weights are split: use ddp"
+            )
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,6 +1,7 @@
 """Low-rank adapters on every family: what is merged and saved has the logits that were trained."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from trainers.contract import BadInput
 from trainers.core.adapters import linear_names, with_adapters
-from trainers.spec import Lora
+from trainers.core.export import write_model
+from trainers.core.models import LoadedModel, check_adapters
+from trainers.spec import DeepSpeed, Lora, Parallel
 
 IDS = torch.arange(1, 13)[None]
 
@@ -36,8 +39,10 @@ def test_merged_adapters_are_the_trained_ones(family: str, of: str, tmp_path: Pa
             torch.nn.init.normal_(parameter, std=0.2)
     trained = logits(adapters.base_model.model.eval())
     assert (trained - before).abs().max() > 1
-    adapters.merge_and_unload().save_pretrained(tmp_path)
-    saved = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None, pad_token_id=0)
+    loaded = LoadedModel(adapters.base_model.model, tokenizer, SimpleNamespace(stop_ids={2}), adapters)
+    write_model(loaded, tmp_path / "model")
+    saved = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
     assert (saved - trained).abs().max() < 1e-4 * trained.abs().max()
 
 
@@ -68,3 +73,10 @@ def test_it_is_said_which_experts_get_adapters(family: str, capsys):
     trained = [name for name, _ in model.named_parameters() if ".experts." in name and "lora_" in name]
     said = capsys.readouterr().out
     assert ("get no adapters" in said) == (trained == []) == (family == "mixtral")
+
+
+def test_under_zeros_third_stage_experts_get_none(capsys):
+    adapters = with_adapters(family_model("deepseek_v3"), Lora(rank=2), 0)
+    check_adapters(Parallel(strategy="deepspeed", deepspeed=DeepSpeed(stage=2)), adapters)
+    with pytest.raises(BadInput, match=r"down_proj.* can have no adapters under ZeRO's stage 3"):
+        check_adapters(Parallel(strategy="deepspeed", deepspeed=DeepSpeed(stage=3)), adapters)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.contract import BadInput
 from trainers.core.batch import Batch, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
@@ -27,7 +26,6 @@ from trainers.core.reward_models import new_reward_model
 from trainers.core.rewards import check_reward_scoring, head_scores
 from trainers.core.rows import Row
 from trainers.core.scoring import hidden_states, target_logprobs
-from trainers.core.sharding import is_split
 from trainers.core.step import Layout, Measures, accumulate, in_eval_mode, scored
 from trainers.core.trainee import Trainee
 from trainers.phases.reward import loss
@@ -59,8 +57,6 @@ class RewardModule(nn.Module):
 def main(spec: RewardSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     loaded, language = new_reward_model(ctx, spec.model, spec.lora)
-    if spec.lm_weight and is_split(loaded.model) and language.config.get_text_config().tie_word_embeddings:
-        raise BadInput("lmWeight: strategy fsdp cannot split embeddings that are the head as well: set 0, or use ddp")
     check_reward_scoring(loaded, ctx.workers)
     train = _pairs(spec, ctx, loaded, "train").steps(spec.batch_size, spec.duration.epochs, spec.duration.max_steps)
     eval_data = _pairs(spec, ctx, loaded, "eval") if spec.data.eval else None
