@@ -33,8 +33,8 @@ IMPORTED = [
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-SAVED = (".model.tmp", "model")
-"""In a phase's directory, from where its model is saved on."""
+STEPS = 2
+"""After which a training phase saves what it has."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reached:
     """Resident bytes of the largest of a phase's processes."""
 
     peak: int
-    """At its worst moment, up to where the model is saved: what is saved passes through the machine's memory."""
+    """At its worst moment up to the end of its second step: checkpoints and models pass through the machine's memory."""
     settled: int
     """From the first step on, without what imports and loading have for a moment."""
 
@@ -69,7 +69,7 @@ def reached(kind: str, spec: dict[str, Any], folder: Path, processes: int = 1) -
     ranks = [context.Process(target=_run, args=(kind, file, log, group, rank)) for rank in range(processes)]
     for rank in ranks:
         rank.start()
-    found = _watch(ranks, folder / "out" / "phase")
+    found = _watch(ranks, folder / "out" / "phase" / "metrics.jsonl")
     if any(rank.exitcode for rank in ranks):
         raise RuntimeError(log.read_text()[-4000:])
     return found
@@ -98,14 +98,15 @@ def _run(kind: str, file: Path, log: Path, group: dict[str, str], rank: int) -> 
     sys.exit(run_phase(kind, file, []))
 
 
-def _watch(ranks: list[BaseProcess], output: Path) -> Reached:
+def _watch(ranks: list[BaseProcess], metrics: Path) -> Reached:
     """The kernel keeps the peak, so it is enough to ask for it now and then."""
-    peak, settled, failed, metrics = 0, 0, False, output / "metrics.jsonl"
+    peak, settled, failed = 0, 0, False
     while any(rank.is_alive() for rank in ranks):
         highest = [_resident(rank.pid, "VmHWM") for rank in ranks]
-        if not any((output / name).exists() for name in SAVED):
+        steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if steps < STEPS:
             peak = max([peak, *highest])
-        if metrics.exists() and metrics.stat().st_size:
+        if steps:
             settled = max([settled, *(_resident(rank.pid, "VmRSS") for rank in ranks)])
         if not failed and any(rank.exitcode for rank in ranks):
             failed = True

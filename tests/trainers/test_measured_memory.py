@@ -1,6 +1,6 @@
 """What a plan says of memory against what phases then reach, above the same phase with a model of no size.
 
-`make test-memory` measures all cells, `make test` a few.
+`make test-memory` measures all cells, `make test` one.
 """
 
 import json
@@ -34,7 +34,6 @@ REPLICATED, SHARDED, OFFLOADED = ({"frozen": how} for how in ("replicated", "sha
 LIVE_REFERENCE = {"referenceScores": "on-the-fly"}
 HALF = {"dtype": "bf16", "optim": {"stateDtype": "bf16"}}
 TRAINING = ("sft", "reward", "dpo", "ppo", "distill")
-SPEAKING = ("ppo", "rollout", "evaluate", "distill")
 
 
 def zero(stage: int, **settings: Any) -> dict[str, Any]:
@@ -98,7 +97,7 @@ CELLS = [
     Cell("evaluate"),
     Cell("evaluate", 2, OFFLOADED),
 ]  # fmt: skip
-ALWAYS = [Cell("sft"), Cell("rollout")]
+ALWAYS = [Cell("sft")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -131,7 +130,7 @@ def rows(tmp_path_factory) -> dict[str, str]:
         "sft": {"prompt": prompt, "response": answers[0]},
         "pairs": {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
         "prompts": {"prompt": "copy A B C " * 8},
-        "brief": {"prompt": "copy A B C"},
+        "traces": {"prompt": "copy A B C", "teacher_response": "A B C D " * 13, "reward": 1.0},
         "long": {"prompt": "copy A B C " * 62},
     }
     folder = tmp_path_factory.mktemp("rows")
@@ -158,8 +157,6 @@ def spec_of(cell: Cell, models: dict[str, Path], rows: dict[str, str], size: str
     # A few tokens more after long prompts: the cache is large, and takes little time.
     speaking = {"sampling": {"maxNewTokens": 8, "batchSize": 16}}
     long = {"maxPromptLength": 256}
-    # Nearly all of a row is scored, as plans take it to be.
-    brief = {"prompts": [{"files": rows["brief"]}], "maxPromptLength": 16}
     benchmarks = {
         "data": {"rows": [{"files": rows["long"]}], **long},
         "benchmarks": [{"name": "length", "length": {}}],
@@ -173,8 +170,8 @@ def spec_of(cell: Cell, models: dict[str, Path], rows: dict[str, str], size: str
             "policy": trained, "rewardModel": reward, "data": prompts, "iterations": 2, "ppoEpochs": 1, **sampling,
         },
         "distill": common | {
-            "teacher": model, "student": trained, "prompts": brief, "onPolicyFraction": 1,
-            "maxLength": LENGTH, **steps, "sampling": {"maxNewTokens": LENGTH - 16},
+            "teacher": model, "student": trained, "traces": {"files": rows["traces"]}, "onPolicyFraction": 0,
+            "maxLength": LENGTH, **steps,
         },
         "rollout": parallel | {"policy": model, "data": {"prompts": [{"files": rows["long"]}], **long}, **speaking},
         "evaluate": parallel | {"models": [{"name": "one", **model}], **benchmarks, **speaking},
@@ -234,7 +231,17 @@ def test_a_phase_reaches_what_its_plan_says(cell, models, rows, baselines, tmp_p
     check(cell, models, rows, baselines, tmp_path)
 
 
+OFF = [(Cell("sft", 2, BF16 | FSDP), "takes a third more from its second step on than the plan knows of")]
+"""Cells whose plan is known to be wrong, and how."""
+
+
+def marked(cell: Cell):
+    """Strict: one that is right again has to leave the list."""
+    known = [reason for off, reason in OFF if off == cell]
+    return pytest.param(cell, id=str(cell), marks=[pytest.mark.xfail(reason=reason, strict=True) for reason in known])
+
+
 @pytest.mark.memory
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in ALWAYS], ids=str)
+@pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS if cell not in ALWAYS])
 def test_every_phase_reaches_what_its_plan_says(cell, models, rows, baselines, tmp_path):
     check(cell, models, rows, baselines, tmp_path)

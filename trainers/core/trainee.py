@@ -14,7 +14,7 @@ from trainers.core.engines.sharded import Sharded
 from trainers.core.engines.zero import Zero
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
-from trainers.core.sharding import is_split
+from trainers.core.sharding import is_split, release
 from trainers.spec import Optim
 
 
@@ -76,6 +76,7 @@ def engine_for(workers: Workers, module: nn.Module, optim: Optim) -> Engine:
     """What the phase's strategy makes of a module."""
     if workers.zero is not None:
         return Zero(workers, module, optim, workers.zero)
+    release(module)  # gathered weights that are kept for a backward pass do not look split
     return Sharded(workers, module, optim) if is_split(module) else Replicated(workers, module, optim)
 
 
