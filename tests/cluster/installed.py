@@ -70,14 +70,14 @@ class Runs:
         folder = self.workspace / run / phase / "checkpoints"
         return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
-    def until_checkpoint(self, run: str, phase: str, at_least: int = 1) -> int:
+    def until_checkpoint(self, run: str, phase: str, at_least: int = 1, timeout: float = 120) -> int:
         """Some step after which work is saved: the run is in the middle of training."""
 
         def newest() -> int | None:
             steps = self.checkpoints(run, phase)
             return steps[-1] if steps and steps[-1] >= at_least else None
 
-        return self.wait(f"{run}/{phase} has a checkpoint", newest)
+        return self.wait(f"{run}/{phase} has a checkpoint", newest, timeout)
 
     def result(self, run: str, phase: str) -> Object:
         return json.loads((self.workspace / run / phase / "result.json").read_text())
