@@ -194,7 +194,9 @@ def planned(cell: Cell, spec: dict[str, Any]) -> Memory:
 
     parsed = phase_type(cell.kind).spec.model_validate(spec)
     bf16 = parsed.parallel.precision == "bf16"
-    needs = phase_needs(parsed, Place(parsed.parallel, procs_per_node=cell.processes, bf16=bf16), shape)
+    needs = phase_needs(
+        parsed, Place(parsed.parallel, procs_per_node=cell.processes, bf16=bf16, zero=cell.buckets), shape
+    )
     assert needs is not None
     return needs.memory
 
