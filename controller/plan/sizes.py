@@ -128,7 +128,11 @@ def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf, zero_files:
     """The first change that makes it fit, from what costs nothing to what costs most time."""
     usable = device.usable
     assert usable is not None
+    lora = getattr(phase.spec, "lora", None)
+    packed = lora is not None and lora.quantization is not None
     for said, spec, nodes in _changes(phase):
+        if packed and spec.parallel.strategy == "fsdp":
+            continue
         changed = replace(phase, spec=spec, template=_on(phase.template, nodes))
         needs = phase_needs(changed.spec, place_of(changed, device, zero_files), shape_of)
         if needs is not None and needs.memory.total <= usable:

@@ -40,6 +40,8 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
         modules_to_save=[head] if head else None,
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
     )
+    # peft asks the model itself, and a classifier around a packed backbone is new.
+    model.is_loaded_in_4bit = any(hasattr(p, "quant_state") for p in model.parameters())
     torch.manual_seed(seed)
     try:
         adapters = _for_whole_layers(model, config)

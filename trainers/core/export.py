@@ -23,6 +23,7 @@ from trainers.core.adapters import save_adapters
 from trainers.core.context import PhaseContext
 from trainers.core.layers import kept_in_fp32
 from trainers.core.models import LoadedModel
+from trainers.core.quantization import dequantized, is_packed, is_turned
 from trainers.core.sharding import held_whole, release, whole
 from trainers.core.weight_files import WeightFiles
 from trainers.files import new_directory
@@ -83,9 +84,10 @@ def _layers(model: Any) -> Iterator[list[Weight]]:
 def _weights(model: Any) -> Iterator[Weight]:
     """What the model's files hold: without adapters, and of weights that are one only one."""
     state = model.state_dict(keep_vars=True)
-    saved = _untied({_plain(name): tensor for name, tensor in state.items() if not _is_adapters(name)}, model)
+    state = {name: tensor for name, tensor in state.items() if not _is_adapters(name) and not _is_of_packed(name)}
+    saved = _untied({_plain(name): tensor for name, tensor in state.items()}, model)
     for name, tensor in state.items():
-        if not _is_adapters(name) and _plain(name) in saved:
+        if _plain(name) in saved:
             yield Weight(_plain(name), tensor, _adapter_of(name, model))
 
 
@@ -110,6 +112,11 @@ def _is_adapters(name: str) -> bool:
     return ".lora_" in name or ".original_module." in name
 
 
+def _is_of_packed(name: str) -> bool:
+    """Of what lies beside a packed weight: it is saved whole."""
+    return ".weight." in name
+
+
 def _untied(state: dict[str, torch.Tensor], model: Any) -> set[str]:
     """Names that are saved, by transformers' own choice, which goes by storage: split weights get one to go by."""
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -121,9 +128,11 @@ def _untied(state: dict[str, torch.Tensor], model: Any) -> set[str]:
 @torch.no_grad()
 def _ready(weight: Weight, model: Any, dtype: torch.dtype) -> torch.Tensor:
     """The whole weight, merged, in the type that is saved; all processes take part."""
-    found = whole(weight.held).detach()
+    found = dequantized(weight.held) if is_packed(weight.held) else whole(weight.held).detach()
     if weight.adapted is not None:
         found = _merged(found.to(torch.float32 if dtype == torch.float32 else found.dtype, copy=True), weight.adapted)
+    if is_turned(weight.held):
+        found = found.T.contiguous()
     parameter = isinstance(weight.held, nn.Parameter)
     return found.to(dtype) if parameter and not kept_in_fp32(model, weight.name) else found
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from trainers.core.sharding import whole_shape
+
 
 @dataclass(frozen=True)
 class ModelFlops:
@@ -58,7 +60,7 @@ def model_flops(model: Any) -> ModelFlops:
             if weight.ndim < 2 or name.endswith("bias"):  # experts' biases are stacked too
                 continue
             expert = weight.ndim == 3 and not isinstance(module, nn.Conv1d)
-            size = int(weight.numel() * (active if expert else 1))
+            size = int(whole_shape(weight).numel() * (active if expert else 1))
             body += size
             trained += size if weight.requires_grad else 0
     if head is not None and head.weight.requires_grad:

@@ -17,6 +17,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.head_losses import CHUNK_ELEMENTS
 from trainers.core.layers import decoder_layers
 from trainers.core.parallel import Workers
+from trainers.core.quantization import is_packed, packed_bytes
 from trainers.core.scoring import hidden_states
 from trainers.core.sharding import is_split, local, release, whole_shape
 from trainers.core.step import in_eval_mode
@@ -146,6 +147,8 @@ def _held(weight: torch.Tensor) -> int:
 
 
 def _size(tensor: torch.Tensor) -> int:
+    if is_packed(tensor):
+        return packed_bytes(tensor)
     tensor = getattr(tensor, "ds_tensor", tensor)  # this process's part, where ZeRO splits weights
     return local(tensor).numel() * tensor.element_size()
 

@@ -18,6 +18,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.heads import is_adapted, is_plain
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers, keep_split_layers
+from trainers.core.quantization import FourBit
 from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_model
@@ -66,7 +67,7 @@ def load_causal_lm(
     """
     dtype = like.model.dtype if like is not None and ref is not None and ref.dtype == "auto" else None
     dtype = dtype or held_in(ctx, ref, frozen or lora is not None)
-    return prepared(ctx, *causal_lm(ctx, ref, dtype, sharding_of(ctx, frozen)), lora, frozen)
+    return prepared(ctx, *causal_lm(ctx, ref, dtype, sharding_of(ctx, frozen), lora), lora, frozen)
 
 
 def load_some_layers(
@@ -99,18 +100,32 @@ def held_in(ctx: PhaseContext, ref: ModelRef | RewardModelRef | None, frozen: bo
 
 
 def causal_lm(
-    ctx: PhaseContext, ref: ModelRef | None, dtype: torch.dtype, sharding: Sharding | None = None
+    ctx: PhaseContext,
+    ref: ModelRef | None,
+    dtype: torch.dtype,
+    sharding: Sharding | None = None,
+    lora: Lora | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer). From files it is split as it is read; a model made here is whole."""
+    """(model, tokenizer). From files it is split, or packed beneath adapters, as it is read; a model made here is whole."""
     if ref is None:
         raise BadInput("model: name one (in a run, the run's own model takes its place)")
     if ref.scratch is None:
-        return pretrained(AutoModelForCausalLM, ctx, ref, dtype, sharding)
+        return pretrained(AutoModelForCausalLM, ctx, ref, dtype, sharding, four_bit_of(ctx, lora))
     from trainers.core.scratch import scratch_model
 
     model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
     return hold(model, dtype), tokenizer
+
+
+def four_bit_of(ctx: PhaseContext, lora: Lora | None) -> FourBit | None:
+    """How a base is packed beneath adapters; None: it is not."""
+    if lora is None or lora.quantization is None:
+        return None
+    strategy = ctx.spec.parallel.strategy
+    if strategy in ("fsdp", "deepspeed"):  # an accelerate file's, which the spec did not know
+        raise BadInput(f"lora.quantization {lora.quantization} cannot be split by strategy {strategy}: use ddp")
+    return FourBit(torch.bfloat16 if ctx.workers.bf16 else torch.float32, ctx.workers.device)
 
 
 def context_length(model: Any) -> int:
@@ -133,9 +148,10 @@ def pretrained(
     ref: ModelRef | RewardModelRef,
     dtype: torch.dtype,
     sharding: Sharding | None = None,
+    four_bit: FourBit | None = None,
 ) -> tuple[Any, Any]:
     location = ctx.model_location(ref)
-    model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code, sharding)
+    model, tokenizer = read_model(auto, location, dtype, ref.trust_remote_code, sharding, four_bit)
     if ref.source is not None and hub_name(ref.source, ctx.base_dir) is not None:
         model.config._name_or_path = ref.source  # what adapters name as their base, not this machine's cache
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
@@ -153,7 +169,8 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     if frozen:
         model.requires_grad_(False).eval()
         return LoadedModel(model, tokenizer, chat, num_known=num_known(model, tokenizer))
-    check_trainable(model)
+    if four_bit_of(ctx, lora) is None:
+        check_trainable(model)
     if ctx.spec.parallel.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -81,7 +81,8 @@ def new_reward_model(ctx: PhaseContext, ref: ModelRef | None, lora: Lora | None)
 
     Also returns what has the causal model's head, which shares the backbone's weights and is not part of what is saved.
     """
-    base, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None), _sharding_of_base(ctx, ref))
+    dtype = held_in(ctx, ref, frozen=lora is not None)
+    base, tokenizer = causal_lm(ctx, ref, dtype, _sharding_of_base(ctx, ref), lora)
     stop_ids = chat_format(tokenizer, base).stop_ids
     _own_pad_token(base, tokenizer, stop_ids)
     config = copy.deepcopy(base.config)

@@ -223,8 +223,9 @@ def held_whole(weights: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
 
 
 def whole_shape(weight: torch.Tensor) -> torch.Size:
-    """Shape of a weight of which a process may hold a part: ZeRO's third stage leaves the weight itself empty."""
-    return torch.Size(getattr(weight, "ds_shape", weight.shape))
+    """Shape that a weight computes with: ZeRO's third stage leaves the weight itself empty, in 4 bits it is a column."""
+    packed = getattr(weight, "quant_state", None)
+    return torch.Size(packed.shape if packed is not None else getattr(weight, "ds_shape", weight.shape))
 
 
 def release(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer
 
 from trainers.contract import BadInput, FailureClass
+from trainers.core.quantization import FourBit, is_packed, scales, settle
 from trainers.core.sharding import Sharding, local
 from trainers.failures import classify
 from trainers.model_files import model_problem
@@ -21,8 +22,10 @@ def read_model(
     dtype: torch.dtype,
     trust_remote_code: bool,
     sharding: Sharding | None = None,
+    four_bit: FourBit | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by one of transformers' auto classes. Safetensors only. A split model reads its shards alone.
+    With ``four_bit`` linear layers are packed as they are read, and the model is on the device.
     Raises BadInput for a folder that cannot be read as such a model; what this machine lacks (memory, a readable disk)
     passes as it is.
     """
@@ -30,6 +33,7 @@ def read_model(
     splitting: AbstractContextManager[dict[str, Any]] = nullcontext({})
     if sharding is not None and sharding.world > 1:
         splitting = sharding.loading()
+    packed = {} if four_bit is None else four_bit.loading(_empty(auto, config, trust_remote_code))
     with _readable(folder), splitting as split:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model, found = auto.from_pretrained(
@@ -41,10 +45,13 @@ def read_model(
             ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
             **split,
+            **packed,
         )
         if split:
             _mend_tables(auto, model, config, trust_remote_code)
     vars(model.config).pop("distributed_config", None)  # of this process, and no part of the model
+    if four_bit is not None:
+        settle(model)
     _check_weights(folder, model, found)
     _check_numbers(folder, model)
     return model, tokenizer
@@ -52,11 +59,16 @@ def read_model(
 
 def _mend_tables(auto: Any, model: Any, config: Any, trust_remote_code: bool) -> None:
     """Tables that are in no file, such as Falcon-H1's multipliers, which transformers leaves as they come in a split model."""
-    with init_empty_weights(include_buffers=False):
-        fresh = auto.from_config(config, trust_remote_code=trust_remote_code)
+    fresh = _empty(auto, config, trust_remote_code)
     tables = dict(model.named_non_persistent_buffers())
     for name, table in fresh.named_non_persistent_buffers():
         tables[name].copy_(table)
+
+
+def _empty(auto: Any, config: Any, trust_remote_code: bool) -> Any:
+    """A model without weights, with its tables."""
+    with init_empty_weights(include_buffers=False):
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> Any:
@@ -105,8 +117,8 @@ def _check_weights(folder: str | Path, model: Any, found: dict[str, Any]) -> Non
 def _check_numbers(folder: str | Path, model: Any) -> None:
     """Refuse weights that are no numbers: training would blame its settings, or never look at them and pass them on."""
     for name, weight in model.named_parameters():
-        held = local(weight.detach())
-        if _is_whole(weight) and held.numel() and not held.is_meta:
+        held = local(scales(weight) if is_packed(weight) else weight.detach())
+        if _is_whole(held) and held.numel() and not held.is_meta:
             least, most = torch.aminmax(held)  # one pass, and nothing of the weight's size beside it
             wrong = [number.item() for number in (least, most) if not number.isfinite()]
             if wrong:

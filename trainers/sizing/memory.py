@@ -11,6 +11,8 @@ from trainers.sizing.shapes import ModelShape
 from trainers.spec import Lora, Parallel
 
 FP32, BF16 = 4, 2
+NF4 = (4 + (8 + 32 / 256) / 64) / 8
+"""Bytes of a weight in 4 bits, with its block's scale in 8 bits and that one's in 32."""
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, as in `trainers.core.head_losses`."""
 BUCKET_ELEMENTS = 5 * 10**8
@@ -88,6 +90,10 @@ class Trained:
     """Tensors of a chunk of logits, in fp32, that are there at once; 0 without a language head."""
 
     @property
+    def packed(self) -> bool:
+        return self.lora is not None and self.lora.quantization is not None
+
+    @property
     def parameters(self) -> int:
         """Those that are trained."""
         return self.shape.parameters if self.lora is None else self.shape.adapters(self.lora)
@@ -152,13 +158,19 @@ def held_trained(place: Place, model: Trained) -> Memory:
 
 def _with_adapters(place: Place, model: Trained) -> Memory:
     """The base is split where weights are; adapters are whole everywhere, in fp32, and so are their moments but for ZeRO's."""
-    base = model.held * model.shape.parameters // (place.shards if place.stage == 3 else 1)
+    base = _base(model) // (place.shards if place.stage == 3 else 1)
     trained = model.parameters
     moments = 2 * model.moment * trained // (place.shards if place.strategy == "deepspeed" else 1)
     exchange = FP32 * trained if place.world > 1 else 0
     exchange += _gathered(place, model.shape, model.held) if place.stage == 3 else 0
     memory = Memory(base + FP32 * trained, FP32 * trained, moments, exchange=exchange)
     return replace(memory, weights=FP32 * trained) if _offloads_weights(place) else memory
+
+
+def _base(model: Trained) -> int:
+    """Of weights beneath adapters, of which linear layers may be packed."""
+    packed = model.shape.packable if model.packed else 0
+    return int(NF4 * packed) + model.held * (model.shape.parameters - packed)
 
 
 def _buffers(place: Place, model: Trained) -> int:
@@ -264,11 +276,17 @@ def activations(place: Place, model: Trained, tokens: int, row: int, masked: boo
     kept += FP32 * shape.around.wide + FP32 * shape.width
     if masked:
         kept += FP32 * row
-    return tokens * kept + _casts(place, model.shape, model.held) + head_bytes(model, tokens)
+    casts = _unpacked(place, model) if model.packed else _casts(place, shape, model.held)
+    return tokens * kept + casts + head_bytes(model, tokens)
 
 
 def _kept(wide: int, narrow: int, pairs: int, number: int, row: int) -> int:
     return FP32 * wide + number * narrow + FP32 * pairs * row
+
+
+def _unpacked(place: Place, model: Trained) -> int:
+    """Of packed weights one layer's are there at a time, as read and in the type of the arithmetic."""
+    return sum({model.held, place.number}) * model.shape.largest_linear
 
 
 def _casts(place: Place, shape: ModelShape, held: int) -> int:

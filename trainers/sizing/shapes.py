@@ -67,6 +67,17 @@ class ModelShape:
         """Numbers that a token leaves in the cache of generation."""
         return sum(layer.cache for layer in self.layers)
 
+    @cached_property
+    def packable(self) -> int:
+        """Of linear layers that `lora.quantization` packs; heads, embeddings and all else stay as they are."""
+        linears = (linear for layer in self.layers for linear in layer.linears)
+        return sum(inputs * outputs for name, inputs, outputs in linears if self._is_called(name))
+
+    @property
+    def largest_linear(self) -> int:
+        linears = (linear for layer in self.layers for linear in layer.linears)
+        return max((inputs * outputs for _, inputs, outputs in linears), default=0)
+
     def adapters(self, lora: Lora) -> int:
         """Parameters of low-rank adapters, and of a score head, which is trained with them."""
         found = sum(
@@ -80,6 +91,9 @@ class ModelShape:
     def _adapted(self, name: str, lora: Lora) -> bool:
         if lora.target_modules:
             return any(wanted.rsplit(".", 1)[-1] == name for wanted in lora.target_modules)
+        return self._is_called(name)
+
+    def _is_called(self, name: str) -> bool:
         return not name.isdigit() and name not in READ_DIRECTLY.get(self.model_type, ())
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Self
 
 from pydantic import Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from trainers.spec.base import SpecModel, find_models, is_address
 from trainers.spec.data import DataSource
@@ -141,6 +142,25 @@ class ModelPhaseSpec(PhaseSpec):
 
     export_dtype: Dtype = "auto"
     """Type of the weights that are saved; `auto` is the one that they are held in, and `fp32` with adapters, whose small updates bf16 would round away."""
+
+    @model_validator(mode="after")
+    def _quantized_base_is_whole(self) -> Self:
+        lora = getattr(self, "lora", None)
+        if lora is None or lora.quantization is None:
+            return self
+        name = next(name for name in ("model", "policy", "student") if hasattr(self, name))
+        if self.parallel.strategy in ("fsdp", "deepspeed"):
+            raise ValueError(
+                f"lora.quantization {lora.quantization} cannot be split by parallel.strategy {self.parallel.strategy}: "
+                "set ddp, which holds the small base whole on every device, or leave quantization out"
+            )
+        for made in ("scratch", "teacher_layers"):
+            if getattr(getattr(self, name), made, None) is not None:
+                raise ValueError(
+                    f"lora.quantization {lora.quantization} is made while a model's files are read: "
+                    f"{name}.{to_camel(made)} has none; set {name}.source or {name}.phase"
+                )
+        return self
 
 
 class TrainingSpec(ModelPhaseSpec):

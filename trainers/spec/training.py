@@ -52,3 +52,5 @@ class Lora(SpecModel):
     """Dropout on the adapter's input."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get an adapter, such as `q_proj`; all of them but the head unless set."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` holds the base's linear layers in 4 bits (QLoRA, Dettmers et al. 2023) by bitsandbytes; not with `fsdp` or `deepspeed`."""
