@@ -61,7 +61,7 @@ bench-heads: $(VENV)/.dev ## Time and memory of losses on a language head beside
 
 test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every strategy, cut off and gone on with, and whole runs on two real nodes
 	bash tests/system-packages.sh
-	$(BIN)/pytest -m "not compiled" tests/trainers/distributed tests/trainers/test_nodes.py tests/operator/test_any_size.py
+	$(BIN)/pytest -m "not compiled" tests/trainers/distributed tests/trainers/test_lost_machines.py tests/operator/test_any_size.py
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once

@@ -74,7 +74,8 @@ def test_adapters_alone_are_trained_in_fp32(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_an_adapter_of_the_head_needs_whole_weights(strategy):
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_only_a_head_that_is_no_linear_layer_needs_whole_weights(strategy, adapted):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,7 +86,9 @@ def test_an_adapter_of_the_head_needs_whole_weights(strategy):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
     parallel = Parallel(strategy=strategy)
+    if adapted:
+        get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
     check_head(parallel, model)
-    get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
     with nullcontext() if strategy == "ddp" else pytest.raises(BadInput, match="under strategy fsdp, which splits"):
         check_head(parallel, model)
