@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from controller.api.problems import Problem, shown
-from trainers import jsonl
+from trainers import json_text, jsonl
 from trainers.contract import BadInput
 from trainers.fingerprints import source_files
 from trainers.formats import seed_row
@@ -46,9 +46,9 @@ def _problems(path: str, source: DataSource, schema: str, base_dir: Path, skip: 
 
 def _fault(place: str, raw: Any, source: DataSource, schema: str) -> str | None:
     try:
-        row = jsonl.value(raw)
+        row = json_text.value(raw)
         seed_row(row, schema, source.format, source.columns)
-    except jsonl.Malformed as problem:
+    except json_text.Malformed as problem:
         return f"{place}: {problem}"
     return None
 

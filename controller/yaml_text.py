@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from trainers.jsonl import MAX_NESTING
+from trainers.json_text import MAX_NESTING
 
 MOST_VALUES = 100_000
 """Of a document, after aliases: ten lines of them can mean a billion values."""

@@ -8,21 +8,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainers.contract import BadInput
-from trainers.jsonl import (
-    BOM,
-    DAMAGE,
-    LONG,
-    MAX_LINE,
-    STRICT,
-    Damaged,
-    Malformed,
-    check,
-    damage,
-    not_json,
-    opened,
-    unreadable,
-)
-from trainers.jsonl import reason as reason_of
+from trainers.data_files import BOM, DAMAGE, damage, opened, unreadable
+from trainers.json_text import LONG, MAX_LINE, STRICT, Damaged, Malformed, check, not_json
+from trainers.json_text import reason as reason_of
 
 CHUNK = 2**18
 """Bytes that are read at a time, unless an item is longer."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from trainers.jsonl import Malformed, check, not_json, reason
+from trainers.json_text import Malformed, check, not_json, reason
 
 LARGEST_JSON = 512 * 2**20
 """Bytes. The largest tokenizers have a tenth of it."""

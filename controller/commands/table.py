@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trainers import jsonl
+from trainers import json_text
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def number(value: float) -> str:
 def read_comparison(path: Path) -> Comparison | None:
     """The evaluation's `results.json`; None if there is none or it says nothing to compare."""
     try:
-        document = jsonl.parse(path.read_bytes())
-    except (FileNotFoundError, jsonl.Malformed):
+        document = json_text.parse(path.read_bytes())
+    except (FileNotFoundError, json_text.Malformed):
         return None
     metrics = tuple(_metric(item) for item in document.get("metrics", []))
     if not metrics or not document.get("models"):

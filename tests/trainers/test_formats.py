@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trainers.formats import FORMATS, seed_row
 from trainers.formats.conversations import SPEAKERS
 from trainers.formats.schemas import SCHEMAS
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 from trainers.spec import DataSource
 
 USER = {"role": "user", "content": "q"}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.chat_problems import template_problems
-from trainers import json_lists, jsonl
+from trainers import data_files, json_lists, json_text, jsonl
 from trainers.contract import BadInput, Infrastructure
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.lines import indexed
@@ -21,7 +21,7 @@ from trainers.fingerprints import source_files
 from trainers.spec import ChatSettings, DataSource, RowPolicy
 
 GOOD = b'{"prompt": "q", "response": "a"}'
-LONG = b'{"prompt": "' + b"x" * jsonl.MAX_LINE + b'", "response": "a"}'
+LONG = b'{"prompt": "' + b"x" * json_text.MAX_LINE + b'", "response": "a"}'
 FIRST = "d.jsonl:2: "
 
 BAD_LINES = {
@@ -174,7 +174,7 @@ def test_that_a_file_breaks_off_is_told_before_any_bad_row(tmp_path):
 
 def test_members_zeros_marks_and_line_ends_of_other_programs_are_fine(tmp_path):
     path = tmp_path / "d.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl.BOM + GOOD + b"\r\n\r\n") + gzip.compress(b" \t\n" + GOOD) + bytes(512))
+    path.write_bytes(gzip.compress(data_files.BOM + GOOD + b"\r\n\r\n") + gzip.compress(b" \t\n" + GOOD) + bytes(512))
     assert len(rows_of(path)) == 2
 
 
@@ -267,7 +267,7 @@ def test_what_python_refuses_in_a_list_is_refused_too_at_its_line_and_column(tmp
     else:
         found = [item for _, item in jsonl.items(path)]
         assert len(found) == len(expected)
-        good = [pair for pair in zip(found, expected, strict=True) if not isinstance(pair[0], jsonl.Malformed)]
+        good = [pair for pair in zip(found, expected, strict=True) if not isinstance(pair[0], json_text.Malformed)]
         assert all(ours == theirs for ours, theirs in good)
 
 
@@ -277,12 +277,12 @@ def test_a_line_is_read_as_python_reads_it_or_refused(text):
     try:
         expected = json.loads(text, parse_constant=_no_constant)
     except ValueError:
-        with pytest.raises(jsonl.Malformed):
-            jsonl.parse(text)
+        with pytest.raises(json_text.Malformed):
+            json_text.parse(text)
         return
     try:
-        assert jsonl.parse(text) == expected
-    except jsonl.Malformed as problem:
+        assert json_text.parse(text) == expected
+    except json_text.Malformed as problem:
         assert str(problem).startswith(("the key", "the number", "half a character"))  # noqa: PT017
 
 
@@ -299,7 +299,7 @@ def test_a_template_that_is_no_file_or_endless_is_never_read(tmp_path):
 
 def test_blanks_without_end_are_no_blank_line_to_an_index_either(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_bytes(GOOD + b"\n" + b" " * (jsonl.MAX_LINE + 5) + b"\n" + GOOD + b"\n \n")
+    path.write_bytes(GOOD + b"\n" + b" " * (json_text.MAX_LINE + 5) + b"\n" + GOOD + b"\n \n")
     found = indexed(path, tmp_path / "index")
     kinds = [type(line) for _, line in jsonl.lines(path)]
-    assert [type(found[i][1]) for i in range(len(found))] == kinds == [bytes, jsonl.Malformed, bytes]
+    assert [type(found[i][1]) for i in range(len(found))] == kinds == [bytes, json_text.Malformed, bytes]

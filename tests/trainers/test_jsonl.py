@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import jsonl
+from trainers import json_text, jsonl
 from trainers.contract import BadInput
 from trainers.meter import Meter
 from trainers.spec import Tracking
@@ -51,14 +51,14 @@ def test_a_row_is_written_whole_or_refused(text):
     except UnicodeEncodeError:
         with pytest.raises(ValueError, match="surrogates"):
             jsonl.dump({"a": text})
-        with pytest.raises(jsonl.Malformed, match="half a character"):
-            jsonl.parse(json.dumps({"a": text}))
+        with pytest.raises(json_text.Malformed, match="half a character"):
+            json_text.parse(json.dumps({"a": text}))
     else:
-        assert jsonl.parse(jsonl.dump({"a": text})) == {"a": text}
+        assert json_text.parse(jsonl.dump({"a": text})) == {"a": text}
 
 
 def test_a_pair_of_surrogates_is_one_character():
-    assert jsonl.parse('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+    assert json_text.parse('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
 
 
 NO_JSON = [
@@ -93,8 +93,8 @@ def test_what_is_no_json_is_named_by_file_and_line(tmp_path, line, reason):
 
 def test_nesting_up_to_the_limit_and_many_brackets_are_fine():
     deep = "[" * 64 + "]" * 64
-    assert json.dumps(jsonl.parse(deep)) == deep
-    assert jsonl.parse(json.dumps([["{"] * 100] * 100)) == [["{"] * 100] * 100
+    assert json.dumps(json_text.parse(deep)) == deep
+    assert json_text.parse(json.dumps([["{"] * 100] * 100)) == [["{"] * 100] * 100
 
 
 def _cut(data):
@@ -151,8 +151,8 @@ def test_whatever_a_file_holds_it_is_read_or_bad_input(tmp_path_factory, name, d
     path.write_bytes(data)
     try:
         for _, found in jsonl.items(path):
-            jsonl.dump({"a": jsonl.value(found)})
-    except (BadInput, jsonl.Malformed) as problem:
+            jsonl.dump({"a": json_text.value(found)})
+    except (BadInput, json_text.Malformed) as problem:
         assert len(str(problem).splitlines()) == 1  # noqa: PT017 - either outcome is right
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import files, json_lists, jsonl
+from trainers import data_files, files, json_lists, json_text, jsonl
 from trainers.contract import BadInput, Infrastructure
 from trainers.core import lines
 from trainers.core.lines import indexed
@@ -20,7 +20,9 @@ PIECES = [b"a", b" ", b"\n", b"\r", b"\xef\xbb\xbf", b'{"a": 1}', b"\n\n", b" x"
 
 
 def said(found):
-    return [(place, str(line) if isinstance(line, jsonl.Malformed) else line.rstrip(b"\n")) for place, line in found]
+    return [
+        (place, str(line) if isinstance(line, json_text.Malformed) else line.rstrip(b"\n")) for place, line in found
+    ]
 
 
 def by_number(path, folder):
@@ -57,8 +59,8 @@ def values(found):
     """What a reader makes of rows; of one that cannot be used only that it cannot."""
     for place, raw in found:
         try:
-            yield place, jsonl.value(raw)
-        except jsonl.Malformed as problem:
+            yield place, json_text.value(raw)
+        except json_text.Malformed as problem:
             yield place, type(problem)
 
 
@@ -66,7 +68,7 @@ def values(found):
 def test_items_of_a_list_are_those_that_its_reader_sees(tmp_path_factory, items, between, packed, chunk):
     folder = tmp_path_factory.mktemp("lists")
     path = folder / ("f.json.gz" if packed else "f.json")
-    (gzip.open if packed else open)(path, "wb").write(jsonl.BOM + b" [\n" + between.join(items) + b"]\n ")
+    (gzip.open if packed else open)(path, "wb").write(data_files.BOM + b" [\n" + between.join(items) + b"]\n ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_lists, "CHUNK", chunk)
         try:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
-from trainers import jsonl
+from trainers import json_text
 from trainers.contract import BadInput, DataRecord
 from trainers.core.rows import check_share
 from trainers.core.sources import Raw, RowSource, open_source, raw_rows
@@ -72,7 +72,7 @@ class _Part:
                 break
             try:
                 self._keep(number, place, self._checked(raw))
-            except jsonl.Malformed as problem:
+            except json_text.Malformed as problem:
                 if policy.on_malformed == "stop":
                     raise BadInput(f"{place}: {problem}") from problem
                 skipped.add(place, problem)
@@ -103,15 +103,15 @@ class _Part:
                 self._held = None
 
     def _checked(self, raw: Raw) -> Row:
-        return seed_row(jsonl.value(raw), self._schema, self._source.format, self._source.columns)
+        return seed_row(json_text.value(raw), self._schema, self._source.format, self._source.columns)
 
 
 class _Skipped:
     def __init__(self) -> None:
         self.count, self.first = 0, ""
 
-    def add(self, place: str, problem: jsonl.Malformed) -> None:
+    def add(self, place: str, problem: json_text.Malformed) -> None:
         self.count += 1
         # Behind a damage there is more that is lost: it is told before any single row.
-        if not self.first or isinstance(problem, jsonl.Damaged):
+        if not self.first or isinstance(problem, json_text.Damaged):
             self.first = f"{place}: {problem}"

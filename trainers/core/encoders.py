@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainers import jsonl
+from trainers import json_text
 from trainers.contract import BadInput
 from trainers.core.records import packed
 from trainers.core.row_store import Fate, Record, RowStore
@@ -50,8 +50,8 @@ class Encoder:
     def _record(self, row: int) -> Record:
         raw = self.rows[row][1]
         try:
-            checked = seed_row(jsonl.value(raw), self.schema, self.source.format, self.source.columns)
-        except jsonl.Malformed as problem:
+            checked = seed_row(json_text.value(raw), self.schema, self.source.format, self.source.columns)
+        except json_text.Malformed as problem:
             return Record(Fate.MALFORMED, [str(problem).encode()])
         try:
             items = self.encode(checked)

@@ -12,10 +12,10 @@ from typing import IO
 
 import numpy as np
 
-from trainers import json_lists, jsonl
+from trainers import data_files, json_lists, json_text
 from trainers.contract import Infrastructure
 from trainers.files import locked, new_directory, read_into
-from trainers.jsonl import MAX_LINE, Damaged, Malformed
+from trainers.json_text import MAX_LINE, Damaged, Malformed
 
 BLOCK = 64 * 2**20
 """Bytes that a thread looks through for lines: numpy and the system do nearly all of it, without Python's lock."""
@@ -66,8 +66,8 @@ class Lines:
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise Infrastructure(f"{self._path} was edited while it was read; start the phase again")
         if start == 0:
-            line = line.removeprefix(jsonl.BOM)
-        return place, line if len(line) <= MAX_LINE else Malformed(jsonl.LONG)
+            line = line.removeprefix(data_files.BOM)
+        return place, line if len(line) <= MAX_LINE else Malformed(json_text.LONG)
 
     def _span(self, number: int) -> tuple[int, int]:
         """Where a line begins and ends."""
@@ -93,7 +93,7 @@ def indexed(path: Path, folder: Path) -> Lines:
 def _index(path: Path, folder: Path) -> None:
     if path.suffix == ".gz":
         _unpack(path, folder)
-    if jsonl.is_list(path):
+    if data_files.is_list(path):
         _index_list(path, folder)
     else:
         _index_lines(folder / PLAIN if path.suffix == ".gz" else path, folder)
@@ -133,7 +133,7 @@ def _starts(file: int, size: int, begin: int) -> tuple[np.ndarray, np.ndarray]:
     buffer = bytearray(CHUNK + 1)
     found = [_starts_in(file, offset, buffer) for offset in range(begin, min(begin + BLOCK, size), CHUNK)]
     starts, first = map(np.concatenate, zip(*found, strict=True))
-    if begin == 0 and os.pread(file, len(jsonl.BOM), 0) == jsonl.BOM:
+    if begin == 0 and os.pread(file, len(data_files.BOM), 0) == data_files.BOM:
         first[0] = BLANK[0]
     return starts, first
 
@@ -155,23 +155,23 @@ def _line_at(file: int, offset: int) -> bytes:
         line += more
     line = line.partition(b"\n")[0]
     if len(line) > MAX_LINE:
-        return jsonl.LONG.encode()
-    return line.removeprefix(jsonl.BOM) if offset == 0 else line
+        return json_text.LONG.encode()
+    return line.removeprefix(data_files.BOM) if offset == 0 else line
 
 
 def _unpack(path: Path, folder: Path) -> None:
     """What can be read of it, if only in part up to the last whole line, and what is wrong with it behind that."""
     with (folder / PLAIN).open("wb") as file:
         try:
-            with jsonl.opened(path) as packed:
+            with data_files.opened(path) as packed:
                 while chunk := packed.read1(CHUNK):  # type: ignore[attr-defined]
                     file.write(chunk)
-        except jsonl.DAMAGE as error:
-            (folder / DAMAGE).write_text(jsonl.damage(error))
-            if not jsonl.is_list(path):
+        except data_files.DAMAGE as error:
+            (folder / DAMAGE).write_text(data_files.damage(error))
+            if not data_files.is_list(path):
                 file.truncate(_end_of_lines(folder / PLAIN, file))
         except OSError as error:
-            raise jsonl.unreadable(path, error) from error
+            raise data_files.unreadable(path, error) from error
 
 
 def _end_of_lines(path: Path, file: IO[bytes]) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from trainers import jsonl
+from trainers import json_text
 from trainers.contract import BadInput, DataRecord
 from trainers.core.sources import raw_rows
 from trainers.fingerprints import fingerprint
@@ -80,14 +80,14 @@ def _read_source(found: Rows, source: DataSource, schema: str, base_dir: Path, s
         if len(found) == last:
             break
         try:
-            value = jsonl.value(raw)
+            value = json_text.value(raw)
             found.rows.append(seed_row(value, schema, source.format, source.columns))
             found.places.append(place)
-        except jsonl.Malformed as problem:
+        except json_text.Malformed as problem:
             if not skip:
                 raise BadInput(f"{place}: {problem}") from problem
             # Behind a damage there is more that is lost: it is told before any single row.
-            at = 0 if isinstance(problem, jsonl.Damaged) else len(skipped)
+            at = 0 if isinstance(problem, json_text.Damaged) else len(skipped)
             skipped.insert(at, f"{place}: {problem}")
     return skipped
 

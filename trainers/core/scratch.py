@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainers import jsonl
+from trainers import json_text
 from trainers.contract import BadInput
 from trainers.core.sources import raw_rows
 from trainers.spec import ScratchModel, ScratchTokenizer
@@ -69,8 +69,8 @@ def _all_rows(spec: ScratchTokenizer, base_dir: Path) -> Iterator[Any]:
     for source in spec.train_on:
         for place, raw in islice(raw_rows(source, base_dir), source.limit):
             try:
-                yield jsonl.value(raw)
-            except jsonl.Malformed as problem:
+                yield json_text.value(raw)
+            except json_text.Malformed as problem:
                 raise BadInput(f"{place}: {problem}") from problem
 
 

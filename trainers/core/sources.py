@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainers import jsonl
+from trainers import data_files, json_text, jsonl
 from trainers.contract import BadInput
 from trainers.core.hub import from_hub
 from trainers.core.lines import indexed
@@ -15,8 +15,8 @@ from trainers.fingerprints import files_fingerprint, source_files
 from trainers.formats.schemas import Row
 from trainers.spec import DataSource, HubDataset
 
-Raw = bytes | Row | jsonl.Malformed
-"""For :func:`trainers.jsonl.value`: a line of JSON, a decoded row, or what is wrong in its place."""
+Raw = bytes | Row | json_text.Malformed
+"""For :func:`trainers.json_text.value`: a line of JSON, a decoded row, or what is wrong in its place."""
 
 
 class RowSource(Protocol):
@@ -51,7 +51,7 @@ def open_source(source: DataSource, base_dir: Path, folder: Path) -> RowSource:
 
 
 def _file(path: Path, folder: Path) -> RowSource:
-    kind = f"{'items' if jsonl.is_list(path) else 'lines'}{'-packed' if path.suffix == '.gz' else ''}"
+    kind = f"{'items' if data_files.is_list(path) else 'lines'}{'-packed' if path.suffix == '.gz' else ''}"
     return indexed(path, folder / f"{kind}-{files_fingerprint([path])[:32]}")
 
 

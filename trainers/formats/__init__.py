@@ -10,7 +10,7 @@ from trainers.formats.alpaca import alpaca
 from trainers.formats.conversations import messages, preference_messages, prompt_completion, sharegpt
 from trainers.formats.hh import hh
 from trainers.formats.schemas import Row, check_row, plain_row
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 
 FORMATS: Mapping[str, Callable[[Row], Row]] = {
     "alpaca": alpaca,

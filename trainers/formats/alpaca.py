@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainers.formats.turns import without
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 
 
 def alpaca(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainers.formats.turns import Message, embedded, without
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 
 Row = dict[str, Any]
 

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from trainers.formats.turns import Message, without
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 
 TURN = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):[ \t]?")
 ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from trainers import jsonl
+from trainers import json_text, jsonl
 from trainers.contract import BadInput
 from trainers.files import write_atomic
 from trainers.fingerprints import source_files
@@ -44,8 +44,8 @@ def import_rows(name: str, pattern: str, target: Path, columns: Mapping[str, str
     schema, seen_at = _schema_of_all(found, name, columns)
     for place, value in found:
         try:
-            rows.append(_row(jsonl.value(value), schema, seen_at, name, columns))
-        except jsonl.Malformed as problem:
+            rows.append(_row(json_text.value(value), schema, seen_at, name, columns))
+        except json_text.Malformed as problem:
             if not skip:
                 raise BadInput(f"{place}: {problem}") from problem
             skipped.append(f"{place}: {problem}")
@@ -60,8 +60,8 @@ def _values(sources: Iterable[Path]) -> Iterator[tuple[str, object]]:
     """(place, value or what is wrong with it) of every row."""
     for place, raw in (item for path in sources for item in jsonl.items(path)):
         try:
-            yield place, jsonl.value(raw)
-        except jsonl.Malformed as problem:
+            yield place, json_text.value(raw)
+        except json_text.Malformed as problem:
             yield place, problem
 
 
@@ -69,11 +69,13 @@ def _row(raw: object, schema: str, seen_at: str, name: str, columns: Mapping[str
     """A row in the schema of all. Raises Malformed, which says why if it would do in a file of its own."""
     try:
         return seed_row(raw, schema, name, columns)
-    except jsonl.Malformed as problem:
+    except json_text.Malformed as problem:
         own = _schema(raw, name, columns)
         if own in (None, schema):
             raise
-        raise jsonl.Malformed(f"{problem}; this is a {own} row, and {seen_at} a {schema} row: split them") from problem
+        raise json_text.Malformed(
+            f"{problem}; this is a {own} row, and {seen_at} a {schema} row: split them"
+        ) from problem
 
 
 def _schema_of_all(found: Iterable[tuple[str, object]], name: str, columns: Mapping[str, str]) -> tuple[str, str]:
@@ -88,7 +90,7 @@ def _schema(raw: object, name: str, columns: Mapping[str, str]) -> str | None:
     """What a row of the format is good for: two answers to compare, one to learn, or none. None if it is malformed."""
     try:
         row = FORMATS[name](renamed(raw, columns))
-    except jsonl.Malformed:
+    except json_text.Malformed:
         return None
     if row.get("chosen") is not None:
         return "preference"

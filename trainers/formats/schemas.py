@@ -10,7 +10,7 @@ from itertools import dropwhile
 from typing import Any
 
 from trainers.formats.turns import Message, asked, checked_tools, checked_turns, without
-from trainers.jsonl import Malformed
+from trainers.json_text import Malformed
 
 Row = dict[str, Any]
 

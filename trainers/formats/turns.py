@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.jsonl import Malformed, parse
+from trainers.json_text import Malformed, parse
 
 Message = dict[str, Any]
 

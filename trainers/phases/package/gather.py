@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers import jsonl
+from trainers import json_text, jsonl
 from trainers.contract import BadInput, Result
 from trainers.core.context import PhaseContext
 from trainers.phases.package.spec import PackageSpec
@@ -162,8 +162,8 @@ def _models(spec: PackageSpec, phases: Mapping[str, Phase]) -> list[Model]:
 def _document(path: Path) -> Any:
     """A file that an evaluation wrote. Raises BadInput for what is no JSON; a figure that is no number is none."""
     try:
-        return jsonl.parse(path.read_bytes())
-    except jsonl.Malformed as problem:
+        return json_text.parse(path.read_bytes())
+    except json_text.Malformed as problem:
         raise BadInput(f"{path}: {problem}; run the evaluation again") from problem
 
 
