@@ -56,12 +56,17 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
         old = known.get(attempt.number)
         label = f"phase {after.name}, attempt {attempt.number}"
         if old is None and not attempt.state.ended:
-            yield Event("Normal", "AttemptStarted", f"{label} started")
+            yield Event("Normal", "AttemptStarted", f"{label} {_started(after.message)}")
         failed_now = attempt.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
         told_by_phase = after.state == PhaseState.FAILED and before.state != PhaseState.FAILED
         if failed_now and not told_by_phase:
             on = f" on node {attempt.node}" if attempt.node else ""
             yield Event("Warning", "AttemptFailed", f"{label} failed{on}: {attempt.failure}: {attempt.message}")
+
+
+def _started(message: str) -> str:
+    """With fewer nodes or less memory than was asked for, if so."""
+    return f"started{message.removeprefix('starting')}" if message.startswith("starting") else "started"
 
 
 def _metrics(phase: PhaseStatus) -> str:

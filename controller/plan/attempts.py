@@ -101,6 +101,16 @@ def nodes(failures: Sequence[Attempt], wanted: int) -> int:
     return min([wanted, *(a.placed for a in failures if a.placed)])
 
 
+def on_all_nodes(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """Forget which nodes were missing: those attempts had been ended by us, and that is all that is left of them."""
+    return tuple(_as_stopped(a) if a.placed else a for a in attempts)
+
+
+def _as_stopped(record: Attempt) -> Attempt:
+    state = AttemptState.STOPPED if record.state.ended else record.state
+    return record.model_copy(update={"state": state, "failure": None, "placed": 0})
+
+
 def failed(attempts: Sequence[Attempt], digest: str | None, settings: str) -> list[Attempt]:
     """Those that count."""
     return [a for a in of_settings(attempts, digest, settings) if a.state == AttemptState.FAILED]

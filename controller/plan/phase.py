@@ -57,6 +57,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
     records = history.without_result(records, before.attempts, digest, phase.settings)
+    records = history.on_all_nodes(records) if _resumes(phase, before) else records
     return _unfinished(phase, before, records, jobs, digest, at)
 
 
@@ -129,7 +130,7 @@ def _unfinished(
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
-        state, said = PhaseState.RUNNING, _said_of(going)
+        state, said = PhaseState.RUNNING, _said_of(going, phase)
     current = _current(going, jobs) if state == PhaseState.RUNNING else None
     status = PhaseStatus(
         name=phase.name,
@@ -185,13 +186,16 @@ def _end_outgrown(records: tuple[Attempt, ...], jobs: list[ObservedJob], nodes: 
     )  # fmt: skip
 
 
-def _said_of(going: list[Attempt]) -> str:
+def _said_of(going: list[Attempt], phase: ResolvedPhase) -> str:
     last = going[-1] if going else None
     if last is None:
         return ""
     if last.state == AttemptState.STOPPING:
         return last.message or "stopping an attempt for other settings"
-    return f"{last.failure}: {last.message}" if last.failure else last.message
+    if last.failure:
+        return f"{last.failure}: {last.message}"
+    fewer = f"on {last.nodes} of {phase.nodes} nodes" if 0 < last.nodes < phase.nodes else ""
+    return "; ".join(filter(None, (fewer, last.message)))
 
 
 def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | None:
@@ -272,11 +276,14 @@ def _next_number(records: tuple[Attempt, ...], jobs: list[ObservedJob]) -> int:
 
 def _started(phase: ResolvedPhase, before: PhaseStatus, mine: list[Attempt], digest: str | None) -> datetime | None:
     """Since when the phase is at work. Its time begins anew when it goes on after a suspension, as that of a Job does."""
-    resumed = before.state == PhaseState.SUSPENDED and not phase.suspend
-    if before.digest == digest and before.started_at is not None and not resumed:
+    if before.digest == digest and before.started_at is not None and not _resumes(phase, before):
         return before.started_at
     over = {a.number for a in before.attempts if a.state.ended or a.state == AttemptState.STOPPING}
     return min((a.started_at for a in mine if a.started_at and a.number not in over), default=None)
+
+
+def _resumes(phase: ResolvedPhase, before: PhaseStatus) -> bool:
+    return before.state == PhaseState.SUSPENDED and not phase.suspend
 
 
 def _rests(phase: ResolvedPhase, before: PhaseStatus) -> bool:

@@ -57,6 +57,9 @@ class Cluster:
         assert stopped(self.look(STARTUP + 1)) == [f"base-{self.jobs[-1].attempt}"]
         self.jobs.pop()
 
+    def suspend(self, wanted: bool) -> None:
+        self.run = self.run.model_copy(update={"spec": self.run.spec.model_copy(update={"suspend": wanted})})
+
     @property
     def phase(self) -> PhaseStatus:
         assert self.run.status is not None
@@ -77,6 +80,9 @@ def test_after_a_lost_node_a_phase_goes_on_with_those_that_are_left() -> None:
         ("Infrastructure", 4, 0), ("StartupTimeout", 4, 3), (None, 3, 0),
     ]  # fmt: skip
     assert {j.digest for j in cluster.jobs} == {digests(cluster.run)["base"]}, "so it goes on from the checkpoint"
+    cluster.now_is(running_since=START)
+    cluster.look()
+    assert cluster.phase.message == "on 3 of 4 nodes", "for as long as it lasts"
 
 
 def test_it_can_become_smaller_as_often_as_there_are_nodes() -> None:
@@ -148,6 +154,28 @@ def test_an_edit_asks_for_all_nodes_again() -> None:
     cluster.give_up(placed=3)
     cluster.run = cluster.run.model_copy(update={"spec": run_on(4, 1).spec})
     assert cluster.ask() == 4
+
+
+@pytest.mark.parametrize("asleep_before_its_end", [False, True])
+def test_a_resumption_asks_for_all_nodes_again(asleep_before_its_end: bool) -> None:
+    """And forgets the timeouts for which there was no budget."""
+    cluster = Cluster(run_on(4, 1, retries={"startupTimeout": 0}))
+    cluster.ask()
+    cluster.give_up(placed=3)
+    if not asleep_before_its_end:
+        assert cluster.ask() == 3
+        cluster.now_is(running_since=START)
+        cluster.look()
+    cluster.suspend(True)
+    cluster.look()
+    if not asleep_before_its_end:
+        cluster.now_is(state=JobState.FAILED, failure=FailureClass.INTERRUPTED)
+        cluster.look()
+    assert cluster.phase.state == PhaseState.SUSPENDED
+    cluster.suspend(False)
+    assert cluster.ask() == 4
+    cluster.give_up(placed=2)
+    assert cluster.ask() == 2, "there are fewer still"
 
 
 def test_more_nodes_at_least_than_at_most() -> None:

@@ -137,6 +137,13 @@ def test_the_node_is_told() -> None:
     assert notes == ["phase base, attempt 1 failed on node node-7: Infrastructure: lost"]
 
 
+def test_it_is_told_when_an_attempt_has_less_than_was_asked_for() -> None:
+    asked = status(PhaseState.RUNNING, (AttemptState.ASKED, None)).phases[0]
+    for said, told_ in (("starting", ""), ("starting, on 1 of 2 nodes", ", on 1 of 2 nodes"), ("no room", "")):
+        now = RunStatus(phases=(asked.model_copy(update={"message": said}),))
+        assert [e.note for e in transitions(RunStatus(), now)] == [f"phase base, attempt 1 started{told_}"]
+
+
 # ---------------------------------------------------------------- the object
 
 
