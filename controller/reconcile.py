@@ -1,13 +1,13 @@
 """One turn of the loop, the same for every backend: observe, decide, write the status once, act."""
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import replace
 from datetime import datetime
 
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.backends.base import Backend
-from controller.plan.decide import Apply, Decision, decide
+from controller.plan.decide import Action, Apply, Decision, decide
 from controller.plan.shapes import Configs
 
 Save = Callable[[RunStatus], Awaitable[None]]
@@ -22,9 +22,13 @@ async def reconcile(
     decision = decide(run, observed, now, only)
     if decision.status != run.status:
         await save(decision.status)
-    for action in decision.actions:
+    await act(backend, run, decision.actions)
+    return decision
+
+
+async def act(backend: Backend, run: AlignmentRun, actions: Iterable[Action]) -> None:
+    for action in actions:
         if isinstance(action, Apply):
             await backend.apply(run, action.job)
         else:
             await backend.delete(run, action.phase, action.attempt)
-    return decision

@@ -1,10 +1,16 @@
 """What the controller says about a run."""
 
+import copy
 import enum
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, Literal
+from functools import reduce
+from operator import getitem
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from controller.api.workspace import Workspace
 from trainers.contract import FailureClass
@@ -220,6 +226,22 @@ class RunStatus(StatusModel):
     conditions: tuple[Condition, ...] = ()
     """Accepted, Progressing, Suspended, Stalled, Succeeded, Failed."""
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_far_as_known(cls, found: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What a newer version wrote and this one cannot read is left out, piece by piece; its history is not."""
+        try:
+            return handler(found)
+        except ValidationError as error:
+            known = _without(found, [_unreadable(problem) for problem in error.errors()])
+            if known == found:
+                raise
+            return cls.model_validate(known)
+
+    def beside(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """This status, with what ``found``, its state before, has in fields that only a newer version knows."""
+        return _beside(found, self.document(), type(self))
+
     def condition(self, kind: str) -> Condition | None:
         return next((c for c in self.conditions if c.type == kind), None)
 
@@ -229,3 +251,41 @@ class RunStatus(StatusModel):
 
     def phase_status(self, name: str) -> PhaseStatus | None:
         return next((p for p in self.phases if p.name == name), None)
+
+
+# ---------------------------------------------------------------- of another version
+
+ITEMS: dict[str, tuple[type[StatusModel], str]] = {
+    "phases": (PhaseStatus, "name"),
+    "attempts": (Attempt, "number"),
+    "conditions": (Condition, "type"),
+}
+"""Lists, the model of their items, and the field that says which is which."""
+
+
+def _unreadable(problem: ErrorDetails) -> tuple[int | str, ...]:
+    """Where the smallest thing is without which the rest could be read."""
+    return problem["loc"][:-1] if problem["type"] == "missing" else problem["loc"]
+
+
+def _without(found: Any, paths: Iterable[tuple[int | str, ...]]) -> Any:
+    kept = copy.deepcopy(found)
+    for *way, last in sorted({path for path in paths if path}, key=_last_first):
+        with suppress(LookupError, TypeError):
+            del reduce(getitem, way, kept)[last]
+    return kept
+
+
+def _last_first(path: tuple[int | str, ...]) -> tuple[int, list[int]]:
+    """Inner things before outer ones, and of a list the last first: places stay what they were."""
+    return -len(path), [-step for step in path if isinstance(step, int)]
+
+
+def _beside(old: Mapping[str, Any], new: dict[str, Any], model: type[StatusModel]) -> dict[str, Any]:
+    known = {field.alias for field in model.model_fields.values()}
+    merged = {**{name: value for name, value in old.items() if name not in known}, **new}
+    for name, (kind, key) in ITEMS.items():
+        if name in known and name in new:
+            before = {item.get(key): item for item in old.get(name, ())}
+            merged[name] = [_beside(before.get(item[key], {}), item, kind) for item in new[name]]
+    return merged

@@ -95,6 +95,8 @@ def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event
         # A rejected run has failed too; that is one piece of news.
         if new.status == status and not (kind == meta.FAILED and new.reason == meta.INVALID_SPEC):
             yield Event("Warning", reason, new.message)
+        elif kind == meta.ACCEPTED and old is not None and old.status == status:
+            yield Event("Normal", "RunAccepted", "the run makes sense again, and goes on")
     elif kind == meta.ADMITTED:
         yield Event("Normal", f"Queue{new.reason}", new.message)
     elif kind == meta.SUCCEEDED and new.status == "True":

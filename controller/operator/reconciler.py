@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from controller.api import meta
 from controller.api.problems import from_validation
-from controller.api.run import AlignmentRun
+from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
 from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.kube import Api, ApiError, Object
@@ -16,9 +17,10 @@ from controller.operator import events
 from controller.operator.defaults import Defaults, remembering
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
-from controller.plan.decide import going, is_settled, is_terminal, reject
+from controller.plan.decide import going, is_final, is_settled, is_terminal, refused
+from controller.plan.refusal import Refusal
 from controller.plan.shapes import Configs
-from controller.reconcile import reconcile
+from controller.reconcile import act, reconcile
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,7 @@ class Reconciler:
         try:
             run = AlignmentRun.model_validate(document)
         except ValidationError as error:
-            await self._refuse(key, document, error)
-            return None
+            return await self._refuse(key, document, error)
         return await self._reconcile(key, self.defaults.applied(run), document)
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
@@ -87,7 +88,7 @@ class Reconciler:
 
     async def _write(self, key: Key, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
         """The write fails if the run has changed since it was read: then all of it is done anew."""
-        await self.api.write_run_status(document, after.document())
+        await self.api.write_run_status(document, after.beside(document.get("status") or {}))
         self.metrics.transition(key, run, before, after)
         for event in events.transitions(before, after):
             log = logger.warning if event.type == "Warning" else logger.info
@@ -101,14 +102,36 @@ class Reconciler:
             # Events are for people; the status, which is written, has it too.
             logger.debug("event not written: %s", error)
 
-    async def _refuse(self, key: Key, document: Object, error: ValidationError) -> None:
+    async def _refuse(self, key: Key, document: Object, error: ValidationError) -> timedelta | None:
         """A run that the CRD let through and the models do not: an older CRD, or what a schema cannot say."""
         message = "; ".join(str(problem) for problem in from_validation(error, AlignmentRun, document))
-        try:
-            before = RunStatus.model_validate(document.get("status") or {})
-        except ValidationError:
-            before = RunStatus()
-        status = reject(before, message, document["metadata"].get("generation"), self.now())
-        if status != before:
-            await self.api.write_run_status(document, status.document())
-        self.metrics.run_seen(key, None, status)
+        run = as_far_as_known(document)
+        before = run.status or RunStatus()
+        if is_final(before, run.metadata.generation):
+            self.metrics.run_seen(key, None, before)
+            return None
+        observed = await self.backend.observe(run)
+        decision = refused(before, Refusal(message, run.spec.suspend, run.metadata.generation), observed, self.now())
+        if decision.status != before:
+            await self._write(key, run, document, before, decision.status)
+        await act(self.backend, run, decision.actions)
+        self.metrics.run_seen(key, None, decision.status)
+        return self.poll if going(decision.status) else None
+
+
+def as_far_as_known(document: Object) -> AlignmentRun:
+    """Of a run that cannot be read, who it is, whether it is to stop, and what was said of it: enough to watch its jobs."""
+    found, spec = document["metadata"], document.get("spec") or {}
+    return AlignmentRun.model_construct(
+        api_version=meta.API_VERSION,
+        kind=meta.KIND,
+        metadata=ObjectMeta.model_construct(
+            name=found["name"],
+            namespace=found.get("namespace"),
+            uid=found.get("uid"),
+            generation=found.get("generation"),
+            resource_version=found.get("resourceVersion"),
+        ),
+        spec=RunSpec.model_construct(phases=(), suspend=spec.get("suspend") is True),
+        status=RunStatus.model_validate(document.get("status") or {}),
+    )

@@ -13,10 +13,11 @@ from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.plan import attempts as history
 from controller.plan.check import check_run
-from controller.plan.conditions import Claim, update
+from controller.plan.conditions import update
 from controller.plan.job import PhaseJob, build_job
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
+from controller.plan.refusal import Refusal, is_refused, refuse
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.sizes import is_unknown, run_sizes, sentence
 from controller.plan.verdict import MOVING, run_claims, summary
@@ -55,10 +56,10 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     """What to do next. ``only`` restricts the run to some phases; others count if they have finished."""
     before = run.status or RunStatus()
     generation = run.metadata.generation
-    if is_terminal(before) and before.observed_generation == generation:
+    if is_final(before, generation):
         return _at_rest(run, before, observed, now)
     if problems := [*map(str, check_run(run)), *observed.problems]:
-        return Decision(reject(_given_up(before), "; ".join(problems), generation, now), _end_live(observed))
+        return refused(before, Refusal("; ".join(problems), run.spec.suspend, generation), observed, now)
     phases = resolve(run)
     started = _started(run, before, now)
     before = _time_anew(before) if is_terminal(before) else before
@@ -75,8 +76,14 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
 def is_settled(run: AlignmentRun) -> bool:
     """Whether nothing but an edit can ever change anything, so that nobody has to look at the cluster."""
     status = run.status or RunStatus()
-    ended = is_terminal(status) and status.observed_generation == run.metadata.generation
+    ended = is_final(status, run.metadata.generation)
     return ended and run.spec.ttl_seconds_after_finished is None and not going(status)
+
+
+def refused(before: RunStatus, refusal: Refusal, observed: Observed, now: datetime) -> Decision:
+    """For a run that makes no sense, which may be one that cannot even be read."""
+    status, stop = refuse(before, refusal, observed, now)
+    return Decision(status, tuple(Delete(phase, number) for phase, number in stop))
 
 
 def going(status: RunStatus) -> bool:
@@ -116,34 +123,9 @@ def is_terminal(status: RunStatus) -> bool:
     return status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED)
 
 
-def reject(before: RunStatus, message: str, generation: int | None, now: datetime) -> RunStatus:
-    """The status of an invalid run: it does nothing until it is edited."""
-    claims = {
-        meta.ACCEPTED: Claim(False, meta.INVALID_SPEC, message),
-        meta.PROGRESSING: Claim(False, meta.INVALID_SPEC),
-        meta.STALLED: Claim(False, meta.INVALID_SPEC),
-        meta.SUCCEEDED: Claim(False, meta.INVALID_SPEC),
-        meta.FAILED: Claim(True, meta.INVALID_SPEC, message),
-    }
-    conditions = update(before.conditions, claims, generation, now)
-    changes = {"observed_generation": generation, "conditions": conditions, "phase": "Invalid"}
-    return before.model_copy(update=changes)
-
-
-def _given_up(before: RunStatus) -> RunStatus:
-    """What runs is stopped by us: it has not failed when the run goes on after it has been mended."""
-    nothing = dict.fromkeys(("step", "loss", "tokens_per_second", "eta"), "")
-    return before.model_copy(update={"phases": tuple(map(_phase_given_up, before.phases)), **nothing})
-
-
-def _phase_given_up(phase: PhaseStatus) -> PhaseStatus:
-    stopping = {"state": AttemptState.STOPPING}
-    attempts = tuple(a if a.state.ended else a.model_copy(update=stopping) for a in phase.attempts)
-    changes: dict[str, object] = {"attempts": attempts}
-    if phase.state in MOVING:
-        changes |= {"state": PhaseState.WAITING, "message": "the run is invalid"}
-        changes |= {"progress": None, "queue": None, "retry_at": None}
-    return phase.model_copy(update=changes)
+def is_final(status: RunStatus, generation: int | None) -> bool:
+    """An end that only an edit can change. That a run makes no sense is none: the cause may be the operator's."""
+    return is_terminal(status) and not is_refused(status) and status.observed_generation == generation
 
 
 def _end_live(observed: Observed) -> tuple[Action, ...]:

@@ -96,7 +96,7 @@ def _finished(
     missed = gates.missed(phase.spec.gates, result.metrics)
     state = PhaseState.FAILED if missed else PhaseState.SUCCEEDED
     again = before.state == state and before.digest == digest
-    records, stop = _stopping(records, jobs, keep=None)
+    records, stop = stopping(records, jobs, keep=None)
     last = records[-1] if records else None
     status = PhaseStatus(
         name=phase.name,
@@ -106,7 +106,7 @@ def _finished(
         digest=digest,
         failure=FailureClass.GATE_FAILED if missed else None,
         artifact_digest=result.artifact_digest,
-        metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
+        metrics=finite_metrics(result.metrics),
         attempts=history.prune(records, digest),
         started_at=before.started_at if before.digest == digest else (last.started_at if last else None),
         finished_at=before.finished_at if again else (last.finished_at if last else None) or now,
@@ -126,7 +126,7 @@ def _unfinished(
     late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)
     records = _end_outgrown(records, jobs, history.nodes(failures, phase.nodes))
-    records, stop = _stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
+    records, stop = stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
@@ -143,7 +143,7 @@ def _unfinished(
         started_at=started,
         finished_at=_end_of(before, failures, at.now) if state == PhaseState.FAILED else None,
         retry_at=verdict.retry_at if state == PhaseState.BACKING_OFF else None,
-        progress=_finite(at.observed.progress.get(phase.name)) if state == PhaseState.RUNNING else None,
+        progress=finite(at.observed.progress.get(phase.name)) if state == PhaseState.RUNNING else None,
         queue=current.queue if current else None,
     )
     due = _due(going[-1], current, status.progress, phase, at) if current else None
@@ -245,7 +245,7 @@ def _waiting(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> tuple[P
     return PhaseState.WAITING, f"waits for {', '.join(missing)}"
 
 
-def _stopping(
+def stopping(
     records: tuple[Attempt, ...], jobs: list[ObservedJob], keep: str | None
 ) -> tuple[tuple[Attempt, ...], tuple[int, ...]]:
     """Attempts for anything but ``keep`` are to end. One that is over and shows up again was started late: end it again."""
@@ -291,13 +291,17 @@ def _rests(phase: ResolvedPhase, before: PhaseStatus) -> bool:
     return phase.suspend and before.state != PhaseState.FAILED
 
 
-def _finite(report: PhaseProgress | None) -> PhaseProgress | None:
+def finite(report: PhaseProgress | None) -> PhaseProgress | None:
     """JSON has no infinities, and a status with NaN in it is never equal to itself."""
     if report is None:
         return None
     figures = {name: getattr(report, name) for name in ("loss", "tokens_per_second", "eta_seconds")}
     lost = {name: None for name, value in figures.items() if value is not None and not math.isfinite(value)}
     return report.model_copy(update=lost)
+
+
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _late(started: datetime | None, at: Situation) -> bool:

@@ -209,14 +209,6 @@ class TestAfterTheEnd:
         assert not decision.status.is_true(meta.SUCCEEDED)
 
 
-class TestProblemsOfTheBackend:
-    def test_the_run_is_rejected_and_what_runs_is_ended(self):
-        run = first()
-        decision = decide(run, seen(job(run, "base"), problems=("spec.workspace: is not set",)), after(1))
-        assert stopped(decision) == ["base-1"]
-        assert decision.status.condition(meta.ACCEPTED).message == "spec.workspace: is not set"
-
-
 def test_percent_counts_phases_alike_and_steps_within():
     run = diamond()
     run = with_status(run, decide(run, seen(results=results(run, "base")), START))

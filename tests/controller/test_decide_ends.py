@@ -7,12 +7,10 @@ from builders import START, after, diamond, job, results, seen, started, stopped
 from stories import (
     FAILED,
     INFRA,
-    INTERRUPTED,
     RUN,
     SUCCEEDED,
     condition,
     doomed,
-    ends,
     one,
     phase,
     report,
@@ -95,45 +93,6 @@ def test_the_clock_is_told_of_a_deadline_during_a_backoff() -> None:
     decision = decide(run, seen(failed), after(10))
     assert decision.requeue_after is not None
     assert decision.requeue_after.total_seconds() == 5
-
-
-# ---------------------------------------------------------------- runs that cannot be
-
-LACKING = "spec.workspace: is not set"
-
-
-def test_a_run_that_its_backend_cannot_do_is_rejected_and_what_runs_is_ended() -> None:
-    running, rejected = story((RUN, seen(runs()), 0), (one(generation=2), seen(runs(), problems=(LACKING,)), 1))
-    assert condition(running, meta.ACCEPTED) == "True/Valid"
-    assert condition(rejected, meta.ACCEPTED) == condition(rejected, meta.FAILED).replace("True", "False")
-    assert rejected.status.condition(meta.FAILED).message == LACKING  # type: ignore[union-attr]
-    assert stopped(rejected) == ["base-1"]
-    assert (phase(rejected).state, rejected.status.phase) == (PhaseState.WAITING, "Invalid")
-
-
-def test_a_rejected_runs_job_is_ended_though_the_first_word_was_lost() -> None:
-    bad = one(generation=2)
-    *_, rejected, again, gone = story(
-        (RUN, seen(runs()), 0), (bad, seen(runs(), problems=(LACKING,)), 1), (bad, seen(runs()), 2), (bad, seen(), 3)
-    )  # fmt: skip
-    assert (stopped(again), stopped(gone)) == (["base-1"], [])
-    assert again.status == gone.status == rejected.status
-    assert not is_settled(with_status(bad, rejected)), "someone has to look until the job is gone"
-
-
-def test_what_a_rejection_stopped_has_not_failed_when_the_run_is_mended() -> None:
-    ended = seen(job(RUN, "base", state=FAILED, failure=INTERRUPTED))
-    bad, good = one(generation=2), one(generation=3)
-    *_, mended = story((RUN, seen(runs()), 0), (bad, seen(runs(), problems=(LACKING,)), 1), (good, ended, 2))
-    assert (ends(mended), started(mended)) == ("Stopped", ["base-2"])
-
-
-def test_a_mended_run_that_has_nothing_left_to_do_has_an_end() -> None:
-    """Without its time, its jobs would never go."""
-    bad, good = one(generation=2), one(generation=3)
-    done = seen(job(RUN, "base", state=SUCCEEDED), results=results(RUN, "base"))
-    *_, mended = story((RUN, seen(runs()), 0), (bad, seen(runs(), problems=(LACKING,)), 1), (good, done, 2))
-    assert (mended.status.finished_at, mended.status.phase) == (after(2), "Succeeded")
 
 
 # ---------------------------------------------------------------- after the end

@@ -21,7 +21,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseState, QueueState, QueueStatus, RunStatus
 from controller.operator import events
 from controller.plan.attempts import budget
-from controller.plan.decide import Apply, Decision, Delete, decide, is_terminal
+from controller.plan.decide import Apply, Decision, Delete, decide, is_final, is_terminal
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import resolve
@@ -135,6 +135,7 @@ class World(RuleBasedStateMachine):
     def step(self, observed: Observed, writes: int = 99, lose_status: bool = False) -> Decision:
         run, before = self.run, self.status or RunStatus()
         decision = decide(run, observed, self.now)
+        self.check_stops(before, decision, observed)
         assert decision == decide(run, observed, self.now), "the same arguments give the same answer"
         self.check_status(before, decision.status)
         self.check_fixed_point(run, decision, observed)
@@ -146,6 +147,16 @@ class World(RuleBasedStateMachine):
         for action in decision.actions[:writes]:
             self.act(action)
         return decision
+
+    def check_stops(self, before: RunStatus, decision: Decision, observed: Observed) -> None:
+        """That a backend cannot do the run now is no reason to end what runs."""
+        if not observed.problems or self.spec.suspend or is_final(before, self.generation):
+            return
+        attempts = {(phase.name, a.number): a.state for phase in before.phases for a in phase.attempts}
+        for action in decision.actions:
+            assert isinstance(action, Delete), "nothing starts"
+            state = attempts[action.phase, action.attempt]
+            assert state == AttemptState.STOPPING or state.ended, "asked to stop before"
 
     def check_fixed_point(self, run: AlignmentRun, decision: Decision, observed: Observed) -> None:
         """An attempt that nobody sees stops, has stopped, and has a successor, a look each; then it is quiet."""
@@ -261,7 +272,6 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def the_backend_cannot_do_it_or_can_again(self) -> None:
-        """Seen at the next edit if the run has ended by then."""
         self.problems = () if self.problems else ("spec.workspace: is not set",)
         self.old = None
 
@@ -358,7 +368,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def an_end_stays_until_an_edit(self) -> None:
-        if self.status is not None and is_terminal(self.status) and self.status.observed_generation == self.generation:
+        if self.status is not None and is_final(self.status, self.generation):
             assert decide(self.run, self.look(), self.now).status == self.status
 
     def teardown(self) -> None:

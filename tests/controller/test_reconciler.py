@@ -151,19 +151,14 @@ def test_a_run_at_rest_costs_one_call():
     assert (desk.backend.looks, desk.server.said) == (1, ["status"])
 
 
-def test_a_rejected_runs_job_is_deleted_though_the_first_call_failed():
+def test_what_runs_of_a_refused_run_is_looked_at_again():
     desk = Desk()
-    live = seen(job(RUN, "base"), problems=("spec.workspace: is not set",))
     desk.look(seen())
-    desk.edit(seed=1)
-    desk.backend.lost = True
-    with pytest.raises(TimeoutError):
-        desk.look(live, at=1)
+    live = seen(job(RUN, "base"), problems=("spec.workspace: is not set",))
+    assert desk.look(live, at=1) == POLL
     assert desk.status.phase == "Invalid"
-    desk.backend.lost = False
-    assert desk.look(live, at=2) == POLL
-    assert desk.server.said[-1] == "delete base-1"
-    assert desk.look(seen(), at=20) is None
+    assert desk.look(seen(problems=live.problems), at=2) == POLL, "its pods may be on their way out"
+    assert "delete base-1" not in desk.server.said
 
 
 def test_a_run_that_cannot_be_read_is_told_so_once():
@@ -174,6 +169,69 @@ def test_a_run_that_cannot_be_read_is_told_so_once():
     failed = desk.status.condition("Failed")
     assert failed is not None
     assert "nonsense" in failed.message
+
+
+def test_what_runs_of_a_run_that_cannot_be_read_any_more_is_watched():
+    """An edit to what this version does not know said Invalid once, and nobody looked at the job any more."""
+    desk = Desk()
+    desk.look(seen())
+    desk.look(seen(job(RUN, "base")), at=1)
+    desk.edit(nonsense=1)
+    assert desk.look(seen(job(RUN, "base")), at=2) == POLL
+    assert (desk.status.phase, desk.status.phases[0].state) == ("Invalid", "Running")
+    failed = job(RUN, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(3))
+    desk.look(seen(failed), at=3)
+    assert desk.status.phases[0].attempts[0].failure == FailureClass.INFRASTRUCTURE
+    desk.edit(suspend=True)
+    assert desk.look(seen(job(RUN, "base", 2)), at=4) == POLL
+    assert desk.server.said[-1] == "delete base-2", "and it can be stopped"
+
+
+def test_an_end_stays_though_the_run_cannot_be_read_any_more():
+    desk = Desk()
+    desk.look(seen(results=results(RUN, "base")))
+    assert desk.server.stored is not None
+    desk.server.stored["spec"]["nonsense"] = 1  # a rule of a newer version: nobody has edited the run
+    assert desk.look(at=1) is None
+    assert (desk.status.phase, desk.server.said) == ("Succeeded", ["status"])
+
+
+NEWER = {
+    "phase": "Running",
+    "novelty": {"of": "the run"},
+    "workspace": {"claimName": "c", "depth": 3},
+    "phases": [
+        {
+            "name": "base", "type": "sft", "state": "Simmering", "digest": "d", "novelty": 7,
+            "attempts": [
+                {"number": 1, "digest": "d", "state": "Failed", "failure": "Infrastructure", "novelty": [1]},
+                {"number": 2, "digest": "d", "state": "Failed", "failure": "CosmicRays", "message": "pling"},
+                {"number": 3, "digest": "d", "state": "Levitating"},
+            ],
+        }
+    ],
+    "conditions": [{"type": "Blessed", "status": "True", "reason": "Yes", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+}  # fmt: skip
+
+
+def test_a_status_of_a_newer_operator_is_read_as_far_as_it_is_known():
+    """A roll-back forgot all attempts once, and their failures."""
+    status = RunStatus.model_validate(NEWER)
+    (phase,) = status.phases
+    assert (phase.digest, [a.number for a in phase.attempts]) == ("d", [1, 2])
+    assert [a.failure for a in phase.attempts] == [FailureClass.INFRASTRUCTURE, None]
+    assert status.workspace == Workspace(claim_name="c")
+
+
+def test_what_a_newer_operator_wrote_is_still_there_when_it_comes_back():
+    desk = Desk()
+    assert desk.server.stored is not None
+    desk.server.stored["status"] = NEWER
+    desk.look(seen(job(RUN, "base", 4)))
+    found = desk.server.stored["status"]
+    assert found["novelty"] == {"of": "the run"}
+    assert found["phases"][0]["novelty"] == 7
+    assert found["phases"][0]["state"] == "Running"
 
 
 def test_a_run_that_is_gone_or_going_is_nobodys_business():
