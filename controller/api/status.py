@@ -109,6 +109,8 @@ class Attempt(StatusModel):
     """How often `microBatchTokens` and `sampling.batchSize` were halved for it, because attempts before ran out of memory."""
     nodes: int = 0
     """Pods it was started with; 0 is not known."""
+    times: int = 1
+    """How many failed attempts this one stands for: itself, and older ones with the same failure."""
     placed: int = 0
     """Of one that did not begin to run in time: how many of them found a place, if the next one is to have as many."""
     state: AttemptState
@@ -179,6 +181,11 @@ class PhaseStatus(StatusModel):
     """Whether that is there. Not set where it cannot be told."""
     metrics: dict[str, float] = {}
     """Final metrics."""
+
+    @property
+    def tries(self) -> int:
+        """Attempts so far, with those that others stand for."""
+        return sum(attempt.times for attempt in self.attempts)
 
 
 class Condition(StatusModel):

@@ -125,7 +125,7 @@ class PlainLines:
                 self.say(f"{phase.name}: {line}")
 
     def _news(self, phase: PhaseStatus) -> Iterator[str]:
-        mark = (phase.state, len(phase.attempts))
+        mark = (phase.state, phase.tries)
         if self._states.get(phase.name) != mark and phase.state not in (PhaseState.WAITING, PhaseState.READY):
             self._told[phase.name] = self._clock()
             yield transition(phase)
@@ -144,7 +144,7 @@ def transition(phase: PhaseStatus) -> str:
     text = state_word(phase).lower()
     if phase.state == PhaseState.RUNNING:
         # Counted within this invocation; the numbers in names also count earlier ones.
-        return "started" if len(phase.attempts) <= 1 else f"started again, attempt {len(phase.attempts)}"
+        return "started" if phase.tries <= 1 else f"started again, attempt {phase.tries}"
     if phase.state == PhaseState.SUCCEEDED and phase.attempts:
         spent = elapsed(phase, datetime.now(UTC))
         return f"{text} in {duration(spent)}" if spent is not None else text

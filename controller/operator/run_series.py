@@ -89,7 +89,7 @@ def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
         labels = (*key, phase.name, phase.type)
         yield "phase_state", (*labels, phase.state), 1.0
         yield from _times("phase", labels, phase.started_at, phase.finished_at)
-        yield "phase_attempts", labels, len(phase.attempts)
+        yield "phase_attempts", labels, phase.tries
         at_work = [a for a in phase.attempts if not a.state.ended and a.state != AttemptState.ASKED and a.started_at]
         yield "phase_gpus", labels, gpus_of(run, phase.name, at_work[-1]) if at_work else 0
         for failure, count in _failures(phase).items():
@@ -107,9 +107,11 @@ def _failures(phase: PhaseStatus) -> Counter[FailureClass]:
     """Of what is asked for now: earlier settings' failures do not count, nor do those that a smaller attempt follows."""
     newest = phase.attempts[-1].settings if phase.attempts else ""
     counted = of_settings(phase.attempts, phase.digest, newest) if phase.digest else phase.attempts
-    return Counter(
-        a.failure for a in counted if a.state == AttemptState.FAILED and a.failure is not None and not a.placed
-    )
+    found: Counter[FailureClass] = Counter()
+    for attempt in counted:
+        if attempt.state == AttemptState.FAILED and attempt.failure is not None and not attempt.placed:
+            found[attempt.failure] += attempt.times
+    return found
 
 
 def _times(what: str, labels: tuple[str, ...], start: datetime | None, end: datetime | None) -> Iterator[Sample]:

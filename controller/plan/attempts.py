@@ -12,6 +12,14 @@ from trainers.contract import FAILURES, FailureClass
 
 MESSAGE_LIMIT = 1024
 
+KEPT = 3
+"""Failures that are kept as they were."""
+
+KINDS = 12
+"""Records of older failures: settings × classes."""
+
+OLD_MESSAGE_LIMIT = 120
+
 
 def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) -> tuple[Attempt, ...]:
     """Attempts by number. An end once seen stands, so stale, repeated and lost observations do no harm."""
@@ -118,7 +126,11 @@ def failed(attempts: Sequence[Attempt], digest: str | None, settings: str) -> li
 
 def halvings(failures: Sequence[Attempt]) -> int:
     """How often a further attempt should halve what its memory goes into."""
-    return sum(a.failure == FailureClass.OUT_OF_MEMORY for a in failures)
+    return count(failures, FailureClass.OUT_OF_MEMORY)
+
+
+def count(failures: Sequence[Attempt], failure: FailureClass | None) -> int:
+    return sum(a.times for a in failures if a.failure == failure)
 
 
 def without_result(
@@ -145,14 +157,36 @@ def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:
 
 
 def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
-    """Only what still matters: what has not ended, failures that count, and the last one for its number."""
-    return tuple(
-        a
-        for i, a in enumerate(attempts)
-        if not a.state.ended
-        or i == len(attempts) - 1
-        or (a.state == AttemptState.FAILED and digest in (a.digest, None))
-    )
+    """Only what still matters: what has not ended, failures that count, and the last one for its number.
+
+    Of the failures the last few are kept. Older ones are counted: a run that fails for weeks, on a page of etcd's, would
+    otherwise be one that nobody can write any more.
+    """
+    last = attempts[-1:]
+    failures = [a for a in attempts[:-1] if a.state == AttemptState.FAILED and digest in (a.digest, None)]
+    going = [a for a in attempts[:-1] if not a.state.ended]
+    return tuple(sorted([*_counted(failures), *going, *last], key=lambda a: a.number))
+
+
+def _counted(failures: Sequence[Attempt]) -> list[Attempt]:
+    old, kept = failures[:-KEPT], failures[-KEPT:]
+    alike: dict[tuple[object, ...], Attempt] = {}
+    for failure in old:
+        # One that a smaller attempt follows uses up no budget.
+        key = (failure.digest, failure.settings, failure.failure, bool(failure.placed))
+        alike[key] = _both(alike.pop(key, None), failure)
+    return [*list(alike.values())[-KINDS:], *kept]
+
+
+def _both(older: Attempt | None, newer: Attempt) -> Attempt:
+    """One record for two failures of one class. The fewest nodes that had a place are what a further attempt has."""
+    changes: dict[str, object] = {"message": newer.message[:OLD_MESSAGE_LIMIT]}
+    if older is not None:
+        changes |= {
+            "times": older.times + newer.times,
+            "placed": min(filter(None, (older.placed, newer.placed)), default=0),
+        }
+    return newer.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -172,11 +206,10 @@ def judge(failures: Sequence[Attempt], policy: FailurePolicy, key: str) -> Verdi
     if not failures:
         return Verdict()
     last = failures[-1]
-    of_class = sum(a.failure == last.failure for a in failures)
-    if of_class > budget(policy.retries, last.failure or FailureClass.INTERNAL):
+    if count(failures, last.failure) > budget(policy.retries, last.failure or FailureClass.INTERNAL):
         return Verdict(final=True)
     ended = last.finished_at or last.started_at
-    wait = backoff_seconds(policy.backoff, len(failures), key)
+    wait = backoff_seconds(policy.backoff, sum(a.times for a in failures), key)
     return Verdict(retry_at=ended + timedelta(seconds=wait) if ended else None)
 
 

@@ -12,6 +12,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.plan import attempts as history
+from controller.plan.bounded import bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
 from controller.plan.job import PhaseJob, build_job
@@ -246,7 +247,7 @@ def _status(
         times = {"started_at": before.started_at or started, "finished_at": before.finished_at or now}
     elif is_terminal(status):
         times = {"finished_at": now}
-    return status.model_copy(update={**summary(status), **times})
+    return bounded(status.model_copy(update={**summary(status), **times}), run)
 
 
 def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], now: datetime) -> timedelta | None:

@@ -243,7 +243,7 @@ class World(RuleBasedStateMachine):
         phase = self.status.phase_status(name) if self.status else None
         attempts = phase.attempts if phase else ()
         same = [a for a in attempts if a.settings == self.settings(name) and phase and a.digest == phase.digest]
-        return [a.failure for a in same if a.state == AttemptState.FAILED and a.failure]
+        return [a.failure for a in same if a.state == AttemptState.FAILED and a.failure for _ in range(a.times)]
 
     @rule(name=st.sampled_from(["base", "dpo", "ppo"]))
     def the_user_edits_a_phase(self, name: str) -> None:

@@ -1,0 +1,63 @@
+"""A status that can always be written: etcd takes 1.5 MB, and every list of runs carries all of it.
+
+Sixty-four phases that fail again and again have more to say than that. So the longest things go first, and only as far as
+is needed; what the planner itself relies on (gated figures, the last attempt's number) stays to the end.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from controller.api.run import AlignmentRun
+from controller.api.status import Attempt, PhaseStatus, QueueStatus, RunStatus
+
+LIMIT = 100_000
+"""Bytes of a status as JSON."""
+
+Squeeze = Callable[[PhaseStatus, Collection[str]], PhaseStatus]
+
+
+def bounded(status: RunStatus, run: AlignmentRun) -> RunStatus:
+    gated = {entry.name: {gate.metric for gate in entry.spec.gates} for entry in run.phases}
+    for squeeze in SQUEEZES:
+        if len(status.model_dump_json(by_alias=True, exclude_none=True)) <= LIMIT:
+            break
+        phases = tuple(squeeze(phase, gated.get(phase.name, ())) for phase in status.phases)
+        status = status.model_copy(update={"phases": phases})
+    return status
+
+
+def _messages(longest: int) -> Squeeze:
+    def squeeze(phase: PhaseStatus, _: Collection[str]) -> PhaseStatus:
+        changes: dict[str, Any] = {"message": phase.message[:longest], "needs": phase.needs[:longest]}
+        changes["attempts"] = tuple(_shortened(a, longest) for a in phase.attempts)
+        if phase.queue is not None:
+            changes["queue"] = QueueStatus(state=phase.queue.state, message=phase.queue.message[:longest])
+        return phase.model_copy(update=changes)
+
+    return squeeze
+
+
+def _shortened(attempt: Attempt, longest: int) -> Attempt:
+    return attempt.model_copy(update={"message": attempt.message[:longest], "node": attempt.node[:longest]})
+
+
+def _figures(most: int) -> Squeeze:
+    """A gate without its figure would have the phase run again."""
+
+    def squeeze(phase: PhaseStatus, gated: Collection[str]) -> PhaseStatus:
+        names = [name for name in phase.metrics if name in gated]
+        names += [name for name in phase.metrics if name not in gated][:most]
+        return phase.model_copy(update={"metrics": {name: phase.metrics[name] for name in names}})
+
+    return squeeze
+
+
+def _old_failures(phase: PhaseStatus, _: Collection[str]) -> PhaseStatus:
+    """What is left uses up its budget anew, which is better than a run that nobody can act on."""
+    going = [a for a in phase.attempts if not a.state.ended]
+    return phase.model_copy(update={"attempts": tuple(going or phase.attempts[-1:])})
+
+
+SQUEEZES: tuple[Squeeze, ...] = (
+    _messages(200), _figures(16), _messages(60), _figures(2), _old_failures, _messages(20), _figures(0),
+)  # fmt: skip
