@@ -76,10 +76,13 @@ def test_any_text_is_a_name_or_a_problem(place: str, text: str) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"model": 1}', b"\xff\xfe", b"[" * 100_000, b'{"added_tokens": [1]}']
 )
-def test_a_damaged_tokenizer_is_left_to_the_phase_that_loads_it(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_a_problem_of_the_field_that_names_its_folder(content: bytes, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "tokenizer.json").write_bytes(content)
     run = dpo("dpo", "base", policy={"source": "./one"}, reference={"source": "./two"})
-    assert load_run(document(sft("base"), run), tmp_path).name == "test"
+    with pytest.raises(InvalidRun) as problem:
+        load_run(document(sft("base"), run), tmp_path)
+    for field in ('dpo.policy.source: "./one"', 'dpo.reference.source: "./two"'):
+        assert f"spec.phases[dpo].{field} holds no model that can be loaded: tokenizer.json: " in str(problem.value)
