@@ -127,6 +127,11 @@ def rows_of(path: Path, count: int) -> list[dict]:
     return [{"prompt": f"p{i}", top_k.KEY: {"file": path.name, "row": i}} for i in range(count)]
 
 
+def test_the_same_responses_are_the_same_file(tmp_path):
+    """Traces name it by its content, and what is trained on them goes by theirs."""
+    assert len({top_k.write_shard(tmp_path, 0, some_scores(4, 50), 50, "x").name for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize("known", [300, 2**16 + 5000])
 def test_a_shard_gives_back_what_was_written(tmp_path, known):
     written = some_scores(7, known)

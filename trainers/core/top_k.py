@@ -35,6 +35,10 @@ KEY = "top_k"
 """In a row of traces: ``{"file": name of the shard, "row": which of its responses}``."""
 
 
+ABOUT = "about"
+"""Key of a shard's metadata: how many tokens were chosen from, and the digest of the vocabulary."""
+
+
 def bucket_logits(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Logits of k tokens and of all others together: (K, V) and (K, k) to (K, k + 1), softmax for softmax the same."""
     top = logits.gather(-1, ids)
@@ -87,7 +91,8 @@ def write_shard(folder: Path, first: int, scored: List[Scored], known: int, voca
     }
     if known > 2**16:
         tensors["ids_high"] = (ids >> 16).astype(np.uint8)
-    content = save(tensors, {"known": str(known), "vocabulary": vocabulary})
+    # One entry: safetensors puts several in an order that is another each time, and the content names the file.
+    content = save(tensors, {ABOUT: json.dumps({"known": known, "vocabulary": vocabulary})})
     path = folder / f"{first:09d}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
     write_atomic(path, content)
     return path
@@ -154,13 +159,13 @@ class Shards:
         """
         name, index = _reference(row)
         file = self._file(name)
-        settings = file.metadata()
+        settings = _about(file)
         if settings["vocabulary"] != vocabulary:
             raise BadInput(
                 f"traces: {name} was scored with another tokenizer than the student's (digests "
                 f"{settings['vocabulary'][:12]} and {vocabulary[:12]}): use a student with the teacher's tokenizer"
             )
-        if known and int(settings["known"]) > known:
+        if known and settings["known"] > known:
             raise BadInput(f"traces: the teacher knows {settings['known']} tokens, the student embeds {known}")
         if name not in self._ends:
             self._ends[name] = (file.get_tensor("prompt_ends"), file.get_tensor("token_ends"))
@@ -176,11 +181,11 @@ class Shards:
         if not places:
             return torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 2, device=device), 1
         ids, log_probs = zip(*(self._scores(place, count) for place, count in places), strict=True)
-        kinds = {(self._file(place.shard).metadata()["known"], ids[i].shape[1]) for i, (place, _) in enumerate(places)}
+        kinds = {(_about(self._file(place.shard))["known"], ids[i].shape[1]) for i, (place, _) in enumerate(places)}
         if len(kinds) > 1:
             said = " and ".join(f"{k} of {known}" for known, k in sorted(kinds))
             raise BadInput(f"traces: some keep {said} tokens: use traces that were made with one teacherTopK")
-        known = int(kinds.pop()[0])
+        known, _ = kinds.pop()
         return _tensor(ids, device), _tensor(log_probs, device), known
 
     def _scores(self, place: Place, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,6 +206,11 @@ class Shards:
             except SafetensorError as error:
                 raise BadInput(f"traces: {path} cannot be read: {error}") from error
         return self._open[name]
+
+
+def _about(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.metadata()[ABOUT])
+    return found
 
 
 def _tensor(parts: List[np.ndarray], device: torch.device) -> torch.Tensor:
