@@ -4,12 +4,11 @@ import copy
 import enum
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
 from functools import reduce
 from operator import getitem
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AwareDatetime, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from controller.api.workspace import Workspace
@@ -123,9 +122,9 @@ class Attempt(StatusModel):
     """Name of its job."""
     node: str = ""
     """Node on which it failed."""
-    started_at: datetime | None = None
+    started_at: AwareDatetime | None = None
     """First seen running."""
-    finished_at: datetime | None = None
+    finished_at: AwareDatetime | None = None
     """Seen ended; of a live attempt, seen to be about to."""
 
 
@@ -144,7 +143,7 @@ class PhaseProgress(StatusModel):
     """Estimated time to the phase's end."""
     stage: str = ""
     """What goes on outside the steps: loading, evaluating, saving."""
-    updated_at: datetime | None = None
+    updated_at: AwareDatetime | None = None
     """When the phase last reported."""
 
 
@@ -165,11 +164,11 @@ class PhaseStatus(StatusModel):
     """Class of the failure that ended it."""
     attempts: tuple[Attempt, ...] = ()
     """Attempts that still matter."""
-    started_at: datetime | None = None
+    started_at: AwareDatetime | None = None
     """First seen running with this digest."""
-    finished_at: datetime | None = None
+    finished_at: AwareDatetime | None = None
     """Ended."""
-    retry_at: datetime | None = None
+    retry_at: AwareDatetime | None = None
     """When the next attempt may start."""
     progress: PhaseProgress | None = None
     """Last report of the running attempt."""
@@ -201,7 +200,7 @@ class Condition(StatusModel):
     """A sentence for people."""
     observed_generation: int | None = None
     """Generation of the run that this was said about."""
-    last_transition_time: datetime
+    last_transition_time: AwareDatetime
     """When the status last changed."""
 
 
@@ -222,9 +221,9 @@ class RunStatus(StatusModel):
     """Of the running phase."""
     eta: str = ""
     """Of the running phase."""
-    started_at: datetime | None = None
+    started_at: AwareDatetime | None = None
     """When work began."""
-    finished_at: datetime | None = None
+    finished_at: AwareDatetime | None = None
     """When the run ended."""
     workspace: Workspace | None = None
     """Where its artifacts are, once work has begun: as the run says, or the operator's default at that time."""

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from controller.api.run import Backoff, FailurePolicy, RetryBudget
 from controller.api.status import Attempt, AttemptState
+from controller.plan.moments import later
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FAILURES, FailureClass
 
@@ -210,7 +211,7 @@ def judge(failures: Sequence[Attempt], policy: FailurePolicy, key: str) -> Verdi
         return Verdict(final=True)
     ended = last.finished_at or last.started_at
     wait = backoff_seconds(policy.backoff, sum(a.times for a in failures), key)
-    return Verdict(retry_at=ended + timedelta(seconds=wait) if ended else None)
+    return Verdict(retry_at=later(ended, wait) if ended else None)
 
 
 def budget(retries: RetryBudget, failure: FailureClass) -> int:

@@ -16,6 +16,7 @@ from controller.plan.bounded import bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
 from controller.plan.job import PhaseJob, build_job
+from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
 from controller.plan.refusal import Refusal, is_refused, refuse
@@ -135,7 +136,7 @@ def _end_live(observed: Observed) -> tuple[Action, ...]:
 
 def _run_is_late(run: AlignmentRun, started: datetime, now: datetime) -> bool:
     limit = None if run.spec.suspend else run.spec.failure_policy.run_deadline_seconds
-    return limit is not None and now >= started + timedelta(seconds=limit)
+    return limit is not None and now >= later(started, limit)
 
 
 def _steps(
@@ -266,4 +267,4 @@ def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], no
 
 
 def _after(start: datetime | None, seconds: float | None) -> datetime | None:
-    return start + timedelta(seconds=seconds) if start is not None and seconds is not None else None
+    return later(start, seconds) if start is not None and seconds is not None else None

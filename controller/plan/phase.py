@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from controller.api.run import FailurePolicy
 from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseState, PhaseStatus
 from controller.plan import attempts as history
+from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
@@ -306,7 +307,7 @@ def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _late(started: datetime | None, at: Situation) -> bool:
     limit = at.policy.phase_deadline_seconds
-    return limit is not None and started is not None and at.now >= started + timedelta(seconds=limit)
+    return limit is not None and started is not None and at.now >= later(started, limit)
 
 
 def _end_of(before: PhaseStatus, failures: list[Attempt], now: datetime) -> datetime:

@@ -1,9 +1,10 @@
 """When a live attempt has had its chance: it did not begin to run in time, or it does not go on."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from controller.api.run import FailurePolicy
 from controller.api.status import Attempt, AttemptState, PhaseProgress
+from controller.plan.moments import later
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FailureClass
 
@@ -32,14 +33,14 @@ def ending_due(record: Attempt, grace_seconds: float) -> datetime | None:
     """The moment by which an attempt that is about to end has to be gone: some wait for what will never come."""
     if record.failure is None or record.finished_at is None or record.state != AttemptState.RUNNING:
         return None
-    return record.finished_at + timedelta(seconds=grace_seconds + ENDING_SECONDS)
+    return later(record.finished_at, grace_seconds + ENDING_SECONDS)
 
 
 def startup_due(job: ObservedJob, policy: FailurePolicy) -> datetime | None:
     """The moment by which all parts of the job have to run; None if they do, or if it waits in a queue."""
     if job.running_since is not None or job.may_start_since is None or policy.startup_timeout_seconds is None:
         return None
-    return job.may_start_since + timedelta(seconds=policy.startup_timeout_seconds)
+    return later(job.may_start_since, policy.startup_timeout_seconds)
 
 
 def stall_due(job: ObservedJob, progress: PhaseProgress | None, policy: FailurePolicy) -> datetime | None:
@@ -48,4 +49,4 @@ def stall_due(job: ObservedJob, progress: PhaseProgress | None, policy: FailureP
         return None
     # A job that a queue has stopped and started again makes no progress meanwhile.
     since = max(filter(None, (progress.updated_at, job.running_since)))
-    return since + timedelta(seconds=policy.stall_timeout_seconds)
+    return later(since, policy.stall_timeout_seconds)

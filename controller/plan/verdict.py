@@ -1,12 +1,13 @@
 """What the phases' states mean for the run: its conditions and the words for the printer columns."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.plan.conditions import Claim
+from controller.plan.moments import later
 
 MOVING = (PhaseState.READY, PhaseState.RUNNING, PhaseState.BACKING_OFF)
 
@@ -90,11 +91,13 @@ def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | 
 
 
 def _stalled(run: AlignmentRun, phases: Sequence[PhaseStatus], now: datetime) -> Claim:
-    limit = timedelta(seconds=run.spec.failure_policy.stalled_after_seconds)
+    limit = run.spec.failure_policy.stalled_after_seconds
     running = [p for p in phases if p.state == PhaseState.RUNNING and p.progress and p.progress.updated_at]
-    stuck = [p.name for p in running if p.progress and p.progress.updated_at and now >= p.progress.updated_at + limit]
+    stuck = [
+        p.name for p in running if p.progress and p.progress.updated_at and now >= later(p.progress.updated_at, limit)
+    ]
     if stuck:
-        return Claim(True, meta.NO_PROGRESS, f"no progress for {limit.total_seconds():g} s: {', '.join(stuck)}")
+        return Claim(True, meta.NO_PROGRESS, f"no progress for {limit:g} s: {', '.join(stuck)}")
     return Claim(False, meta.MAKING_PROGRESS)
 
 
