@@ -6,12 +6,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from pydantic import ValidationError
-
 from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
 from controller.api.status import PhaseState, RunStatus
-from controller.commands.cluster.errors import ClusterError
 from controller.commands.find import named
 from controller.plan.decide import is_terminal
 
@@ -43,13 +40,7 @@ class ClusterRun:
 
     @cached_property
     def status(self) -> RunStatus:
-        try:
-            return RunStatus.model_validate(self.document.get("status") or {})
-        except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(map(str, first["loc"]))
-            text = f"run {self.name}: its status is of another version of the operator (status.{path}: {first['msg']})"
-            raise ClusterError(text) from error
+        return RunStatus.model_validate(self.document.get("status") or {})
 
     @property
     def settled(self) -> bool:
