@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from controller.api import meta
+from controller.api.text import plain
 
 Object = dict[str, Any]
 
@@ -83,9 +84,10 @@ class ApiError(Exception):
     """The API server said no."""
 
     def __init__(self, call: Call, name: str, status: int, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{call.verb} {call.resource.plural} {name}: {status} {message}")
+        # A webhook may have said it, or quoted what a user wrote.
+        self.message = plain(message)
+        super().__init__(f"{call.verb} {call.resource.plural} {name}: {status} {self.message}")
         self.status = status
-        self.message = message
         self.retry_after = retry_after
         """Seconds that the server asked us to wait."""
 

@@ -8,9 +8,18 @@ from functools import reduce
 from operator import getitem
 from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from controller.api.text import LONG_LIMIT, plain
 from controller.api.workspace import Workspace
 from trainers.contract import FailureClass
 from trainers.spec import SpecModel
@@ -23,6 +32,12 @@ class StatusModel(SpecModel):
     """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """Whoever wrote it: an earlier operator, or somebody by hand."""
+        return plain(value, LONG_LIMIT) if type(value) is str else value
 
     def document(self, **kwargs: Any) -> dict[str, Any]:
         """Without what is empty: people read this in `kubectl describe`."""

@@ -1,5 +1,6 @@
 """`alignctl logs` of a workspace."""
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TextIO
 from controller import workspace
 from controller.api.problems import InvalidRun, Problem
 from controller.api.status import RunStatus
+from controller.api.text import for_terminal
 from controller.backends.local import process
 from controller.commands.find import find_run, interesting_phase
 
@@ -25,10 +27,15 @@ def logs_command(root: Path, run: str | None, phase: str | None, attempt: int | 
         raise InvalidRun([Problem(phase, f"no log of attempt {attempt}; attempts are: {', '.join(map(str, numbers))}")])
     if follow:
         for line in follow_lines(root, directory, attempt):
-            print(line, end="", flush=True)
+            print_line(line)
     else:
-        print(process.log_file(directory, attempt or numbers[-1]).read_text(errors="replace"), end="")
+        print_line(process.log_file(directory, attempt or numbers[-1]).read_text(errors="replace"))
     return 0
+
+
+def print_line(text: str) -> None:
+    """A log is anyone's text: to a terminal it may not say more than that. Who reads it by a program gets it as it is."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def follow_lines(root: Path, directory: Path, attempt: int | None = None, poll: float = 0.3) -> Iterator[str]:

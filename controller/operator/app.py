@@ -65,7 +65,11 @@ class Operator:
         self.api = Api(login, self.metrics.called)
         self.queue = WorkQueue()
         self.metrics.queue(self.queue)
-        self.scraper = Scraper(every=options.poll.total_seconds())
+        self.scraper = Scraper(
+            every=options.poll.total_seconds(),
+            begun=lambda namespace, run: self.queue.add(Key(namespace, run)),
+            told=self.metrics.scraped,
+        )
         backend = PyTorchJobBackend(self.api, self.scraper, options.image)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(

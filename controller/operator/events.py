@@ -9,6 +9,7 @@ from typing import Any, Literal
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.api.text import plain
 
 NOTE_LIMIT = 1024
 """Bytes of a note that Kubernetes takes."""
@@ -119,7 +120,7 @@ def render(event: Event, run: AlignmentRun, instance: str, now: datetime) -> dic
         "action": "Reconcile",
         "type": event.type,
         "reason": event.reason,
-        "note": event.note.encode()[:NOTE_LIMIT].decode(errors="ignore"),
+        "note": plain(event.note, NOTE_LIMIT).encode()[:NOTE_LIMIT].decode(errors="ignore"),
         "regarding": {
             "apiVersion": meta.API_VERSION,
             "kind": meta.KIND,

@@ -141,6 +141,9 @@ class OperatorMetrics:
         self._of("api_requests_total", verb=call.verb, resource=resource, code=code).inc()
         self._of("api_request_seconds", verb=call.verb, resource=resource).observe(seconds)
 
+    def scraped(self, outcome: str) -> None:
+        self._of("scrapes_total", outcome=outcome).inc()
+
     def leads(self, leads: bool) -> None:
         self._leads = leads
         self._of("leader").set(leads)

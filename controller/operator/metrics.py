@@ -47,6 +47,7 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "workqueue_depth", "gauge", "Runs that wait for a look; 0 in a replica that stands by."),
     MetricDef(PREFIX + "api_requests_total", "counter", "Calls to the API server.", ("verb", "resource", "code")),
     MetricDef(PREFIX + "api_request_seconds", "histogram", "Duration of calls to the API server.", ("verb", "resource"), SHORT),
+    MetricDef(PREFIX + "scrapes_total", "counter", "Pods asked how far they are: progress, empty (no step yet, or no trainer), failed.", ("outcome",)),
     MetricDef(PREFIX + "leader", "gauge", "1 in the replica that acts."),
     MetricDef(PREFIX + "watch_events_total", "counter", "Events seen by the watches.", ("resource",)),
     MetricDef(PREFIX + "watch_dead", "gauge", "1 for a watch that delivers nothing although objects change.", ("resource",)),

@@ -1,7 +1,7 @@
 """Series of each run, as kube-state-metrics has them for Kubernetes' own kinds: what the last look has seen."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -22,6 +22,8 @@ Sample = tuple[str, tuple[str, ...], float]
 RESULTS = 20_000
 """Final figures that are shown at most. One evaluation of many models has two hundred, and runs stay for months;
 what falls out was scraped while it was shown."""
+RESULTS_OF_A_RUN = 5_000
+"""Else they are not shown: it was a pod that named them."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,23 @@ class RunSeries(Collector):
 
     def _shown(self) -> Iterator[Sample]:
         """All samples; of the results those of the newest runs, of each run all or none."""
+        runs = sorted(self._seen.items(), key=lambda item: item[1].started, reverse=True)
         room = RESULTS
-        for seen in sorted(self._seen.values(), key=lambda seen: seen.started, reverse=True):
+        for seen in _by_turns(runs):
             yield from seen.samples
-            room -= len(seen.results)
-            if room >= 0:
+            if len(seen.results) <= min(room, RESULTS_OF_A_RUN):
+                room -= len(seen.results)
                 yield from seen.results
+
+
+def _by_turns(runs: Sequence[tuple[Key, _Seen]]) -> list[_Seen]:
+    """The first of each namespace, then the second of each, and so on: no namespace takes another one's room."""
+    places: Counter[str] = Counter()
+    turns = []
+    for key, seen in runs:
+        turns.append((places[key.namespace], seen))
+        places[key.namespace] += 1
+    return [seen for _, seen in sorted(turns, key=lambda turn: turn[0])]
 
 
 def gpus_of(run: AlignmentRun, phase: str, attempt: Attempt) -> int:

@@ -7,11 +7,10 @@ from datetime import datetime
 
 from controller.api.run import Backoff, FailurePolicy, RetryBudget
 from controller.api.status import Attempt, AttemptState
+from controller.api.text import plain
 from controller.plan.moments import later
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FAILURES, FailureClass
-
-MESSAGE_LIMIT = 1024
 
 KEPT = 3
 """Failures that are kept as they were."""
@@ -97,7 +96,8 @@ def _reason(before: Attempt, job: ObservedJob) -> dict[str, object]:
 
 
 def short(message: str) -> str:
-    return message[:MESSAGE_LIMIT]
+    """A pod's word may be anything."""
+    return plain(message)
 
 
 def of_settings(attempts: Sequence[Attempt], digest: str | None, settings: str) -> list[Attempt]:

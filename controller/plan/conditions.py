@@ -7,10 +7,9 @@ from typing import Literal
 
 from controller.api import meta
 from controller.api.status import Condition
+from controller.api.text import LONG_LIMIT, plain
 
 ORDER = (meta.ACCEPTED, meta.ADMITTED, meta.PROGRESSING, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED)
-
-MESSAGE_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def _condition(kind: str, claim: Claim, before: Condition | None, generation: in
         type=kind,
         status=status,
         reason=claim.reason,
-        message=claim.message[:MESSAGE_LIMIT],
+        message=plain(claim.message, LONG_LIMIT),
         observed_generation=generation,
         last_transition_time=before.last_transition_time if unchanged and before else now,
     )

@@ -103,7 +103,7 @@ def _finished(
         name=phase.name,
         type=phase.type.name,
         state=state,
-        message=missed,
+        message=history.short(missed),
         digest=digest,
         failure=FailureClass.GATE_FAILED if missed else None,
         artifact_digest=result.artifact_digest,

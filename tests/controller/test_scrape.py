@@ -1,23 +1,26 @@
-"""Reading progress from pods: reachable ones, silent ones, none at all."""
+"""Asking pods how far they are: reachable ones, silent ones, those that mean harm. On real sockets."""
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from aiohttp import web
-from prometheus_client import generate_latest
+from hostile import STEP, hostile_pods
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from controller.backends.pytorchjob import scrape
-from controller.backends.pytorchjob.scrape import Scraper, parse
-from trainers.meter import Meter
-from trainers.metrics import PREFIX
-from trainers.spec import Tracking
-from trainers.workspace import PhaseDir
+from controller.backends.pytorchjob.fetch import LIMIT, SECONDS, fetch
+from controller.backends.pytorchjob.scrape import AT_ONCE, FORGET_AFTER, OF_A_NAMESPACE, OF_A_RUN, Scraper, Target
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
+HERE = "127.0.0.1"
+MIB = 1 << 20
+
+
+def target(number: int = 0, run: str = "run", namespace: str = "ns") -> Target:
+    return Target(namespace, run, f"{namespace}/{run}/{number}", HERE, SINCE)
 
 
 def page(step: int) -> str:
@@ -29,81 +32,79 @@ async def serve(answer) -> tuple[web.AppRunner, int]:
     app.router.add_get("/metrics", answer)
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, HERE, 0)
     await site.start()
     return runner, runner.addresses[0][1]
 
 
-def test_the_rate_is_that_of_all_processes():
-    """Each knows its own part; they share the work evenly."""
-    rate = 'alignment_trainer_tokens_per_second{rank="0"} 100\n'
-    info = 'alignment_trainer_info{device="cpu",processes="4",rank="0",version="1"} 1\n'
-    assert parse(page(1) + rate, None).tokens_per_second == 100
-    assert parse(page(1) + rate + info, None).tokens_per_second == 400
-    assert parse(page(1) + info, None).tokens_per_second is None
+async def until(holds: Callable[[], object], seconds: float = 10.0) -> float:
+    """Seconds until it does."""
+    started = time.monotonic()
+    while not holds():
+        assert time.monotonic() - started < seconds
+        await asyncio.sleep(0.005)
+    return time.monotonic() - started
 
 
-def test_a_report_is_read_again_only_after_some_time():
-    asked = []
-
-    async def answer(_):
-        asked.append(1)
-        return web.Response(text=page(len(asked)))
-
-    async def go():
-        runner, port = await serve(answer)
-        scraper = Scraper(port, every=0.2)
-        steps = [(await scraper.progress("pod", "127.0.0.1", SINCE)).step for _ in range(3)]
-        await asyncio.sleep(0.25)
-        steps.append((await scraper.progress("pod", "127.0.0.1", SINCE)).step)
-        await runner.cleanup()
-        # The pod has gone quiet: what it said last stays.
-        await asyncio.sleep(0.25)
-        steps.append((await scraper.progress("pod", "127.0.0.1", SINCE)).step)
-        await scraper.close()
-        return steps
-
-    assert asyncio.run(go()) == [1, 1, 1, 2, 2]
+# ---------------------------------------------------------------- a page
 
 
-def test_a_pod_that_does_not_answer_holds_nobody_up():
-    async def answer(_):
-        await asyncio.sleep(1.0)
-        return web.Response(text=page(7))
+@pytest.fixture(scope="module")
+def ports() -> Iterator[dict[str, int]]:
+    with hostile_pods() as found:
+        yield found
 
-    async def go():
-        runner, port = await serve(answer)
-        scraper = Scraper(port, every=0.1)
+
+def peak() -> int:
+    """The most memory since :func:`forget_peak`, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def forget_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def test_no_answer_costs_more_than_its_share(ports: dict[str, int]):
+    """All of them at once: gigabytes, endless headers, a byte a second, bombs."""
+
+    async def go() -> dict[str, bytes | None]:
+        pages = await asyncio.gather(*(fetch(HERE, port) for port in ports.values()))
+        return dict(zip(ports, pages, strict=True))
+
+    before, started, worked = forget_peak(), time.monotonic(), time.process_time()
+    found = asyncio.run(go())
+    assert time.process_time() - worked < 1.0
+    assert time.monotonic() - started < SECONDS + 3.0
+    assert peak() - before < len(ports) * MIB
+    assert found.pop("honest") == STEP
+    assert len(found.pop("binary") or b"") == 200_000
+    assert set(found.values()) == {None}, "cut off, packed or in pieces is no page"
+
+
+def test_a_slow_answer_ends(ports: dict[str, int]):
+    async def seconds(name: str) -> float:
         started = time.monotonic()
-        first = await scraper.progress("pod", "127.0.0.1", SINCE)
-        waited = time.monotonic() - started
-        await asyncio.sleep(1.0)
-        second = await scraper.progress("pod", "127.0.0.1", SINCE)
-        await scraper.close()
-        await runner.cleanup()
-        return first, waited, second
+        assert await fetch(HERE, ports[name]) is None
+        return time.monotonic() - started
 
-    first, waited, second = asyncio.run(go())
-    assert first is None
-    assert waited < scrape.PATIENCE_SECONDS + 0.4
-    assert second.step == 7
+    async def go() -> list[float]:
+        return await asyncio.gather(*map(seconds, ("byte_a_second", "header_byte_a_second", "silent")))
+
+    assert all(SECONDS - 0.1 < took < SECONDS + 2.0 for took in asyncio.run(go()))
 
 
-def test_pods_that_are_gone_are_forgotten():
-    async def go():
-        scraper = Scraper(1, every=0.01)  # nobody listens at port 1
-        for i in range(50):
-            await scraper.progress(f"pod-{i}", "127.0.0.1", SINCE)
-            await asyncio.sleep(0.01)
-        await scraper.close()
-        return len(scraper._reports)
-
-    assert asyncio.run(go()) < 30
+def test_an_address_is_a_pods_own():
+    """Names are not looked up, and what is unreachable is no error."""
+    for address in ("localhost", "", "127.0.0.1/x", "::1", HERE):
+        assert asyncio.run(fetch(address, 1)) is None
 
 
-def test_before_the_first_step_a_pod_has_been_at_work_since_it_runs():
-    assert scrape.parse(page(0), SINCE).updated_at == SINCE
-    assert scrape.parse("python_info 1\n", SINCE) is None
+def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch, ports: dict[str, int]):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert asyncio.run(fetch(HERE, ports["honest"])) == STEP
 
 
 def test_a_pod_cannot_send_the_operator_elsewhere():
@@ -114,16 +115,14 @@ def test_a_pod_cannot_send_the_operator_elsewhere():
         reached.append(1)
         return web.Response(text=page(3))
 
-    async def go():
+    async def go() -> bytes | None:
         other, elsewhere = await serve(secret)
 
         async def sends_on(_):
             raise web.HTTPFound(f"http://127.0.0.1:{elsewhere}/metrics")
 
         runner, port = await serve(sends_on)
-        scraper = Scraper(port)
-        found = await scraper.progress("pod", "127.0.0.1", SINCE)
-        await scraper.close()
+        found = await fetch(HERE, port)
         await asyncio.gather(runner.cleanup(), other.cleanup())
         return found
 
@@ -131,69 +130,130 @@ def test_a_pod_cannot_send_the_operator_elsewhere():
     assert not reached
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no metrics at all\n", "x{ 1\n", page(1) + f"{PREFIX}last_step_timestamp_seconds 1e300\n"]
-)
-def test_a_page_that_is_no_trainers_is_no_error(text):
+@pytest.mark.parametrize(("size", "taken"), [(LIMIT, True), (LIMIT + 1, False)])
+def test_a_page_of_just_the_limit(size: int, taken: bool):
     async def answer(_):
-        return web.Response(text=text)
+        return web.Response(body=b"x" * size)
 
-    async def go():
+    async def go() -> bytes | None:
         runner, port = await serve(answer)
-        scraper = Scraper(port)
-        found = await scraper.progress("pod", "127.0.0.1", SINCE)
-        await scraper.close()
+        found = await fetch(HERE, port)
         await runner.cleanup()
         return found
 
-    assert asyncio.run(go()) is None
+    assert (asyncio.run(go()) is not None) is taken
 
 
-# ---------------------------------------------------------------- what the trainers really serve
-
-
-@pytest.fixture
-def meter(tmp_path: Path) -> Iterator[Meter]:
-    made = Meter(PhaseDir(tmp_path), {"run": "r", "phase": "p", "type": "sft", "rank": "0"}, 0, Tracking())
-    yield made
-    made.close()
-
-
-def served(meter: Meter) -> str:
-    return generate_latest(meter.registry).decode()
-
-
-def test_a_trainers_own_page(meter: Meter):
-    meter.begin(0, 40)
-    for step in (1, 2):
-        meter.count(tokens=1000, samples=4)
-        time.sleep(0.01)
-        meter.log(step, loss=2.5, learning_rate=1e-4)
-    found = scrape.parse(served(meter), SINCE)
+def test_the_server_that_trainers_use():
+    registry = CollectorRegistry()
+    Gauge("alignment_trainer_step", "", registry=registry).set(5)
+    server, thread = start_http_server(0, addr=HERE, registry=registry)
+    found = asyncio.run(fetch(HERE, server.server_port))
+    server.shutdown()
+    server.server_close()
+    thread.join()
     assert found is not None
-    assert (found.step, found.total_steps, found.loss) == (2, 40, 2.5)
-    assert found.tokens_per_second == pytest.approx(meter._rate)
-    assert found.eta_seconds is not None
-    assert found.eta_seconds > 0
-    assert found.updated_at is not None
-    assert abs((datetime.now(UTC) - found.updated_at).total_seconds()) < 5
+    assert b"alignment_trainer_step 5.0\n" in found
 
 
-def test_a_trainer_that_has_not_finished_a_step_has_no_progress(meter: Meter):
-    assert scrape.parse(served(meter), SINCE) is None
+# ---------------------------------------------------------------- many pods, again and again
 
 
-def test_a_loss_that_is_no_number_is_left_out(meter: Meter):
-    meter.begin(0, 4)
-    meter.log(1, loss=float("nan"), grad_norm=float("inf"))
-    found = scrape.parse(served(meter), SINCE)
-    assert found is not None
-    assert (found.step, found.loss) == (1, None)
+def test_a_report_is_read_beside_the_looks_and_again_after_some_time():
+    asked: list[int] = []
+    begun: list[tuple[str, str]] = []
+
+    async def answer(_):
+        asked.append(1)
+        return web.Response(text=page(len(asked)))
+
+    async def go() -> None:
+        runner, port = await serve(answer)
+        scraper = Scraper(port, every=0.5, begun=lambda *run: begun.append(run))
+        assert scraper.progress(target()) is None, "nobody waits"
+        await until(lambda: begun)
+        assert [scraper.progress(target()).step for _ in range(3)] == [1, 1, 1]
+        waited = await until(lambda: len(asked) == 2)
+        assert waited > 0.3, "no pod is asked at every look"
+        await until(lambda: scraper.progress(target()).step >= 2)
+        await runner.cleanup()
+        count = len(asked)
+        await asyncio.sleep(0.6)
+        # The pod has gone quiet: what it said last stays.
+        assert scraper.progress(target()).step == count
+        await scraper.close()
+
+    asyncio.run(go())
+    assert begun == [("ns", "run")], "said once"
 
 
-def test_the_last_step_leaves_no_time(meter: Meter):
-    meter.begin(3, 4)
-    meter.log(4, loss=1.0)
-    found = scrape.parse(served(meter), SINCE)
-    assert found is not None
-    assert (found.step, found.eta_seconds) == (4, None)
+def test_outcomes_are_told(ports: dict[str, int]):
+    async def go(name: str) -> str:
+        told: list[str] = []
+        scraper = Scraper(ports[name], told=told.append)
+        scraper.progress(target())
+        await until(lambda: told)
+        await scraper.close()
+        return told[0]
+
+    assert [asyncio.run(go(name)) for name in ("honest", "binary", "gzip_bomb")] == ["progress", "empty", "failed"]
+
+
+def test_runs_with_silent_pods_delay_nobody(ports: dict[str, int]):
+    """Eight runs of 64 pods that never answer; beside them a neighbour in their namespace and one in another."""
+
+    async def go() -> None:
+        silent, honest = Scraper(ports["silent"]), Scraper(ports["honest"])
+        honest._turns = silent._turns  # pods have one port; here they are told apart by it
+        started = time.monotonic()
+        for run in range(8):
+            for number in range(64):
+                silent.progress(target(number, f"bad-{run}"))
+        assert time.monotonic() - started < 0.5, "looks do not wait"
+        await asyncio.sleep(0.1)
+        neighbours = [target(0, "good"), target(0, "good", "other")]
+        waited = await until(lambda: all(list(map(honest.progress, neighbours))))
+        assert waited < SECONDS - 1.0
+        await asyncio.gather(silent.close(), honest.close())
+
+    asyncio.run(go())
+
+
+def test_so_many_at_once_and_no_more(ports: dict[str, int]):
+    """Of a run, of a namespace, and in all: which bounds the memory as well, for pods that fill their page and stop."""
+    open_now: dict[tuple[str, ...], int] = {}
+
+    async def go() -> int:
+        scraper = Scraper(ports["almost"])
+        turns = scraper._turns
+        before = forget_peak()
+        for namespace in range(6):
+            for run in range(20):
+                for number in range(4):
+                    scraper.progress(target(number, f"r{run}", f"n{namespace}"))
+        await until(turns._all.locked)
+        await asyncio.sleep(1.0)
+        for whose, share in turns._shares.items():
+            open_now[whose] = (OF_A_RUN if len(whose) == 2 else OF_A_NAMESPACE) - share._value
+        grown = peak() - before
+        await scraper.close()
+        return grown
+
+    assert asyncio.run(go()) < AT_ONCE * MIB / 2
+    assert max(count for whose, count in open_now.items() if len(whose) == 2) == OF_A_RUN
+    assert max(count for whose, count in open_now.items() if len(whose) == 1) == OF_A_NAMESPACE
+
+
+def test_pods_that_are_gone_are_forgotten():
+    async def go() -> tuple[int, int]:
+        scraper = Scraper(1, every=0.01)  # nobody listens at port 1
+        for number in range(50):
+            scraper.progress(target(number))
+            await asyncio.sleep(FORGET_AFTER * 0.01 / 5)
+        left = len(scraper._reports), len(scraper._turns._shares)
+        await scraper.close()
+        return left
+
+    reports, shares = asyncio.run(go())
+    assert reports < 30
+    assert shares <= 2, "one for the run, one for the namespace, and only while somebody is asked"

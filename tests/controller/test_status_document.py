@@ -20,10 +20,11 @@ from controller.api.status import (
     QueueStatus,
     RunStatus,
 )
+from controller.api.text import plain
 from trainers.contract import FailureClass
 
 WORDS = st.text(max_size=20)
-NAMES = st.text(min_size=1, max_size=20)
+NAMES = st.text(min_size=1, max_size=20).filter(plain)
 # Kubernetes' times have whole seconds; local runs' have fractions.
 MOMENTS = st.integers(0, 10**9).map(lambda us: START + timedelta(microseconds=us)) | st.just(START)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

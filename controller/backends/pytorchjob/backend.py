@@ -10,7 +10,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
 from controller.backends.pytorchjob import evidence, observe
 from controller.backends.pytorchjob.render import Owner, render
-from controller.backends.pytorchjob.scrape import Scraper
+from controller.backends.pytorchjob.scrape import Scraper, Target
 from controller.kube import Api, ApiError, Conflict
 from controller.plan.job import PhaseJob, job_name
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
@@ -62,7 +62,7 @@ class PyTorchJobBackend:
         return Observed(
             jobs=tuple(seen),
             results=results,
-            progress=await self._progress(seen, pods),
+            progress=self._progress(run, seen, pods),
             problems=tuple(self._problems(run)),
         )
 
@@ -135,25 +135,24 @@ class PyTorchJobBackend:
                     statuses[_name(job)] = status
         return statuses
 
-    async def _progress(
-        self, jobs: Sequence[ObservedJob], pods: Mapping[str, Sequence[Object]]
+    def _progress(
+        self, run: AlignmentRun, jobs: Sequence[ObservedJob], pods: Mapping[str, Sequence[Object]]
     ) -> dict[str, PhaseProgress]:
-        reports: dict[str, PhaseProgress] = {}
-        for job in jobs:
-            first = next((pod for pod in pods.get(job.name, ()) if evidence.index(pod) == 0), None)
-            if job.state != JobState.LIVE or first is None:
-                continue
-            report = await self._report(first)
-            if report is not None:
-                reports[job.phase] = report
-        return reports
+        """What is known by now: nobody waits for a pod."""
+        live = [job for job in jobs if job.state == JobState.LIVE]
+        firsts = [(job.phase, pod) for job in live for pod in pods.get(job.name, ()) if evidence.index(pod) == 0]
+        targets = [(phase, target) for phase, pod in firsts if (target := _target(run, pod)) is not None]
+        reports = {phase: self.scraper.progress(target) for phase, target in targets}
+        return {phase: report for phase, report in reports.items() if report is not None}
 
-    async def _report(self, pod: Object) -> PhaseProgress | None:
-        started = evidence.container_state(pod, "running").get("startedAt")
-        address = pod["status"].get("podIP")
-        if not started or not address:
-            return None
-        return await self.scraper.progress(pod["metadata"]["uid"], address, evidence.timestamp(started))
+
+def _target(run: AlignmentRun, pod: Object) -> Target | None:
+    started = evidence.container_state(pod, "running").get("startedAt")
+    address = pod["status"].get("podIP")
+    if not started or not address:
+        return None
+    namespace = run.metadata.namespace or "default"
+    return Target(namespace, run.name, pod["metadata"]["uid"], address, evidence.timestamp(started))
 
 
 def _belongs(job: Object, run: AlignmentRun) -> bool:

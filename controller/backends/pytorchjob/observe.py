@@ -1,13 +1,16 @@
 """From a PyTorchJob and its pods to what the planner knows of. Pure."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from controller.api import meta
 from controller.api.status import QueueState, QueueStatus
+from controller.api.text import plain
 from controller.backends.pytorchjob import evidence
 from controller.backends.pytorchjob.evidence import Evidence
 from controller.backends.pytorchjob.render import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
@@ -18,6 +21,10 @@ Object = Mapping[str, Any]
 
 PATIENCE_SECONDS = 30.0
 """For a pod to disappear after its grace is over."""
+DIGEST = re.compile(r"[-0-9A-Za-z_.:]{1,128}", re.ASCII)
+NAME_LIMIT = 256
+MOST_METRICS = 256
+"""Of one phase. A pod's last word has 4 KiB, in which a hundred find room."""
 QUEUE_PATIENCE_SECONDS = 15.0
 """For Kueue to notice a job; without one the queue's integration is off."""
 
@@ -139,11 +146,19 @@ def result_of(pods: Iterable[Object]) -> ObservedResult | None:
     """What rank 0 said it left; a phase that misses its gates has left something too."""
     for pod in pods:
         said = evidence.termination(pod) if evidence.index(pod) == 0 else None
-        if said is not None and said.failure in (None, FailureClass.GATE_FAILED) and said.artifact_digest:
-            # JSON has no infinities, and a status with one could not be written.
-            metrics = {name: value for name, value in said.metrics.items() if math.isfinite(value)}
-            return ObservedResult(said.digest, said.artifact_digest, metrics)
+        if (
+            said is not None
+            and said.failure in (None, FailureClass.GATE_FAILED)
+            and DIGEST.fullmatch(said.artifact_digest)
+        ):
+            return ObservedResult(said.digest, said.artifact_digest, _figures(said.metrics))
     return None
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no infinities, and a status with one could not be written; each name becomes a label of a series."""
+    found = {plain(name, NAME_LIMIT): value for name, value in metrics.items() if math.isfinite(value)}
+    return dict(islice(found.items(), MOST_METRICS))
 
 
 def is_queued(job: Object) -> bool:

@@ -1,105 +1,123 @@
-"""How far a running phase is: read from the metrics that its rank 0 serves."""
+"""How far running phases are: their pods are asked beside the looks at runs, which read what was said last and never wait."""
 
 import asyncio
-import math
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-
-import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
+from weakref import WeakValueDictionary
 
 from controller.api.status import PhaseProgress
+from controller.backends.pytorchjob.fetch import fetch
+from controller.backends.pytorchjob.page import progress_of
 from trainers.contract import DEFAULT_METRICS_PORT
-from trainers.metrics import PREFIX
 
-TIMEOUT = aiohttp.ClientTimeout(total=3)
-PATIENCE_SECONDS = 0.5
-"""How long a look at a run waits for a pod. A slower one's report is there at the next look: pods that cannot be reached,
-behind a network policy say, must not keep the operator from its other runs."""
 EVERY_SECONDS = 15.0
-"""Between two looks at the same pod. A run's status is written no more often for progress alone."""
+"""Between two looks at the same run, for its progress."""
+AHEAD = 0.8
+"""A pod is asked when this share of the time to the next look has passed, so that the look finds news."""
 FORGET_AFTER = 10
 """Reports that nobody has asked for during so many intervals are dropped."""
+
+AT_ONCE = 128
+OF_A_NAMESPACE = 32
+OF_A_RUN = 2
+"""Pods that are asked at once. One that does not answer takes its place for seconds: it is one of its own run's places."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pod that runs."""
+
+    namespace: str
+    run: str
+    uid: str
+    address: str
+    since: datetime
+    """It began to run."""
 
 
 @dataclass
 class Report:
-    progress: PhaseProgress | None
-    read_at: float
+    progress: PhaseProgress | None = None
+    wanted_at: float = 0.0
     """On the monotonic clock."""
-    reading: asyncio.Task[None] | None = None
+    asked: bool = False
+    asking: asyncio.Task[None] | None = None
+
+
+Outcome = str
+PROGRESS, EMPTY, FAILED = OUTCOMES = ("progress", "empty", "failed")
+"""Of asking a pod: it said how far it is; it said something else, as before its first step; it said nothing that is read."""
 
 
 class Scraper:
     """Remembers the last report of each pod, so that a pod that is busy for a moment keeps its figures."""
 
-    def __init__(self, port: int = DEFAULT_METRICS_PORT, every: float = EVERY_SECONDS) -> None:
+    def __init__(
+        self, port: int = DEFAULT_METRICS_PORT, every: float = EVERY_SECONDS,
+        begun: Callable[[str, str], object] = lambda namespace, run: None,
+        told: Callable[[Outcome], object] = lambda outcome: None,
+    ) -> None:  # fmt: skip
+        """``begun`` is called when a pod of a run reports for the first time, ``told`` after each pod that was asked."""
         self.port = port
         self.every = every
+        self.begun = begun
+        self.told = told
         self._reports: dict[str, Report] = {}
-        self._session: aiohttp.ClientSession | None = None
+        self._turns = Turns()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        tasks = [report.asking for report in self._reports.values() if report.asking is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def progress(self, uid: str, address: str, since: datetime | None) -> PhaseProgress | None:
-        """The pod's last report. ``since`` is when it began to run: before its first step it has been at work since then."""
-        report = self._reports.get(uid)
+    def progress(self, pod: Target) -> PhaseProgress | None:
+        """What the pod said last, and see that it is asked again before the next look."""
+        report = self._reports.get(pod.uid)
         if report is None:
             self._forget()
-            report = self._reports[uid] = Report(None, float("-inf"))
-        if report.reading is None and time.monotonic() - report.read_at >= self.every:
-            report.reading = asyncio.create_task(self._refresh(report, address, since))
-        if report.reading is not None:
-            await asyncio.wait({report.reading}, timeout=PATIENCE_SECONDS)
+            report = self._reports[pod.uid] = Report()
+        report.wanted_at = time.monotonic()
+        if report.asking is None:
+            wait = AHEAD * self.every if report.asked else 0.0
+            report.asking = asyncio.get_running_loop().create_task(self._ask(report, pod, wait))
         return report.progress
 
-    async def _refresh(self, report: Report, address: str, since: datetime | None) -> None:
+    async def _ask(self, report: Report, pod: Target, wait: float) -> None:
         try:
-            report.progress = await self._read(address, since) or report.progress
+            await asyncio.sleep(wait)
+            async with self._turns.of(pod):
+                page = await fetch(pod.address, self.port)
+            found = progress_of(page, pod.since, datetime.now(UTC)) if page is not None else None
+            self.told(PROGRESS if found else FAILED if page is None else EMPTY)
+            if found is not None and report.progress is None:
+                self.begun(pod.namespace, pod.run)
+            report.progress = found or report.progress
         finally:
-            report.read_at, report.reading = time.monotonic(), None
+            report.asked, report.asking = True, None
 
     def _forget(self) -> None:
         """Drop the reports of pods that are gone."""
         old = time.monotonic() - FORGET_AFTER * self.every
-        self._reports = {uid: r for uid, r in self._reports.items() if r.reading is not None or r.read_at > old}
-
-    async def _read(self, address: str, since: datetime | None) -> PhaseProgress | None:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=TIMEOUT)
-        host = f"[{address}]" if ":" in address else address
-        try:
-            # What answers may be anyone's program, and must not send the operator elsewhere.
-            address = f"http://{host}:{self.port}/metrics"
-            async with self._session.get(address, allow_redirects=False) as response:
-                return parse(await response.text(), since)
-        except (aiohttp.ClientError, TimeoutError, ValueError, OverflowError):
-            return None
+        self._reports = {uid: r for uid, r in self._reports.items() if r.asking is not None or r.wanted_at > old}
 
 
-def parse(text: str, since: datetime | None) -> PhaseProgress | None:
-    """Progress in a page of metrics; None if it is not a trainer's, or one's that has not finished a step.
+class Turns:
+    """Who is asked now. Pods wait for a place of their run's, runs for one of their namespace's, each in the order of coming."""
 
-    How many steps there will be is known earlier, but it is no sign of life: a long loading before it would be a stall.
-    """
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    values = {s.name: s.value for s in samples if math.isfinite(s.value)}
-    if f"{PREFIX}step" not in values:
-        return None
-    # Processes share the work evenly; this one knows its own part.
-    processes = next((int(s.labels["processes"]) for s in samples if s.name == f"{PREFIX}info"), 1)
-    return PhaseProgress(
-        step=int(values[f"{PREFIX}step"]),
-        total_steps=int(values.get(f"{PREFIX}total_steps", 0)),
-        loss=values.get(f"{PREFIX}loss"),
-        tokens_per_second=values.get(f"{PREFIX}tokens_per_second", 0.0) * processes or None,
-        eta_seconds=values.get(f"{PREFIX}eta_seconds") or None,
-        updated_at=_updated(values.get(f"{PREFIX}last_step_timestamp_seconds", 0.0), since),
-    )
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(AT_ONCE)
+        self._shares: WeakValueDictionary[tuple[str, ...], asyncio.Semaphore] = WeakValueDictionary()
 
+    @asynccontextmanager
+    async def of(self, pod: Target) -> AsyncIterator[None]:
+        run, namespace = self._share(OF_A_RUN, pod.namespace, pod.run), self._share(OF_A_NAMESPACE, pod.namespace)
+        async with run, namespace, self._all:
+            yield
 
-def _updated(seconds: float, since: datetime | None) -> datetime | None:
-    return datetime.fromtimestamp(int(seconds), UTC) if seconds else since
+    def _share(self, places: int, *whose: str) -> asyncio.Semaphore:
+        """Kept for as long as somebody has or wants a place."""
+        return self._shares.setdefault(whose, asyncio.Semaphore(places))

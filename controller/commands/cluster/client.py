@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from controller.api import meta
+from controller.api.text import plain
 from controller.backends.pytorchjob.render import CONTAINER
 from controller.commands.cluster.errors import ClusterError, refused, unreachable
 from controller.commands.cluster.kubeconfig import connect
@@ -82,7 +83,7 @@ class Cluster:
         except ClusterError:
             return ""
         last = max(items, key=_time_of, default=None)
-        return f"{last.get('reason')}: {last.get('message')}" if last else ""
+        return plain(f"{last.get('reason')}: {last.get('message')}") if last else ""
 
     def log(self, pod: Pod, follow: bool = False, since_seconds: int | None = None) -> Iterator[bytes]:
         """Lines as they come; with their times if they are followed."""

@@ -3,6 +3,8 @@
 import json
 import re
 
+from controller.api.text import LONG_LIMIT, plain
+
 PASSING = (429, 500, 502, 503, 504)
 """Answers of an API server that is restarting, overloaded, or has lost a node for a moment."""
 
@@ -42,7 +44,7 @@ def _message(body: str | None) -> str | None:
         found = json.loads(body or "")["message"]
     except (ValueError, KeyError, TypeError):
         return None
-    return " ".join(str(found).split())
+    return plain(str(found), LONG_LIMIT)
 
 
 def unreachable(server: str, reason: str) -> ClusterError:

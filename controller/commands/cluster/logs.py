@@ -11,6 +11,7 @@ from controller.commands.cluster.pods import Pod
 from controller.commands.cluster.reading import FINAL, Wanted, find_phase, read, why_silent
 from controller.commands.cluster.run import ClusterRun, newest
 from controller.commands.find import interesting_phase
+from controller.commands.logs import print_line
 from controller.commands.where import Place
 
 
@@ -24,7 +25,7 @@ def cluster_logs(
     if not follow:
         return _print(cluster, wanted)
     for line in follow_lines(cluster, wanted, _Notes()):
-        print(line, end="", flush=True)
+        print_line(line)
     return 0
 
 
@@ -51,7 +52,7 @@ def _print(cluster: Cluster, wanted: Wanted) -> int:
 def _print_all(cluster: Cluster, pod: Pod) -> None:
     try:
         for line in cluster.log(pod):
-            print(line.decode(errors="replace"), end="")
+            print_line(line.decode(errors="replace"))
     except ClusterError as error:
         raise ClusterError(f"the log of pod {pod.name} cannot be read: {error}", error.code) from error
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.api import meta
+from controller.api.text import plain
 from controller.backends.pytorchjob import evidence
 from controller.backends.pytorchjob.evidence import container_state
 
@@ -48,13 +49,13 @@ class Pod:
         """What keeps it from running, as far as the pod itself says."""
         status = self.document["status"]
         if status.get("phase") == "Failed":
-            return ": ".join(filter(None, (status.get("reason"), status.get("message"))))
-        return evidence.holdup([self.document]) or _init(status.get("initContainerStatuses") or [])
+            return plain(": ".join(filter(None, (status.get("reason"), status.get("message")))))
+        return plain(evidence.holdup([self.document]) or _init(status.get("initContainerStatuses") or []))
 
     @property
     def stage(self) -> str:
         """The waiting container's word, for want of anything better: ContainerCreating."""
-        return str(container_state(self.document, "waiting").get("reason") or "not scheduled yet")
+        return plain(container_state(self.document, "waiting").get("reason") or "not scheduled yet")
 
 
 def _init(statuses: Iterable[Mapping[str, Any]]) -> str:
