@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.backends.pytorchjob.scrape import OUTCOMES
 from controller.kube import Call
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.queue import Key
@@ -39,6 +40,8 @@ class OperatorMetrics:
         for name, failure in product((entry.name for entry in REGISTRY), FailureClass):
             for counter in ("attempt_failures_total", "retries_total"):
                 self._of(counter, **{"type": name, "class": failure})
+        for outcome in OUTCOMES:
+            self._of("scrapes_total", outcome=outcome)
         for entry in REGISTRY:
             self._of("attempt_wait_seconds", type=entry.name)
             for state in PhaseState:

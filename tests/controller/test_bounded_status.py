@@ -84,7 +84,8 @@ def crowded(n: int) -> tuple[AlignmentRun, RunStatus]:
 
 def test_a_status_stays_small_whatever_has_happened() -> None:
     run, status = crowded(meta.MAX_PHASES)
-    assert len(json.dumps(status.document())) > 1_500_000, "more than etcd takes"
+    # Each text is bounded as it is written (4,096 characters), which alone is not enough.
+    assert len(json.dumps(status.document())) > 10 * LIMIT
     small = bounded(status, run)
     assert len(json.dumps(small.document())) <= LIMIT
     assert bounded(small, run) == small

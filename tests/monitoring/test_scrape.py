@@ -11,6 +11,7 @@ from cluster.processes import wait_for
 
 from controller.api.meta import LABEL_MANAGED_BY, LABEL_NAME, LABEL_RUN, PRODUCT
 from controller.api.status import AttemptState, PhaseState
+from controller.backends.pytorchjob.scrape import OUTCOMES
 from controller.operator import metrics as operator_metrics
 from monitoring.observed import Observed
 from monitoring.prometheus import Labels, promtool
@@ -54,7 +55,7 @@ VALUES = {
     "part": set(trainer_metrics.PARTS),
     "class": {str(one) for one in FailureClass},
     "rank": {"0", "1"},
-    "outcome": {*map(str, PhaseState), *map(str, AttemptState), "ok", "conflict", "api", "bug"},
+    "outcome": {*map(str, PhaseState), *map(str, AttemptState), "ok", "conflict", "api", "bug", *OUTCOMES},
     "state": {*map(str, PhaseState), *operator_metrics.RUN_STATES},
 }
 # Those that name one object each grow with the number of objects, `metric` with a run's models and benchmarks: which

@@ -357,6 +357,12 @@ def _operator() -> list[Object]:
             line(rate(operator("watch_events_total"), "resource"), "{{resource}}"), unit="ops", min=0,
             noValue="The operator is not scraped",
         ),
+        lines(
+            "Progress of pods",
+            "Pods that are asked how far they are. Empty: no step yet, or no trainer. Failed: no answer that is read.",
+            line(rate(operator("scrapes_total"), "outcome"), "{{outcome}}"), unit="ops", min=0, stacked=True,
+            noValue="The operator is not scraped",
+        ),
         stat(
             "Dead watches", "Watches that deliver nothing although objects change. 0 is right.",
             now(f"sum(max by (resource) ({operator('watch_dead')}))", ""), width=6,
