@@ -53,7 +53,7 @@ PHASES = st.builds(
 )  # fmt: skip
 CONDITIONS = st.builds(
     Condition, type=NAMES, status=st.sampled_from(["True", "False", "Unknown"]), reason=NAMES, message=WORDS,
-    observed_generation=maybe(st.integers(0, 9)), last_transition_time=MOMENTS,
+    observed_generation=maybe(st.integers(0, 9)), lastTransitionTime=MOMENTS,
 )  # fmt: skip
 STATUSES = st.builds(
     RunStatus, observed_generation=maybe(st.integers(0, 9)), phase=WORDS, progress=WORDS, percent=st.integers(0, 100),
