@@ -121,12 +121,12 @@ class Driver:
             raise AssertionError(f"phase {phase} never was {state}: {json.dumps(self.status(run), indent=1)}") from None
 
     def until_condition(
-        self, run: str, kind: str, status: str = "True", timeout: float = 30, reason: str = ""
+        self, run: str, kind: str, status: str = "True", timeout: float = 30, reason: str = "", message: str = ""
     ) -> Object:
         def reached() -> Object | None:
             found = self.condition(run, kind)
             fits = found.get("status") == status and (not reason or found.get("reason") == reason)
-            return found if fits else None
+            return found if fits and message in found["message"] else None
 
         try:
             return self.cluster.wait(reached, timeout, f"{kind} of {run} is {status} {reason}")

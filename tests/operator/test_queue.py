@@ -27,8 +27,9 @@ class TestQuota:
         driver.apply(queued("first"))
         driver.until_condition("first", "Admitted")
         driver.apply(queued("second"))
-        waits = driver.until_condition("second", "Admitted", "False", reason="Pending")
-        assert "insufficient unused quota for cpu" in waits["message"]
+        # Kueue says why a moment after it has said that.
+        why = "insufficient unused quota for cpu"
+        driver.until_condition("second", "Admitted", "False", reason="Pending", message=why)
         assert driver.status("second")["phase"] == "Queued"
         assert driver.phase("second", "sft")["queue"]["state"] == "Pending"
         columns = driver.cluster.kubectl("get", "arun", "-n", driver.namespace)
