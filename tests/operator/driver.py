@@ -126,7 +126,7 @@ class Driver:
         def reached() -> Object | None:
             found = self.condition(run, kind)
             fits = found.get("status") == status and (not reason or found.get("reason") == reason)
-            return found if fits and message in found["message"] else None
+            return found if fits and message in found.get("message", "") else None
 
         try:
             return self.cluster.wait(reached, timeout, f"{kind} of {run} is {status} {reason}")
