@@ -1,7 +1,9 @@
 """Texts of strangers on their way to a status, an event, a log, a label, a terminal."""
 
 import json
+import os
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from controller.api.status import Attempt, PhaseStatus, RunStatus
 from controller.api.text import LIMIT, for_terminal, plain
 from controller.backends.pytorchjob import evidence, observe
 from controller.commands.cluster.pods import Pod
+from controller.commands.logs import print_line
 from controller.kube import RUNS, ApiError, Call
 from controller.operator.events import NOTE_LIMIT, Event, render
 from controller.operator.meter import OperatorMetrics
@@ -97,6 +100,19 @@ def test_a_status_that_somebody_else_wrote_is_read_plain():
 def test_a_pod_that_waits_says_so_plainly():
     waiting = pod(waiting={"reason": "ErrImagePull", "message": NASTY})
     assert Pod(waiting).holdup.endswith(TAME)
+
+
+def test_a_log_on_a_terminal_is_no_more_than_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """By a program it is read as it is."""
+    print_line(NASTY)
+    assert capsys.readouterr().out == NASTY
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        print_line(f"a\tlog {NASTY}\n")
+    shown = os.read(ours, 4096)
+    os.close(ours)
+    assert shown == b"a\tlog red back\r\nline two end\r\n"
 
 
 def test_what_the_api_server_passes_on_is_plain():

@@ -19,8 +19,8 @@ HERE = "127.0.0.1"
 MIB = 1 << 20
 
 
-def target(number: int = 0, run: str = "run", namespace: str = "ns") -> Target:
-    return Target(namespace, run, f"{namespace}/{run}/{number}", HERE, SINCE)
+def target(number: int = 0, run: str = "run", namespace: str = "ns", address: str = HERE) -> Target:
+    return Target(namespace, run, f"{namespace}/{run}/{number}", address, SINCE)
 
 
 def page(step: int) -> str:
@@ -49,8 +49,12 @@ async def until(holds: Callable[[], object], seconds: float = 10.0) -> float:
 # ---------------------------------------------------------------- a page
 
 
+Places = dict[str, tuple[str, int]]
+"""Address and port of a pod, by the name of its answer."""
+
+
 @pytest.fixture(scope="module")
-def ports() -> Iterator[dict[str, int]]:
+def places() -> Iterator[Places]:
     with hostile_pods() as found:
         yield found
 
@@ -66,27 +70,27 @@ def forget_peak() -> int:
     return peak()
 
 
-def test_no_answer_costs_more_than_its_share(ports: dict[str, int]):
+def test_no_answer_costs_more_than_its_share(places: Places):
     """All of them at once: gigabytes, endless headers, a byte a second, bombs."""
 
     async def go() -> dict[str, bytes | None]:
-        pages = await asyncio.gather(*(fetch(HERE, port) for port in ports.values()))
-        return dict(zip(ports, pages, strict=True))
+        pages = await asyncio.gather(*(fetch(*place) for place in places.values()))
+        return dict(zip(places, pages, strict=True))
 
     before, started, worked = forget_peak(), time.monotonic(), time.process_time()
     found = asyncio.run(go())
     assert time.process_time() - worked < 1.0
     assert time.monotonic() - started < SECONDS + 3.0
-    assert peak() - before < len(ports) * MIB
+    assert peak() - before < len(places) * MIB
     assert found.pop("honest") == STEP
     assert len(found.pop("binary") or b"") == 200_000
     assert set(found.values()) == {None}, "cut off, packed or in pieces is no page"
 
 
-def test_a_slow_answer_ends(ports: dict[str, int]):
+def test_a_slow_answer_ends(places: Places):
     async def seconds(name: str) -> float:
         started = time.monotonic()
-        assert await fetch(HERE, ports[name]) is None
+        assert await fetch(*places[name]) is None
         return time.monotonic() - started
 
     async def go() -> list[float]:
@@ -101,10 +105,10 @@ def test_an_address_is_a_pods_own():
         assert asyncio.run(fetch(address, 1)) is None
 
 
-def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch, ports: dict[str, int]):
+def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch, places: Places):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert asyncio.run(fetch(HERE, ports["honest"])) == STEP
+    assert asyncio.run(fetch(*places["honest"])) == STEP
 
 
 def test_a_pod_cannot_send_the_operator_elsewhere():
@@ -187,11 +191,12 @@ def test_a_report_is_read_beside_the_looks_and_again_after_some_time():
     assert begun == [("ns", "run")], "said once"
 
 
-def test_outcomes_are_told(ports: dict[str, int]):
+def test_outcomes_are_told(places: Places):
     async def go(name: str) -> str:
         told: list[str] = []
-        scraper = Scraper(ports[name], told=told.append)
-        scraper.progress(target())
+        address, port = places[name]
+        scraper = Scraper(port, told=told.append)
+        scraper.progress(target(address=address))
         await until(lambda: told)
         await scraper.close()
         return told[0]
@@ -199,19 +204,19 @@ def test_outcomes_are_told(ports: dict[str, int]):
     assert [asyncio.run(go(name)) for name in ("honest", "binary", "gzip_bomb")] == ["progress", "empty", "failed"]
 
 
-def test_runs_with_silent_pods_delay_nobody(ports: dict[str, int]):
+def test_runs_with_silent_pods_delay_nobody(places: Places):
     """Eight runs of 64 pods that never answer; beside them a neighbour in their namespace and one in another."""
 
     async def go() -> None:
-        silent, honest = Scraper(ports["silent"]), Scraper(ports["honest"])
+        silent, honest = Scraper(places["silent"][1]), Scraper(places["honest"][1])
         honest._turns = silent._turns  # pods have one port; here they are told apart by it
         started = time.monotonic()
         for run in range(8):
             for number in range(64):
-                silent.progress(target(number, f"bad-{run}"))
+                silent.progress(target(number, f"bad-{run}", address=places["silent"][0]))
         assert time.monotonic() - started < 0.5, "looks do not wait"
         await asyncio.sleep(0.1)
-        neighbours = [target(0, "good"), target(0, "good", "other")]
+        neighbours = [target(0, "good", namespace, places["honest"][0]) for namespace in ("ns", "other")]
         waited = await until(lambda: all(list(map(honest.progress, neighbours))))
         assert waited < SECONDS - 1.0
         await asyncio.gather(silent.close(), honest.close())
@@ -219,18 +224,19 @@ def test_runs_with_silent_pods_delay_nobody(ports: dict[str, int]):
     asyncio.run(go())
 
 
-def test_so_many_at_once_and_no_more(ports: dict[str, int]):
+def test_so_many_at_once_and_no_more(places: Places):
     """Of a run, of a namespace, and in all: which bounds the memory as well, for pods that fill their page and stop."""
     open_now: dict[tuple[str, ...], int] = {}
 
     async def go() -> int:
-        scraper = Scraper(ports["almost"])
+        address, port = places["almost"]
+        scraper = Scraper(port)
         turns = scraper._turns
         before = forget_peak()
         for namespace in range(6):
             for run in range(20):
                 for number in range(4):
-                    scraper.progress(target(number, f"r{run}", f"n{namespace}"))
+                    scraper.progress(target(number, f"r{run}", f"n{namespace}", address))
         await until(turns._all.locked)
         await asyncio.sleep(1.0)
         for whose, share in turns._shares.items():

@@ -135,9 +135,9 @@ class Driver:
 
     # -- the kubelet's hands
 
-    def start(self, job: str, index: int = 0) -> None:
+    def start(self, job: str, index: int = 0, address: str = "") -> None:
         self.until_pod(f"{job}-worker-{index}")
-        self._write(job, index, "Running", {"running": {"startedAt": now()}})
+        self._write(job, index, "Running", {"running": {"startedAt": now()}}, address)
 
     def succeed(self, job: str, artifact: str = "", metrics: Object | None = None, index: int = 0) -> None:
         digest = self.until_job(job)["metadata"]["annotations"]["alignment.dev/digest"]
@@ -154,7 +154,7 @@ class Driver:
         state |= {"startedAt": now(), "finishedAt": now()}
         self._write(job, index, "Failed" if code else "Succeeded", {"terminated": state})
 
-    def _write(self, job: str, index: int, phase: str, state: Object) -> None:
+    def _write(self, job: str, index: int, phase: str, state: Object, address: str = "") -> None:
         container = {
             "name": "pytorch",
             "image": "nothing:1",
@@ -163,6 +163,7 @@ class Driver:
             "restartCount": 0,
         }
         status = {"phase": phase, "containerStatuses": [{**container, "state": state}]}
+        status |= {"podIP": address, "podIPs": [{"ip": address}]} if address else {}
         self.cluster.patch_status("pod", f"{job}-worker-{index}", self.namespace, status)
 
 

@@ -157,26 +157,28 @@ def _serve(listener: socket.socket, answer: Answer) -> None:
         threading.Thread(target=_answer, args=(connection, answer), daemon=True).start()
 
 
-def main() -> None:
+def main(port: int) -> None:
     """Serve until nobody listens to us any more."""
-    listeners = {name: socket.create_server(("127.0.0.1", 0), backlog=512) for name in ANSWERS}
+    addresses = [(f"127.0.1.{i}", port) for i in range(1, len(ANSWERS) + 1)]
+    listeners = {name: socket.create_server(at, backlog=512) for name, at in zip(ANSWERS, addresses, strict=True)}
     for name, listener in listeners.items():
         threading.Thread(target=_serve, args=(listener, ANSWERS[name]), daemon=True).start()
-    print(json.dumps({name: listener.getsockname()[1] for name, listener in listeners.items()}), flush=True)
+    print(json.dumps({name: listener.getsockname() for name, listener in listeners.items()}), flush=True)
     sys.stdin.read()
 
 
 @contextmanager
-def hostile_pods() -> Iterator[dict[str, int]]:
-    """Their ports, by the name of the answer. In a process of their own: their memory is not the reader's."""
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def hostile_pods(port: int = 0) -> Iterator[dict[str, tuple[str, int]]]:
+    """Their addresses and ports, by the name of the answer. In a process of their own: their memory is not the reader's."""
+    command = [sys.executable, __file__, str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())
+        yield {name: (address, port) for name, (address, port) in json.loads(process.stdout.readline()).items()}
     finally:
         process.kill()
         process.communicate()
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
