@@ -57,7 +57,7 @@ def killed(failures: Mapping[int, ProcessFailure]) -> int | None:
 
 def _lost(node: int) -> None:
     """End at once, from another thread: processes here wait for a node that will never answer."""
-    message = f"node {node} has not answered for {SECONDS} s: its power or its network is gone"
+    message = f"node rank {node} has not answered for {SECONDS} s: its power or its network is gone"
     print(f"{FailureClass.INFRASTRUCTURE}: {message}", file=sys.stderr, flush=True)
     terminate(Termination(failure=FailureClass.INFRASTRUCTURE, message=message, seen=True, lost_node=node))
     for process in psutil.Process().children(recursive=True):

@@ -10,10 +10,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from controller.api.status import PhaseProgress, PhaseState, PhaseStatus, RunStatus
+from controller.api.status import PhaseProgress, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.plan.verdict import duration
 
-COLOURS = {
+QUEUED = "Queued"
+
+COLOURS: dict[str, str] = {
+    QUEUED: "yellow",
     PhaseState.RUNNING: "bold cyan",
     PhaseState.SUCCEEDED: "green",
     PhaseState.FAILED: "bold red",
@@ -43,7 +46,8 @@ def status_table(status: RunStatus, now: datetime) -> Table:
         table.add_column(name, justify="right")
     table.add_column("", style="dim", overflow="ellipsis", no_wrap=True)
     for phase in status.phases:
-        state = f"[{COLOURS.get(phase.state, 'dim')}]{state_word(phase)}[/]"
+        word = state_word(phase)
+        state = f"[{COLOURS.get(word, COLOURS.get(phase.state, 'dim'))}]{word}[/]"
         spent = elapsed(phase, now)
         table.add_row(
             phase.name,
@@ -56,8 +60,15 @@ def status_table(status: RunStatus, now: datetime) -> Table:
     return table
 
 
+def waits_in_queue(phase: PhaseStatus) -> bool:
+    """Without a queue it may run (:class:`QueueState`)."""
+    return phase.queue is not None and phase.queue.state not in (QueueState.ADMITTED, QueueState.MISSING)
+
+
 def state_word(phase: PhaseStatus) -> str:
-    """Reused results never ran here."""
+    """Reused results never ran here, and what waits in a queue does not run yet."""
+    if phase.state == PhaseState.RUNNING and waits_in_queue(phase):
+        return QUEUED
     reused = phase.state == PhaseState.SUCCEEDED and not phase.attempts
     return "Reused" if reused else str(phase.state)
 
@@ -107,7 +118,7 @@ class PlainLines:
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write = write
         self._clock = clock
-        self._states: dict[str, tuple[PhaseState, int]] = {}
+        self._states: dict[str, tuple[str, int]] = {}
         self._told: dict[str, float] = {}
 
     def __enter__(self) -> "PlainLines":
@@ -125,7 +136,7 @@ class PlainLines:
                 self.say(f"{phase.name}: {line}")
 
     def _news(self, phase: PhaseStatus) -> Iterator[str]:
-        mark = (phase.state, phase.tries)
+        mark = (state_word(phase), phase.tries)
         if self._states.get(phase.name) != mark and phase.state not in (PhaseState.WAITING, PhaseState.READY):
             self._told[phase.name] = self._clock()
             yield transition(phase)
@@ -142,6 +153,8 @@ class PlainLines:
 
 def transition(phase: PhaseStatus) -> str:
     text = state_word(phase).lower()
+    if text == QUEUED.lower() and phase.queue is not None:
+        return ": ".join(filter(None, (text, phase.queue.message)))
     if phase.state == PhaseState.RUNNING:
         # Counted within this invocation; the numbers in names also count earlier ones.
         return "started" if phase.tries <= 1 else f"started again, attempt {phase.tries}"

@@ -12,6 +12,7 @@ from controller.plan import attempts as history
 from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
+from controller.plan.said import said_of
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
 from trainers.contract import FailureClass, phase_digest
@@ -131,7 +132,7 @@ def _unfinished(
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
-        state, said = PhaseState.RUNNING, _said_of(going, phase)
+        state, said = PhaseState.RUNNING, said_of(going, _current(going, jobs), phase, at.policy)
     current = _current(going, jobs) if state == PhaseState.RUNNING else None
     status = PhaseStatus(
         name=phase.name,
@@ -185,18 +186,6 @@ def _end_outgrown(records: tuple[Attempt, ...], jobs: list[ObservedJob], nodes: 
         a.model_copy(update=change) if a.number in idle and a.state == AttemptState.RUNNING and a.nodes not in (0, nodes) else a
         for a in records
     )  # fmt: skip
-
-
-def _said_of(going: list[Attempt], phase: ResolvedPhase) -> str:
-    last = going[-1] if going else None
-    if last is None:
-        return ""
-    if last.state == AttemptState.STOPPING:
-        return last.message or "stopping an attempt for other settings"
-    if last.failure:
-        return f"{last.failure}: {last.message}"
-    fewer = f"on {last.nodes} of {phase.nodes} nodes" if 0 < last.nodes < phase.nodes else ""
-    return "; ".join(filter(None, (fewer, last.message)))
 
 
 def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | None:

@@ -13,7 +13,7 @@ from controller.commands.cluster.follow import Mark, _fresh
 from controller.commands.cluster.pods import Pod, of_attempt
 from controller.commands.cluster.reading import Wanted, is_over, reading_of, why_silent
 from controller.commands.cluster.run import ClusterRun, newest, the_one
-from controller.commands.display import status_table, transition
+from controller.commands.display import PlainLines, state_word, status_table, transition
 from controller.commands.status import headline, notes
 
 NOW = START.isoformat()
@@ -163,6 +163,26 @@ def test_a_table_shows_messages_as_they_are_and_counts_no_time_of_what_rests() -
     assert rows[1].endswith("spec.phases[dpo].beta: bad [/x]")
     assert rows[2].split() == ["b", "sft", "Suspended"]
     assert transition(status.phases[1].model_copy(update={"message": "suspended"})) == "suspended"
+
+
+@pytest.mark.parametrize(
+    ("state", "word", "said"),
+    [
+        ("Pending", "Queued", "queued: no quota"), ("Preempted", "Queued", "queued: no quota"),
+        ("Admitted", "Running", "started"), ("Missing", "Running", "started"),
+    ],
+)  # fmt: skip
+def test_what_waits_in_a_queue_is_not_said_to_run(state: str, word: str, said: str) -> None:
+    (found,) = run(phase("a", "Running", attempt(), queue={"state": state, "message": "no quota"})).status.phases
+    assert (state_word(found), transition(found)) == (word, said)
+
+
+def test_a_phase_is_said_to_start_when_its_queue_lets_it_go() -> None:
+    lines: list[str] = []
+    told = PlainLines(lines.append)
+    for state in ("Pending", "Pending", "Admitted"):
+        told.show(run(phase("a", "Running", attempt(), queue={"state": state, "message": "no quota"})).status)
+    assert [line.partition(" ")[2] for line in lines] == ["a: queued: no quota", "a: started"]
 
 
 # ---------------------------------------------------------------- logs

@@ -156,6 +156,27 @@ def test_an_edit_asks_for_all_nodes_again() -> None:
     assert cluster.ask() == 4
 
 
+FULL = "0/4 nodes are available"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least", "placed", "said"),
+    [
+        (4, 2, 3, f"3 of 4 nodes found, which are enough after startupTimeoutSeconds {STARTUP}; {FULL}"),
+        (4, 2, 1, f"1 of 4 nodes found; {FULL}"),
+        (4, None, 3, f"3 of 4 nodes found; {FULL}"),
+        (4, None, 4, FULL),
+        (1, None, 0, FULL),
+    ],
+)
+def test_while_it_waits_it_says_how_many_nodes_there_are_and_what_follows(nodes, least, placed, said) -> None:
+    cluster = Cluster(run_on(nodes, least))
+    cluster.ask()
+    cluster.now_is(placed=placed, message=FULL)
+    cluster.look()
+    assert cluster.phase.message == said
+
+
 @pytest.mark.parametrize("asleep_before_its_end", [False, True])
 def test_a_resumption_asks_for_all_nodes_again(asleep_before_its_end: bool) -> None:
     """And forgets the timeouts for which there was no budget."""

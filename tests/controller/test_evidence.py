@@ -131,12 +131,12 @@ def test_what_follows_from_a_cause_does_not_hide_it(sentence):
 
 
 def test_a_silent_node_is_blamed_on_the_word_of_those_that_have_lost_it():
-    word = said("Infrastructure", "node 1 has not answered for 15 s", seen=True, lostNode=1)
+    word = said("Infrastructure", "node rank 1 has not answered for 15 s", seen=True, lostNode=1)
     ended = pod(0, phase="Failed", node="here", terminated=terminated(75, word))
     silent = pod(1, node="there", running={"startedAt": "2026-01-01T00:00:30Z"})
     for pods in ([ended, silent], [silent, ended]):
         found = evidence.find(pods)
-        assert (found.message, found.node) == ("node 1 has not answered for 15 s", "there")
+        assert (found.message, found.node) == ("node rank 1 has not answered for 15 s", "there")
     assert evidence.find([ended]).node == "", "not the node that told"
 
 

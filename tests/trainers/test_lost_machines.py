@@ -74,5 +74,5 @@ def test_launchers_end_their_processes_and_name_the_other_node(scene, tmp_path: 
     launcher = '"$PYTHON" -m trainers.agent --nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1'
     words = scene(f"{launcher} --master-port={PORT - 1} --node-rank=$node work.py $node", PORT)
     for said, other in zip(map(json.loads, words), (1, 0), strict=True):
-        assert said["message"] == f"node {other} has not answered for 15 s: its power or its network is gone"
+        assert said["message"] == f"node rank {other} has not answered for 15 s: its power or its network is gone"
         assert (said["failure"], said["seen"], said["lostNode"]) == ("Infrastructure", True, other)

@@ -1,0 +1,31 @@
+"""What a running phase says: of the attempt that counts, what keeps it, and how many nodes it has."""
+
+from collections.abc import Sequence
+
+from controller.api.run import FailurePolicy
+from controller.api.status import Attempt, AttemptState
+from controller.plan.observed import ObservedJob
+from controller.plan.resolve import ResolvedPhase
+
+
+def said_of(going: Sequence[Attempt], job: ObservedJob | None, phase: ResolvedPhase, policy: FailurePolicy) -> str:
+    """``going``: attempts that have not ended; ``job``: the live one of the last of them."""
+    last = going[-1] if going else None
+    if last is None:
+        return ""
+    if last.state == AttemptState.STOPPING:
+        return last.message or "stopping an attempt for other settings"
+    if last.failure:
+        return f"{last.failure}: {last.message}"
+    fewer = f"on {last.nodes} of {phase.nodes} nodes" if 0 < last.nodes < phase.nodes else ""
+    return "; ".join(filter(None, (fewer, _found(last, job, phase, policy), last.message)))
+
+
+def _found(last: Attempt, job: ObservedJob | None, phase: ResolvedPhase, policy: FailurePolicy) -> str:
+    """Of an attempt on several nodes that something keeps from running: how many have a place, and what follows from it."""
+    if job is None or not last.message or job.placed >= last.nodes or last.nodes < 2:
+        return ""
+    limit = policy.startup_timeout_seconds
+    enough = limit is not None and phase.min_nodes <= job.placed
+    more = f", which are enough after startupTimeoutSeconds {limit:g}" if enough else ""
+    return f"{job.placed} of {last.nodes} nodes found{more}"
