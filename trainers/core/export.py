@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import Embedding, LoraLayer
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
@@ -28,6 +27,9 @@ from trainers.core.sharding import held_whole, release, whole
 from trainers.core.weight_files import WeightFiles
 from trainers.files import new_directory
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer  # half a second of every start, where there are no adapters
+
 ADAPTER = "adapter"
 """Folder in the model's directory with the low-rank adapters alone, if there were any."""
 
@@ -38,7 +40,7 @@ class Weight:
 
     name: str
     held: torch.Tensor
-    adapted: LoraLayer | None = None
+    adapted: "LoraLayer | None" = None
     """The layer around it, whose adapter is to be merged."""
 
 
@@ -91,7 +93,7 @@ def _weights(model: Any) -> Iterator[Weight]:
             yield Weight(_plain(name), tensor, _adapter_of(name, model))
 
 
-def _adapter_of(name: str, model: Any) -> LoraLayer | None:
+def _adapter_of(name: str, model: Any) -> "LoraLayer | None":
     """The layer that has a weight's adapter. peft puts one around the other where a module has several adapted weights."""
     owner, _, last = name.rpartition(".")
     while owner.endswith(".base_layer"):
@@ -137,8 +139,10 @@ def _ready(weight: Weight, model: Any, dtype: torch.dtype) -> torch.Tensor:
     return found.to(dtype) if parameter and not kept_in_fp32(model, weight.name) else found
 
 
-def _merged(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
+def _merged(weight: torch.Tensor, layer: "LoraLayer") -> torch.Tensor:
     """As peft merges: what is added to embeddings is first rounded to their type."""
+    from peft.tuners.lora import Embedding
+
     with held_whole(p for name, p in layer.named_parameters() if "lora_" in name):
         delta = layer.get_delta_weight("default").detach()
     return weight.add_(delta.to(weight.dtype) if isinstance(layer, Embedding) else delta)
