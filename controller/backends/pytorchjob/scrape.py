@@ -91,11 +91,12 @@ class Scraper:
             await asyncio.sleep(wait)
             async with self._turns.of(pod):
                 page = await fetch(pod.address, self.port)
-            found = progress_of(page, pod.since, datetime.now(UTC)) if page is not None else None
+            found = progress_of(page, pod.since, datetime.now(UTC).replace(microsecond=0)) if page is not None else None
             self.told(PROGRESS if found else FAILED if page is None else EMPTY)
-            if found is not None and report.progress is None:
-                self.begun(pod.namespace, pod.run)
+            begins = found is not None and report.progress is None
             report.progress = found or report.progress
+            if begins:
+                self.begun(pod.namespace, pod.run)
         finally:
             report.asked, report.asking = True, None
 
