@@ -12,7 +12,7 @@ from ipaddress import ip_address
 SECONDS = 3.0
 """For all of it."""
 LIMIT = 256 * 1024
-"""Bytes of a page; a trainer's has 15 thousand."""
+"""Bytes of a page; a trainer's has ten thousand."""
 HEAD = 16 * 1024
 """Bytes before it."""
 CHUNK = 16 * 1024
