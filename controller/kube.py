@@ -5,6 +5,7 @@ different calls. Nothing is retried here; the work queue does that.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -63,6 +64,7 @@ CALLS = (
     Call("get", RUNS),
     *(Call(verb, resource) for resource in WATCHED for verb in ("list", "watch")),
     Call("update", RUN_STATUS),
+    Call("get", JOBS),
     Call("create", JOBS),
     Call("delete", JOBS),
     Call("list", WORKLOADS),
@@ -139,8 +141,8 @@ class Api:
         strict = {"fieldValidation": "Strict"}
         return await self._call(Call("create", RUNS), metadata["namespace"], metadata["name"], run, strict)
 
-    async def delete_run(self, namespace: str, name: str) -> None:
-        await _absent_is_none(self._call(Call("delete", RUNS), namespace, name))
+    async def delete_run(self, namespace: str, name: str, uid: str) -> None:
+        await self._delete(Call("delete", RUNS), namespace, name, uid)
 
     async def write_run_status(self, run: Object, status: Object) -> Object:
         """Replace the status. Raises Conflict if the run has changed since it was read."""
@@ -154,15 +156,17 @@ class Api:
     async def list_jobs(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
         return await self._list(Call("list", JOBS), namespace, labels)
 
+    async def get_job(self, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", JOBS), namespace, name))
+
     async def create_job(self, job: Object) -> None:
         """Raises Conflict if there is one of this name."""
         metadata = job["metadata"]
         await self._call(Call("create", JOBS), metadata["namespace"], metadata["name"], job)
 
-    async def delete_job(self, namespace: str, name: str) -> None:
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """The job stays visible until its pods have ended, so nobody starts their successors too early."""
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
-        await _absent_is_none(self._call(Call("delete", JOBS), namespace, name, options))
+        await self._delete(Call("delete", JOBS), namespace, name, uid, propagationPolicy="Foreground")
 
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
         return await self._list(Call("list", PODS), namespace, labels)
@@ -214,6 +218,12 @@ class Api:
         return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
 
     # -- how
+
+    async def _delete(self, call: Call, namespace: str, name: str, uid: str, **options: str) -> None:
+        """This very object: one that has got its name meanwhile is somebody else's, and ours is gone then."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}, **options}
+        with contextlib.suppress(NotFound, Conflict):
+            await self._call(call, namespace, name, body)
 
     async def _list(
         self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json",

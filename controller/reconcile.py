@@ -8,6 +8,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.backends.base import Backend
 from controller.plan.decide import Action, Apply, Decision, decide
+from controller.plan.observed import Observed
 from controller.plan.shapes import Configs
 
 Save = Callable[[RunStatus], Awaitable[None]]
@@ -22,13 +23,15 @@ async def reconcile(
     decision = decide(run, observed, now, only)
     if decision.status != run.status:
         await save(decision.status)
-    await act(backend, run, decision.actions)
+    await act(backend, run, decision.actions, observed)
     return decision
 
 
-async def act(backend: Backend, run: AlignmentRun, actions: Iterable[Action]) -> None:
+async def act(backend: Backend, run: AlignmentRun, actions: Iterable[Action], observed: Observed) -> None:
+    """``observed``: what was decided upon. Nothing else is deleted."""
+    seen = {(job.phase, job.attempt): job for job in observed.jobs}
     for action in actions:
         if isinstance(action, Apply):
             await backend.apply(run, action.job)
         else:
-            await backend.delete(run, action.phase, action.attempt)
+            await backend.delete(run, action.phase, action.attempt, seen.get((action.phase, action.attempt)))

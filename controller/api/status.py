@@ -55,7 +55,7 @@ class PhaseState(enum.StrEnum):
     WAITING = "Waiting"
     """An input has not finished."""
     READY = "Ready"
-    """Could start, but as many phases as allowed are running."""
+    """Could start, but as many phases as allowed are running, or an earlier run still writes to its folder."""
     RUNNING = "Running"
     BACKING_OFF = "BackingOff"
     """Waits before its next attempt."""
@@ -135,6 +135,8 @@ class Attempt(StatusModel):
     """What it said at its end; of a live attempt, what keeps it from running."""
     job: str = ""
     """Name of its job."""
+    taken_by: str = ""
+    """Whose the object is that has the name its job would have had. Another attempt with another name follows."""
     node: str = ""
     """Node on which it failed."""
     started_at: AwareDatetime | None = None
@@ -171,6 +173,8 @@ class PhaseStatus(StatusModel):
     """How far it is."""
     message: str = ""
     """Why it is in this state."""
+    held_by: str = ""
+    """What it waits for before it starts: something of an earlier run that may still write to its folder."""
     digest: str | None = None
     """Identity of what is asked for; known once the inputs have finished."""
     artifact_digest: str | None = None

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from controller.api.run import AlignmentRun
 from controller.plan.job import PhaseJob
-from controller.plan.observed import Observed
+from controller.plan.observed import Observed, ObservedJob
 
 
 class Backend(Protocol):
@@ -17,8 +17,11 @@ class Backend(Protocol):
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         """See that the job exists. The same job twice is one job."""
 
-    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
-        """Have the attempt end, with time to save its work. An absent one is a success."""
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
+        """Have the attempt end, with time to save its work. An absent one is a success.
+
+        ``seen``: what it is, as this look has observed it; None if nobody saw it. What was not seen is not touched.
+        """
 
 
 class HasLogs(Protocol):

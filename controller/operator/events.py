@@ -39,6 +39,8 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
     yield from _attempts(before, after)
     if after.fits is False and before.needs != after.needs:
         yield Event("Warning", "WillNotFit", f"{name} {after.needs}")
+    if after.held_by and not before.held_by:
+        yield Event("Warning", meta.WAITING_FOR_EARLIER_RUN, f"{name} {after.message}")
     if after.state == before.state:
         return
     if after.state == PhaseState.SUCCEEDED:
@@ -58,6 +60,8 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
         label = f"phase {after.name}, attempt {attempt.number}"
         if old is None and not attempt.state.ended:
             yield Event("Normal", "AttemptStarted", f"{label} {_started(after.message)}")
+        if attempt.taken_by and (old is None or not old.taken_by):
+            yield Event("Warning", "JobNameTaken", f"{label}: {attempt.message}")
         failed_now = attempt.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
         told_by_phase = after.state == PhaseState.FAILED and before.state != PhaseState.FAILED
         if failed_now and not told_by_phase:

@@ -114,7 +114,7 @@ class Reconciler:
         decision = refused(before, Refusal(message, run.spec.suspend, run.metadata.generation), observed, self.now())
         if decision.status != before:
             await self._write(key, run, document, before, decision.status)
-        await act(self.backend, run, decision.actions)
+        await act(self.backend, run, decision.actions, observed)
         self.metrics.run_seen(key, None, decision.status)
         return self.poll if going(decision.status) else None
 

@@ -15,6 +15,8 @@ from controller.api.status import RunStatus
 from controller.kube import Api, ApiError, NotFound
 
 EVERY_SECONDS = 2.0
+MARK = f"{meta.GROUP}/smoke-test"
+"""Annotation of the runs that are made here: others are never deleted."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,19 +50,31 @@ async def _smoke(api: Api, run: dict[str, Any], timeout: float) -> None:
     namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
     give_up = time.monotonic() + timeout
     try:
-        await api.delete_run(namespace, name)
-        while await api.get_run(namespace, name) is not None:
+        while (earlier := await api.get_run(namespace, name)) is not None:
+            await api.delete_run(namespace, name, _uid_of_a_test(earlier))
             await _wait(give_up, "an earlier one does not go away")
-        await _create(api, run)
+        uid = await _create(api, run)
         await _succeed(api, namespace, name, give_up)
-        await api.delete_run(namespace, name)
+        await api.delete_run(namespace, name, uid)
     finally:
         await api.close()
 
 
-async def _create(api: Api, run: dict[str, Any]) -> None:
+def _uid_of_a_test(earlier: dict[str, Any]) -> str:
+    """A run that somebody else has given this name is his."""
+    metadata = earlier["metadata"]
+    if MARK not in (metadata.get("annotations") or {}):
+        raise DidNotSucceed("is no test's run: delete it, or give the test another name (the chart's fullnameOverride)")
+    return str(metadata["uid"])
+
+
+async def _create(api: Api, run: dict[str, Any]) -> str:
+    """Its uid."""
+    metadata = run["metadata"]
+    marked = {**metadata, "annotations": {**metadata.get("annotations", {}), MARK: "true"}}
     try:
-        await api.create_run(run)
+        created = await api.create_run({**run, "metadata": marked})
+        return str(created["metadata"]["uid"])
     except NotFound as error:
         raise DidNotSucceed(f"{error}: is the CustomResourceDefinition installed (crds.enabled)?") from error
 

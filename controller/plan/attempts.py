@@ -158,7 +158,7 @@ def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:
 
 
 def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
-    """Only what still matters: what has not ended, failures that count, and the last one for its number.
+    """Only what still matters: what has not ended, failures that count, the last one for its number, and who took a name.
 
     Of the failures the last few are kept. Older ones are counted: a run that fails for weeks, on a page of etcd's, would
     otherwise be one that nobody can write any more.
@@ -166,7 +166,9 @@ def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...
     last = attempts[-1:]
     failures = [a for a in attempts[:-1] if a.state == AttemptState.FAILED and digest in (a.digest, None)]
     going = [a for a in attempts[:-1] if not a.state.ended]
-    return tuple(sorted([*_counted(failures), *going, *last], key=lambda a: a.number))
+    taken = [a for a in attempts if a.taken_by and digest in (a.digest, None)][-1:]
+    kept = {a.number: a for a in (*_counted(failures), *going, *taken, *last)}
+    return tuple(kept[number] for number in sorted(kept))
 
 
 def _counted(failures: Sequence[Attempt]) -> list[Attempt]:

@@ -28,7 +28,7 @@ def bounded(status: RunStatus, run: AlignmentRun) -> RunStatus:
 
 def _messages(longest: int) -> Squeeze:
     def squeeze(phase: PhaseStatus, _: Collection[str]) -> PhaseStatus:
-        changes: dict[str, Any] = {"message": phase.message[:longest], "needs": phase.needs[:longest]}
+        changes: dict[str, Any] = {n: getattr(phase, n)[:longest] for n in ("message", "needs", "held_by")}
         changes["attempts"] = tuple(_shortened(a, longest) for a in phase.attempts)
         if phase.queue is not None:
             changes["queue"] = QueueStatus(state=phase.queue.state, message=phase.queue.message[:longest])
@@ -38,7 +38,7 @@ def _messages(longest: int) -> Squeeze:
 
 
 def _shortened(attempt: Attempt, longest: int) -> Attempt:
-    return attempt.model_copy(update={"message": attempt.message[:longest], "node": attempt.node[:longest]})
+    return attempt.model_copy(update={n: getattr(attempt, n)[:longest] for n in ("message", "node", "taken_by")})
 
 
 def _figures(most: int) -> Squeeze:

@@ -27,6 +27,9 @@ from trainers.contract import FailureClass
 
 ENDED = (PhaseState.SUCCEEDED, PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
+HELD_AGAIN = timedelta(seconds=15)
+"""Between two looks at what is waited for: it is not this run's, so nobody need tell of its end."""
+
 
 @dataclass(frozen=True)
 class Apply:
@@ -180,7 +183,7 @@ def _start(
 ) -> tuple[dict[str, Step], list[PhaseJob]]:
     """Start what is ready while there is room, and ask again for what was asked for and is not there."""
     live = sum(step.live for step in steps.values())
-    ready = [name for name, step in steps.items() if step.status.state == PhaseState.READY]
+    ready = [n for n, step in steps.items() if step.status.state == PhaseState.READY and not step.status.held_by]
     room = len(ready) if capacity is None else max(capacity - live, 0)
     alone = live + len(ready) == 1
     updated, jobs = dict(steps), []
@@ -216,8 +219,10 @@ def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], att
     assert inputs is not None, "only a phase whose inputs have finished is started"
     assert digest is not None
     status = steps[phase.name].status
-    halved, nodes = next(((a.halvings, a.nodes) for a in status.attempts if a.number == attempt), (0, 0))
-    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved, nodes)
+    halved, nodes, name = next(
+        ((a.halvings, a.nodes, a.job) for a in status.attempts if a.number == attempt), (0, 0, "")
+    )
+    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved, nodes, name)
 
 
 def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:
@@ -262,6 +267,7 @@ def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], no
     moments += [_after(p.started_at, policy.phase_deadline_seconds) for p in status.phases if p.state in MOVING]
     moments += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in status.phases if p.progress]
     moments.append(_after(status.started_at, None if run.spec.suspend else policy.run_deadline_seconds))
+    moments += [now + HELD_AGAIN for phase in status.phases if phase.held_by]
     ahead = [moment - now for moment in moments if moment is not None and moment > now]
     return min(ahead, default=None)
 

@@ -14,6 +14,8 @@ from trainers.spec import shrunk
 
 NAME_LIMIT = 50
 """Characters of a job's name. 63 is the limit of pods' services, which append `-worker-NNNN`."""
+MARK_BITS = 60
+ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class PhaseJob:
     phase: str
     type: str
     attempt: int
+    name: str
+    """Its own in the namespace."""
     digest: str
     """Identity of what is asked for."""
     image: str
@@ -44,10 +48,6 @@ class PhaseJob:
     alone: bool = True
     """Nothing else runs or could run beside it now. A hint for sharing one machine; not part of what is asked for."""
 
-    @property
-    def name(self) -> str:
-        return job_name(self.run, self.phase, self.attempt)
-
     def phase_file(self, workspace: str, base_dir: str) -> PhaseFile:
         """The file the phase program reads, given where it will see the workspace and the user's files."""
         root = f"{workspace}/{self.run}"
@@ -64,13 +64,15 @@ class PhaseJob:
 
 def build_job(
     run: AlignmentRun, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str],
-    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0, nodes: int = 0,
+    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0, nodes: int = 0, name: str = "",
 ) -> PhaseJob:  # fmt: skip
+    """``name``: what the attempt's job was called before, if it was; an upgrade does not rename it."""
     return PhaseJob(
         run=run.name,
         phase=phase.name,
         type=phase.type.name,
         attempt=attempt,
+        name=name or job_name(run.name, phase.name, attempt),
         digest=digest,
         image=phase.image,
         nodes=nodes or phase.nodes,
@@ -90,17 +92,24 @@ def build_job(
 
 
 def job_name(run: str, phase: str, attempt: int) -> str:
-    """`<run>-<phase>-<attempt>`, shortened with a hash where it would be too long. The same attempt has the same name.
+    """`<run>-<phase>-<attempt>` where that can be read in one way only, else with a mark behind it. Always the same.
 
-    Services, unlike runs, may not begin with a digit.
+    No two runs of a namespace share one. Names without a mark have three parts, and end with a number; a mark begins with a
+    letter. Run, phase and attempt together are longer than a name may be, so marks are a hash: long enough that nobody
+    finds two alike by chance or by trying. Services, unlike runs, may not begin with a digit.
     """
-    run = run if run[0].isalpha() else f"r{run}"
-    name = f"{run}-{phase}-{attempt}"
-    if len(name) <= NAME_LIMIT and f"{run}-{phase}".count("-") == 1:
-        return name
-    mark = hashlib.sha256(f"{run}/{phase}".encode()).hexdigest()[:8]
-    tail = f"-{mark}-{attempt}"
-    return f"{run}-{phase}"[: NAME_LIMIT - len(tail)].rstrip("-") + tail
+    plain = f"{run}-{phase}-{attempt}"
+    if plain.count("-") == 2 and run[0].isalpha() and len(plain) <= NAME_LIMIT:
+        return plain
+    tail = f"-{attempt}-{_mark(run, phase)}"
+    head = f"{run}-{phase}" if run[0].isalpha() else f"r{run}-{phase}"
+    return head[: NAME_LIMIT - len(tail)].rstrip("-") + tail
+
+
+def _mark(run: str, phase: str) -> str:
+    """Neither name has a slash."""
+    number = int.from_bytes(hashlib.sha256(f"{run}/{phase}".encode()).digest()[:8]) % 2**MARK_BITS
+    return "x" + "".join(ALPHABET[number >> shift & 31] for shift in range(0, MARK_BITS, 5))
 
 
 def job_labels(run: str, phase: str, type_name: str, attempt: int) -> dict[str, str]:

@@ -35,6 +35,8 @@ class ObservedJob:
     finished_at: datetime | None = None
     name: str = ""
     """What the backend calls it."""
+    uid: str = ""
+    """Who it is, even if another one gets its name later; empty where names are enough."""
     node: str = ""
     """Where it failed, if that is known."""
     may_start_since: datetime | None = None
@@ -86,6 +88,10 @@ class Observed:
     """Phases that may run at once; None leaves it to a scheduler."""
     unfinished: Mapping[str, Unfinished] = field(default_factory=dict)
     """By phase; only `plan` asks."""
+    taken: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Whose the objects are that have the name of an attempt's job and are not this run's, by phase and attempt."""
+    held: Mapping[str, str] = field(default_factory=dict)
+    """What may still write to a phase's folder and is not this run's, by phase."""
     problems: tuple[str, ...] = ()
     """What makes the run impossible on this backend, one line each."""
     configs: Configs = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 from controller.api.run import FailurePolicy
 from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseState, PhaseStatus
 from controller.plan import attempts as history
+from controller.plan import strangers
 from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
@@ -54,7 +55,8 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     before = before or PhaseStatus(name=phase.name, type=phase.type.name)
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
     digest = wanted_digest(phase, at.inputs)
-    records = _end_overdue(history.join(before.attempts, jobs, at.now), jobs, phase, at)
+    records = strangers.pass_by(history.join(before.attempts, jobs, at.now), phase.name, at.observed.taken, at.now)
+    records = _end_overdue(records, jobs, phase, at)
     result = _known_result(phase, digest, before, at.observed.results.get(phase.name))
     if result is not None:
         return _finished(phase, before, records, jobs, digest, result, at.now)
@@ -134,11 +136,15 @@ def _unfinished(
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
         state, said = PhaseState.RUNNING, said_of(going, _current(going, jobs), phase, at.policy)
     current = _current(going, jobs) if state == PhaseState.RUNNING else None
+    held_by = ""
+    if state in (PhaseState.READY, PhaseState.RUNNING):
+        held_by = strangers.in_the_way(phase.name, jobs, at.observed.held)
     status = PhaseStatus(
         name=phase.name,
         type=phase.type.name,
         state=state,
-        message=said,
+        message=strangers.waits_for(held_by) if held_by else said,
+        held_by=held_by,
         digest=digest,
         failure=failures[-1].failure if failures and state == PhaseState.FAILED and not late else None,
         attempts=history.prune(records, digest),
@@ -149,7 +155,8 @@ def _unfinished(
         queue=current.queue if current else None,
     )
     due = _due(going[-1], current, status.progress, phase, at) if current else None
-    return Step(status, _next_number(records, jobs), _missing(going, jobs, digest), stop, live, due)
+    missing = None if held_by else _missing(going, jobs, digest)
+    return Step(status, _next_number(records, jobs), missing, stop, live, due)
 
 
 def _end_overdue(

@@ -74,7 +74,7 @@ def _watched(
         return phase.model_copy(update=changes | _running(records, observed.progress.get(phase.name))), stop
     if phase.state in MOVING:
         changes |= {"state": PhaseState.WAITING, "message": "the run is invalid"}
-        changes |= {"progress": None, "queue": None, "retry_at": None}
+        changes |= {"progress": None, "queue": None, "retry_at": None, "held_by": ""}
     return phase.model_copy(update=changes), stop
 
 

@@ -78,12 +78,23 @@ def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | 
         return Claim(False, meta.FINISHED)
     if suspended is not None:
         return Claim(False, suspended.reason, suspended.message)
+    return _at_work(phases) or _waiting(phases)
+
+
+def _at_work(phases: Sequence[PhaseStatus]) -> Claim | None:
     running = [p for p in phases if p.state == PhaseState.RUNNING]
     seen = [p.name for p in running if any(a.state != AttemptState.ASKED and not a.state.ended for a in p.attempts)]
     if seen:
         return Claim(True, meta.PHASES_RUNNING, f"running: {', '.join(seen)}")
+    held = [f"{p.name}: {p.message}" for p in phases if p.held_by]
+    if held:
+        return Claim(True, meta.WAITING_FOR_EARLIER_RUN, "; ".join(held))
     if running:
         return Claim(True, meta.STARTING, f"starting: {', '.join(p.name for p in running)}")
+    return None
+
+
+def _waiting(phases: Sequence[PhaseStatus]) -> Claim:
     waiting = [p.name for p in phases if p.state == PhaseState.BACKING_OFF]
     if waiting:
         return Claim(True, meta.BACKING_OFF, f"will try again: {', '.join(waiting)}")

@@ -49,11 +49,23 @@ class Bench:
         labels["training.kubeflow.org/replica-index"] = str(index)
         name = f"helpful-{of}-{attempt}-worker-{index}"
         spec = {"containers": [{"name": "pytorch", "image": "trainer:1"}], "nodeName": node}
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
-        self.cluster.apply(pod, self.namespace)
+        metadata = {"name": name, "labels": labels, "ownerReferences": [self.job(f"helpful-{of}-{attempt}")]}
+        self.cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, self.namespace)
         if status:
             self.cluster.patch_status("pod", name, self.namespace, status)
         return name
+
+    def job(self, name: str) -> dict[str, Any]:
+        """A job whose pods the test makes, since it says that another controller does. Returns the reference to it."""
+        template = {"spec": {"containers": [{"name": "pytorch", "image": "trainer:1"}]}}
+        spec = {
+            "runPolicy": {"managedBy": "kueue.x-k8s.io/multikueue"},
+            "pytorchReplicaSpecs": {"Worker": {"replicas": 1, "restartPolicy": "Never", "template": template}},
+        }
+        kind = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob"}
+        self.cluster.apply({**kind, "metadata": {"name": name}, "spec": spec}, self.namespace)
+        uid = self.cluster.get("pytorchjob", name, "-n", self.namespace)["metadata"]["uid"]
+        return {**kind, "name": name, "uid": uid, "controller": True}
 
     def arguments(self, *arguments: str) -> list[str]:
         return [*arguments, "-n", self.namespace, "--kubeconfig", str(self.kubeconfig)]

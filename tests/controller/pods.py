@@ -7,6 +7,10 @@ Object = dict[str, Any]
 NOW = "2026-01-01T00:10:00Z"
 
 
+def owner(version: str, kind: str, name: str, uid: str) -> Object:
+    return {"apiVersion": version, "kind": kind, "name": name, "uid": uid, "controller": True}
+
+
 def pod(index: int = 0, phase: str = "Running", node: str = "node-1", **state: Any) -> Object:
     """``state`` is one of running, waiting, terminated; other keys go into the status."""
     kinds = ("running", "waiting", "terminated")
@@ -18,6 +22,7 @@ def pod(index: int = 0, phase: str = "Running", node: str = "node-1", **state: A
             "name": f"job-worker-{index}",
             "uid": f"pod-{index}",
             "labels": {"training.kubeflow.org/replica-index": str(index), "training.kubeflow.org/job-name": "test-sft-1"},
+            "ownerReferences": [owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")],
         },
         "spec": {
             "nodeName": node,

@@ -44,7 +44,7 @@ def talker(bench: Bench, attempt: int = 1, index: int = 0, image: str = "local/p
     pod: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "labels": labels},
+        "metadata": {"name": name, "labels": labels, "ownerReferences": [bench.job(f"helpful-base-{attempt}")]},
         "spec": spec,
     }
     bench.cluster.apply(pod, bench.namespace)

@@ -191,13 +191,35 @@ def test_a_phase_is_said_to_start_when_its_queue_lets_it_go() -> None:
 def pod(attempt: int = 1, index: int = 0, created: str = "1", **status: Any) -> Pod:
     labels = {"alignment.dev/attempt": str(attempt), "training.kubeflow.org/replica-index": str(index)}
     name = f"r-a-{attempt}-worker-{index}"
+    owner = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "name": f"r-a-{attempt}",
+        "uid": "j",
+        "controller": True,
+    }
     metadata = {"name": name, "uid": f"{name}-{created}", "labels": labels, "creationTimestamp": created}
+    metadata["ownerReferences"] = [owner]
     spec = {"containers": [{"name": "pytorch", "image": "trainer:1"}]}
     return Pod({"metadata": metadata, "spec": spec, "status": {"phase": "Pending", **status}})
 
 
 def container(**state: Any) -> dict[str, Any]:
     return {"containerStatuses": [{"name": "pytorch", "state": state}]}
+
+
+def test_pods_with_the_runs_labels_that_are_of_another_job_are_not_shown() -> None:
+    """Anybody may write labels: a stranger's log is not to be taken for the run's."""
+    theirs = pod(2)
+    theirs.document["metadata"]["ownerReferences"][0]["name"] = "another"
+    nobodys = pod(3)
+    del nobodys.document["metadata"]["ownerReferences"]
+    found = reading_of(
+        run(phase("a", "Running", attempts=[attempt(1, "Running")])), [pod(1), theirs, nobodys], Wanted("r", "a")
+    )
+    assert [p.attempt for p in found.all_pods] == [1]
+    passed = attempt(1, "Stopped", takenBy="PyTorchJob r-a-1 of nobody")
+    assert not reading_of(run(phase("a", "Running", attempts=[passed])), [pod(1)], Wanted("r", "a", 1)).pods
 
 
 class Warnings:

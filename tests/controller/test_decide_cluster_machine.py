@@ -48,12 +48,14 @@ class World(RuleBasedStateMachine):
         self.now = START
         self.jobs: dict[tuple[str, int], Job] = {}
         self.results: dict[str, ObservedResult] = {}
+        self.taken: dict[tuple[str, int], str] = {}
+        self.held: dict[str, str] = {}
 
     # -- the world, seen
 
     def look(self) -> Observed:
         jobs = tuple(self.observed(key, job) for key, job in self.jobs.items())
-        return Observed(jobs=jobs, results=dict(self.results))
+        return Observed(jobs=jobs, results=dict(self.results), taken=dict(self.taken), held=dict(self.held))
 
     def observed(self, key: tuple[str, int], job: Job) -> ObservedJob:
         base = ObservedJob(key[0], key[1], job.digest, JobState.LIVE, name=f"{key[0]}-{key[1]}")
@@ -96,7 +98,8 @@ class World(RuleBasedStateMachine):
 
     def apply(self, job: PhaseJob) -> None:
         key = (job.phase, job.attempt)
-        if key in self.jobs:
+        assert job.phase not in self.held, "an earlier run still writes there"
+        if key in self.jobs or key in self.taken:
             return  # a conflict: it exists
         assert job.phase not in {phase for phase, _ in self.alive()}, "two attempts never write to one directory"
         self.jobs[key] = Job(job.digest, self.now)
@@ -159,6 +162,20 @@ class World(RuleBasedStateMachine):
         if self.jobs:
             del self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))]
 
+    @rule(phase=st.sampled_from(["base", "dpo"]), number=st.integers(1, 4))
+    def a_stranger_takes_a_name(self, phase: str, number: int) -> None:
+        if (phase, number) not in self.jobs:
+            self.taken[phase, number] = "PyTorchJob x of nobody"
+
+    @rule()
+    def strangers_go(self) -> None:
+        self.taken.clear()
+
+    @rule(phase=st.sampled_from(["base", "ppo"]))
+    def an_earlier_run_writes_or_ends(self, phase: str) -> None:
+        if self.held.pop(phase, None) is None:
+            self.held[phase] = "PyTorchJob y of AlignmentRun test"
+
     @rule(data=st.data())
     def a_deleted_jobs_pods_have_ended(self, data: st.DataObject) -> None:
         if key := self.some(data, deleting=True):
@@ -215,6 +232,7 @@ class World(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In a world where everything works, woken by events and by the times it asks for alone, the run ends."""
+        self.held.clear()
         if self.run.spec.suspend:
             self.edit(suspend=False)
         for _ in range(80):

@@ -7,18 +7,14 @@ from pathlib import Path
 import pytest
 from builders import START, after, digests, make_run, seen, sft
 from builders import job as attempt
-from hypothesis import given
-from hypothesis import strategies as st
 from pods import job, pod, said, terminated
 
-from controller.api.run import PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import QueueState, RunStatus
 from controller.api.workspace import Workspace
 from controller.backends.pytorchjob import observe
 from controller.backends.pytorchjob.render import Owner, render
 from controller.operator.defaults import Defaults
 from controller.plan.decide import Apply, decide
-from controller.plan.job import job_name
 from controller.plan.observed import JobState
 from trainers.contract import FailureClass, PhaseFile, phase_digest
 from trainers.phases import phase_type
@@ -156,24 +152,6 @@ class TestRender:
         document = rendered(make_run(sft("base"), failurePolicy={"nodeLostSeconds": 7}))
         lost = [t for t in worker(document)["template"]["spec"]["tolerations"] if t["effect"] == "NoExecute"]
         assert [t["tolerationSeconds"] for t in lost] == [7, 7]
-
-    @given(
-        st.from_regex(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True),
-        st.from_regex(r"[a-z0-9]([-a-z0-9]{0,28}[a-z0-9])?", fullmatch=True),
-        st.integers(1, 99),
-    )
-    def test_names_are_short_and_may_name_a_service(self, run, phase, attempt):
-        assert len(run) <= RUN_NAME_LENGTH
-        assert len(phase) <= PHASE_NAME_LENGTH
-        name = job_name(run, phase, attempt)
-        assert len(name) <= 50
-        assert name[0].isalpha()
-        assert name[-1].isalnum()
-
-    def test_two_phases_never_share_a_name(self):
-        """`a-b` + `c` and `a` + `b-c`, in one namespace."""
-        assert job_name("a-b", "c", 1) != job_name("a", "b-c", 1)
-        assert job_name("a", "b-1", 1) != job_name("a", "b", 11)
 
 
 class TestObserve:

@@ -17,7 +17,7 @@ from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.operator.reconciler import NONE, POLL, Reconciler
 from controller.plan.job import PhaseJob
-from controller.plan.observed import JobState, Observed
+from controller.plan.observed import JobState, Observed, ObservedJob
 from trainers.contract import FailureClass
 
 KEY = Key("ns", "test")
@@ -63,7 +63,7 @@ class Backend:
         self.queues.append(job.queue_name)
         self.workspaces.append(job.workspace)
 
-    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         if self.lost:
             raise TimeoutError
         self.server.said.append(f"delete {phase}-{attempt}")

@@ -53,6 +53,9 @@ class TestRights:
         driver.apply(manifest("waiting", sft()))  # after ten seconds without a reason, events are asked for one
         driver.until_job("queued-sft-1")
         driver.patch("queued", {"suspend": True})
+        uid = driver.until_job("waiting-sft-1")["metadata"]["uid"]  # one that is gone is asked for by its name
+        driver.cluster.kubectl("delete", "pytorchjob", "waiting-sft-1", "-n", driver.namespace)
+        driver.cluster.wait(lambda: driver.until_job("waiting-sft-1")["metadata"]["uid"] != uid, 30, "it is made again")
         granted = {(v, r["apiGroups"][0], r["resources"][0]) for r in rules((*CALLS, *LEASE_CALLS)) for v in r["verbs"]}
 
         def unused():

@@ -97,7 +97,8 @@ class LocalBackend:
         _make_room(root, self.results.identity(job.digest, kind, spec) or Identity(digest=job.digest))
         self._start(job, root, gpus)
 
-    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None = None) -> None:
+        """``seen`` says nothing more: only what was started here is in ``_live``."""
         live = self._live.get(phase)
         if live is None or live.record.attempt != attempt:
             return

@@ -8,11 +8,11 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
-from controller.backends.pytorchjob import evidence, observe
+from controller.backends.pytorchjob import evidence, observe, ownership
 from controller.backends.pytorchjob.render import Owner, render
 from controller.backends.pytorchjob.scrape import Scraper, Target
 from controller.kube import Api, ApiError, Conflict
-from controller.plan.job import PhaseJob, job_name
+from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from trainers.contract import FailureClass
 
@@ -27,7 +27,6 @@ REFUSALS = {
 WAIT_FOR_EVENTS = timedelta(seconds=10)
 SHOWN_THINGS = 3
 
-JOB_NAME_LABEL = "training.kubeflow.org/job-name"
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
@@ -43,11 +42,20 @@ class PyTorchJobBackend:
     # -- the three methods
 
     async def observe(self, run: AlignmentRun) -> Observed:
-        """Always what the API server holds now, never a cache: two calls per look, three for queued runs."""
+        """Always what the API server holds now, never a cache: two calls per look, three for queued runs.
+
+        One more for each attempt whose job is not where it should be.
+        """
         labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
         namespace = run.metadata.namespace or "default"
-        jobs = [job for job in await self.api.list_jobs(namespace, labels) if _belongs(job, run)]
-        pods = _by_job(await self.api.list_pods(namespace, labels)) if jobs else {}
+        listed = await self.api.list_jobs(namespace, labels)
+        known = ownership.names(run)
+        ours = [job for found in listed if ownership.is_ours(found, run) if (job := ownership.identified(found, known))]
+        unlabelled, taken = await self._by_name(namespace, run, ours)
+        jobs = [*ours, *unlabelled]
+        others = [job for job in listed if not ownership.is_ours(job, run)]
+        ordered = sorted(await self.api.list_pods(namespace, labels), key=evidence.index)
+        pods, left = ownership.by_job(ordered, [*jobs, *others])
         queues = await self._queues(namespace, jobs)
         now = datetime.now(UTC).replace(microsecond=0)
         seen = [
@@ -63,11 +71,13 @@ class PyTorchJobBackend:
             jobs=tuple(seen),
             results=results,
             progress=self._progress(run, seen, pods),
+            taken=taken,
+            held=_held(run, others, pods, now) | _still_writing(await self._without_job(namespace, left), now),
             problems=tuple(self._problems(run)),
         )
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
-        """A job of this name that is someone else's, or an earlier run's on its way out, is waited for."""
+        """Of a job of this name that is someone else's the next look tells."""
         try:
             await self.api.create_job(render(job, _owner(run), self.image))
         except Conflict:
@@ -81,10 +91,36 @@ class PyTorchJobBackend:
             )  # fmt: skip
             self._refused[run.metadata.uid or "", job.name] = refused
 
-    async def delete(self, run: AlignmentRun, phase: str, attempt: int) -> None:
-        await self.api.delete_job(run.metadata.namespace or "default", job_name(run.name, phase, attempt))
+    async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
+        """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
+        if seen is not None and seen.uid:
+            await self.api.delete_job(run.metadata.namespace or "default", seen.name, seen.uid)
 
     # -- details
+
+    async def _by_name(
+        self, namespace: str, run: AlignmentRun, ours: Sequence[Object]
+    ) -> tuple[list[Object], dict[ownership.Attempted, str]]:
+        """Jobs of attempts that should be there and do not have our labels: ours without them, and somebody else's."""
+        listed = {job["metadata"]["name"] for job in ours}
+        found, taken = [], {}
+        for which, name in ownership.going(run).items():
+            job = await self.api.get_job(namespace, name) if name not in listed else None
+            if job is None:
+                continue
+            if not ownership.is_ours(job, run):
+                taken[which] = ownership.told(job)
+            elif (ours_again := ownership.identified(job, {name: which})) is not None:
+                found.append(ours_again)
+        return found, taken
+
+    async def _without_job(self, namespace: str, left: Sequence[Object]) -> list[Object]:
+        """Those of the pods whose job is gone; with labels like ours, a job of somebody else's may have pods, too."""
+        jobs = {ownership.controller_of(pod)["name"] for pod in left}
+        there = {
+            job["metadata"]["uid"] for name in jobs if (job := await self.api.get_job(namespace, name)) is not None
+        }
+        return [pod for pod in left if ownership.controller_of(pod)["uid"] not in there]
 
     def _refusals(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Those of this run that its status does not know of yet."""
@@ -130,7 +166,8 @@ class PyTorchJobBackend:
         for job in jobs:
             if observe.is_queued(job) and not observe.ended(job):
                 found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
-                status = observe.queue_status(job, found[0] if found else None, found is not None, now)
+                workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
+                status = observe.queue_status(job, workload, found is not None, now)
                 if status is not None:
                     statuses[_name(job)] = status
         return statuses
@@ -155,17 +192,19 @@ def _target(run: AlignmentRun, pod: Object) -> Target | None:
     return Target(namespace, run.name, pod["metadata"]["uid"], address, evidence.timestamp(started))
 
 
-def _belongs(job: Object, run: AlignmentRun) -> bool:
-    """An earlier run of the same name may still be going away."""
-    owners = job["metadata"].get("ownerReferences", [])
-    return any(owner["uid"] == run.metadata.uid for owner in owners)
+def _held(
+    run: AlignmentRun, others: Sequence[Object], pods: Mapping[str, Sequence[Object]], now: datetime
+) -> dict[str, str]:
+    """Jobs of an earlier run that may still write, by the phase whose folder it is."""
+    jobs = [job for job in others if ownership.is_of_earlier_run(job, run)]
+    alive = [job for job in jobs if observe.is_alive(job, pods.get(_name(job), ()), now)]
+    return {ownership.phase_of(job): ownership.told(job) for job in alive}
 
 
-def _by_job(pods: Sequence[Object]) -> dict[str, list[Object]]:
-    found: dict[str, list[Object]] = {}
-    for pod in sorted(pods, key=evidence.index):
-        found.setdefault(pod["metadata"]["labels"].get(JOB_NAME_LABEL, ""), []).append(pod)
-    return found
+def _still_writing(pods: Sequence[Object], now: datetime) -> dict[str, str]:
+    """Pods that go on after their job, by the phase whose folder it is."""
+    writing = [pod for pod in pods if not evidence.has_ended(pod, now, observe.PATIENCE_SECONDS)]
+    return {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod in writing}
 
 
 def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:

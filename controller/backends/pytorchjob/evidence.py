@@ -4,6 +4,7 @@ The Training Operator's own word is "1 Worker replica(s) failed", which helps no
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -214,8 +215,9 @@ def container_state(pod: Object, state: str) -> Object:
 
 
 def index(pod: Object) -> int:
-    """The pod's place in its job: node rank."""
-    return int(pod["metadata"]["labels"].get("training.kubeflow.org/replica-index", "0"))
+    """The pod's place in its job: node rank. By its name, which nobody can change; -1 if that tells none."""
+    place = re.search("-worker-([0-9]+)$", pod["metadata"]["name"])
+    return int(place[1]) if place else -1
 
 
 def has_ended(pod: Object, now: datetime, patience: float) -> bool:

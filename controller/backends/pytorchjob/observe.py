@@ -39,6 +39,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         digest=meta_.get("annotations", {}).get(meta.ANNOTATION_DIGEST) or "unknown",
         state=JobState.LIVE,
         name=meta_["name"],
+        uid=meta_["uid"],
         started_at=first_start(pods),
         queue=queue,
     )
@@ -106,6 +107,12 @@ def is_leaving(job: Object, pods: Sequence[Object], now: datetime) -> bool:
     """Deleted, and only its object is left: a pod on a dead node may keep it for ever."""
     deleted = job["metadata"].get("deletionTimestamp") is not None
     return deleted and bool(pods) and all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
+
+
+def is_alive(job: Object, pods: Sequence[Object], now: datetime) -> bool:
+    """Whether a job that is not the run's has something that writes, or may yet have."""
+    over = ended(job) is not None or is_leaving(job, pods, now)
+    return not over or not all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
 
 
 def running_since(job: Object) -> datetime:

@@ -8,6 +8,7 @@ from controller.api import meta
 from controller.api.text import plain
 from controller.backends.pytorchjob import evidence
 from controller.backends.pytorchjob.evidence import container_state
+from controller.backends.pytorchjob.ownership import JOB_KIND, controller_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,14 @@ class Pod:
 
     @property
     def attempt(self) -> int:
-        return int(self.document["metadata"]["labels"].get(meta.LABEL_ATTEMPT, "0"))
+        number = str(self.document["metadata"]["labels"].get(meta.LABEL_ATTEMPT, ""))
+        return int(number) if number.isascii() and number.isdigit() else 0
+
+    @property
+    def job(self) -> str:
+        """Name of the job that it belongs to; empty if it belongs to none."""
+        owner = controller_of(dict(self.document))
+        return str(owner["name"]) if owner.get("kind") == JOB_KIND else ""
 
     @property
     def index(self) -> int:

@@ -10,6 +10,7 @@ from controller.commands.cluster.patience import patiently
 from controller.commands.cluster.pods import Pod, of_attempt
 from controller.commands.cluster.run import ClusterRun
 from controller.commands.cluster.status import existing
+from controller.plan.job import job_name
 
 FINAL = (PhaseState.SUCCEEDED, PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
@@ -61,10 +62,18 @@ def read(cluster: Cluster, wanted: Wanted) -> Reading:
 
 def reading_of(run: ClusterRun, pods: Sequence[Pod], wanted: Wanted) -> Reading:
     phase = find_phase(run, wanted.phase)
+    pods = [pod for pod in pods if _is_of(run, phase, pod)]
     # The status keeps only the attempts that still matter; of the newest one it may not know yet.
     numbers = [attempt.number for attempt in phase.attempts] + [pod.attempt for pod in pods]
     attempt = wanted.attempt or max(numbers, default=None)
     return Reading(run, phase, attempt, of_attempt(pods, attempt or 0), wanted.index, tuple(pods))
+
+
+def _is_of(run: ClusterRun, phase: PhaseStatus, pod: Pod) -> bool:
+    """Whether its job is one of the phase's: labels like ours may be on anybody's pods."""
+    record = next((a for a in phase.attempts if a.number == pod.attempt), None)
+    called = (record.job if record else "") or job_name(run.name, phase.name, pod.attempt)
+    return pod.job == called and not (record and record.taken_by)
 
 
 def find_phase(run: ClusterRun, name: str) -> PhaseStatus:

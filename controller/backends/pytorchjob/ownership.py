@@ -1,0 +1,118 @@
+"""Whose an object is. Its name and labels say what anybody may write; only its controller, by kind and UID, says whose it is."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.text import plain
+from controller.plan.job import job_name
+
+Object = dict[str, Any]
+Attempted = tuple[str, int]
+"""A phase's name and an attempt's number."""
+
+JOB_KIND = "PyTorchJob"
+JOB_GROUP = "kubeflow.org"
+WORD_LIMIT = 100
+"""Characters that are shown of what a stranger has named."""
+
+
+def controller_of(thing: Object) -> Object:
+    """The one owner reference that says who manages it; empty if nobody does."""
+    owners: Iterable[Object] = thing["metadata"].get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def is_controlled(thing: Object, group: str, kind: str, uid: str) -> bool:
+    owner = controller_of(thing)
+    return bool(uid) and (_group(owner), owner.get("kind"), owner.get("uid")) == (group, kind, uid)
+
+
+def is_ours(job: Object, run: AlignmentRun) -> bool:
+    """Not that of an earlier run of the same name, which may still be going away."""
+    return is_controlled(job, meta.GROUP, meta.KIND, run.metadata.uid or "")
+
+
+def is_of_job(thing: Object, job: Object) -> bool:
+    return is_controlled(thing, JOB_GROUP, JOB_KIND, job["metadata"]["uid"])
+
+
+def is_of_earlier_run(job: Object, run: AlignmentRun) -> bool:
+    """Of one of the same name, or left behind by it. Of the latter its labels are all there is: enough to be careful."""
+    owner = controller_of(job)
+    other = (_group(owner), owner.get("kind"), owner.get("name")) == (meta.GROUP, meta.KIND, run.name)
+    return other or not owner
+
+
+def told(thing: Object, kind: str = JOB_KIND) -> str:
+    """`PyTorchJob run-sft-1 of Deployment web`, for people."""
+    owner = controller_of(thing)
+    whose = (
+        f"{_word(owner.get('kind'))} {_word(owner.get('name'))} (uid {_word(owner.get('uid'))})" if owner else "nobody"
+    )
+    return f"{kind} {_word(thing['metadata']['name'])} of {whose}"
+
+
+# ---------------------------------------------------------------- which attempt a job of ours is
+
+
+def names(run: AlignmentRun) -> dict[str, Attempted]:
+    """What the jobs of the attempts that the status remembers are called."""
+    found: dict[str, Attempted] = {}
+    for phase in run.status.phases if run.status else ():
+        for attempt in phase.attempts:
+            found[attempt.job or job_name(run.name, phase.name, attempt.number)] = (phase.name, attempt.number)
+    return found
+
+
+def identified(job: Object, known: Mapping[str, Attempted]) -> Object | None:
+    """The job with the labels that it was made with: its name cannot be changed, its labels can. None if neither tells."""
+    labels = job["metadata"].get("labels") or {}
+    which = known.get(job["metadata"]["name"]) or _labelled(labels)
+    if which is None:
+        return None
+    own = {meta.LABEL_PHASE: which[0], meta.LABEL_ATTEMPT: str(which[1])}
+    return {**job, "metadata": {**job["metadata"], "labels": {**labels, **own}}}
+
+
+def going(run: AlignmentRun) -> dict[Attempted, str]:
+    """Attempts that have not been seen to end, with what their jobs are called."""
+    ended = {(p.name, a.number) for p in (run.status.phases if run.status else ()) for a in p.attempts if a.state.ended}
+    return {which: name for name, which in names(run).items() if which not in ended}
+
+
+def phase_of(thing: Object) -> str:
+    return str((thing["metadata"].get("labels") or {}).get(meta.LABEL_PHASE, ""))
+
+
+def by_job(pods: Sequence[Object], jobs: Iterable[Object]) -> tuple[dict[str, list[Object]], list[Object]]:
+    """Pods by the names of the jobs that control them, and those whose job is gone."""
+    called = {job["metadata"]["uid"]: job["metadata"]["name"] for job in jobs}
+    found: dict[str, list[Object]] = {}
+    left = []
+    for pod in pods:
+        owner = controller_of(pod)
+        if (_group(owner), owner.get("kind")) != (JOB_GROUP, JOB_KIND):
+            continue
+        if owner.get("uid") in called:
+            found.setdefault(called[owner["uid"]], []).append(pod)
+        else:
+            left.append(pod)
+    return found, left
+
+
+def _labelled(labels: Mapping[str, str]) -> Attempted | None:
+    phase, number = labels.get(meta.LABEL_PHASE), labels.get(meta.LABEL_ATTEMPT, "")
+    return (phase, int(number)) if phase and re.fullmatch("[0-9]{1,9}", number) else None
+
+
+def _group(owner: Object) -> str:
+    group, _, version = str(owner.get("apiVersion", "")).partition("/")
+    return group if version else ""
+
+
+def _word(text: object) -> str:
+    """A kind in an owner reference may be any text."""
+    return plain(str(text), WORD_LIMIT)
