@@ -77,11 +77,12 @@ def fits(model: nn.Module) -> bool:
 
 def missing_bytes(model: nn.Module) -> int:
     """What of a model this process has not, in the type in which it is gathered."""
-    found = [HOW[module].gather_dtype for module in model.modules() if module in HOW]
-    dtype = next((dtype for dtype in found if dtype is not None), None)
+    types: dict[nn.Parameter, torch.dtype | None] = {}
+    for module in (module for module in model.modules() if module in HOW):  # an inner group after the one around it
+        types |= dict.fromkeys(module.parameters(), HOW[module].gather_dtype)
 
     def size(weight: nn.Parameter) -> int:
-        bytes_each: int = (dtype or weight.dtype).itemsize
+        bytes_each: int = (types.get(weight) or weight.dtype).itemsize
         return (whole_shape(weight).numel() - local(weight).numel()) * bytes_each
 
     return sum(map(size, model.parameters()))

@@ -158,7 +158,7 @@ def error_share(ours: List[torch.Tensor], own: List[torch.Tensor]) -> float:
 def gathers_halves(model: Any, workers: Workers) -> bool:
     """Whether layers compute with bf16 weights, though they are held in fp32: a split model's are gathered so.
 
-    What comes in is fp32 nevertheless, where embeddings are the head as well: such layers work under autocast alone.
+    What comes in is fp32 nevertheless, as embeddings are: such layers work under autocast alone.
     """
     sharding = workers.trained_sharding if model.training else workers.frozen_sharding
     return sharding is not None and sharding.gather_dtype == torch.bfloat16

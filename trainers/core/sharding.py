@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.distributed import DistributedConfig
 
+from trainers.contract import BadInput
 from trainers.core.layers import backbone, decoder_layers, score_head_name
 from trainers.core.presence import be_patient
 from trainers.spec import Parallel
@@ -43,7 +44,7 @@ class Sharding:
 
     mesh: DeviceMesh
     gather_dtype: torch.dtype | None = None
-    """Type that layers' weights are gathered in; None: as they are held."""
+    """Type that layers' weights are gathered in; None: as they are held. Embeddings, head and last norm always are (ADR 6)."""
     reshard: bool = True
     """Whether a layer's weights are freed between its forward and its backward pass."""
     offload: bool = False
@@ -61,52 +62,53 @@ class Sharding:
         if isinstance(model, FSDPModule):
             return
         _remember_conversions(model)
-        for module in self._groups(model):
-            if not isinstance(module, FSDPModule):
-                self._shard(module, self.reshard, self._precision)
+        layers, others = self._groups(model)
+        for modules, gathered in ((layers, self.gather_dtype), (others, None)):
+            for module in (module for module in modules if not isinstance(module, FSDPModule)):
+                self._shard(module, self.reshard, gathered)
         # A score head is small, and adapters come with a copy of it: it stays whole.
         name = score_head_name(model)
         heads = set(getattr(model, name).parameters()) if name is not None else set()
-        self._shard(model, False, MixedPrecisionPolicy(cast_forward_inputs=False), heads)
+        self._shard(model, False, None, heads)
         for parameter in (head for head in heads if not head.is_meta):
             parameter.data = parameter.data.to(self.mesh.device_type)
 
-    def _groups(self, model: PreTrainedModel) -> list[nn.Module]:
-        """What is gathered together; an inner group comes before the one around it.
+    def _groups(self, model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+        """What is gathered together: layers, and what lies outside them; an inner group comes before the one around it.
 
         A group has weights of one type, so layers that an architecture keeps in fp32 are groups of their own. What is
         left of the backbone is one too, so that it can have another head; but embeddings that are the head as well
         belong to the whole model.
         """
         _, layers = decoder_layers(model, "splitting weights over processes")
+        inner = [*_kept_in_fp32(model), *layers]
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         weights = [end.weight for end in ends if end is not None]
         if len(weights) == 2 and weights[0] is weights[1]:
-            return [*_kept_in_fp32(model), *layers]
-        return [*_kept_in_fp32(model), *layers, *(end for end in ends if end is not None), backbone(model)]
+            return inner, []
+        return inner, [*(end for end in ends if end is not None), backbone(model)]
 
-    @property
-    def _precision(self) -> MixedPrecisionPolicy:
+    def _precision(self, gathered: torch.dtype | None) -> MixedPrecisionPolicy:
         """Inputs stay as they are: between layers hidden states are fp32 under autocast, and what comes in is cast by it."""
         reduce = None if self.gather_dtype is None else torch.float32
-        return MixedPrecisionPolicy(self.gather_dtype, reduce, cast_forward_inputs=False)
+        return MixedPrecisionPolicy(gathered, reduce, cast_forward_inputs=False)
 
     def _shard(
         self,
         module: nn.Module,
         reshard: bool,
-        precision: MixedPrecisionPolicy,
+        gathered: torch.dtype | None,
         ignored: set[nn.Parameter] | None = None,
     ) -> None:
         fully_shard(
             module,
             mesh=self.mesh,
             reshard_after_forward=reshard,
-            mp_policy=precision,
+            mp_policy=self._precision(gathered),
             offload_policy=CPUOffloadPolicy(self.mesh.device_type == "cuda") if self.offload else OffloadPolicy(),
             ignored_params=ignored,
         )
-        HOW[module] = How(reshard, precision.param_dtype)
+        HOW[module] = How(reshard, gathered)
 
     @contextmanager
     def loading(self) -> Iterator[dict[str, Any]]:
@@ -150,7 +152,9 @@ def sharding_for(parallel: Parallel, frozen: bool, bf16: bool, device: torch.dev
     if parallel.deepspeed is not None:
         return Sharding(mesh, offload=parallel.deepspeed.offload_parameters)
     dtype = settings.gather_dtype if settings is not None else "auto"
-    gather = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and bf16) else None
+    if dtype == "bf16" and not bf16:
+        raise BadInput("parallel.fsdp.gatherDtype bf16: layers compute in fp32 here: set precision bf16, or remove it")
+    gather = torch.bfloat16 if bf16 and dtype != "fp32" else None
     if settings is None:
         return Sharding(mesh, gather)
     return Sharding(mesh, gather, settings.reshard_after_forward, settings.cpu_offload)

@@ -182,8 +182,8 @@ def _buffers(place: Place, model: Trained) -> int:
     if place.strategy == "deepspeed":
         return gathered + _zero_buckets(place, model)
     if place.stage == 3:
-        number = _gather_bytes(place, model.held)
-        return gathered + (number + FP32) * max(model.shape.largest_layer, model.shape.embedding)
+        layer, embedding = model.shape.largest_layer, model.shape.embedding
+        return gathered + max((_gather_bytes(place, model.held) + FP32) * layer, (model.held + FP32) * embedding)
     return 0
 
 
@@ -198,7 +198,7 @@ def _zero_buckets(place: Place, model: Trained) -> int:
 
 
 def _gather_bytes(place: Place, held: int) -> int:
-    """FSDP gathers in the type of the arithmetic, DeepSpeed in the weights' own."""
+    """FSDP gathers layers in the type of the arithmetic, DeepSpeed in the weights' own, as both do what is no layer."""
     if place.strategy == "deepspeed":
         return held
     fsdp = place.parallel.fsdp
@@ -214,8 +214,14 @@ def _gathered(place: Place, shape: ModelShape, held: int) -> int:
         return held * _live(place, shape)
     fsdp = place.parallel.fsdp
     if fsdp is not None and not fsdp.reshard_after_forward:
-        return _gather_bytes(place, held) * shape.parameters
-    return _layers(shape, _gather_bytes(place, held))
+        return _whole(place, shape, held)
+    return _layers(shape, _gather_bytes(place, held), held)
+
+
+def _whole(place: Place, shape: ModelShape, held: int) -> int:
+    """All of a model's weights, gathered."""
+    outside = shape.outside_layers
+    return _gather_bytes(place, held) * (shape.parameters - outside) + held * outside
 
 
 def _live(place: Place, shape: ModelShape) -> int:
@@ -226,12 +232,10 @@ def _live(place: Place, shape: ModelShape) -> int:
     return min(shape.parameters, max(kept, shape.embedding + ahead))
 
 
-def _layers(shape: ModelShape, number: int) -> int:
+def _layers(shape: ModelShape, number: int, held: int) -> int:
     """FSDP's: layers that compute and are fetched. Embeddings that are the head too are there from begin to end."""
-    layers = PREFETCHED * shape.largest_layer
-    if shape.tied:
-        return number * (layers + shape.embedding)
-    return number * max(layers, shape.largest_layer + shape.embedding)
+    layers, embedding = number * PREFETCHED * shape.largest_layer, held * shape.embedding
+    return layers + embedding if shape.tied else max(layers, number * shape.largest_layer + embedding)
 
 
 def _offloads_weights(place: Place) -> bool:
@@ -256,7 +260,7 @@ def held_frozen(place: Place, model: Frozen) -> Memory:
     size = model.held * model.shape.parameters
     if not place.parallel.splits_frozen or place.world == 1:
         return Memory(frozen=size)
-    gathered = _layers(model.shape, model.held)
+    gathered = _layers(model.shape, model.held, model.held)
     kept = 0 if place.gpu and place.parallel.frozen == "offloaded" else size // place.shards
     return Memory(frozen=kept, exchange=gathered)
 
@@ -328,8 +332,8 @@ def generation(
     found = cache + max(prompts, logits) + _casts(place, shape, held)
     if not split:
         return found
-    number = _gather_bytes(place, held)
-    return found + (_layers(shape, number) if place.by_layers else number * shape.parameters)
+    by_layers = place.by_layers
+    return found + (_layers(shape, _gather_bytes(place, held), held) if by_layers else _whole(place, shape, held))
 
 
 def largest(memories: Sequence[Memory]) -> Memory:

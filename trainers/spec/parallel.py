@@ -11,7 +11,7 @@ class Fsdp(SpecModel):
     """Fully sharded data parallelism (torch FSDP2): weights, gradients and moments are split over processes, and a layer's weights are gathered while it computes."""
 
     gather_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type in which layers' weights are gathered: `auto` is that of the arithmetic. They are held, reduced and updated in the model's own."""
+    """Type in which layers' weights are gathered: `auto` is that of the arithmetic, `bf16` goes with `precision: bf16` alone. They are held, reduced and updated in the model's own, in which embeddings, head and last norm are gathered too."""
     cpu_offload: bool = False
     """Hold weights, gradients and moments in the machine's memory, and update there; a layer's weights come to the device while it computes."""
     reshard_after_forward: bool = True
@@ -84,6 +84,8 @@ class Parallel(SpecModel):
             raise ValueError(
                 "compile is set, and deepspeed.stage 3 gathers weights within layers, which cannot be compiled: set strategy fsdp, or compile: false"
             )
+        if self.fsdp is not None and self.fsdp.gather_dtype == "bf16" and self.precision == "fp32":
+            raise ValueError("fsdp.gatherDtype bf16 needs layers that compute in it: set precision bf16, or remove it")
         if self.strategy == "single" and self.frozen in ("sharded", "offloaded"):
             raise ValueError(f"strategy single cannot have frozen: {self.frozen}: set ddp, fsdp or deepspeed")
         return self
