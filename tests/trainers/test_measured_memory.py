@@ -89,6 +89,9 @@ CELLS = [
     Cell("sft", 2, FSDP | {"fsdp": {"reshardAfterForward": False}}),
     Cell("sft", 1, BF16),
     Cell("sft", 1, BF16, HALF),
+    Cell("sft", 1, BF16 | CHECKPOINTING),
+    Cell("sft", 1, BF16 | CHECKPOINTING, HALF),
+    Cell("dpo", 1, BF16 | CHECKPOINTING, LORA),
     *(Cell(kind, 2, BF16 | FSDP) for kind in ("sft", "ppo")),
     Cell("sft", 2, BF16 | zero(2), HALF),
     Cell("distill", 1, BF16),
@@ -152,7 +155,7 @@ def spec_of(cell: Cell, models: dict[str, Path], rows: dict[str, str], size: str
     trained = model | ({"dtype": dtype} if (dtype := more.pop("dtype", None)) else {})
     parallel = {"parallel": {"microBatchTokens": PASS, **cell.parallel}}
     common = parallel | {
-        "checkpoint": {"everySeconds": None},
+        "checkpoint": {"everySeconds": None, "timeShare": None},  # a busy machine may take a minute for a step
         "batchSize": sequences // 2 if cell.kind in ("reward", "dpo") else sequences,
         **more,
     }  # fmt: skip

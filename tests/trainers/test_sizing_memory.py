@@ -58,6 +58,17 @@ def test_what_a_token_keeps(family):
     assert said == pytest.approx(kept_bytes(OneRank(), model, TOKENS), rel=0.12)
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "phi3", "deepseek_v3"])
+def test_what_a_token_keeps_where_arithmetic_is_bf16(family, held):
+    """Between layers it is of the type in which weights are held, in which embeddings give it."""
+    config = large_enough(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=held).train()
+    place, trained = Place(Parallel(), bf16=True), Trained(shape_of(config.to_dict()), held=held.itemsize)
+    said = activations(place, trained, TOKENS, TOKENS, masked=family in WINDOWS)
+    assert said == pytest.approx(kept_bytes(OneRank(bf16=True), model, TOKENS), rel=0.12)
+
+
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_held_is_what_a_phase_says_at_its_start(state, tied):
@@ -90,12 +101,13 @@ def test_what_a_token_leaves_in_the_cache(family, monkeypatch):
     assert held == shape_of(config.to_dict()).cache * 2 * 7  # the last token of eight is never read
 
 
-def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+@pytest.mark.parametrize("held", [4, 2])
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(held):
     shape = shape_of(large_enough("llama").to_dict())
     deep = replace(shape, layers=shape.layers * 10)
-    place = Place(Parallel(gradient_checkpointing=True))
-    kept = [activations(place, Trained(each), TOKENS, TOKENS, False) for each in (deep, shape)]
-    assert kept[0] - kept[1] == 4 * 128 * TOKENS * 18
+    place = Place(Parallel(gradient_checkpointing=True), bf16=held == 2)
+    kept = [activations(place, Trained(each, held=held), TOKENS, TOKENS, False) for each in (deep, shape)]
+    assert kept[0] - kept[1] == held * 128 * TOKENS * 18
 
 
 def test_a_chunk_of_logits_is_what_losses_hold() -> None:

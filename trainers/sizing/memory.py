@@ -88,6 +88,8 @@ class Trained:
     """Bytes of one number of one of AdamW's moments."""
     head: int = 0
     """Tensors of a chunk of logits, in fp32, that are there at once; 0 without a language head."""
+    beside: int = 0
+    """Bytes of a frozen model's head in fp32, which is there while the loss is formed."""
 
     @property
     def packed(self) -> bool:
@@ -271,49 +273,65 @@ def held_frozen(place: Place, model: Frozen) -> Memory:
 def activations(place: Place, model: Trained, tokens: int, row: int, masked: bool) -> int:
     """What a forward pass keeps for its backward pass, and what that has at its worst moment."""
     number, shape = place.number, model.shape
+    # A norm computes in fp32, and what it has normed is again of the type of what it was given, which is the weights'.
+    wide = (FP32 + model.held) // 2
     layers = [
-        _kept(layer.wide, layer.narrow + masked * layer.masked, layer.pairs, number, row) for layer in shape.layers
+        wide * layer.wide + _kept(layer.narrow + masked * layer.masked, layer.pairs, number, row)
+        for layer in shape.layers
     ]
     # With checkpointing only the input of every layer is kept, and one layer at a time is computed again.
-    checkpointed = FP32 * shape.width * len(layers) + max(layers)
+    checkpointed = model.held * shape.width * len(layers) + max(layers)
     kept = checkpointed if place.parallel.gradient_checkpointing else sum(layers)
-    kept += FP32 * shape.around.wide + FP32 * shape.width
+    kept += wide * shape.around.wide + FP32 * shape.width
     if masked:
         kept += FP32 * row
-    casts = _unpacked(place, model) if model.packed else _casts(place, shape, model.held)
-    return tokens * kept + casts + head_bytes(model, tokens)
+    head = head_bytes(model, tokens, trained=model.lora is None) + model.beside
+    return tokens * kept + _copies(place, model) + head
 
 
-def _kept(wide: int, narrow: int, pairs: int, number: int, row: int) -> int:
-    return FP32 * wide + number * narrow + FP32 * pairs * row
+def _kept(narrow: int, pairs: int, number: int, row: int) -> int:
+    return number * narrow + FP32 * pairs * row
 
 
-def _unpacked(place: Place, model: Trained) -> int:
-    """Of packed weights one layer's are there at a time, as read and in the type of the arithmetic."""
-    return sum({model.held, place.number}) * model.shape.largest_linear
+def _copies(place: Place, model: Trained) -> int:
+    """Of weights in the type of the arithmetic: of adapters all, and of what they are on, of which one layer's is unpacked
+    at a time.
+    """
+    adapters = _casts_of(place, FP32, model.parameters) if model.lora is not None else 0
+    if model.packed:
+        return adapters + sum({model.held, place.number}) * model.shape.largest_linear
+    return adapters + _casts(place, model.shape, model.held)
 
 
 def _casts(place: Place, shape: ModelShape, held: int) -> int:
-    """Under autocast weights in fp32 have a copy in bf16 until their backward pass. What FSDP gathers is in bf16."""
-    if held <= place.number or place.strategy == "fsdp":
-        return 0
-    return BF16 * (shape.parameters - shape.embedding - shape.head)
+    """Of layers. What FSDP gathers is in that type."""
+    return 0 if place.strategy == "fsdp" else _casts_of(place, held, shape.parameters - shape.embedding - shape.head)
 
 
-def head_bytes(model: Trained, tokens: int) -> int:
+def _casts_of(place: Place, held: int, parameters: int) -> int:
+    """Under autocast weights in fp32 have a copy in bf16 until their backward pass."""
+    return place.number * parameters if held > place.number else 0
+
+
+def head_bytes(model: Trained, tokens: int, trained: bool) -> int:
     """A chunk of logits in fp32 and what is made of it; the gradient of a trained head, which is there before the backward
     pass; and a copy in fp32 of a head in bf16.
     """
     if not model.head:
         return 0
     chunk = min(CHUNK_ELEMENTS, tokens * model.shape.vocabulary)
-    copies = (model.lora is None) + (model.held != FP32)
-    return FP32 * (model.head * chunk + copies * model.shape.embedding)
+    gradient = FP32 * trained * model.shape.embedding
+    return FP32 * model.head * chunk + gradient + head_copy(model.shape, model.held)
+
+
+def head_copy(shape: ModelShape, held: int) -> int:
+    """Heads compute in fp32 (ADR 6)."""
+    return FP32 * shape.embedding if held != FP32 else 0
 
 
 def forward_alone(place: Place, shape: ModelShape, tokens: int, row: int) -> int:
     """What one layer holds while it computes, and the hidden states before and behind it, without gradients."""
-    layer = max((_kept(0, layer.narrow, layer.pairs, place.number, row) for layer in shape.layers), default=0)
+    layer = max((_kept(layer.narrow, layer.pairs, place.number, row) for layer in shape.layers), default=0)
     return tokens * (int(AT_ONCE * layer) + 2 * FP32 * shape.width)
 
 

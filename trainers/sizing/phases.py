@@ -23,6 +23,7 @@ from trainers.sizing.memory import (
     forward_alone,
     generation,
     head_bytes,
+    head_copy,
     held_frozen,
     held_trained,
     largest,
@@ -75,11 +76,11 @@ class _Tally:
 
     def train(
         self, name: str, ref: ArtifactRef, shape: ModelShape, optim: Optim, tokens: int, row: int, packed: bool,
-        lora: Lora | None = None, head: int = SCORES,
+        lora: Lora | None = None, head: int = SCORES, beside: int = 0,
     ) -> Trained:  # fmt: skip
         moment = BF16 if optim.state_dtype == "bf16" else FP32
         head = head if shape.language_head else 0
-        model = Trained(self._named(name, shape), lora, self.held(ref, lora is None), moment, head)
+        model = Trained(self._named(name, shape), lora, self.held(ref, lora is None), moment, head, beside)
         self.add(held_trained(self.place, model))
         self.add(Memory(activations=activations(self.place, model, tokens, row, packed and self.place.masks)))
         self.known = self.known and (shape.activations_known or self.place.parallel.gradient_checkpointing)
@@ -169,11 +170,16 @@ def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
 def _distill(spec: DistillSpec, tally: _Tally) -> None:
     tokens = spec.parallel.micro_batch_tokens
     # Without a teacher its log-probabilities are read from files.
-    teacher = None if spec.teacher is None else tally.freeze("teacher", spec.teacher)
+    teacher, beside = None, 0
+    if spec.teacher is not None:
+        teacher = tally.freeze("teacher", spec.teacher)
+        beside = head_copy(teacher, tally.held(spec.teacher, trained=False))
     shape = _student(spec.student, teacher, tally)
     row = min(spec.max_length, shape.positions)
     head = STORED if teacher is None else DIVERGENCE
-    student = tally.train("student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, head)
+    student = tally.train(
+        "student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, head, beside
+    )
     if spec.reward_model is not None:
         tally.freeze("rewardModel", spec.reward_model)
     if spec.on_policy_fraction > 0 and spec.prompts is not None:
@@ -215,7 +221,7 @@ def _evaluated(spec: EvaluateSpec, tally: _Tally, shape: ModelShape, held: int) 
             tally.generate(shape, held, sampling, many, data.max_prompt_length, split)
     row = min(shape.positions, spec.parallel.micro_batch_tokens)
     tally.score(shape, spec.parallel.micro_batch_tokens, row)
-    tally.add(Memory(cache=head_bytes(Trained(shape, held=held, head=SCORES), spec.parallel.micro_batch_tokens)))
+    tally.add(Memory(cache=head_bytes(Trained(shape, held=held, head=SCORES), spec.parallel.micro_batch_tokens, False)))
 
 
 COUNTED: dict[type[PhaseSpec], Callable[[Any, _Tally], None]] = {
