@@ -23,6 +23,9 @@ FRAGMENTED = 0.05
 """Share of a GPU that the caching allocator cannot give out again in one piece."""
 SMALLEST_PASS = 512
 """Tokens of a forward pass below which a step becomes slow."""
+SHORT_PASS = 2048
+"""Tokens of a forward pass below which checkpointing costs less than more passes do."""
+BY_LAYERS = "whole weights for sampling do not fit: layers are gathered for every token, which is slow"
 
 
 ZeroFiles = Mapping[str, Mapping[str, Any]]
@@ -38,12 +41,20 @@ class Device:
     """For people; empty where it is not known."""
     memory: int | None = None
     """Bytes for one process; None if it is not said."""
+    beside: int | None = None
+    """Bytes of the machine's memory for one process of a GPU; None if it is not said."""
 
     @property
     def usable(self) -> int | None:
         if self.memory is None:
             return None
         return int(self.memory * (1 - FRAGMENTED)) - GPU_RESERVE if self.gpu else self.memory - CPU_RESERVE
+
+    def holds(self, memory: Memory) -> bool:
+        """Asked only where it is known how large the device is."""
+        assert self.usable is not None
+        room = self.beside is None or memory.offloaded <= max(0, self.beside - CPU_RESERVE)
+        return memory.total <= self.usable and room
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class PhaseSize:
         """None where that cannot be told."""
         if self.needs is None or self.device.usable is None:
             return None
-        if self.needs.memory.total > self.device.usable:
+        if not self.device.holds(self.needs.memory):
             return False
         return True if self.needs.activations_known else None
 
@@ -102,14 +113,19 @@ def states_memory(run: AlignmentRun) -> bool:
 
 
 def device_of(template: Template) -> Device:
-    """A GPU if the pods ask for one or their nodes have one; else the pod's memory, shared by its processes."""
+    """A GPU if the pods ask for one or their nodes have one; else the pod's memory. Its processes share that."""
     product = template.node_selector.get(PRODUCT_LABEL, "")
     resources = {**template.resources.requests, **template.resources.limits} if template.resources else {}
     if product or template.gpu_memory is not None or GPU in resources:
         stated = byte_count(template.gpu_memory) if template.gpu_memory is not None else product_memory(product)
-        return Device(True, product, stated)
+        return Device(True, product, stated, _share(template))
+    return Device(False, "", _share(template))
+
+
+def _share(template: Template) -> int | None:
+    """Of the pod's memory, for one process."""
     limit = template.resources.limits.get("memory") if template.resources else None
-    return Device(False, "", byte_count(limit) // (template.procs_per_node or 1) if limit is not None else None)
+    return byte_count(limit) // (template.procs_per_node or 1) if limit is not None else None
 
 
 def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Place:
@@ -126,18 +142,21 @@ def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Pla
 
 def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf, zero_files: ZeroFiles) -> str:
     """The first change that makes it fit, from what costs nothing to what costs most time."""
-    usable = device.usable
-    assert usable is not None
-    lora = getattr(phase.spec, "lora", None)
-    packed = lora is not None and lora.quantization is not None
-    for said, spec, nodes in _changes(phase):
+    packed = (lora := getattr(phase.spec, "lora", None)) is not None and lora.quantization is not None
+    for (said, spec, nodes), by_layers in _attempts(phase, device):
         if packed and spec.parallel.strategy == "fsdp":
             continue
         changed = replace(phase, spec=spec, template=_on(phase.template, nodes))
-        needs = phase_needs(changed.spec, place_of(changed, device, zero_files), shape_of)
-        if needs is not None and needs.memory.total <= usable:
-            return f"would fit with {said}: {shown(needs.memory.total)}"
+        place = replace(place_of(changed, device, zero_files), by_layers=by_layers)
+        needs = phase_needs(changed.spec, place, shape_of)
+        if needs is not None and device.holds(needs.memory):
+            slow = f"; {BY_LAYERS}" if by_layers else ""
+            return f"would fit with {said}: {shown(needs.memory.total)}{_beside(needs.memory)}{slow}"
     return "no strategy on these devices makes it fit: use larger ones or more of them, or a smaller model"
+
+
+def _beside(memory: Memory) -> str:
+    return f", and {shown(memory.offloaded)} of the machine's memory for each" if memory.offloaded else ""
 
 
 def _with(spec: PhaseSpec, parallel: Parallel) -> PhaseSpec:
@@ -148,34 +167,61 @@ def _on(template: Template, nodes: int) -> Template:
     return template.model_copy(update={"nodes": nodes})
 
 
-def _changes(phase: ResolvedPhase) -> Iterator[tuple[str, PhaseSpec, int]]:
-    """What is changed, in words; the phase's settings with it; and nodes."""
-    now, nodes = phase.spec.parallel, phase.nodes
-    for said, parallel in _on_these_devices(now, phase.nodes * phase.procs_per_node):
+Change = tuple[str, PhaseSpec, int]
+"""What is changed, in words; the phase's settings with it; and nodes."""
+
+
+def _attempts(phase: ResolvedPhase, device: Device) -> Iterator[tuple[Change, bool]]:
+    """Changes, and whether sampling gathers layers for every token: more nodes make no whole weights smaller."""
+    yield from ((change, False) for change in _here(phase))
+    if device.gpu:
+        yield from ((change, True) for change in _here(phase))
+    yield from ((change, False) for change in _elsewhere(phase))
+
+
+def _here(phase: ResolvedPhase) -> Iterator[Change]:
+    for said, parallel in _on_these_devices(phase):
         changed = _with(phase.spec, parallel)
-        yield said, changed, nodes
-        yield from ((f"{said}{', ' if said else ''}{less}", spec, nodes) for less, spec in _smaller(changed))
-    split = now.model_copy(
-        update={"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None, "gradient_checkpointing": True}
-    )
+        yield said, changed, phase.nodes
+        for less, spec in _smaller(changed):
+            yield f"{said}{', ' if said else ''}{less}", spec, phase.nodes
+
+
+def _elsewhere(phase: ResolvedPhase) -> Iterator[Change]:
+    said, parallel = _split(phase.spec)
     for more in (2, 4, 8, 16, 32, 64):
-        said = f"nodes: {more * nodes}, strategy: fsdp, gradientCheckpointing: true"
-        yield said, _with(phase.spec, split), more * nodes
+        yield f"nodes: {more * phase.nodes}, {said}", _with(phase.spec, parallel), more * phase.nodes
 
 
-def _on_these_devices(now: Parallel, world: int) -> Iterator[tuple[str, Parallel]]:
+def _trains(spec: PhaseSpec) -> bool:
+    return hasattr(spec, "optim")
+
+
+def _split(spec: PhaseSpec) -> tuple[str, Parallel]:
+    now = spec.parallel
+    if not _trains(spec):
+        return "frozen: sharded", now.model_copy(update={"frozen": "sharded"})
+    fsdp = {"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None, "gradient_checkpointing": True}
+    return "strategy: fsdp, gradientCheckpointing: true", now.model_copy(update=fsdp)
+
+
+def _on_these_devices(phase: ResolvedPhase) -> Iterator[tuple[str, Parallel]]:
+    now, several, trains = phase.spec.parallel, phase.nodes * phase.procs_per_node > 1, _trains(phase.spec)
     yield "", now
     checkpointing = now.model_copy(update={"gradient_checkpointing": True})
-    if not now.gradient_checkpointing:
+    if trains and not now.gradient_checkpointing:
         yield "gradientCheckpointing: true", checkpointing
-    if world > 1 and not now.splits_weights:
-        fsdp = checkpointing.model_copy(update={"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None})
-        yield "strategy: fsdp, gradientCheckpointing: true", fsdp
-        yield (
-            "strategy: fsdp, frozen: offloaded, gradientCheckpointing: true",
-            fsdp.model_copy(update={"frozen": "offloaded"}),
-        )
-    if world > 1:
+    if several and not (now.splits_weights if trains else now.splits_frozen):
+        said, split = _split(phase.spec)
+        yield said, split
+        if trains:
+            yield (
+                "strategy: fsdp, frozen: offloaded, gradientCheckpointing: true",
+                split.model_copy(update={"frozen": "offloaded"}),
+            )
+    if several and not trains:
+        yield "frozen: offloaded", now.model_copy(update={"frozen": "offloaded"})
+    elif several:
         settings = (now.fsdp or Fsdp()).model_copy(update={"cpu_offload": True})
         offloaded = {"strategy": "fsdp", "fsdp": settings, "deepspeed": None, "frozen": "offloaded"}
         said = "strategy: fsdp, fsdp.cpuOffload: true, frozen: offloaded, gradientCheckpointing: true"
@@ -185,7 +231,8 @@ def _on_these_devices(now: Parallel, world: int) -> Iterator[tuple[str, Parallel
 def _smaller(spec: PhaseSpec) -> Iterator[tuple[str, PhaseSpec]]:
     """Fewer tokens at once, where they are scored; fewer responses at once, where they are sampled."""
     tokens = spec.parallel.micro_batch_tokens // 2
-    while tokens >= SMALLEST_PASS:
+    checkpoints = not _trains(spec) or spec.parallel.gradient_checkpointing
+    while tokens >= (SMALLEST_PASS if checkpoints else SHORT_PASS):
         said = f"microBatchTokens: {tokens}"
         yield said, _with(spec, spec.parallel.model_copy(update={"micro_batch_tokens": tokens}))
         tokens //= 2
@@ -218,9 +265,9 @@ def sentence(size: PhaseSize) -> str:
     least = "" if size.needs.activations_known else "at least "
     of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
     where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
-    said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}"
+    said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}{_beside(size.needs.memory)}"
     if size.by_layers:
-        return f"{said}; whole weights for sampling do not fit: layers are gathered for every token, which is slow"
+        return f"{said}; {BY_LAYERS}"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
 
 

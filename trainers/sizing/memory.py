@@ -122,6 +122,8 @@ class Memory:
     activations: int = 0
     cache: int = 0
     """Of generation, with the whole weights that it gathers, and the logits of its last tokens."""
+    offloaded: int = 0
+    """What lies in the machine's memory instead."""
 
     @property
     def total(self) -> int:
@@ -138,6 +140,7 @@ class Memory:
             max(self.exchange, more.exchange),
             max(self.activations, more.activations),
             max(self.cache, more.cache),
+            self.offloaded + more.offloaded,
         )
 
 
@@ -166,7 +169,7 @@ def _with_adapters(place: Place, model: Trained) -> Memory:
     exchange = FP32 * trained if place.world > 1 else 0
     exchange += _gathered(place, model.shape, model.held) if place.stage == 3 else 0
     memory = Memory(base + FP32 * trained, FP32 * trained, moments, exchange=exchange)
-    return replace(memory, weights=FP32 * trained) if _offloads_weights(place) else memory
+    return replace(memory, weights=FP32 * trained, offloaded=base) if _offloads_weights(place) else memory
 
 
 def _base(model: Trained) -> int:
@@ -251,11 +254,13 @@ def _offloaded(place: Place, memory: Memory) -> Memory:
         return memory
     fsdp, zero = place.parallel.fsdp, place.parallel.deepspeed
     if fsdp is not None and fsdp.cpu_offload:
-        return replace(memory, weights=0, gradients=0, optimizer=0)
-    if zero is not None and (zero.offload_optimizer or zero.offload_parameters):
-        memory = replace(memory, optimizer=0)
-        return replace(memory, weights=0) if zero.offload_parameters else memory
-    return memory
+        gone: tuple[str, ...] = ("weights", "gradients", "optimizer")
+    elif zero is not None and zero.offload_parameters:
+        gone = ("weights", "optimizer")
+    else:
+        gone = ("optimizer",) if zero is not None and zero.offload_optimizer else ()
+    moved = sum(getattr(memory, name) for name in gone)
+    return replace(memory, offloaded=moved, **dict.fromkeys(gone, 0))
 
 
 def held_frozen(place: Place, model: Frozen) -> Memory:
@@ -263,8 +268,9 @@ def held_frozen(place: Place, model: Frozen) -> Memory:
     if not place.parallel.splits_frozen or place.world == 1:
         return Memory(frozen=size)
     gathered = _layers(model.shape, model.held, model.held)
-    kept = 0 if place.gpu and place.parallel.frozen == "offloaded" else size // place.shards
-    return Memory(frozen=kept, exchange=gathered)
+    size //= place.shards
+    away = place.gpu and place.parallel.frozen == "offloaded"
+    return Memory(frozen=0 if away else size, exchange=gathered, offloaded=size if away else 0)
 
 
 # ---------------------------------------------------------------- what computing takes
@@ -341,13 +347,14 @@ def generation(
     """The cache of keys and values of ``responses`` side by side, whole weights if they are split, and what is computed:
     prompts first, all at once; then one token of each.
 
-    One layer's cache is there twice while it grows. Logits become probabilities and running sums in fp32 and fp64.
+    One layer's cache is there twice while it grows. Logits become probabilities and running sums in fp32 and fp64; they
+    come of the model's own forward pass, under autocast.
     """
     number = min(place.number, held) if place.bf16 else held
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
     logits = responses * shape.vocabulary * (3 * FP32 + 2 * 8)
     prompts = forward_alone(place, shape, responses * prompt, prompt)
-    found = cache + max(prompts, logits) + _casts(place, shape, held)
+    found = cache + max(prompts, logits) + _casts(place, shape, held) + _casts_of(place, held, shape.embedding)
     if not split:
         return found
     by_layers = place.by_layers
