@@ -62,9 +62,8 @@ class Sharding:
         if isinstance(model, FSDPModule):
             return
         _remember_conversions(model)
-        layers, others = self._groups(model)
-        for modules, gathered in ((layers, self.gather_dtype), (others, None)):
-            for module in (module for module in modules if not isinstance(module, FSDPModule)):
+        for module, gathered in self._groups(model):
+            if not isinstance(module, FSDPModule):
                 self._shard(module, self.reshard, gathered)
         # A score head is small, and adapters come with a copy of it: it stays whole.
         name = score_head_name(model)
@@ -73,20 +72,23 @@ class Sharding:
         for parameter in (head for head in heads if not head.is_meta):
             parameter.data = parameter.data.to(self.mesh.device_type)
 
-    def _groups(self, model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-        """What is gathered together: layers, and what lies outside them; an inner group comes before the one around it.
+    def _groups(self, model: PreTrainedModel) -> list[tuple[nn.Module, torch.dtype | None]]:
+        """What is gathered together, and in which type; an inner group comes before the one around it.
 
         A group has weights of one type, so layers that an architecture keeps in fp32 are groups of their own. What is
         left of the backbone is one too, so that it can have another head; but embeddings that are the head as well
         belong to the whole model.
         """
         _, layers = decoder_layers(model, "splitting weights over processes")
-        inner = [*_kept_in_fp32(model), *layers]
+        inner = [
+            *((module, None) for module in _kept_in_fp32(model)),
+            *((layer, self.gather_dtype) for layer in layers),
+        ]
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         weights = [end.weight for end in ends if end is not None]
         if len(weights) == 2 and weights[0] is weights[1]:
-            return inner, []
-        return inner, [*(end for end in ends if end is not None), backbone(model)]
+            return inner
+        return [*inner, *((end, None) for end in ends if end is not None), (backbone(model), None)]
 
     def _precision(self, gathered: torch.dtype | None) -> MixedPrecisionPolicy:
         """Inputs stay as they are: between layers hidden states are fp32 under autocast, and what comes in is cast by it."""

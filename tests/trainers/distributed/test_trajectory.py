@@ -35,6 +35,15 @@ def test_in_bf16_it_is_the_same_but_for_that(name, run_way):
     check_bf16(name, run_way, KINDS)
 
 
+@pytest.mark.distributed
+def test_in_bf16_a_split_model_has_the_same_first_loss(run_way):
+    """Embeddings and heads are gathered as they are held, and a fresh model's norms are 1 in any type."""
+    kinds, way = ("sft", "reward"), WAYS["fsdp in bf16"]
+    ours, theirs = run_way(way, kinds), run_way(way.alone, kinds)
+    for kind in kinds:
+        assert losses(ours[kind])[1] == pytest.approx(losses(theirs[kind])[1], rel=1e-6), kind
+
+
 def check_bf16(name, run_way, kinds):
     """Where phases sample, a response that rounds otherwise is another one: their first loss is the same."""
     ours, theirs = run_way(WAYS[name], kinds), run_way(WAYS[name].alone, kinds)
