@@ -3,11 +3,15 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+LEFTOVER = re.compile(r"\.(.+)\.\d+\.tmp")
+"""Names of files that :func:`replaced` writes; of which file, in a group."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -86,21 +90,22 @@ def new_directory(final: Path) -> Iterator[Path]:
 
 
 def commit_directory(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name. Files are flushed first, so the name never points at torn content.
+    """Give a finished directory its name. What is in it is flushed first, so the name never points at torn content.
 
-    An older directory of that name is kept until the new one is in place.
+    An older directory of that name is kept until the new one is in place, whenever this is killed.
     """
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            fsync_file(file)
-    displaced = None
+    for path in (temporary, *temporary.rglob("*")):
+        if path.is_dir():
+            fsync_directory(path)
+        elif path.is_file():
+            fsync_file(path)
+    displaced = final.with_name(f".{final.name}.old")
     if final.exists():
-        displaced = final.with_name(f".{final.name}.{os.getpid()}.old")
+        shutil.rmtree(displaced, ignore_errors=True)
         os.replace(final, displaced)
     os.replace(temporary, final)
     fsync_directory(final.parent)
-    if displaced is not None:
-        shutil.rmtree(displaced)
+    shutil.rmtree(displaced, ignore_errors=True)
 
 
 def read_into(file: int, buffer: memoryview, offset: int) -> int:

@@ -123,9 +123,10 @@ def _block_digest(path: Path, offset: int) -> bytes:
     chunk = memoryview(bytearray(CHUNK))  # one for all: new memory is cleared by the system first
     with path.open("rb", buffering=0) as file:
         for start in range(offset, offset + BLOCK, CHUNK):
-            size = read_into(file.fileno(), chunk, start)
-            digest.update(chunk[:size])
-            if size < CHUNK:
+            part = chunk[: offset + BLOCK - start]
+            size = read_into(file.fileno(), part, start)
+            digest.update(part[:size])
+            if size < len(part):
                 break
     return digest.digest()
 

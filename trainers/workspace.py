@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainers.contract import Artifact, Identity, Progress, Result
-from trainers.files import fsync_directory, link_or_copy, tree_size, write_atomic
+from trainers.files import LEFTOVER, fsync_directory, link_or_copy, tree_size, write_atomic
 from trainers.spec import SpecModel
 
 M = TypeVar("M", bound=SpecModel)
@@ -124,7 +124,16 @@ def open_directory(directory: PhaseDir, identity: Identity) -> None:
         directory.root.mkdir()
         _hand_over(moved, directory.root)
     directory.root.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(directory.root)
     write_atomic(directory.identity, json.dumps(identity.document()))
+
+
+def _drop_leftovers(root: Path) -> None:
+    """Files that writers of attempts before were killed in: traces may be large. What the starter is writing stays."""
+    for path in root.rglob(".*.tmp"):
+        written = LEFTOVER.fullmatch(path.name)
+        if written and not {written[1], path.relative_to(root).parts[0]} & set(STARTERS):
+            path.unlink(missing_ok=True)
 
 
 def find_finished(workspace: Path, digest: str) -> Iterator[Path]:
@@ -132,10 +141,17 @@ def find_finished(workspace: Path, digest: str) -> Iterator[Path]:
 
     Several may have it: the digest covers what was asked for, and data may have changed between two of them.
     """
+    for root in finished_phases(workspace):
+        result = PhaseDir(root).read_result()
+        if result is not None and result.digest == digest:
+            yield root
+
+
+def finished_phases(workspace: Path) -> Iterator[Path]:
+    """Directories with a result, of all runs and their histories; not the copies that a killed process was making."""
     for pattern in ("*/*/result.json", f"*/{HISTORY}/*/result.json"):
         for path in sorted(workspace.glob(pattern)):
-            result = PhaseDir(path.parent).read_result()
-            if result is not None and result.digest == digest:
+            if not path.parent.name.startswith("."):
                 yield path.parent
 
 
@@ -144,8 +160,11 @@ def adopt(finished: Path, phase_root: Path) -> None:
 
     Artifacts never change once ``result.json`` stands, so sharing their files is safe.
     """
-    temporary = phase_root.with_name(f".{phase_root.name}.{os.getpid()}.adopt")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = phase_root.with_name(f".{phase_root.name}.adopt")
+    if temporary.exists():  # of a process that was killed, perhaps with what it had been handed
+        phase_root.mkdir(exist_ok=True)
+        _hand_over(temporary, phase_root)
+        shutil.rmtree(temporary)
     ignored = shutil.ignore_patterns("checkpoints", *STARTERS)
     shutil.copytree(finished, temporary, copy_function=link_or_copy, ignore=ignored)
     _hand_over(phase_root, temporary)
@@ -157,5 +176,6 @@ def adopt(finished: Path, phase_root: Path) -> None:
 
 def _hand_over(old: Path, new: Path) -> None:
     """Move what belongs to the starter: it may be writing there."""
-    for path in [old / name for name in STARTERS if (old / name).exists()]:
-        os.replace(path, new / path.name)
+    for name in STARTERS:
+        if (old / name).exists() and not (new / name).exists():
+            os.replace(old / name, new / name)

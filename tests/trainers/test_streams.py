@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pickle
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +106,20 @@ def test_no_more_is_taken_than_is_shuffled_together_or_wanted(dataset, tmp_path)
     assert len(list(tmp_path.rglob("rows-*.arrow"))) == 3  # of 16, for the 40 of the buffer
     Streamed(dataset.model_copy(update={"shuffle_buffer": 10_000}), 64, tmp_path)[63]
     assert len(list(tmp_path.rglob("rows-*.arrow"))) == 4
+
+
+def test_a_forked_process_has_a_stream_of_its_own(dataset, tmp_path, monkeypatch):
+    """One that it shared would stand, for both, where either of them has read."""
+    rows = Streamed(dataset, len(ALL), tmp_path)
+    assert rows[20][1] == ALL[20]
+    opened = []
+    monkeypatch.setattr(streams.Stream, "_open", lambda self: opened.append(os.getpid()))
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            rows[100]
+        os._exit(0 if opened else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_network_that_fails_is_tried_again_and_then_infrastructure(dataset, hub, tmp_path, monkeypatch):

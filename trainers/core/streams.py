@@ -6,10 +6,11 @@ read again.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from io import BytesIO
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from trainers.contract import BadInput
 from trainers.core.hub import from_hub
+from trainers.core.kept_folders import hold
 from trainers.files import locked, write_atomic
 from trainers.fingerprints import fingerprint
 from trainers.formats.schemas import Row
@@ -36,11 +38,10 @@ class Streamed:
 
     def __init__(self, hub: HubDataset, limit: int, root: Path) -> None:
         self._hub, self._limit = hub, limit
-        same = hub.model_copy(update={"shuffle_buffer": 1})  # neither this nor the limit decides what comes
-        self._folder = root / f"stream-{fingerprint(DataSource(hub=same, limit=1), root)[:32]}"
+        self._folder = hold(stream_folder(hub, root))
         self._stream: Stream | None = None
-        self._at = 0
-        """Block that the stream gives next."""
+        self._next: tuple[int, int] | None = None
+        """Process that the stream belongs to, and the block that it gives next."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which has a stream of its own."""
@@ -70,23 +71,30 @@ class Streamed:
         window = self._hub.shuffle_buffer
         last = min((row // window + 1) * window, self._limit) - 1
         with locked(self._folder / "lock"):
-            number = len(list(self._folder.glob("rows-*.arrow")))
+            number = next(number for number in count() if not self._path(number).exists())
             if number == 0 or _mapped(self._path(number - 1)).num_rows == BLOCK:
                 while number <= last // BLOCK and self._take(number):
                     number += 1
 
     def _take(self, number: int) -> bool:
         """Write the next block. Whether more may follow it: a stream's last block is a short one."""
-        if self._stream is None or self._at != number:  # another process has gone on
+        # Another process has gone on; or this one was forked, and shares files and connections with the one that opened them.
+        if self._stream is None or self._next != (os.getpid(), number):
             state = _mapped(self._path(number - 1)).schema.metadata[STATE] if number else None
             self._stream = Stream(self._hub, state)
         block = self._stream.next()
-        self._at = number + 1
+        self._next = os.getpid(), number + 1
         content = BytesIO()
         with pa.ipc.new_file(content, block.schema.with_metadata({STATE: self._stream.state})) as writer:
             writer.write_table(block)
         write_atomic(self._path(number), content.getvalue())
         return bool(block.num_rows == BLOCK)
+
+
+def stream_folder(hub: HubDataset, root: Path) -> Path:
+    """Where a stream's rows are kept."""
+    same = hub.model_copy(update={"shuffle_buffer": 1})  # neither this nor the limit decides what comes
+    return root / f"stream-{fingerprint(DataSource(hub=same, limit=1), root)[:32]}"
 
 
 class Stream:

@@ -1,14 +1,17 @@
 """Files of a known format written as JSONL in this project's schemas."""
 
 import gzip
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import IO, Any
 
 from trainers import json_text, jsonl
 from trainers.contract import BadInput
-from trainers.files import write_atomic
+from trainers.files import replaced
 from trainers.fingerprints import source_files
 from trainers.formats import FORMATS, renamed, seed_row
 from trainers.formats.schemas import ASKING, Row
@@ -29,31 +32,41 @@ class Imported:
 def import_rows(name: str, pattern: str, target: Path, columns: Mapping[str, str], skip: bool) -> Imported:
     """Write the rows of the files that ``pattern`` means to ``target``, compressed if it ends in .gz.
 
-    All rows have one schema, which keeps the most that any of them says: preferences, else answers. A row without is
-    malformed then. Raises BadInput with file and line for a malformed row, unless they are to be skipped, and when none
-    is left.
+    The files are read twice, as they may be larger than memory. All rows have one schema, which keeps the most that any
+    of them says: preferences, else answers. A row without is malformed then. Raises BadInput with file and line for a
+    malformed row, unless they are to be skipped, and when none is left.
     """
-    rows: list[Row] = []
     skipped: list[str] = []
     sources = source_files(pattern, Path())
     if target.resolve() in {path.resolve() for path in sources}:
         raise BadInput(f"{target} is read and cannot be written: give the target another name")
     if target.is_dir():
         raise BadInput(f"{target} is a folder: give the target as a file, for example {target / 'rows.jsonl'}")
-    found = list(_values(sources))
-    schema, seen_at = _schema_of_all(found, name, columns)
-    for place, value in found:
+    schema, seen_at = _schema_of_all(_values(sources), name, columns)
+    found = ((place, partial(_row, value, schema, seen_at, name, columns)) for place, value in _values(sources))
+    with replaced(target) as file, _packed(file, target) as out:
+        count = sum(out.write(jsonl.dump(row).encode()) > 0 for row in _usable(found, skipped if skip else None))
+        if not count:
+            raise BadInput(f"{pattern}: no usable rows{f'; the first: {skipped[0]}' if skipped else ''}")
+    return Imported(schema, count, skipped)
+
+
+def _usable(found: Iterable[tuple[str, Callable[[], Row]]], skipped: list[str] | None) -> Iterator[Row]:
+    """Rows, without those that cannot be used: these are noted, or end it all if there is no list for them."""
+    for place, row in found:
         try:
-            rows.append(_row(json_text.value(value), schema, seen_at, name, columns))
+            yield row()
         except json_text.Malformed as problem:
-            if not skip:
+            if skipped is None:
                 raise BadInput(f"{place}: {problem}") from problem
             skipped.append(f"{place}: {problem}")
-    if not rows:
-        raise BadInput(f"{pattern}: no usable rows{f'; the first: {skipped[0]}' if skipped else ''}")
-    text = jsonl.dumps(rows)
-    write_atomic(target, gzip.compress(text.encode(), mtime=0) if target.suffix == ".gz" else text)
-    return Imported(schema, len(rows), skipped)
+
+
+def _packed(file: IO[bytes], target: Path) -> AbstractContextManager[Any]:
+    """What rows are written to; the same rows are the same file, so it holds no time and no name."""
+    if target.suffix != ".gz":
+        return nullcontext(file)
+    return gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
 
 
 def _values(sources: Iterable[Path]) -> Iterator[tuple[str, object]]:
@@ -68,7 +81,7 @@ def _values(sources: Iterable[Path]) -> Iterator[tuple[str, object]]:
 def _row(raw: object, schema: str, seen_at: str, name: str, columns: Mapping[str, str]) -> Row:
     """A row in the schema of all. Raises Malformed, which says why if it would do in a file of its own."""
     try:
-        return seed_row(raw, schema, name, columns)
+        return seed_row(json_text.value(raw), schema, name, columns)
     except json_text.Malformed as problem:
         own = _schema(raw, name, columns)
         if own in (None, schema):

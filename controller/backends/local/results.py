@@ -10,7 +10,7 @@ from controller.plan.resolve import ResolvedPhase
 from trainers.contract import BadInput, Identity, Origins, PhaseType, Result
 from trainers.origins import difference, origins_of
 from trainers.spec import PhaseSpec, identifying
-from trainers.workspace import HISTORY, PhaseDir, intact
+from trainers.workspace import PhaseDir, finished_phases, intact
 
 
 class Results:
@@ -74,11 +74,10 @@ class Results:
             return None
 
     def _all(self) -> Iterator[tuple[Path, Result]]:
-        for pattern in ("*/*/result.json", f"*/{HISTORY}/*/result.json"):
-            for path in sorted(self.workspace.glob(pattern)):
-                result = self._result(path.parent)
-                if result is not None:
-                    yield path.parent, result
+        for root in finished_phases(self.workspace):
+            result = self._result(root)
+            if result is not None:
+                yield root, result
 
     def _result(self, root: Path) -> Result | None:
         directory = PhaseDir(root)

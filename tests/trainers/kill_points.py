@@ -1,0 +1,92 @@
+"""Processes that are killed at one of the things they do to files, whichever it is: before it, behind it, half-way through."""
+
+import builtins
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHANGES = {"os.rename": 1, "os.link": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.truncate": 0}
+"""Events of Python's before something changes, and which of their arguments names it."""
+
+CALLS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "link"), (io, "open"), (builtins, "open"))
+"""Behind these a process may be killed too."""
+
+
+def operations(work: Callable[[Path], Any], folder: Path) -> list[str]:
+    """What a process does to files below a folder. Fails if it does not come to its end."""
+    status, seen = _forked(work, folder, None)
+    assert status == 0, f"{status}: {seen}"
+    return seen
+
+
+def killed(work: Callable[[Path], Any], folder: Path, at: int) -> None:
+    """Let a process do its work up to this operation. A file that is being put on disk there has half its content."""
+    status, _ = _forked(work, folder, at)
+    assert status == signal.SIGKILL, f"it ended by itself: {status}"
+
+
+def _forked(work: Callable[[Path], Any], folder: Path, at: int | None) -> tuple[int, list[str]]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os._exit(_watched(work, folder, at, writing))
+    os.close(writing)
+    with os.fdopen(reading) as found:
+        seen = found.read().splitlines()
+    return os.waitpid(child, 0)[1], seen
+
+
+def _watched(work: Callable[[Path], Any], folder: Path, at: int | None, writing: int) -> int:
+    try:
+        points = _Points(folder, at)
+        work(folder)
+        os.write(writing, "\n".join(points.seen).encode())
+    except BaseException:
+        os.write(writing, traceback.format_exc().encode())
+        return 1
+    return 0
+
+
+class _Points:
+    """This process's operations, one of which it does not survive."""
+
+    def __init__(self, folder: Path, at: int | None) -> None:
+        self._folder, self._at, self._busy = str(folder), at, False
+        self.seen: list[str] = []
+        sys.addaudithook(self._before)
+        for owner, name in CALLS:
+            setattr(owner, name, self._followed(getattr(owner, name), name))
+
+    def _before(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES:
+            self._point(f"before {event}", arguments[CHANGES[event]])
+
+    def _followed(self, inner: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[min(1, len(args) - 1)]
+            if name == "fsync":
+                self._point("within fsync", path)
+            found = inner(*args, **kwargs)
+            if name != "open":
+                self._point(f"behind {name}", path)
+            elif set(str(args[1] if len(args) > 1 else kwargs.get("mode", "r"))) & set("wax+"):
+                self._point("behind open", args[0])
+            return found
+
+        return call
+
+    def _point(self, what: str, path: Any) -> None:
+        if self._busy or not str(path).startswith(self._folder):
+            return
+        self._busy = True
+        self.seen.append(f"{what} {path}")
+        if self._at is not None and len(self.seen) > self._at:
+            if what == "within fsync" and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._busy = False
