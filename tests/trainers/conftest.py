@@ -115,7 +115,7 @@ def stop_after() -> Callable[[int], AbstractContextManager[None]]:
     from distributed.acting import after_steps
 
     def stopping(k: int) -> AbstractContextManager[None]:
-        return after_steps(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == k else None)
+        return after_steps(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == k else None)
 
     return stopping
 

@@ -15,6 +15,8 @@ LORA = {"rank": 4, "targetModules": ["q_proj", "down_proj"]}
 TRAINED = ("sft", "reward", "dpo", "ppo", "distill")
 OTHERS = ("rollout", "evaluate", "package")
 KINDS = (*TRAINED, *OTHERS)
+TRAINEES = {"model", "policy", "student"}
+"""Fields that name the model that is trained."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,21 @@ class Way:
     """Of phases that train, such as adapters; the run that it is compared with has them too."""
     bf16: bool = False
     """Whether it computes in bf16, as the run that it is compared with."""
+    held_in_bf16: bool = False
+    """Whether weights that are trained are held in bf16, there as well."""
 
     def document(self, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
         """A phase's spec done this way."""
         precision = {"precision": "bf16"} if self.bf16 else {}
         more = self.changes if kind in TRAINED else {}
+        if kind in TRAINED and self.held_in_bf16:
+            more = more | {name: spec[name] | {"dtype": "bf16"} for name in TRAINEES & spec.keys()}
         return spec | more | {"parallel": {"microBatchTokens": 128} | precision | self.parallel}
 
     @property
     def alone(self) -> "Way":
         """The run in one process that it is compared with."""
-        return Way({"strategy": "single"}, 1, changes=self.changes, bf16=self.bf16)
+        return Way({"strategy": "single"}, 1, changes=self.changes, bf16=self.bf16, held_in_bf16=self.held_in_bf16)
 
 
 SINGLE, DDP, FSDP, ZERO = ({"strategy": name} for name in ("single", "ddp", "fsdp", "deepspeed"))
@@ -87,6 +93,11 @@ WAYS = {
     "zero 1 in bf16": Way(ZERO_1, bf16=True),
     "zero 2 in bf16": Way(ZERO, bf16=True),
     "zero 3 in bf16": Way(ZERO_3, bf16=True),
+    "ddp, weights in bf16": Way(DDP, bf16=True, held_in_bf16=True),
+    "fsdp, weights in bf16": Way(FSDP, bf16=True, held_in_bf16=True),
+    "zero 1, weights in bf16": Way(ZERO_1, bf16=True, held_in_bf16=True),
+    "zero 2, weights in bf16": Way(ZERO, bf16=True, held_in_bf16=True),
+    "zero 3, weights in bf16": Way(ZERO_3, bf16=True, held_in_bf16=True),
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from acting import after_steps
@@ -34,7 +35,7 @@ def main() -> int:
     how = dict(entry.split("=") for entry in dying).get(os.environ["RANK"])
     presence.MISSED = 4  # else a frozen one is waited for for two minutes
 
-    def act(step: int) -> None:
+    def act(step: int, *_: Any) -> None:
         if step == STEP and how is not None:
             Path(path).with_suffix(".died").touch()
             die(how)

@@ -5,12 +5,13 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
+from distributed.acting import after_steps
 from distributed.processes import Phases
+
+from trainers.core.context import PhaseContext
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,15 @@ def run_until(files: Phases, endings: list[Ending]) -> int:
     return code
 
 
-@contextmanager
-def _coming(ending: Ending) -> Iterator[None]:
-    from trainers.core.checkpoint import Checkpoints
-
-    after_step = Checkpoints.after_step
+def _coming(ending: Ending) -> AbstractContextManager[None]:
     rank = int(os.environ.get("RANK", "0"))
 
-    def watched(self: Any, step: int, total: int, *args: Any) -> None:
-        if rank in ending.ranks:
-            if step == 1 + int(ending.part * (total - 1)):
-                threading.Timer(ending.seconds, os.kill, (os.getpid(), ending.what)).start()
-            while step == total - 1 and self.ctx.stop_signal is None:
-                time.sleep(0.001)  # it comes before the last step
-        after_step(self, step, total, *args)
+    def act(step: int, total: int, ctx: PhaseContext) -> None:
+        if rank not in ending.ranks:
+            return
+        if step == 1 + int(ending.part * (total - 1)):
+            threading.Timer(ending.seconds, os.kill, (os.getpid(), ending.what)).start()
+        while step == total - 1 and ctx.stop_signal is None:
+            time.sleep(0.001)  # it comes before the last step
 
-    Checkpoints.after_step = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Checkpoints.after_step = after_step  # type: ignore[method-assign]
+    return after_steps(act)

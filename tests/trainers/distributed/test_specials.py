@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
+from distributed.agreement import agree
 from distributed.cells import SAMPLING, STEPS, WAYS, Way, data, rows
-from distributed.compare import difference, losses
 from distributed.conftest import output_of, succeed, write
-from distributed.test_trajectory import BOUND
 
 pytestmark = pytest.mark.distributed
 
@@ -84,5 +83,4 @@ def alone(run):
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero 2", "zero 3"])
 def test_what_is_special_is_what_one_process_makes_of_it(name, run, alone):
     for special, found in run(WAYS[name], (EXPERTS,) if name == "zero 3" else ()).items():
-        assert losses(found) == pytest.approx(losses(alone[special]), rel=BOUND, abs=1e-6), special
-        assert difference(found, alone[special]) < BOUND, special
+        agree(WAYS[name], special, found, alone[special])
