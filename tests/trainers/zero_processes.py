@@ -22,6 +22,7 @@ from trainers.core.export import write_model
 from trainers.core.flops import model_flops
 from trainers.core.gathering import gathered, in_step
 from trainers.core.generate import generate
+from trainers.core.layers import hold
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
@@ -45,6 +46,7 @@ def main(cases: list[str]) -> None:
     workers = Workers(Parallel(strategy="deepspeed", precision="fp32"))
     assert workers.world == 2
     check_handed_over(workers)
+    check_one_type(workers)
     for case in cases:
         stage, offload, lora = int(case[0]), "o" in case, "l" in case
         settings = DeepSpeed(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
@@ -74,6 +76,32 @@ def check_handed_over(workers: Workers) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert ours.numel() == 0 and torch.equal(whole(ours), theirs), name
+
+
+def check_one_type(workers: Workers) -> None:
+    """A score head that was made in fp32 beside weights in bf16 becomes as they are; what has to stay fp32 is named."""
+    for stage in (2, 3):
+        workers.zero = zero_config(DeepSpeed(stage=stage), Path())
+        model = half(LlamaForCausalLM)
+        trainee = Trainee(workers, model, OPTIM, STEPS, model_flops(model))
+        held = {(p.ds_tensor if stage == 3 else p).dtype for p in trainee.engine.parameters}
+        assert held == {torch.bfloat16}, held
+    workers.zero = zero_config(DeepSpeed(stage=2), Path())
+    model = half(KeepsHead)
+    with pytest.raises(BadInput, match=r"keeps lm_head\.weight in fp32"):
+        Trainee(workers, model, OPTIM, STEPS, model_flops(model))
+    workers.zero = None
+
+
+class KeepsHead(LlamaForCausalLM):
+    _keep_in_fp32_modules_strict = ("lm_head",)
+
+
+def half(kind: type[LlamaForCausalLM]) -> LlamaForCausalLM:
+    """In bf16 but for its head."""
+    model = hold(kind(CONFIG), torch.bfloat16)
+    model.lm_head.float()
+    return model
 
 
 def split(workers: Workers, model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -14,6 +14,7 @@ from trainers.core.engines.engine import Fill
 from trainers.core.engines.reach import Reach, listed
 from trainers.core.engines.zero_state import ZeroState
 from trainers.core.engines.zero_weights import hand_over
+from trainers.core.layers import kept_in_fp32
 from trainers.core.parallel import Workers
 from trainers.core.presence import be_patient
 from trainers.core.sharding import is_split, whole_shape
@@ -101,10 +102,26 @@ class Zero:
 
 
 def _with_types(config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Weights in bf16 get fp32 copies, split over processes, which are what is updated."""
-    if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
-        return config | {"bf16": {"enabled": True, "check_grad_overflow": True}}
-    return config
+    """Weights in bf16 get fp32 copies, split over processes, which are what is updated.
+
+    All that is trained is one long vector, of one type then. Raises BadInput where an architecture wants two.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if all(p.dtype != torch.bfloat16 for p in trained.values()):
+        return config
+    if kept := [name for name, p in trained.items() if p.dtype != torch.bfloat16 and _keeps_in_fp32(module, name)]:
+        raise BadInput(
+            f"dtype bf16: strategy deepspeed holds all that is trained in one type, and the model keeps {listed(kept)} "
+            "in fp32: set dtype fp32, or strategy ddp"
+        )
+    for weight in trained.values():
+        if weight.dtype != torch.bfloat16:  # a fresh score head
+            weight.data = weight.data.to(torch.bfloat16)
+    return config | {"bf16": {"enabled": True, "check_grad_overflow": True}}
+
+
+def _keeps_in_fp32(module: nn.Module, name: str) -> bool:
+    return any(kept_in_fp32(part, name) for part in module.modules())
 
 
 def _with_bucket(zero: dict[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
