@@ -75,7 +75,7 @@ class TestRights:
         writes = {
             e["verb"] for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource") == "pytorchjobs"
         }
-        assert writes <= {"create", "delete", "list", "watch"}
+        assert writes <= {"create", "delete", "get", "list", "watch"}
 
 
 class TestTells:

@@ -1,0 +1,228 @@
+"""What the backend takes for the run's own, out of all that has its labels or its names."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from builders import START, make_run, seen, sft
+from pods import job, owner, pod, said, terminated
+
+from controller.api import meta
+from controller.api.run import AlignmentRun
+from controller.api.status import QueueState
+from controller.backends.pytorchjob.backend import PyTorchJobBackend
+from controller.plan.decide import decide
+from controller.plan.job import job_name
+from controller.plan.observed import JobState, Observed, ObservedJob
+
+Object = dict[str, Any]
+
+RUN = "alignment.dev/v1alpha1", "AlignmentRun", "test"
+MINE = owner(*RUN, "run-1")
+EARLIER = owner(*RUN, "run-0")
+ANOTHERS = owner("alignment.dev/v1alpha1", "AlignmentRun", "other", "run-2")
+WEB = owner("apps/v1", "Deployment", "web", "web-1")
+
+
+class Shelf:
+    """What an API server holds: as much of it as is asked for."""
+
+    def __init__(self, *jobs: Object, pods: tuple[Object, ...] = (), workloads: tuple[Object, ...] = ()) -> None:
+        self.jobs, self.pods, self.workloads = jobs, pods, workloads
+        self.deleted: list[tuple[str, str]] = []
+        self.asked: list[str] = []
+
+    async def list_jobs(self, namespace: str, labels: Object) -> list[Object]:
+        return [job for job in self.jobs if labels.items() <= job["metadata"]["labels"].items()]
+
+    async def list_pods(self, namespace: str, labels: Object) -> list[Object]:
+        return list(self.pods)
+
+    async def get_job(self, namespace: str, name: str) -> Object | None:
+        self.asked.append(name)
+        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        self.deleted.append((name, uid))
+
+    async def list_workloads(self, namespace: str, labels: Object) -> list[Object]:
+        return list(self.workloads)
+
+    async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
+        return []
+
+
+class NoFigures:
+    def progress(self, target: Any) -> None:
+        return None
+
+
+def labelled(attempt: str = "1", phase: str = "sft", **more: str) -> Object:
+    ours = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: "test"}
+    return {**ours, meta.LABEL_PHASE: phase, meta.LABEL_ATTEMPT: attempt, **more}
+
+
+def a_job(
+    *owners: Object, name: str = "test-sft-1", uid: str = "job-1", labels: Object | None = None, ended: str = ""
+) -> Object:
+    found = labelled() if labels is None else labels
+    conditions = (ended,) if ended else ("Running",)
+    return job(*conditions, name=name, uid=uid, labels=found, ownerReferences=list(owners))
+
+
+def a_run(asked: bool = True) -> AlignmentRun:
+    run = make_run(sft("sft"), workspace={"claimName": "w"}, template={"image": "i:1"})
+    run = run.model_copy(update={"metadata": run.metadata.model_copy(update={"uid": "run-1", "namespace": "default"})})
+    return run.model_copy(update={"status": decide(run, seen(), START).status}) if asked else run
+
+
+def backend(shelf: Shelf) -> PyTorchJobBackend:
+    api: Any = shelf
+    figures: Any = NoFigures()
+    return PyTorchJobBackend(api, figures, None)
+
+
+def look(shelf: Shelf, run: AlignmentRun | None = None) -> Observed:
+    return asyncio.run(backend(shelf).observe(run or a_run()))
+
+
+class TestJobs:
+    def test_the_runs_own_is_seen_with_its_uid_and_nobody_is_asked_again(self):
+        shelf = Shelf(a_job(MINE))
+        [found] = look(shelf).jobs
+        assert (found.phase, found.attempt, found.name, found.uid) == ("sft", 1, "test-sft-1", "job-1")
+        assert shelf.asked == []
+
+    @pytest.mark.parametrize(
+        "reference",
+        [
+            {**MINE, "controller": False},
+            {**MINE, "kind": "Other"},
+            {**MINE, "apiVersion": "evil.dev/v1"},
+            {**MINE, "uid": "x"},
+            WEB,
+        ],
+    )
+    def test_labels_make_none_the_runs(self, reference: Object):
+        observed = look(Shelf(a_job(reference)))
+        assert observed.jobs == ()
+        assert ("sft", 1) in observed.taken
+
+    def test_a_name_that_is_taken_is_told_with_its_owner(self):
+        observed = look(Shelf(a_job(WEB, labels={})))
+        assert observed.taken == {("sft", 1): "PyTorchJob test-sft-1 of Deployment web (uid web-1)"}
+        assert look(Shelf(a_job(labels={}))).taken == {("sft", 1): "PyTorchJob test-sft-1 of nobody"}
+        evil = {**WEB, "kind": "\x1b[31mRun\n" + "x" * 999}
+        told = look(Shelf(a_job(evil, labels={}))).taken["sft", 1]
+        assert told.isprintable()
+        assert len(told) < 500
+
+    @pytest.mark.parametrize(
+        "labels",
+        [{}, labelled(attempt="x"), labelled(attempt="9"), labelled(phase="other"), labelled(attempt="9" * 60)],
+        ids=["none", "no number", "another number", "another phase", "a number too long"],
+    )
+    def test_ours_stays_the_same_attempt_whatever_becomes_of_its_labels(self, labels: Object):
+        [found] = look(Shelf(a_job(MINE, labels=labels))).jobs
+        assert (found.phase, found.attempt) == ("sft", 1)
+
+    def test_an_older_operators_names_stay(self):
+        """Recorded or not: the job is there, and it is the run's."""
+        older = a_job(MINE, name="test-sft-0a1b2c3d-1")
+        run = a_run()
+        observed = look(Shelf(older), run)
+        [found] = observed.jobs
+        assert (found.phase, found.attempt, found.name, observed.taken) == ("sft", 1, "test-sft-0a1b2c3d-1", {})
+        run = run.model_copy(update={"status": decide(run, observed, START).status})
+        shelf = Shelf()
+        look(shelf, run)
+        assert shelf.asked == ["test-sft-0a1b2c3d-1"]
+
+    def test_only_what_was_seen_is_deleted(self):
+        shelf, run = Shelf(a_job(MINE)), a_run()
+        [found] = look(shelf, run).jobs
+        for seen_job in (found, None, ObservedJob("sft", 1, "d", JobState.FAILED, name="test-sft-1")):
+            asyncio.run(backend(shelf).delete(run, "sft", 1, seen_job))
+        assert shelf.deleted == [("test-sft-1", "job-1")]
+
+
+class TestEarlierRuns:
+    def test_their_jobs_hold_the_phase_while_they_live(self):
+        assert look(Shelf(a_job(EARLIER)), a_run(asked=False)).held == {
+            "sft": "PyTorchJob test-sft-1 of AlignmentRun test (uid run-0)"
+        }
+        assert look(Shelf(a_job())).held == {"sft": "PyTorchJob test-sft-1 of nobody"}
+        assert look(Shelf(a_job(EARLIER, ended="Failed"))).held == {}
+
+    @pytest.mark.parametrize("reference", [WEB, ANOTHERS])
+    def test_what_is_somebody_elses_holds_nothing(self, reference: Object):
+        assert look(Shelf(a_job(reference))).held == {}
+
+    def test_a_job_that_has_ended_holds_it_while_a_pod_of_it_saves(self):
+        saving = pod(running={"startedAt": "2026-01-01T00:00:00Z"})
+        assert "sft" in look(Shelf(a_job(EARLIER, ended="Failed"), pods=(labels_on(saving),))).held
+
+    def test_pods_whose_job_is_gone_hold_it(self):
+        later = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+        saving = labels_on(pod(running={"startedAt": "2026-01-01T00:00:00Z"}), deletionTimestamp=later)
+        assert look(Shelf(pods=(saving,))).held == {"sft": "Pod job-worker-0 of PyTorchJob test-sft-1 (uid job-1)"}
+        assert look(Shelf(pods=(labels_on(pod(phase="Succeeded")),))).held == {}
+
+    def test_pods_of_a_strangers_job_that_has_none_of_our_labels_hold_nothing(self):
+        theirs = a_job(WEB, labels={}, name="test-sft-1")
+        assert look(Shelf(theirs, pods=(labels_on(pod()),)), a_run(asked=False)).held == {}
+
+
+def labels_on(thing: Object, **metadata: Any) -> Object:
+    labels = {**thing["metadata"]["labels"], **labelled()}
+    return {**thing, "metadata": {**thing["metadata"], "labels": labels, **metadata}}
+
+
+class TestPods:
+    GOOD = said(None, digest="d", artifactDigest="a", metrics={})
+
+    def done(self, *owners: Object, name: str = "test-sft-1-worker-0") -> Object:
+        found = pod(0, "Succeeded", terminated=terminated(0, self.GOOD))
+        return labels_on(found, name=name, ownerReferences=list(owners))
+
+    def test_the_jobs_own_tell(self):
+        own = owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")
+        assert "sft" in look(Shelf(a_job(MINE, ended="Succeeded"), pods=(self.done(own),))).results
+
+    @pytest.mark.parametrize(
+        "reference",
+        [
+            None,
+            owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "another"),
+            owner("batch/v1", "Job", "test-sft-1", "job-1"),
+        ],
+    )
+    def test_others_with_the_same_labels_do_not(self, reference: Object | None):
+        forged = self.done(*([reference] if reference else []))
+        observed = look(Shelf(a_job(MINE, ended="Succeeded"), pods=(forged,)))
+        assert observed.results == {}
+
+    def test_rank_0_is_the_pod_of_that_name(self):
+        own = owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")
+        odd = self.done(own, name="anything")
+        assert look(Shelf(a_job(MINE, ended="Succeeded"), pods=(odd,))).results == {}
+
+
+def test_a_strangers_workload_says_nothing_about_our_job():
+    conditions = [{"type": "Admitted", "status": "True", "message": "forged"}]
+    forged = {"metadata": {"ownerReferences": [WEB]}, "status": {"conditions": conditions}}
+    ours = {
+        "metadata": {"ownerReferences": [owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")]},
+        "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "no room"}]},
+    }
+    queued = a_job(MINE, labels=labelled(**{"kueue.x-k8s.io/queue-name": "gpus"}))
+    [found] = look(Shelf(queued, workloads=(forged, ours))).jobs
+    assert found.queue is not None
+    assert (found.queue.state, found.queue.message) == (QueueState.PENDING, "no room")
+
+
+def test_names_that_the_status_remembers_are_those_that_jobs_get():
+    shelf = Shelf()
+    look(shelf)
+    assert shelf.asked == [job_name("test", "sft", 1)]
