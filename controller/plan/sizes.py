@@ -181,16 +181,19 @@ def _attempts(phase: ResolvedPhase, device: Device) -> Iterator[tuple[Change, bo
 
 def _here(phase: ResolvedPhase) -> Iterator[Change]:
     for said, parallel in _on_these_devices(phase):
-        changed = _with(phase.spec, parallel)
-        yield said, changed, phase.nodes
-        for less, spec in _smaller(changed):
-            yield f"{said}{', ' if said else ''}{less}", spec, phase.nodes
+        yield from _and_smaller(said, _with(phase.spec, parallel), phase.nodes)
 
 
 def _elsewhere(phase: ResolvedPhase) -> Iterator[Change]:
     said, parallel = _split(phase.spec)
-    for more in (2, 4, 8, 16, 32, 64):
-        yield f"nodes: {more * phase.nodes}, {said}", _with(phase.spec, parallel), more * phase.nodes
+    for nodes in (more * phase.nodes for more in (2, 4, 8, 16, 32, 64)):
+        yield from _and_smaller(f"nodes: {nodes}, {said}", _with(phase.spec, parallel), nodes)
+
+
+def _and_smaller(said: str, spec: PhaseSpec, nodes: int) -> Iterator[Change]:
+    yield said, spec, nodes
+    for less, smaller in _smaller(spec):
+        yield f"{said}{', ' if said else ''}{less}", smaller, nodes
 
 
 def _trains(spec: PhaseSpec) -> bool:

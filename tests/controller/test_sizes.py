@@ -349,6 +349,12 @@ def test_what_is_offloaded_needs_room_in_the_machine():
     assert "nodes:" in seventy(phase, "1Ti").advice
 
 
+def test_smaller_passes_come_before_twice_as_many_nodes():
+    template = {"procsPerNode": 8, "gpuMemory": "22Gi", "resources": {"limits": {"memory": "64Gi"}}}
+    assert "nodes: 2, strategy: fsdp" in (advice := one(tuned("org/big"), template=template).advice)
+    assert "microBatchTokens: " in advice
+
+
 def test_followed_advice_to_offload_says_what_lies_beside_the_device():
     settings = {"strategy": "fsdp", "fsdp": {"cpuOffload": True}, "gradientCheckpointing": True}
     phase = tuned("org/70b", parallel=settings)
