@@ -1,9 +1,13 @@
 """What is not a run's stays as it is, whatever its name and labels say, and the run says so and goes on."""
 
+import asyncio
 import json
 from typing import Any
 
 from driver import Driver, manifest, now, sft
+
+from controller.kube import Api
+from controller.operator.login import login_of
 
 Object = dict[str, Any]
 
@@ -104,6 +108,26 @@ def test_the_labels_of_a_run_make_nothing_its_own(driver: Driver):
     assert (phase["artifactDigest"], phase["metrics"]) == ("ours", {"loss": 1.5})
     end_of_life(driver)
     assert uid_of(driver) == theirs
+
+
+def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
+    """Between a look and what it decides upon: the API server compares UIDs."""
+    driver.apply(strangers_job())
+    theirs = uid_of(driver)
+
+    async def delete(uid: str) -> None:
+        api = Api(login_of(driver.cluster.kubeconfig))
+        try:
+            await api.delete_job(driver.namespace, "run-sft-1", uid)
+        finally:
+            await api.close()
+
+    asyncio.run(delete("another"))
+    assert uid_of(driver) == theirs
+    assert "deletionTimestamp" not in driver.until_job("run-sft-1")["metadata"]
+    asyncio.run(delete(theirs))
+    driver.cluster.wait(lambda: not driver.jobs(), 30, "with its own it is")
+    asyncio.run(delete(theirs))
 
 
 def test_a_job_that_an_earlier_run_left_is_waited_for_while_it_may_write(driver: Driver):
