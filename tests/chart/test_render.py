@@ -251,6 +251,14 @@ def test_selectors_find_the_operators_pods_and_no_others() -> None:
     )
 
 
+def test_pods_that_only_have_the_trainers_labels_are_not_scraped() -> None:
+    [endpoint] = one(template({"monitoring": {"trainersPodMonitor": ON}}), "PodMonitor", f"{NAME}-trainers")["spec"][
+        "podMetricsEndpoints"
+    ]
+    kept = {tuple(r["sourceLabels"]): r["regex"] for r in endpoint["relabelings"] if r["action"] == "keep"}
+    assert kept["__meta_kubernetes_pod_controller_kind",] == "PyTorchJob"
+
+
 def test_a_rename_does_not_change_who_is_selected_by_the_trainers_monitor() -> None:
     spec = one(template({"monitoring": {"trainersPodMonitor": ON}}), "PodMonitor", f"{NAME}-trainers")["spec"]
     assert spec["selector"]["matchLabels"] == {meta.LABEL_MANAGED_BY: meta.PRODUCT}
