@@ -11,7 +11,7 @@ from controller.api.problems import InvalidRun
 from controller.api.status import RunStatus
 from controller.commands.cluster.follow import Mark, _fresh
 from controller.commands.cluster.pods import Pod, of_attempt
-from controller.commands.cluster.reading import Wanted, is_over, reading_of, why_silent
+from controller.commands.cluster.reading import Wanted, is_over, missing_peer, reading_of, why_silent
 from controller.commands.cluster.run import ClusterRun, newest, the_one
 from controller.commands.display import PlainLines, state_word, status_table, transition
 from controller.commands.status import headline, notes
@@ -282,6 +282,16 @@ def test_why_there_is_no_log(sentence: str) -> None:
     reading = reading_of(run(state), pods, wanted)
     assert reading.pod is None or not reading.pod.has_log
     assert why_silent(Warnings(), reading) == expected  # type: ignore[arg-type]
+
+
+def test_a_pod_that_waits_for_another_says_so() -> None:
+    runs, waits = pod(**container(running={"startedAt": NOW})), pod(index=1, **UNSCHEDULED)
+    attempt_of_two = run(phase("a", "Running", attempt()))
+    expected = "pod r-a-1-worker-1 does not run yet: Unschedulable: no GPU; the attempt's other pods wait for it"
+    reading = reading_of(attempt_of_two, [runs, waits], Wanted("r", "a"))
+    assert missing_peer(Warnings(), reading) == expected  # type: ignore[arg-type]
+    both = [runs, pod(index=1, **container(running={"startedAt": NOW}))]
+    assert missing_peer(Warnings(), reading_of(attempt_of_two, both, Wanted("r", "a"))) == ""  # type: ignore[arg-type]
 
 
 def test_the_newest_attempt_is_read_and_of_its_pods_the_newest() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.errors import ClusterError
 from controller.commands.cluster.pods import Pod
-from controller.commands.cluster.reading import Reading, Wanted, is_over, read, why_silent
+from controller.commands.cluster.reading import Reading, Wanted, is_over, missing_peer, read, why_silent
 
 POLL_SECONDS = 1.0
 TRIES = 5
@@ -51,6 +51,8 @@ def follow_lines(
             if marks and pod.uid not in marks:
                 note(f"attempt {pod.attempt}: pod {pod.name}")
             mark = marks.setdefault(pod.uid, Mark())
+            if missing := missing_peer(cluster, reading):
+                note(missing)
             if not mark.whole:
                 yield from _more(cluster, pod, mark, note)
             done = mark.is_done

@@ -8,7 +8,7 @@ from controller.commands.cluster.errors import ClusterError
 from controller.commands.cluster.follow import follow_lines
 from controller.commands.cluster.patience import patiently
 from controller.commands.cluster.pods import Pod
-from controller.commands.cluster.reading import FINAL, Wanted, find_phase, read, why_silent
+from controller.commands.cluster.reading import FINAL, Wanted, find_phase, missing_peer, read, why_silent
 from controller.commands.cluster.run import ClusterRun, newest
 from controller.commands.find import interesting_phase
 from controller.commands.logs import print_line
@@ -41,6 +41,8 @@ def _print(cluster: Cluster, wanted: Wanted) -> int:
     reading = read(cluster, wanted)
     if reading.pod is not None and reading.pod.has_log:
         _print_all(cluster, reading.pod)
+        if missing := missing_peer(cluster, reading):
+            typer.echo(missing, err=True)
         return 0
     why = why_silent(cluster, reading)
     if reading.attempt is None or (reading.pods and reading.pod is None):

@@ -93,16 +93,25 @@ def is_over(reading: Reading, wanted: Wanted) -> bool:
 
 def why_silent(cluster: Cluster, reading: Reading) -> str:
     """Why there is no log, in one line."""
-    pod = reading.pod
-    if pod is not None:
-        reason = pod.holdup or cluster.warning(pod) or pod.stage
-        return f"pod {pod.name} {'never ran' if pod.ended else 'does not run yet'}: {reason}"
+    if reading.pod is not None:
+        return _not_running(cluster, reading.pod)
     if reading.attempt is None:
         return f"phase {reading.phase.name} was not started: {_state(reading.phase)}"
     if reading.pods:
         known = ", ".join(map(str, sorted(reading.pods)))
         return f"no pod {reading.index} of {_name(reading)}; its pods are: {known}"
     return f"{_name(reading)}: {_without_pods(reading)}"
+
+
+def missing_peer(cluster: Cluster, reading: Reading) -> str:
+    """A pod for which the one that is read waits, in one line; empty if all of the attempt run."""
+    missing = next((pod for pod in reading.pods.values() if not pod.has_log and not pod.ended), None)
+    return f"{_not_running(cluster, missing)}; the attempt's other pods wait for it" if missing else ""
+
+
+def _not_running(cluster: Cluster, pod: Pod) -> str:
+    reason = pod.holdup or cluster.warning(pod) or pod.stage
+    return f"pod {pod.name} {'never ran' if pod.ended else 'does not run yet'}: {reason}"
 
 
 def _name(reading: Reading) -> str:
