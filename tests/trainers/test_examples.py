@@ -331,6 +331,7 @@ def test_two_runs_at_once_fill_one_cache(tmp_path, chat, monkeypatch):
         process.start()
     for process in runs:
         process.join(60)
+    assert [process.exitcode for process in runs] == [0, 0], "they end, and so do the processes that encode for them"
     found = [json.loads((tmp_path / f"{seed}.json").read_text()) for seed in (1, 2)]
     assert found == [shown(chat, steps(tmp_path / "apart", seed)) for seed in (1, 2)]
     monkeypatch.setattr(encoders.Encoder, "run", None)

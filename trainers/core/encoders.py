@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +151,9 @@ class Ahead:
         if self._pool is None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they are parallel already
             self._pool = ProcessPoolExecutor(self._processes, get_context("fork"), _begin, (self._encoders,))
+            # A process that was forked itself waits for its children before anybody tells them that there is no more work;
+            # and its queues, which are the way to tell them, are closed at priority 10.
+            Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
         return self._pool
 
 
