@@ -32,6 +32,12 @@ def gradients(workers: Workers, model: torch.nn.Module) -> dict[str, torch.Tenso
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+def is_rounding(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Gathered weights lie at other addresses, by which some processors' kernels add up in another order (Qwen3-Next's did)."""
+    apart = (ours - theirs).abs().max() / theirs.abs().max()
+    return bool(apart <= 4 * torch.finfo(dtype).eps)
+
+
 def compared(workers: Workers, folder: str, dtype: torch.dtype) -> dict[str, float | str]:
     sharding = workers.trained_sharding
     split, _ = read_model(AutoModelForCausalLM, folder, dtype, False, sharding)
@@ -47,7 +53,7 @@ def compared(workers: Workers, folder: str, dtype: torch.dtype) -> dict[str, flo
     for inside in (gathered, in_step):
         with torch.no_grad(), inside(split):
             logits = split(input_ids=ids).logits if workers.rank == 0 else None  # nobody waits inside
-        same &= logits is None or torch.equal(logits, alone(input_ids=ids).logits)
+        same &= logits is None or is_rounding(logits, alone(input_ids=ids).logits, dtype)
     return {"error": errors[worst], "weight": worst, "generates": str(same)}
 
 
