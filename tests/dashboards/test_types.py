@@ -44,7 +44,7 @@ def complaints(compiler: Path, folder: Path, boards: dict[str, Any]) -> dict[str
         (folder / f"{name}.ts").write_text(f"{head}\nexport const board: Dashboard = {json.dumps(board)};\n")
     (folder / "tsconfig.json").write_text(json.dumps({"compilerOptions": OPTIONS, "include": ["*.ts"]}))
     done = subprocess.run(
-        [compiler, "-p", folder], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [compiler, "-p", folder], cwd=folder, capture_output=True, text=True, timeout=900, check=False
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     assert all(line.split("(")[0].removesuffix(".ts") in boards for line in lines), done.stdout

@@ -116,7 +116,7 @@ def promtool(*arguments: str, text: str | None = None, cwd: Path | None = None) 
     """Its output, complaints included. Raises AssertionError with it when promtool is not content."""
     require()
     done = subprocess.run(
-        ["promtool", *arguments], input=text, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        ["promtool", *arguments], input=text, cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, f"promtool {' '.join(arguments)}:\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
