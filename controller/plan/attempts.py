@@ -45,8 +45,8 @@ def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt
     base = before.model_copy(
         update={
             "digest": job.digest,
-            "job": job.name or before.job,
-            "node": job.node or before.node,
+            "job": short(job.name) or before.job,
+            "node": short(job.node) or before.node,
             # Waiting in a queue is not yet a start.
             "started_at": before.started_at or job.started_at or job.may_start_since,
         }
@@ -96,7 +96,7 @@ def _reason(before: Attempt, job: ObservedJob) -> dict[str, object]:
 
 
 def short(message: str) -> str:
-    """A pod's word may be anything."""
+    """What is seen may be anything; copies of records are not checked again until they are read."""
     return plain(message)
 
 

@@ -19,6 +19,7 @@ from controller.api.status import (
     QueueStatus,
     RunStatus,
 )
+from controller.api.text import plain
 from controller.operator import events
 from controller.plan.decide import decide
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
@@ -37,7 +38,7 @@ FLOATS = st.floats()
 WRITTEN = st.floats(allow_nan=False, allow_infinity=False)
 """What a status holds is JSON."""
 TEXTS = st.text(max_size=20)
-WORDS = st.text(min_size=1, max_size=20)
+WORDS = st.text(min_size=1, max_size=20).filter(plain)
 SECONDS = st.floats(min_value=0, exclude_min=True, allow_infinity=False) | st.sampled_from([5e-324, 1e308, 1.0])
 CLASSES = st.none() | st.sampled_from(FailureClass)
 QUEUES = st.none() | st.builds(QueueStatus, state=st.sampled_from(QueueState), message=TEXTS)
