@@ -1,7 +1,7 @@
 """The attempts at a phase: what is remembered joined with what is seen, and whether one more may follow."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,6 +20,8 @@ KINDS = 12
 
 OLD_MESSAGE_LIMIT = 120
 
+BARRED = "waits, because its job may not be made now: "
+
 
 def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) -> tuple[Attempt, ...]:
     """Attempts by number. An end once seen stands, so stale, repeated and lost observations do no harm."""
@@ -36,6 +38,16 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
         if leaving and not record.state.ended and number not in seen:
             records[number] = record.model_copy(update={"state": _after_stopping(record), "finished_at": now})
     return tuple(records[number] for number in sorted(records))
+
+
+def barred(records: Sequence[Attempt], phase: str, why: Mapping[tuple[str, int], str]) -> tuple[Attempt, ...]:
+    """An attempt whose job may not be made now says so. It has not failed: it is asked for until there is room."""
+    return tuple(
+        a.model_copy(update={"message": short(f"{BARRED}{why[phase, a.number]}")})
+        if a.state == AttemptState.ASKED and (phase, a.number) in why
+        else a
+        for a in records
+    )
 
 
 def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt:

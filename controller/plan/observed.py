@@ -90,6 +90,8 @@ class Observed:
     """By phase; only `plan` asks."""
     taken: Mapping[tuple[str, int], str] = field(default_factory=dict)
     """Whose the objects are that have the name of an attempt's job and are not this run's, by phase and attempt."""
+    barred: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Why an attempt's job may not be made now, by phase and attempt: a quota is full, a right is missing."""
     held: Mapping[str, str] = field(default_factory=dict)
     """What may still write to a phase's folder and is not this run's, by phase."""
     problems: tuple[str, ...] = ()

@@ -251,7 +251,8 @@ class TestStart:
         told = 'Unschedulable: persistentvolumeclaim "work" not found'
         driver.cluster.wait(lambda: driver.phase("run", "sft").get("message") == told, 30, told)
 
-    def test_a_job_that_is_refused(self, driver: Driver):
+    def test_a_full_quota_is_waited_for(self, driver: Driver):
+        """It ended runs once, after 380 seconds."""
         quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
                  "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}}  # fmt: skip
         driver.cluster.apply(quota, driver.namespace)
@@ -260,9 +261,12 @@ class TestStart:
             30, "the quota holds",
         )  # fmt: skip
         driver.apply(manifest("run", sft(), failurePolicy={**FAST, "retries": {"infrastructure": 0}}))
-        failed = driver.until_condition("run", "Failed")
-        assert "the API server refused the job" in failed["message"]
-        assert "exceeded quota: none" in failed["message"]
+        waits = driver.until_condition("run", "Progressing", reason="JobForbidden")
+        assert "exceeded quota: none" in waits["message"]
+        assert len(driver.events("JobForbidden")) == 1
+        driver.cluster.kubectl("delete", "resourcequota", "none", "-n", driver.namespace)
+        driver.until_job("run-sft-1")
+        assert len(driver.phase("run", "sft")["attempts"]) == 1
 
     def test_pods_that_may_not_be_made(self, driver: Driver):
         quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "no-pods"},

@@ -20,10 +20,11 @@ Object = dict[str, Any]
 
 REFUSALS = {
     400: FailureClass.BAD_INPUT,
-    403: FailureClass.INFRASTRUCTURE,
     422: FailureClass.BAD_INPUT,
 }
-"""Answers to a job's creation that asking again at once does not change. Forbidden may be a quota, or a right that is missing."""
+"""Answers to a job's creation that asking again does not change."""
+FORBIDDEN = 403
+"""A quota is full, or a right is missing: nothing has failed, and it is asked again until there is room."""
 WAIT_FOR_EVENTS = timedelta(seconds=10)
 SHOWN_THINGS = 3
 
@@ -38,6 +39,8 @@ class PyTorchJobBackend:
         self.image = image
         self._refused: dict[tuple[str, str], ObservedJob] = {}
         """Jobs that the API server did not take, by the run's uid and their name, until the run's status says so."""
+        self._barred: dict[str, dict[ownership.Attempted, str]] = {}
+        """Attempts whose jobs may not be made now, by the run's uid."""
 
     # -- the three methods
 
@@ -72,6 +75,7 @@ class PyTorchJobBackend:
             results=results,
             progress=self._progress(run, seen, pods),
             taken=taken,
+            barred=dict(self._barred.get(run.metadata.uid or "", {})),
             held=_held(run, others, pods, now) | _still_writing(await self._without_job(namespace, left), now),
             problems=tuple(self._problems(run)),
         )
@@ -81,8 +85,11 @@ class PyTorchJobBackend:
         try:
             await self.api.create_job(render(job, _owner(run), self.image))
         except Conflict:
-            return
+            pass
         except ApiError as error:
+            if error.status == FORBIDDEN:
+                self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = error.message
+                return
             if error.status not in REFUSALS:
                 raise
             refused = ObservedJob(
@@ -90,6 +97,13 @@ class PyTorchJobBackend:
                 f"the API server refused the job: {error.message}", name=job.name,
             )  # fmt: skip
             self._refused[run.metadata.uid or "", job.name] = refused
+        self._let_in(run, job)
+
+    def _let_in(self, run: AlignmentRun, job: PhaseJob) -> None:
+        uid = run.metadata.uid or ""
+        self._barred.get(uid, {}).pop((job.phase, job.attempt), None)
+        if not self._barred.get(uid):
+            self._barred.pop(uid, None)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
