@@ -20,7 +20,12 @@ STRATEGIES = {
     "zero-3": {"strategy": "deepspeed", "deepspeed": {"stage": 3}},
 }
 SAMPLING = {"maxNewTokens": 6}
+LONG = PHASE | {"batchSize": 256, "duration": {"maxSteps": 120}}
+"""Of many passes a step, so that there is time to disturb it, and of few steps, over which rounding adds up little."""
+PASSES = {"microBatchTokens": 256}
 STEPS = {"batchSize": 8, "duration": {"maxSteps": 4}, "checkpoint": {"everySteps": 2}}
+
+Losses = dict[int, float]
 
 
 def letters(split: str, count: int = 48) -> dict[str, Any]:
@@ -82,9 +87,17 @@ def test_a_whole_run_on_two_nodes(runs: Runs, strategy: str):
     assert (runs.workspace / strategy / "package" / "report.html").stat().st_size > 10_000
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    """Of the long phase in one process on this machine."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    local(folder, {"model": MODEL, "phases": [{"name": "sft", "sft": LONG}]})
+    return losses(folder / "runs/local/sft")
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_node_loses_power_and_the_other_goes_on_alone(runs: Runs, strategy: str, tmp_path: Path):
-    phase = PHASE | {"duration": {"maxSteps": 120}, "parallel": STRATEGIES[strategy]}
+def test_a_node_loses_power_and_the_other_goes_on_alone(runs: Runs, strategy: str, undisturbed: Losses):
+    phase = LONG | {"parallel": PASSES | STRATEGIES[strategy]}
     policy = {**POLICY, "nodeLostSeconds": 2, "startupTimeoutSeconds": 120}
     spec = {"model": MODEL, "failurePolicy": policy, "phases": [{"name": "sft", "sft": phase}]}
     cpu = {"requests": {"cpu": more_than_half(runs)}}
@@ -109,8 +122,34 @@ def test_a_node_loses_power_and_the_other_goes_on_alone(runs: Runs, strategy: st
     finally:
         runs.cluster.start_node("node-2")
         runs.cluster.kubectl("wait", "node/node-2", "--for=condition=Ready", "--timeout=90s", timeout=100)
-    local(tmp_path, spec | {"phases": [{"name": "sft", "sft": PHASE | {"duration": {"maxSteps": 120}}}]})
-    ours, undisturbed = losses(runs.workspace / "cut/sft"), losses(tmp_path / "runs/local/sft")
+    check(runs.workspace / "cut/sft", undisturbed, saved)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_node_has_room_at_first_and_later_both(runs: Runs, strategy: str, undisturbed: Losses):
+    phase = LONG | {"parallel": PASSES | STRATEGIES[strategy]}
+    policy = {**POLICY, "startupTimeoutSeconds": 30}
+    spec = {"model": MODEL, "failurePolicy": policy, "phases": [{"name": "sft", "sft": phase}]}
+    runs.cluster.kubectl("cordon", "node-2")
+    try:
+        cpu = {"requests": {"cpu": more_than_half(runs)}}
+        runs.apply("size", spec, nodes=2, minNodes=1, graceSeconds=60, resources=cpu)
+        saved = runs.until_checkpoint("size", "sft", 10, timeout=600)
+        assert [a["nodes"] for a in runs.phase("size", "sft")["attempts"]] == [2, 1]
+        assert runs.phase("size", "sft")["message"] == "on 1 of 2 nodes"
+        runs.kubectl("patch", "arun", "size", "--type=merge", "-p", '{"spec":{"suspend":true}}')
+        runs.wait("its pods are gone", lambda: not runs.cluster.items("pods", "-n", runs.namespace))
+    finally:
+        runs.cluster.kubectl("uncordon", "node-2")
+    runs.kubectl("patch", "arun", "size", "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    runs.until_succeeded("size", 900)
+    assert [a["nodes"] for a in runs.phase("size", "sft")["attempts"]] == [2]
+    assert {runs.pod("size-sft-3", index)["spec"]["nodeName"] for index in (0, 1)} == {"node-1", "node-2"}
+    check(runs.workspace / "size/sft", undisturbed, saved)
+
+
+def check(phase: Path, undisturbed: Losses, saved: int) -> None:
+    ours = losses(phase)
     assert list(ours) == list(undisturbed) == list(range(1, 121)), "no step is missing or made twice"
     assert ours == pytest.approx(undisturbed, rel=1e-4), f"the same rows, before and after step {saved}"
 
