@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-from driver import Driver, manifest, now, sft
+from driver import FAST, Driver, manifest, now, sft
 
 from controller.kube import Api
 from controller.operator.login import login_of
@@ -108,6 +108,24 @@ def test_the_labels_of_a_run_make_nothing_its_own(driver: Driver):
     assert (phase["artifactDigest"], phase["metrics"]) == ("ours", {"loss": 1.5})
     end_of_life(driver)
     assert uid_of(driver) == theirs
+
+
+def test_a_pod_that_has_the_name_of_one_of_ours_is_told_and_passed_by(driver: Driver):
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "run-sft-1-worker-0"},
+        "spec": {"containers": [CONTAINER]},
+    }
+    driver.apply(pod)
+    uid = driver.until_pod("run-sft-1-worker-0")["metadata"]["uid"]
+    driver.apply(manifest("run", sft(), failurePolicy={**FAST, "startupTimeoutSeconds": 40}))
+    said = '"run-sft-1-worker-0" already exists'
+    driver.cluster.wait(lambda: said in driver.phase("run", "sft").get("message", ""), 60, "it is told")
+    driver.cluster.wait(lambda: "run-sft-2" in driver.job_names(), 60, "the next attempt has pods of other names")
+    driver.succeed("run-sft-2")
+    driver.until_condition("run", "Succeeded")
+    assert driver.until_pod("run-sft-1-worker-0")["metadata"]["uid"] == uid
 
 
 def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
