@@ -8,7 +8,7 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
-from controller.backends.pytorchjob import evidence, observe, ownership
+from controller.backends.pytorchjob import belongings, evidence, observe, ownership
 from controller.backends.pytorchjob.render import Owner, render
 from controller.backends.pytorchjob.scrape import Scraper, Target
 from controller.kube import Api, ApiError, Conflict
@@ -49,18 +49,11 @@ class PyTorchJobBackend:
 
         One more for each attempt whose job is not where it should be.
         """
-        labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
-        namespace = run.metadata.namespace or "default"
-        listed = await self.api.list_jobs(namespace, labels)
-        known = ownership.names(run)
-        ours = [job for found in listed if ownership.is_ours(found, run) if (job := ownership.identified(found, known))]
-        unlabelled, taken = await self._by_name(namespace, run, ours)
-        jobs = [*ours, *unlabelled]
-        others = [job for job in listed if not ownership.is_ours(job, run)]
-        ordered = sorted(await self.api.list_pods(namespace, labels), key=evidence.index)
-        pods, left = ownership.by_job(ordered, [*jobs, *others])
-        queues = await self._queues(namespace, jobs)
         now = datetime.now(UTC).replace(microsecond=0)
+        found = await belongings.gather(self.api, run, now)
+        jobs, pods = found.jobs, found.pods
+        namespace = run.metadata.namespace or "default"
+        queues = await self._queues(namespace, jobs)
         seen = [
             await self._explained(
                 observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
@@ -74,9 +67,9 @@ class PyTorchJobBackend:
             jobs=tuple(seen),
             results=results,
             progress=self._progress(run, seen, pods),
-            taken=taken,
+            taken=found.taken,
+            held=found.held,
             barred=dict(self._barred.get(run.metadata.uid or "", {})),
-            held=_held(run, others, pods, now) | _still_writing(await self._without_job(namespace, left), now),
             problems=tuple(self._problems(run)),
         )
 
@@ -111,30 +104,6 @@ class PyTorchJobBackend:
             await self.api.delete_job(run.metadata.namespace or "default", seen.name, seen.uid)
 
     # -- details
-
-    async def _by_name(
-        self, namespace: str, run: AlignmentRun, ours: Sequence[Object]
-    ) -> tuple[list[Object], dict[ownership.Attempted, str]]:
-        """Jobs of attempts that should be there and do not have our labels: ours without them, and somebody else's."""
-        listed = {job["metadata"]["name"] for job in ours}
-        found, taken = [], {}
-        for which, name in ownership.going(run).items():
-            job = await self.api.get_job(namespace, name) if name not in listed else None
-            if job is None:
-                continue
-            if not ownership.is_ours(job, run):
-                taken[which] = ownership.told(job)
-            elif (ours_again := ownership.identified(job, {name: which})) is not None:
-                found.append(ours_again)
-        return found, taken
-
-    async def _without_job(self, namespace: str, left: Sequence[Object]) -> list[Object]:
-        """Those of the pods whose job is gone; with labels like ours, a job of somebody else's may have pods, too."""
-        jobs = {ownership.controller_of(pod)["name"] for pod in left}
-        there = {
-            job["metadata"]["uid"] for name in jobs if (job := await self.api.get_job(namespace, name)) is not None
-        }
-        return [pod for pod in left if ownership.controller_of(pod)["uid"] not in there]
 
     def _refusals(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Those of this run that its status does not know of yet."""
@@ -204,21 +173,6 @@ def _target(run: AlignmentRun, pod: Object) -> Target | None:
         return None
     namespace = run.metadata.namespace or "default"
     return Target(namespace, run.name, pod["metadata"]["uid"], address, evidence.timestamp(started))
-
-
-def _held(
-    run: AlignmentRun, others: Sequence[Object], pods: Mapping[str, Sequence[Object]], now: datetime
-) -> dict[str, str]:
-    """Jobs of an earlier run that may still write, by the phase whose folder it is."""
-    jobs = [job for job in others if ownership.is_of_earlier_run(job, run)]
-    alive = [job for job in jobs if observe.is_alive(job, pods.get(_name(job), ()), now)]
-    return {ownership.phase_of(job): ownership.told(job) for job in alive}
-
-
-def _still_writing(pods: Sequence[Object], now: datetime) -> dict[str, str]:
-    """Pods that go on after their job, by the phase whose folder it is."""
-    writing = [pod for pod in pods if not evidence.has_ended(pod, now, observe.PATIENCE_SECONDS)]
-    return {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod in writing}
 
 
 def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:
