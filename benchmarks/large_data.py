@@ -4,7 +4,9 @@
 
 Each schema is trained on a small set first, then twice on the large one: with nothing known of it, and again as an
 attempt after one that was stopped would. What is printed: seconds until the first step is done, by the clock and by the
-processor, tokens per second from then on, and the largest resident set of any process of the phase, its helpers included.
+processor, what was read of files until then, tokens per second from then on, by clock and processor, and the largest
+resident set of any process of the phase. All of it includes the helpers; on a machine that does other things beside only the
+processor's seconds mean much.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +56,17 @@ def rows(schema: str, rng: np.random.Generator, count: int) -> list[dict[str, ob
 
 
 def write(path: Path, schema: str, size: int) -> None:
-    """Rows of 4,000 different ones, each with a number in front, until the file has ``size`` bytes."""
+    """Rows of 4,000 different ones, a number in front of each, until the file has ``size`` bytes or a little more."""
     lines = [json.dumps(row) for row in rows(schema, np.random.default_rng(0), 4000)]
     key = '"prompt": "'
-    number, written = 0, 0
-    with path.open("w") as file:
-        while written < size:
-            block = "".join(line.replace(key, f"{key}{number + i} ", 1) + "\n" for i, line in enumerate(lines))
-            written += file.write(block)
-            number += len(lines)
+    block = b""
+    for first in range(0, 64 * len(lines), len(lines)):
+        block += "".join(line.replace(key, f"{key}{first + i} ", 1) + "\n" for i, line in enumerate(lines)).encode()
+        if len(block) >= size:
+            break
+    with path.open("wb") as file:  # what is larger repeats itself: nothing looks for rows that are alike
+        while file.tell() < size:
+            file.write(block)
 
 
 def spec_for(phase: str, data: Path, steps: int, model: str) -> dict[str, object]:
@@ -130,12 +136,14 @@ def run(phase: str, spec: dict[str, object], output: Path, steps: int) -> dict[s
         stdout=subprocess.DEVNULL,
     )
     peak = 0
-    begun: float | None = None
+    spent: dict[int, float] = {}
+    read = 0.0
     while process.poll() is None:
         peak = max([peak, *sizes(process)])
         made = times(phase, output)
-        if begun is None and made:
-            begun = cpu_seconds(process)
+        if made and len(made) not in spent:
+            read = read or read_bytes(process)
+            spent[len(made)] = cpu_seconds(process)
         if phase in UNENDING and len(made) >= steps:
             process.terminate()
             process.wait()
@@ -143,18 +151,29 @@ def run(phase: str, spec: dict[str, object], output: Path, steps: int) -> dict[s
     if process.returncode not in ((0, 143) if phase in UNENDING else (0,)):
         raise SystemExit(f"{phase} ended with {process.returncode}")
     if phase == "evaluate":
-        return evaluated(times(phase, output), started, begun or 0.0, peak)
+        return evaluated(times(phase, output), started, spent, peak) | {"read until then, MB": round(read / 1e6)}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     settled = lines[len(lines) // 4 :]
     seconds = settled[-1]["time"] - settled[0]["time"]
     return {
         "first step after, s": round(lines[0]["time"] - started, 1),
-        "processor seconds until then": round(begun or 0.0, 1),
+        "processor seconds until then": round(spent[min(spent)], 1),
+        "read until then, MB": round(read / 1e6),
         "whole, s": round(time.time() - started, 1),
         "tokens/s": round(sum(line["tokens"] for line in settled[1:]) / seconds),
+        "tokens per processor second": round(rate(lines, spent)),
         "of that waiting for data, %": round(100 * sum(line["seconds_data"] for line in settled[1:]) / seconds, 2),
         "largest resident set, MB": round(peak / 1e6),
     }
+
+
+def rate(lines: list[dict[str, float]], spent: dict[int, float]) -> float:
+    """Tokens of the steps from the first quarter on per processor second that was spent meanwhile."""
+    seen = [count for count in sorted(spent) if count > len(lines) // 4]
+    if len(seen) < 2:
+        return 0.0
+    tokens = sum(line["tokens"] for line in lines[seen[0] : seen[-1]])
+    return tokens / max(spent[seen[-1]] - spent[seen[0]], 1e-9)
 
 
 def times(phase: str, output: Path) -> list[float]:
@@ -169,19 +188,32 @@ def times(phase: str, output: Path) -> list[float]:
     )
 
 
-def evaluated(made: list[float], started: float, begun: float, peak: int) -> dict[str, float]:
+def evaluated(made: list[float], started: float, spent: dict[int, float], peak: int) -> dict[str, float]:
     return {
         "first block after, s": round(made[0] - started, 1),
-        "processor seconds until then": round(begun, 1),
+        "processor seconds until then": round(spent[min(spent)], 1),
+        "processor seconds for a block": round((max(spent.values()) - min(spent.values())) / max(len(spent) - 1, 1), 2),
         "seconds for a block of 512 rows": round((made[-1] - made[0]) / max(len(made) - 1, 1), 2),
         "largest resident set, MB": round(peak / 1e6),
     }
 
 
 def cpu_seconds(process: psutil.Popen) -> float:
-    """Of the process and its helpers: what a machine that does other things beside tells best."""
-    with process.oneshot():
-        return sum(process.cpu_times()[:4])
+    """Of the process and its helpers, also those that have ended."""
+    return summed(process, lambda one: sum(one.cpu_times()[:4]))
+
+
+def read_bytes(process: psutil.Popen) -> float:
+    """By reading files, from the disk or the system's cache; libraries that Python loads are among them."""
+    return summed(process, lambda one: one.io_counters().read_chars)
+
+
+def summed(process: psutil.Popen, of: Callable[[psutil.Process], float]) -> float:
+    found = 0.0
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += of(one)
+    return found
 
 
 def sizes(process: psutil.Popen) -> list[int]:
@@ -209,6 +241,9 @@ def main() -> None:
         write(small, PHASES[phase], 10**6)
         write(large, PHASES[phase], int(args.gigabytes * 1e9))
         os.environ["XDG_CACHE_HOME"] = str(args.folder / "cache")
+        shutil.rmtree(
+            args.folder / "runs" / ".rows", ignore_errors=True
+        )  # of a phase before with rows of the same schema
         for name, data in (("small", small), ("large", large), ("large, again", large)):
             found = run(
                 phase, spec_for(phase, data, args.steps, model), args.folder / "runs" / "run" / phase, args.steps

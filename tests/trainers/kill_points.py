@@ -81,7 +81,8 @@ class _Points:
         return call
 
     def _point(self, what: str, path: Any) -> None:
-        if self._busy or not str(path).startswith(self._folder):
+        # Reports of progress come by the clock: with them an operation would have another number each time.
+        if self._busy or not str(path).startswith(self._folder) or "progress.json" in str(path):
             return
         self._busy = True
         self.seen.append(f"{what} {path}")

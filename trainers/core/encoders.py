@@ -150,7 +150,8 @@ class Ahead:
         """Processes that begin as copies of this one, as `torch`'s own loaders do: a tokenizer need not be sent to them."""
         if self._pool is None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they are parallel already
-            self._pool = ProcessPoolExecutor(self._processes, get_context("fork"), _begin, (self._encoders,))
+            known = (self._encoders, os.getpid())
+            self._pool = ProcessPoolExecutor(self._processes, get_context("fork"), _begin, known)
             # A process that was forked itself waits for its children before anybody tells them that there is no more work;
             # and its queues, which are the way to tell them, are closed at priority 10.
             Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
@@ -161,19 +162,21 @@ _encoders: list[Encoder] = []
 """A process's own."""
 
 
-def _begin(encoders: list[Encoder]) -> None:
+def _begin(encoders: list[Encoder], parent: int) -> None:
     global _encoders  # noqa: PLW0603 - an initializer has no other way to leave something
     _encoders = encoders
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(NICENESS)
-    _die_with_parent()
+    _die_with(parent)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Also when it is killed; else a process would wait for work for ever. Linux alone has the call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has died before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(source: int, rows: list[int]) -> None:
