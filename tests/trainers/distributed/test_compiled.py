@@ -36,7 +36,6 @@ SPLIT = {
     "ddp": {"strategy": "ddp"},
     "ddp, checkpointed": {"strategy": "ddp", "gradientCheckpointing": True},
     "fsdp": {"strategy": "fsdp", "gradientCheckpointing": True},
-    "zero 1": {"strategy": "deepspeed", "deepspeed": {"stage": 1}},
     "zero 2": {"strategy": "deepspeed"},
 }
 
