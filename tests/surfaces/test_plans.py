@@ -10,6 +10,7 @@ from controller.compose import read_document
 from controller.plan.shapes import sources
 from controller.plan.sizes import run_sizes
 from controller.preflight import load_run
+from trainers.sizing.memory import NF4
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/scaling.md"
@@ -75,6 +76,10 @@ def test_the_page_says_how_many_bytes_a_parameter_takes(held):
     needs = run_sizes(run, {(source, revision): HUB[source] for source, revision in sources(run)})["one"].needs
     said = round(getattr(needs.memory, part) / needs.models[0][1])
     assert f"| {held} | {said} |" in PAGE.read_text()
+
+
+def test_the_page_says_how_many_bytes_a_packed_weight_takes():
+    assert f"| linear layers under adapters with `quantization: nf4` (QLoRA) | {NF4:.2f} |" in PAGE.read_text()
 
 
 def test_without_splitting_the_examples_would_not_fit():
