@@ -8,6 +8,7 @@ file holds, no more of it than :data:`MAX_LINE` is in memory at a time. Imports 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def _all_lines(path: Path) -> Iterator[bytes | Malformed]:
     try:
         with opened(path) as file:
             some = partial(file.readline, MAX_LINE + 1)
-            yield some().removeprefix(BOM)
-            for line in iter(some, b""):
-                yield line if len(line) <= MAX_LINE else _behind_long_line(some)
+            found = (line if len(line) <= MAX_LINE else _behind_long_line(some) for line in iter(some, b""))
+            for first in islice(found, 1):
+                yield first.removeprefix(BOM) if isinstance(first, bytes) else first
+            yield from found
     except DAMAGE as error:
         yield Damaged(damage(error))
     except OSError as error:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from controller.api.meta import DNS_LABEL
+from controller.api.quantities import QUANTITY
 
 Location = tuple[int | str, ...]
 
@@ -81,6 +82,8 @@ def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0
         return detail["msg"].removeprefix("Value error, ")
     if kind == "string_pattern_mismatch" and context.get("pattern") == DNS_LABEL:
         return f"{value} is not a name: use lower-case letters, digits and '-', beginning and ending with a letter or digit"
+    if kind == "string_pattern_mismatch" and context.get("pattern") == QUANTITY:
+        return f"{value} is not a quantity: a number, and a unit such as m, k, M, G, Ki, Mi or Gi behind it (80Gi)"
     if kind in ("literal_error", "enum"):
         return f"{value} is not one of {context['expected']}" + _nearest_literal(detail)
     if detail["input"] is None:

@@ -3,6 +3,8 @@
 import re
 from fractions import Fraction
 
+QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE]|[eE][0-9]+)?$"
+
 SUFFIXES = {"n": Fraction(1, 10**9), "u": Fraction(1, 10**6), "m": Fraction(1, 1000), "": Fraction(1)}
 SUFFIXES |= {suffix: Fraction(1000**i) for i, suffix in enumerate("kMGTPE", start=1)}
 SUFFIXES |= {f"{suffix}i": Fraction(1024**i) for i, suffix in enumerate("KMGTPE", start=1)}

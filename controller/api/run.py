@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
+from controller.api.quantities import QUANTITY
 from controller.api.status import RunStatus
 from controller.api.workspace import OBJECT_NAME, Workspace
 from trainers.contract import PhaseType
@@ -27,8 +28,6 @@ MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)
 def _quantity(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-
-QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE]|[eE][0-9]+)?$"
 
 Quantity = Annotated[
     str,

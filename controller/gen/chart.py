@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from controller.api.run import QUANTITY
+from controller.api.quantities import QUANTITY
 from controller.gen import NOTICE
 
 Schema = dict[str, Any]

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from controller.api.problems import Problem, nearest
+from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
@@ -13,13 +14,17 @@ from trainers.spec import ArtifactRef
 
 SHOWN_METRICS = 12
 
+LEAST_GPU = 2**30
+"""Bytes."""
+
 
 def check_run(run: AlignmentRun) -> list[Problem]:
     """Every problem of the run as a whole."""
     types = {entry.name: entry.type for entry in run.phases}
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
-        problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run)]
+        problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
+    problems += _gpu_problems(run)
     return problems
 
 
@@ -67,6 +72,25 @@ def _node_problems(run: AlignmentRun) -> Iterator[Problem]:
             yield Problem(
                 f"{path}.template.minNodes", f"{template.min_nodes} is more than nodes, {template.nodes or 1}"
             )
+
+
+def _process_problems(run: AlignmentRun) -> Iterator[Problem]:
+    for phase in resolve(run):
+        parallel, processes = getattr(phase.spec, "parallel", None), phase.nodes * phase.procs_per_node
+        if parallel is not None and parallel.strategy == "single" and processes > 1:
+            path = f"spec.phases[{phase.name}].{phase.type.name}.parallel.strategy"
+            yield Problem(
+                path, f"single is one process, and the template asks for {processes}: set ddp, fsdp or deepspeed"
+            )
+
+
+def _gpu_problems(run: AlignmentRun) -> Iterator[Problem]:
+    """A number without its unit is of bytes, and every phase would be said not to fit."""
+    own = [(f"spec.phases[{entry.name}]", entry.template) for entry in run.phases if entry.template]
+    for path, template in [("spec", run.spec.template), *own]:
+        if template.gpu_memory is not None and byte_count(template.gpu_memory) < LEAST_GPU:
+            said = f'"{template.gpu_memory}" is less than any GPU has; with its unit: 80Gi'
+            yield Problem(f"{path}.template.gpuMemory", said)
 
 
 def _listed(metric: str, known: Sequence[str]) -> str:

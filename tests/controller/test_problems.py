@@ -261,3 +261,22 @@ def test_an_object_store_is_left_to_the_phase(here: Path) -> None:
         "sft": {"model": {"source": "s3://bucket/model"}, "data": {"train": [{"files": "s3://bucket/a.jsonl"}]}},
     }
     assert load_run(document(phase), here).phases[0].name == "base"
+
+
+SOON = {
+    "single": (
+        {"procsPerNode": 2},
+        "spec.phases[base].sft.parallel.strategy: single is one process, and the template asks for 2",
+    ),
+    "no unit": ({"gpuMemory": "80"}, 'spec.template.gpuMemory: "80" is less than any GPU has; with its unit: 80Gi'),
+    "nothing": ({"gpuMemory": "0Gi"}, 'spec.template.gpuMemory: "0Gi" is less than any GPU has'),
+    "no such unit": ({"gpuMemory": "80GB"}, 'spec.template.gpuMemory: "80GB" is not a quantity: a number, and a unit'),
+}
+
+
+@pytest.mark.parametrize("case", SOON)
+def test_what_a_phase_would_refuse_at_its_start_is_refused_before(case: str) -> None:
+    template, said = SOON[case]
+    with pytest.raises(InvalidRun) as problem:
+        load_run(document(sft("base", parallel={"strategy": "single"}), template=template), Path("."))
+    assert said in str(problem.value)

@@ -166,3 +166,14 @@ def test_a_stopped_rollout_goes_on_behind_any_response(tmp_path_factory, respons
     parts.write(len(rows), 2 * len(rows), rows)
     assert parts.done() == 2 * len(rows)
     assert list(parts.rows()) == rows + rows
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
+def test_a_first_line_that_is_too_long_is_one_line_that_is_too_long(tmp_path, monkeypatch, name):
+    """It was cut, and its rest taken for a second line."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 100)
+    content = b'\xef\xbb\xbf{"a": "' + b"x" * 500 + b'"}\n{"a": 1}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (place, problem), (_, line) = jsonl.lines(tmp_path / name)
+    assert (place, line) == (f"{tmp_path / name}:1", b'{"a": 1}\n')
+    assert isinstance(problem, json_text.Malformed)
