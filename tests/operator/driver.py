@@ -92,8 +92,8 @@ class Driver:
 
     # -- waiting
 
-    def until_job(self, name: str) -> Object:
-        return self.cluster.wait(lambda: self._job(name), 30, f"job {name} ({self.namespace})")
+    def until_job(self, name: str, timeout: float = 30) -> Object:
+        return self.cluster.wait(lambda: self._job(name), timeout, f"job {name} ({self.namespace})")
 
     def _job(self, name: str) -> Object | None:
         try:

@@ -171,7 +171,7 @@ class TestFaults:
         mine = driver.cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
         with FaultProxy(mine) as proxy:
             running = operator_factory(kubeconfig=proxy.kubeconfig).start()
-            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 40, "it leads")
+            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 90, "it leads")
             yield proxy, running
             running.stop("kill")
         operator.start()
@@ -189,6 +189,7 @@ class TestFaults:
             proxy.refuse(method="GET", path="/alignmentruns/run$", times=2),
         ]
         driver.apply(manifest("run", sft(), dpo()))
+        driver.until_job("run-sft-1", timeout=90)  # nearly all of them strike before it: a wait behind each
         driver.succeed("run-sft-1")
         driver.succeed("run-dpo-1")
         driver.until_condition("run", "Succeeded", timeout=60)
@@ -220,7 +221,7 @@ class TestFaults:
         mine = driver.cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
         with FaultProxy(mine) as proxy:
             running = operator_factory("--watchdog-seconds", "3", kubeconfig=proxy.kubeconfig).start()
-            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 40, "it leads")
+            driver.cluster.wait(lambda: running.metric("alignment_operator_leader") == 1, 90, "it leads")
             driver.apply(manifest("seen", sft()))
             driver.until_job("seen-sft-1")
             time.sleep(7)
@@ -326,7 +327,7 @@ class TestNamespaces:
         operator.stop()
         other = Driver(driver.cluster, driver.cluster.namespace("other"))
         mine = operator_factory("--namespace", driver.namespace).start()
-        driver.cluster.wait(lambda: mine.metric("alignment_operator_leader") == 1, 40, "it leads")
+        driver.cluster.wait(lambda: mine.metric("alignment_operator_leader") == 1, 90, "it leads")
         other.apply(manifest("run", sft()))
         driver.apply(manifest("run", sft()))
         driver.until_job("run-sft-1")

@@ -17,7 +17,7 @@ def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
         kwok_cluster.apply(ROOT / f"manifests/base/{name}.yaml")
     mine = kwok_cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
     operator = OperatorProcess(mine, free_port(), tmp_path_factory.mktemp("operator") / "log").start()
-    kwok_cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 40, "it leads")
+    kwok_cluster.wait(lambda: operator.metric("alignment_operator_leader") == 1, 90, "it leads")
     yield operator
     operator.stop()
 
