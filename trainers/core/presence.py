@@ -85,7 +85,8 @@ class Presence:
                 return
 
     def _missing(self, unanswered: int) -> str:
-        if unanswered >= MISSED:
+        # Nobody can tell in which of two turns the one and the other began.
+        if 2 * unanswered >= MISSED:
             return f"the store through which processes have met has not answered for {MISSED * EVERY_SECONDS:.0f} s"
         silent = f"rank {self.next} has given no sign of life for {MISSED * EVERY_SECONDS:.0f} s"
         return f"{silent}: it is frozen, or its machine is gone"

@@ -104,7 +104,9 @@ def why_silent(cluster: Cluster, reading: Reading) -> str:
 
 
 def missing_peer(cluster: Cluster, reading: Reading) -> str:
-    """A pod for which the one that is read waits, in one line; empty if all of the attempt run."""
+    """A pod for which the one that is read waits, in one line; empty if all of the attempt run, or it waits no more."""
+    if reading.pod is None or reading.pod.ended:
+        return ""
     missing = next((pod for pod in reading.pods.values() if not pod.has_log and not pod.ended), None)
     return f"{_not_running(cluster, missing)}; the attempt's other pods wait for it" if missing else ""
 
