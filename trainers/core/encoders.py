@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -154,8 +155,13 @@ class Ahead:
             self._pool = ProcessPoolExecutor(self._processes, get_context("fork"), _begin, known)
             # A process that was forked itself waits for its children before anybody tells them that there is no more work;
             # and its queues, which are the way to tell them, are closed at priority 10.
-            Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
+            Finalize(None, _shut, (weakref.ref(self._pool),), exitpriority=100)
         return self._pool
+
+
+def _shut(pool: Callable[[], ProcessPoolExecutor | None]) -> None:
+    if (found := pool()) is not None:
+        found.shutdown(cancel_futures=True)
 
 
 _encoders: list[Encoder] = []
