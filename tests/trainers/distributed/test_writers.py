@@ -52,7 +52,7 @@ def finished(kind: str, model: Path, folder: Path) -> dict[str, str]:
     file = write(folder / "phase.yaml", folder / "run" / kind, spec_of(kind, model, folder))
     assert torchrun(folder, "-m", "trainers", kind, "--spec", str(file)) == 0, (folder / "log").read_text()[-4000:]
     left = sorted((folder / "run" / kind).glob("model/*" if kind == "sft" else "**/*.[js]*"))
-    skipped = ("metrics.jsonl", "result.json", "identity.json")
+    skipped = ("metrics.jsonl", "result.json", "identity.json", "progress.json")
     return {path.name: tree_digest(path) for path in left if path.name not in skipped}
 
 
