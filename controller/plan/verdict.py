@@ -90,7 +90,7 @@ def _at_work(phases: Sequence[PhaseStatus]) -> Claim | None:
     held = [f"{p.name}: {p.message}" for p in phases if p.held_by]
     if held:
         return Claim(True, meta.WAITING_FOR_EARLIER_RUN, "; ".join(held))
-    barred = [f"{p.name} {p.message}" for p in running if p.message.startswith(BARRED)]
+    barred = [f"{p.name} {a.message}" for p in running for a in p.attempts[-1:] if a.message.startswith(BARRED)]
     if barred:
         return Claim(True, meta.JOB_FORBIDDEN, "; ".join(barred))
     if running:

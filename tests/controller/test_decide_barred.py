@@ -37,3 +37,16 @@ def test_a_word_about_another_attempt_is_not_taken_for_this_ones() -> None:
     running = replace(FULL, jobs=(job(RUN, "base"),))
     (first,) = story((RUN, seen(), 0))
     assert "quota" not in phase(decide(with_status(RUN, first), running, START)).message
+
+
+def test_it_says_so_on_fewer_nodes_than_were_wanted_too() -> None:
+    (first,) = story((RUN, seen(), 0))
+    run = with_status(RUN, first)
+    (found,) = first.status.phases
+    fewer = found.attempts[0].model_copy(update={"nodes": 1, "placed": 0})
+    wanted = RUN.spec.template.model_copy(update={"nodes": 2, "min_nodes": 1})
+    status = first.status.model_copy(update={"phases": (found.model_copy(update={"attempts": (fewer,)}),)})
+    spec = RUN.spec.model_copy(update={"template": wanted})
+    waits = decide(run.model_copy(update={"status": status, "spec": spec}), FULL, START)
+    assert phase(waits).message.startswith("on 1 of 2 nodes; waits")
+    assert condition(waits, meta.PROGRESSING) == "True/JobForbidden"

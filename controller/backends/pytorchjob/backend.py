@@ -40,7 +40,7 @@ class PyTorchJobBackend:
         self._refused: dict[tuple[str, str], ObservedJob] = {}
         """Jobs that the API server did not take, by the run's uid and their name, until the run's status says so."""
         self._barred: dict[str, dict[ownership.Attempted, str]] = {}
-        """Attempts whose jobs may not be made now, by the run's uid."""
+        """Attempts whose jobs might not be made when they were asked for last, by the run's uid; until the next look."""
 
     # -- the three methods
 
@@ -69,7 +69,7 @@ class PyTorchJobBackend:
             progress=self._progress(run, seen, pods),
             taken=found.taken,
             held=found.held,
-            barred=dict(self._barred.get(run.metadata.uid or "", {})),
+            barred=self._barred.pop(run.metadata.uid or "", {}),
             problems=tuple(self._problems(run)),
         )
 
@@ -78,7 +78,7 @@ class PyTorchJobBackend:
         try:
             await self.api.create_job(render(job, _owner(run), self.image))
         except Conflict:
-            pass
+            return
         except ApiError as error:
             if error.status == FORBIDDEN:
                 self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = error.message
@@ -90,13 +90,6 @@ class PyTorchJobBackend:
                 f"the API server refused the job: {error.message}", name=job.name,
             )  # fmt: skip
             self._refused[run.metadata.uid or "", job.name] = refused
-        self._let_in(run, job)
-
-    def _let_in(self, run: AlignmentRun, job: PhaseJob) -> None:
-        uid = run.metadata.uid or ""
-        self._barred.get(uid, {}).pop((job.phase, job.attempt), None)
-        if not self._barred.get(uid):
-            self._barred.pop(uid, None)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
