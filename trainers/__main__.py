@@ -1,12 +1,12 @@
 """Start one phase: ``torchrun … -m trainers TYPE --spec FILE`` (or plain ``python -m trainers`` for one process)."""
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
 import yaml
 
+from trainers.ending import exit_with
 from trainers.phases import REGISTRY
 
 LIBRARIES_TO_EACH_OTHER = r"`(torch\.distributed\.\w+|is_gradient_checkpointing|broadcast_buffers)` is deprecated"
@@ -39,4 +39,4 @@ def _change(text: str) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

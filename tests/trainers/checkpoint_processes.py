@@ -30,6 +30,7 @@ from trainers.core.saving import storage
 from trainers.core.sharding import whole
 from trainers.core.tensors import content_sum, write_tensors
 from trainers.core.trainee import Trainee
+from trainers.ending import exit_with
 from trainers.spec import Checkpoint, Fsdp, Lora, Optim, Parallel
 
 FORK = multiprocessing.get_context("fork")
@@ -306,4 +307,4 @@ def exports(strategy: str, kind: str, rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    exit_with(lambda: globals()[sys.argv[1]](Path(sys.argv[2])))

@@ -14,6 +14,7 @@ from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.shares import over_ranks
 from trainers.core.step import Layout, accumulate, scored
 from trainers.core.trainee import Trainee
+from trainers.ending import exit_with
 from trainers.spec import Optim, Parallel
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -83,4 +84,4 @@ def watch(trainee: Trainee, model: LlamaForCausalLM) -> tuple[list[int], set[tor
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -29,6 +29,7 @@ from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.sharding import sharding_for, whole
 from trainers.core.step import Layout, accumulate
 from trainers.core.trainee import Trainee, learning_rate
+from trainers.ending import exit_with
 from trainers.spec import DeepSpeed, Lora, Optim, Parallel, Sampling
 from trainers.zero_config import zero_config
 
@@ -250,4 +251,4 @@ def close(a: float, b: float, tolerance: float) -> bool:
 
 
 if __name__ == "__main__":
-    main([case for case in sys.argv[1:] if case != "-v"])
+    exit_with(lambda: main([case for case in sys.argv[1:] if case != "-v"]))

@@ -5,7 +5,6 @@ then names none. So each process counts up in the store through which they have 
 the count of the next one: whatever its main thread does, for however long, goes on being heard of.
 """
 
-import atexit
 import faulthandler
 import itertools
 import os
@@ -48,19 +47,14 @@ class Presence:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
         for thread in self.threads:
             thread.start()
-        atexit.register(self._stop)
 
     def close(self) -> None:
         """Say that this process is done. Those before it wait no more."""
-        self._stop()
-        with suppress(RuntimeError):  # whoever holds the store may be done before
-            self.store.set(str(self.rank), "done")
-
-    def _stop(self) -> None:
-        """An interpreter that ends while a thread is in the store's code aborts, and the process seems to have crashed."""
         self.closed.set()
         for thread in self.threads:
             thread.join(EVERY_SECONDS)
+        with suppress(RuntimeError):  # whoever holds the store may be done before
+            self.store.set(str(self.rank), "done")
 
     def _exchange(self) -> None:
         for count in itertools.count(1):

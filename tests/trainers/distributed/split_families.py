@@ -18,6 +18,7 @@ from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.sharding import release, whole
 from trainers.core.weights import read_model
+from trainers.ending import exit_with
 from trainers.spec import Parallel
 
 SEQUENCES = [Sequence(np.arange(3, 12 + n), np.ones(9 + n, dtype=bool)) for n in (0, 4, 2)]
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
