@@ -1,18 +1,18 @@
 """What each phase of a run will need of a device's memory, whether that is there, and what would fit. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, Template
+from controller.plan.advice import advise
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.shapes import Configs, Shapes
 from trainers.sizing.devices import GIB, PRODUCT_LABEL, product_memory
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import Needs, ShapeOf, phase_needs
 from trainers.sizing.shapes import UnknownSize
-from trainers.spec import Fsdp, Parallel, PhaseSpec
 
 GPU = "nvidia.com/gpu"
 GPU_RESERVE = GIB
@@ -21,10 +21,6 @@ CPU_RESERVE = 3 * GIB // 4
 """A process with torch and transformers, before it has a model: 0.5 GiB were measured, and rows and tokenizers come on top."""
 FRAGMENTED = 0.05
 """Share of a GPU that the caching allocator cannot give out again in one piece."""
-SMALLEST_PASS = 512
-"""Tokens of a forward pass below which a step becomes slow."""
-SHORT_PASS = 2048
-"""Tokens of a forward pass below which checkpointing costs less than more passes do."""
 BY_LAYERS = "whole weights for sampling do not fit: layers are gathered for every token, which is slow"
 
 
@@ -141,110 +137,20 @@ def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Pla
 
 
 def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf, zero_files: ZeroFiles) -> str:
-    """The first change that makes it fit, from what costs nothing to what costs most time."""
-    packed = (lora := getattr(phase.spec, "lora", None)) is not None and lora.quantization is not None
-    for (said, spec, nodes), by_layers in _attempts(phase, device):
-        if packed and spec.parallel.strategy == "fsdp":
-            continue
-        changed = replace(phase, spec=spec, template=_on(phase.template, nodes))
+    def fit_of(changed: ResolvedPhase, by_layers: bool) -> Memory | None:
         place = replace(place_of(changed, device, zero_files), by_layers=by_layers)
         needs = phase_needs(changed.spec, place, shape_of)
-        if needs is not None and device.holds(needs.memory):
-            slow = f"; {BY_LAYERS}" if by_layers else ""
-            return f"would fit with {said}: {shown(needs.memory.total)}{_beside(needs.memory)}{slow}"
-    return "no strategy on these devices makes it fit: use larger ones or more of them, or a smaller model"
+        return needs.memory if needs is not None and device.holds(needs.memory) else None
+
+    found = advise(phase, device.gpu, fit_of)
+    if found is None:
+        return "no strategy on these devices makes it fit: use larger ones or more of them, or a smaller model"
+    slow = f"; {BY_LAYERS}" if found.by_layers else ""
+    return f"would fit with {found.words}: {shown(found.memory.total)}{_beside(found.memory)}{slow}"
 
 
 def _beside(memory: Memory) -> str:
     return f", and {shown(memory.offloaded)} of the machine's memory for each" if memory.offloaded else ""
-
-
-def _with(spec: PhaseSpec, parallel: Parallel) -> PhaseSpec:
-    return spec.model_copy(update={"parallel": parallel})
-
-
-def _on(template: Template, nodes: int) -> Template:
-    return template.model_copy(update={"nodes": nodes})
-
-
-Change = tuple[str, PhaseSpec, int]
-"""What is changed, in words; the phase's settings with it; and nodes."""
-
-
-def _attempts(phase: ResolvedPhase, device: Device) -> Iterator[tuple[Change, bool]]:
-    """Changes, and whether sampling gathers layers for every token: more nodes make no whole weights smaller."""
-    yield from ((change, False) for change in _here(phase))
-    if device.gpu:
-        yield from ((change, True) for change in _here(phase))
-    yield from ((change, False) for change in _elsewhere(phase))
-
-
-def _here(phase: ResolvedPhase) -> Iterator[Change]:
-    for said, parallel in _on_these_devices(phase):
-        yield from _and_smaller(said, _with(phase.spec, parallel), phase.nodes)
-
-
-def _elsewhere(phase: ResolvedPhase) -> Iterator[Change]:
-    said, parallel = _split(phase.spec)
-    for nodes in (more * phase.nodes for more in (2, 4, 8, 16, 32, 64)):
-        yield from _and_smaller(f"nodes: {nodes}, {said}", _with(phase.spec, parallel), nodes)
-
-
-def _and_smaller(said: str, spec: PhaseSpec, nodes: int) -> Iterator[Change]:
-    yield said, spec, nodes
-    for less, smaller in _smaller(spec):
-        yield f"{said}{', ' if said else ''}{less}", smaller, nodes
-
-
-def _trains(spec: PhaseSpec) -> bool:
-    return hasattr(spec, "optim")
-
-
-def _split(spec: PhaseSpec) -> tuple[str, Parallel]:
-    now = spec.parallel
-    if not _trains(spec):
-        return "frozen: sharded", now.model_copy(update={"frozen": "sharded"})
-    fsdp = {"strategy": "fsdp", "fsdp": Fsdp(), "deepspeed": None, "gradient_checkpointing": True}
-    return "strategy: fsdp, gradientCheckpointing: true", now.model_copy(update=fsdp)
-
-
-def _on_these_devices(phase: ResolvedPhase) -> Iterator[tuple[str, Parallel]]:
-    now, several, trains = phase.spec.parallel, phase.nodes * phase.procs_per_node > 1, _trains(phase.spec)
-    yield "", now
-    checkpointing = now.model_copy(update={"gradient_checkpointing": True})
-    if trains and not now.gradient_checkpointing:
-        yield "gradientCheckpointing: true", checkpointing
-    if several and not (now.splits_weights if trains else now.splits_frozen):
-        said, split = _split(phase.spec)
-        yield said, split
-        if trains:
-            yield (
-                "strategy: fsdp, frozen: offloaded, gradientCheckpointing: true",
-                split.model_copy(update={"frozen": "offloaded"}),
-            )
-    if several and not trains:
-        yield "frozen: offloaded", now.model_copy(update={"frozen": "offloaded"})
-    elif several:
-        settings = (now.fsdp or Fsdp()).model_copy(update={"cpu_offload": True})
-        offloaded = {"strategy": "fsdp", "fsdp": settings, "deepspeed": None, "frozen": "offloaded"}
-        said = "strategy: fsdp, fsdp.cpuOffload: true, frozen: offloaded, gradientCheckpointing: true"
-        yield said, checkpointing.model_copy(update=offloaded)
-
-
-def _smaller(spec: PhaseSpec) -> Iterator[tuple[str, PhaseSpec]]:
-    """Fewer tokens at once, where they are scored; fewer responses at once, where they are sampled."""
-    tokens = spec.parallel.micro_batch_tokens // 2
-    checkpoints = not _trains(spec) or spec.parallel.gradient_checkpointing
-    while tokens >= (SMALLEST_PASS if checkpoints else SHORT_PASS):
-        said = f"microBatchTokens: {tokens}"
-        yield said, _with(spec, spec.parallel.model_copy(update={"micro_batch_tokens": tokens}))
-        tokens //= 2
-    sampling = getattr(spec, "sampling", None)
-    size = sampling.batch_size // 2 if sampling is not None else 0
-    while sampling is not None and size >= 1:
-        smaller = sampling.model_copy(update={"batch_size": size})
-        yield f"sampling.batchSize: {size}", spec.model_copy(update={"sampling": smaller})
-        size //= 2
 
 
 # ---------------------------------------------------------------- in words

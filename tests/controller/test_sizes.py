@@ -376,8 +376,14 @@ def test_sampling_by_layers_is_advised_where_no_device_holds_whole_weights():
 
 
 def test_nothing_that_would_fit():
-    size = one(tuned("org/big"), template={"procsPerNode": 1, "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"}})
-    assert size.advice.startswith("no strategy") or "nodes:" in size.advice
+    assert one(tuned("org/big"), template={"procsPerNode": 1, "gpuMemory": "1Gi"}).advice.startswith("no strategy")
+
+
+def test_one_device_can_put_what_it_trains_into_the_machines_memory():
+    template = {"procsPerNode": 1, "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"}}
+    assert "fsdp.cpuOffload: true" in one(tuned("org/big"), template=template).advice
+    template |= {"resources": {"limits": {"memory": "64Gi"}}}
+    assert "nodes: " in one(tuned("org/big"), template=template).advice
 
 
 def test_a_gpu_whose_memory_is_said():
