@@ -146,7 +146,7 @@ class Attempt(StatusModel):
 
 
 class PhaseProgress(StatusModel):
-    """How far a running phase is."""
+    """How far a phase is."""
 
     step: int = 0
     """Finished steps."""
@@ -190,7 +190,7 @@ class PhaseStatus(StatusModel):
     retry_at: AwareDatetime | None = None
     """When the next attempt may start."""
     progress: PhaseProgress | None = None
-    """Last report of the running attempt."""
+    """Last report of the running attempt; before it has one, and between attempts, the step at which the last one was."""
     queue: QueueStatus | None = None
     """What the queue says about the live attempt's job."""
     needs: str = ""

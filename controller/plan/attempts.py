@@ -119,7 +119,7 @@ def of_settings(attempts: Sequence[Attempt], digest: str | None, settings: str) 
 
 def nodes(failures: Sequence[Attempt], wanted: int) -> int:
     """How many a further attempt has: as many as found a place when not all did."""
-    return min([wanted, *(a.placed for a in failures if a.placed)])
+    return min([wanted, *(a.placed for a in failures if a.placed > 0)])
 
 
 def on_all_nodes(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
@@ -135,6 +135,34 @@ def _as_stopped(record: Attempt) -> Attempt:
 def failed(attempts: Sequence[Attempt], digest: str | None, settings: str) -> list[Attempt]:
     """Those that count."""
     return [a for a in of_settings(attempts, digest, settings) if a.state == AttemptState.FAILED]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What an attempt has of what its phase asks for."""
+
+    nodes: int
+    halvings: int = 0
+
+
+def following(
+    attempts: Sequence[Attempt], digest: str | None, settings: str, wanted: int, policy: FailurePolicy
+) -> Extent:
+    """Of a further attempt."""
+    failures = failed(attempts, digest, settings)
+    return Extent(nodes(failures, wanted), max(0, halvings(failures)) if policy.halve_on_out_of_memory else 0)
+
+
+def extent(
+    attempts: Sequence[Attempt], digest: str | None, settings: str, wanted: int, policy: FailurePolicy
+) -> Extent:
+    """Of the attempt that is under way, or else of a further one."""
+    going = [a for a in of_settings(attempts, digest, settings) if not a.state.ended and a.nodes > 0]
+    return (
+        Extent(going[-1].nodes, max(0, going[-1].halvings))
+        if going
+        else following(attempts, digest, settings, wanted, policy)
+    )
 
 
 def halvings(failures: Sequence[Attempt]) -> int:

@@ -4,7 +4,7 @@ Pure and total: the same arguments give the same answer, and every combination h
 action having been asked for, only from what is observed; so an action that got lost is asked for again.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -70,7 +70,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     before = _time_anew(before) if is_terminal(before) else before
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
-    steps = _with_needs(run, steps, before, observed)
+    steps = _with_needs(run, phases, steps, before, observed)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
@@ -161,14 +161,19 @@ def _steps(
     return steps
 
 
-def _with_needs(run: AlignmentRun, steps: Mapping[str, Step], before: RunStatus, observed: Observed) -> dict[str, Step]:
-    """What unfinished phases need of a device. It is worked out once for a generation, and anew with what has become known."""
+def _with_needs(
+    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], steps: Mapping[str, Step], before: RunStatus, observed: Observed
+) -> dict[str, Step]:  # fmt: skip
+    """What unfinished phases need of a device. It is worked out once for a generation, and anew with what has become known
+    or when an attempt has fewer nodes or smaller passes than were asked for.
+    """
     said = {phase.name: phase for phase in before.phases if phase.needs}
     same = before.observed_generation == run.metadata.generation and before.started_at is not None
     left = [name for name, step in steps.items() if step.status.state not in ENDED]
     unknown = any(is_unknown(phase.needs) for phase in said.values())
-    kept = same and not (unknown and observed.configs)
-    sizes = {} if kept else run_sizes(run, observed.configs)
+    extents = _extents(run, phases, [step.status for step in steps.values()])
+    kept = same and not (unknown and observed.configs) and extents == _extents(run, phases, before.phases)
+    sizes = {} if kept else run_sizes(run, observed.configs, extents=extents)
     updated = dict(steps)
     for name in left:
         size, old = sizes.get(name), said.get(name)
@@ -176,6 +181,20 @@ def _with_needs(run: AlignmentRun, steps: Mapping[str, Step], before: RunStatus,
         status = steps[name].status.model_copy(update={"needs": needs, "fits": fits})
         updated[name] = replace(steps[name], status=status)
     return updated
+
+
+def _extents(
+    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], statuses: Iterable[PhaseStatus]
+) -> dict[str, history.Extent]:
+    """Of phases whose attempt has less than was asked for."""
+    known = {status.name: status for status in statuses if status.state not in ENDED}
+    found = {phase.name: _extent(run, phase, known[phase.name]) for phase in phases if phase.name in known}
+    asked = {phase.name: history.Extent(phase.nodes) for phase in phases}
+    return {name: extent for name, extent in found.items() if extent != asked[name]}
+
+
+def _extent(run: AlignmentRun, phase: ResolvedPhase, status: PhaseStatus) -> history.Extent:
+    return history.extent(status.attempts, status.digest, phase.settings, phase.nodes, run.spec.failure_policy)
 
 
 def _start(
@@ -200,9 +219,8 @@ def _start(
 
 def _asked(run: AlignmentRun, phase: ResolvedPhase, step: Step, attempt: int) -> Step:
     before, digest = step.status.attempts, step.status.digest or ""
-    failures = history.failed(before, digest, phase.settings)
-    times = history.halvings(failures) if run.spec.failure_policy.halve_on_out_of_memory else 0
-    nodes = history.nodes(failures, phase.nodes)
+    next_one = history.following(before, digest, phase.settings, phase.nodes, run.spec.failure_policy)
+    nodes, times = next_one.nodes, next_one.halvings
     record = Attempt(
         number=attempt, digest=digest, settings=phase.settings, halvings=times, nodes=nodes, state=AttemptState.ASKED
     )

@@ -151,7 +151,9 @@ def _unfinished(
         started_at=started,
         finished_at=_end_of(before, failures, at.now) if state == PhaseState.FAILED else None,
         retry_at=verdict.retry_at if state == PhaseState.BACKING_OFF else None,
-        progress=finite(at.observed.progress.get(phase.name)) if state == PhaseState.RUNNING else None,
+        progress=_progress(
+            before, digest, at.observed.progress.get(phase.name) if state == PhaseState.RUNNING else None
+        ),
         queue=current.queue if current else None,
     )
     due = _due(going[-1], current, status.progress, phase, at) if current else None
@@ -286,6 +288,15 @@ def _resumes(phase: ResolvedPhase, before: PhaseStatus) -> bool:
 def _rests(phase: ResolvedPhase, before: PhaseStatus) -> bool:
     """No time runs while a phase is suspended; but what has failed is not revived by suspending it."""
     return phase.suspend and before.state != PhaseState.FAILED
+
+
+def _progress(before: PhaseStatus, digest: str | None, report: PhaseProgress | None) -> PhaseProgress | None:
+    """The last report. One that tells no step yet is of an attempt that will go on about where the one before it was."""
+    told = finite(report)
+    old = before.progress if before.digest == digest else None
+    if old is None or not old.total_steps or (told is not None and (told.step or told.total_steps)):
+        return told
+    return (told or PhaseProgress()).model_copy(update={"step": old.step, "total_steps": old.total_steps})
 
 
 def finite(report: PhaseProgress | None) -> PhaseProgress | None:

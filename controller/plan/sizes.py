@@ -7,12 +7,14 @@ from typing import Any
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, Template
 from controller.plan.advice import advise
+from controller.plan.attempts import Extent
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.shapes import Configs, Shapes
 from trainers.sizing.devices import GIB, PRODUCT_LABEL, product_memory
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import Needs, ShapeOf, phase_needs
 from trainers.sizing.shapes import UnknownSize
+from trainers.spec import shrunk
 
 GPU = "nvidia.com/gpu"
 GPU_RESERVE = GIB
@@ -46,11 +48,15 @@ class Device:
             return None
         return int(self.memory * (1 - FRAGMENTED)) - GPU_RESERVE if self.gpu else self.memory - CPU_RESERVE
 
+    @property
+    def room(self) -> int | None:
+        """For what is offloaded."""
+        return None if self.beside is None else max(0, self.beside - CPU_RESERVE)
+
     def holds(self, memory: Memory) -> bool:
         """Asked only where it is known how large the device is."""
         assert self.usable is not None
-        room = self.beside is None or memory.offloaded <= max(0, self.beside - CPU_RESERVE)
-        return memory.total <= self.usable and room
+        return memory.total <= self.usable and (self.room is None or memory.offloaded <= self.room)
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,24 @@ class PhaseSize:
         return True if self.needs.activations_known else None
 
 
-def run_sizes(run: AlignmentRun, configs: Configs, zero_files: ZeroFiles | None = None) -> dict[str, PhaseSize]:
-    """By phase, in the order in which they can run; phases that hold no model are left out."""
+def run_sizes(
+    run: AlignmentRun, configs: Configs, zero_files: ZeroFiles | None = None, extents: Mapping[str, Extent] | None = None
+) -> dict[str, PhaseSize]:  # fmt: skip
+    """By phase, in the order in which they can run; phases that hold no model are left out.
+
+    ``extents``: of the phases whose attempts have less than was asked for.
+    """
     shape_of = Shapes(run, configs).of
-    found = ((phase.name, phase_size(phase, shape_of, zero_files or {})) for phase in resolve(run))
+    phases = [_on(phase, (extents or {}).get(phase.name)) for phase in resolve(run)]
+    found = ((phase.name, phase_size(phase, shape_of, zero_files or {})) for phase in phases)
     return {name: size for name, size in found if size is not None}
+
+
+def _on(phase: ResolvedPhase, extent: Extent | None) -> ResolvedPhase:
+    if extent is None:
+        return phase
+    template = phase.template.model_copy(update={"nodes": extent.nodes})
+    return replace(phase, spec=shrunk(phase.spec, extent.halvings), template=template)
 
 
 def phase_size(phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles) -> PhaseSize | None:
@@ -164,6 +183,15 @@ def shown(size: int) -> str:
     return f"{value:.0f} GiB" if value >= 9.95 else f"{value:.1f} GiB"
 
 
+def _set_aside(device: Device, memory: Memory) -> str:
+    """Where the figures alone do not tell why it does not fit."""
+    if device.memory is not None and device.usable is not None and device.usable < memory.total <= device.memory:
+        return f", of which {shown(max(0, device.usable))} can be used"
+    if device.room is not None and memory.offloaded > device.room:
+        return f", where there are {shown(device.room)}"
+    return ""
+
+
 UNKNOWN = "needs unknown"
 
 
@@ -175,6 +203,7 @@ def sentence(size: PhaseSize) -> str:
     of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
     where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
     said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}{_beside(size.needs.memory)}"
+    said += _set_aside(size.device, size.needs.memory) if size.fits is False else ""
     if size.by_layers:
         return f"{said}; {BY_LAYERS}"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said

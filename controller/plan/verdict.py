@@ -123,7 +123,8 @@ def summary(status: RunStatus) -> dict[str, str | int]:
     """The columns of `kubectl get arun`. The figures are those of the first running phase that reports any."""
     done = sum(p.state == PhaseState.SUCCEEDED for p in status.phases)
     running = [p for p in status.phases if p.state == PhaseState.RUNNING]
-    report = next((p.progress for p in running if p.progress), None)
+    reports = [p.progress for p in running if p.progress]
+    report = next((found for found in reports if found.updated_at), reports[0] if reports else None)
     percent = _percent(status.phases)
     columns: dict[str, str | int] = {
         "phase": _phase_column(status, running),

@@ -8,10 +8,11 @@ import pytest
 from builders import START, digests, job, make_run, results, seen, sft, stopped
 
 from controller.api.run import AlignmentRun
-from controller.api.status import AttemptState, PhaseState, PhaseStatus
+from controller.api.status import AttemptState, PhaseProgress, PhaseState, PhaseStatus
 from controller.plan.check import check_run
 from controller.plan.decide import Apply, Decision, decide
 from controller.plan.observed import JobState, ObservedJob
+from controller.plan.sizes import run_sizes, sentence
 from trainers.contract import FailureClass
 
 STARTUP = 60
@@ -32,9 +33,9 @@ class Cluster:
     now: Any = START
     jobs: list[ObservedJob] = field(default_factory=list)
 
-    def look(self, seconds: float = 1) -> Decision:
+    def look(self, seconds: float = 1, **more: Any) -> Decision:
         self.now += timedelta(seconds=seconds)
-        decision = decide(self.run, seen(*self.jobs), self.now)
+        decision = decide(self.run, seen(*self.jobs, **more), self.now)
         self.run = self.run.model_copy(update={"status": decision.status})
         return decision
 
@@ -83,6 +84,75 @@ def test_after_a_lost_node_a_phase_goes_on_with_those_that_are_left() -> None:
     cluster.now_is(running_since=START)
     cluster.look()
     assert cluster.phase.message == "on 3 of 4 nodes", "for as long as it lasts"
+
+
+def test_what_it_needs_is_of_the_nodes_that_it_has() -> None:
+    cluster = Cluster(run_on(4, 2))
+    cluster.ask()
+    assert cluster.phase.needs.endswith("on each of 4 devices")
+    cluster.give_up(placed=3)
+    cluster.ask()
+    cluster.now_is(running_since=START)
+    cluster.look()
+    assert cluster.phase.needs.endswith("on each of 3 devices")
+    cluster.suspend(True)
+    cluster.look()
+    cluster.now_is(state=JobState.FAILED, failure=FailureClass.INTERRUPTED)
+    cluster.look()
+    cluster.suspend(False)
+    cluster.ask()
+    assert cluster.phase.needs.endswith("on each of 4 devices")
+
+
+def test_what_it_needs_is_of_what_has_been_halved_for_it() -> None:
+    cluster = Cluster(run_on(4, None))
+    cluster.ask()
+    whole = cluster.phase.needs
+    cluster.now_is(state=JobState.FAILED, failure=FailureClass.OUT_OF_MEMORY)
+    cluster.ask()
+    cluster.now_is(running_since=START)
+    cluster.look()
+    smaller = make_run(
+        sft("base", parallel={"microBatchTokens": cluster.run.phases[0].spec.parallel.micro_batch_tokens // 2}),
+        template={"nodes": 4},
+    )
+    assert cluster.phase.needs == sentence(run_sizes(smaller, {})["base"]) != whole
+
+
+def test_between_attempts_it_is_as_far_as_the_last_one_was() -> None:
+    """The next one goes on from a checkpoint, so the share that is done does not fall to nothing meanwhile."""
+    cluster = Cluster(run_on(4, 2))
+    cluster.ask()
+    report = PhaseProgress(step=70, total_steps=100, loss=1.0, tokens_per_second=9.0, eta_seconds=9.0, updated_at=START)
+    cluster.now_is(running_since=START)
+    cluster.look(progress={"base": report})
+    assert (cluster.run.status.percent, cluster.run.status.eta) == (70, "9s")
+    cluster.now_is(**LOST)
+    cluster.ask()
+    assert (cluster.run.status.percent, cluster.run.status.step, cluster.run.status.eta) == (70, "70/100", "")
+    cluster.give_up(placed=3)
+    cluster.ask()
+    cluster.now_is(running_since=START)
+    cluster.look(progress={"base": PhaseProgress(stage="loading", updated_at=START)})
+    assert (cluster.run.status.percent, cluster.phase.progress.stage) == (70, "loading")
+    cluster.look(progress={"base": PhaseProgress(step=60, total_steps=100, updated_at=START)})
+    assert cluster.run.status.percent == 60
+    cluster.suspend(True)
+    cluster.look()
+    cluster.now_is(state=JobState.FAILED, failure=FailureClass.INTERRUPTED)
+    cluster.look()
+    assert (cluster.phase.state, cluster.run.status.percent) == (PhaseState.SUSPENDED, 60)
+
+
+def test_a_phase_that_was_edited_is_at_its_beginning() -> None:
+    cluster = Cluster(run_on(1, None))
+    cluster.ask()
+    cluster.now_is(running_since=START)
+    cluster.look(progress={"base": PhaseProgress(step=70, total_steps=100, updated_at=START)})
+    edited = make_run(sft("base", optim={"lr": 1}), failurePolicy={"startupTimeoutSeconds": STARTUP})
+    cluster.run = cluster.run.model_copy(update={"spec": edited.spec})
+    cluster.look()
+    assert (cluster.phase.progress, cluster.run.status.percent) == (None, 0)
 
 
 def test_it_can_become_smaller_as_often_as_there_are_nodes() -> None:

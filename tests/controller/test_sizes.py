@@ -1,5 +1,7 @@
 """What phases will need, worked out from a run and the configs of its models."""
 
+import re
+
 import pytest
 import yaml
 from builders import DATA, PAIRS, PROMPTS, START, document, dpo, make_run, ppo, reward, sft
@@ -151,6 +153,31 @@ def test_activations_grow_with_the_tokens():
         return one(tuned("org/big", parallel={"microBatchTokens": tokens})).needs.memory.activations
 
     assert kept(3072) - kept(2048) == kept(2048) - kept(1024) > 2**30
+
+
+@pytest.mark.parametrize(
+    ("phase", "longest"),
+    [
+        (tuned("org/big", data={**DATA, "maxLength": 2048}), 2048),
+        ({"name": "reward", "reward": {"model": {"source": "org/big"}, "data": {**PAIRS, "maxLength": 1024}}}, 2048),
+        ({"name": "dpo", "dpo": {"policy": {"source": "org/big"}, "data": {**PAIRS, "maxLength": 1024}}}, 2048),
+    ],
+)
+def test_a_pass_is_no_smaller_than_its_longest_example(phase, longest):
+    """So fewer tokens than that are no advice."""
+
+    def size(tokens: int, memory: str = "80Gi") -> PhaseSize:
+        kind = next(name for name in phase if name != "name")
+        parallel = {"strategy": "fsdp", "microBatchTokens": tokens, "gradientCheckpointing": True}
+        return one(
+            phase | {kind: phase[kind] | {"parallel": parallel}}, template={"procsPerNode": 8, "gpuMemory": memory}
+        )
+
+    assert size(512).needs.memory == size(longest).needs.memory
+    assert size(longest).needs.memory.activations < size(2 * longest).needs.memory.activations
+    for memory in ("16Gi", "18Gi", "20Gi", "22Gi", "24Gi"):
+        advised = re.search(r"microBatchTokens: (\d+)", size(8192, memory).advice)
+        assert advised is None or int(advised[1]) >= longest
 
 
 def test_the_cache_by_hand():
@@ -389,6 +416,20 @@ def test_one_device_can_put_what_it_trains_into_the_machines_memory():
 def test_a_gpu_whose_memory_is_said():
     template = {"procsPerNode": 8, "gpuMemory": "192Gi", "resources": {"limits": {"nvidia.com/gpu": 8}}}
     assert one(tuned("org/big"), template=template).device.memory == 192 * GIB
+
+
+def test_what_is_set_aside_is_told_where_it_decides():
+    def said(memory: str, machine: str = "2Ti", **parallel) -> str:
+        template = {"procsPerNode": 8, "gpuMemory": memory, "resources": {"limits": {"memory": machine}}}
+        settings = {"strategy": "fsdp", "gradientCheckpointing": True} | parallel
+        return sentence(one(tuned("org/big", parallel=settings), template=template))
+
+    assert "needs 30 GiB of 30 GiB on each of 8 devices, of which 28 GiB can be used, which does not fit" in said(
+        "30Gi"
+    )
+    assert "needs 30 GiB of 22 GiB on each of 8 devices, which does not fit" in said("22Gi")
+    offloaded = said("30Gi", "64Gi", fsdp={"cpuOffload": True})
+    assert "and 15 GiB of the machine's memory for each, where there are 7.2 GiB, which does not fit" in offloaded
 
 
 def test_a_gpu_of_unknown_memory():

@@ -46,8 +46,9 @@ def print_memory(
     """One line on rank 0. ``trained``: each trainee with its transformers model; ``frozen``: models beside them;
     ``row``: the tokens of the longest row, unless one holds a whole forward pass, as packed ones do.
     """
-    tokens = ctx.spec.parallel.micro_batch_tokens
-    found = memory_needed(ctx.workers, trained, frozen, tokens, min(row or tokens, tokens))
+    # A row that is longer than passes are has one of its own.
+    tokens = max(ctx.spec.parallel.micro_batch_tokens, row or 0)
+    found = memory_needed(ctx.workers, trained, frozen, tokens, row or tokens)
     if ctx.workers.is_main:
         print(memory_line(found, tokens, device_bytes(ctx.workers.device)))
 

@@ -39,6 +39,10 @@ SCORES, DIVERGENCE, STORED = 2, 7, 5
 a divergence both models' and its terms; of a divergence from stored scores the student's alone, by autograd."""
 
 
+PAIR = 2
+"""Sequences of a preference row."""
+
+
 @dataclass(frozen=True)
 class Needs:
     memory: Memory
@@ -119,31 +123,40 @@ def _sft(spec: SftSpec, tally: _Tally) -> None:
     _train_on_rows(spec, spec.model, tally.shape_of(spec.model), tally, SCORES)
 
 
+def _pass_tokens(spec: PhaseSpec, longest: int) -> int:
+    """Of the largest forward pass: an example that is longer than passes are has one of its own."""
+    return max(spec.parallel.micro_batch_tokens, longest)
+
+
 def _reward(spec: RewardSpec, tally: _Tally) -> None:
     assert spec.model is not None
     shape = tally.shape_of(spec.model)
-    _train_on_rows(spec, spec.model, replace(shape, language_head=False, tied=False), tally, 0)
+    _train_on_rows(spec, spec.model, replace(shape, language_head=False, tied=False), tally, 0, PAIR)
 
 
-def _train_on_rows(spec: Any, ref: ArtifactRef, shape: ModelShape, tally: _Tally, head: int) -> Trained:
-    tokens = spec.parallel.micro_batch_tokens
+def _train_on_rows(
+    spec: Any, ref: ArtifactRef, shape: ModelShape, tally: _Tally, head: int, sequences: int = 1
+) -> Trained:
+    """``sequences`` of a row, which stay together."""
     row = min(spec.data.max_length, shape.positions)
+    tokens = _pass_tokens(spec, sequences * row)
     name = "policy" if hasattr(spec, "policy") else "model"
     return tally.train(name, ref, shape, spec.optim, tokens, row, spec.data.packing, spec.lora, head)
 
 
 def _dpo(spec: DpoSpec, tally: _Tally) -> None:
-    policy = _train_on_rows(spec, spec.policy, tally.shape_of(spec.policy), tally, SCORES)
+    policy = _train_on_rows(spec, spec.policy, tally.shape_of(spec.policy), tally, SCORES, PAIR)
     if spec.reference_scores == "on-the-fly" and (spec.reference is not None or spec.lora is None):
         tally.freeze("reference", spec.reference or spec.policy, policy.held)
     elif spec.reference is not None:
         row = min(spec.data.max_length, policy.shape.positions)
-        tally.pass_by("reference", spec.reference, policy.held, spec.parallel.micro_batch_tokens, row)
+        tally.pass_by("reference", spec.reference, policy.held, _pass_tokens(spec, PAIR * row), row)
 
 
 def _ppo(spec: PpoSpec, tally: _Tally) -> None:
-    tokens, shape = spec.parallel.micro_batch_tokens, tally.shape_of(spec.policy)
+    shape = tally.shape_of(spec.policy)
     row = min(spec.data.max_prompt_length + spec.sampling.max_new_tokens, shape.positions)
+    tokens = _pass_tokens(spec, row)
     head = SCORES + (spec.sampling.temperature not in (0, 1))  # logits divided by it
     policy = tally.train("policy", spec.policy, shape, spec.optim, tokens, row, spec.packing, spec.lora, head)
     reward = tally.freeze("rewardModel", spec.reward_model)
@@ -164,11 +177,10 @@ def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
     tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)
     if spec.reward_model is not None:
         row = spec.data.max_prompt_length + spec.sampling.max_new_tokens
-        tally.score(tally.freeze("rewardModel", spec.reward_model), spec.parallel.micro_batch_tokens, row)
+        tally.score(tally.freeze("rewardModel", spec.reward_model), _pass_tokens(spec, row), row)
 
 
 def _distill(spec: DistillSpec, tally: _Tally) -> None:
-    tokens = spec.parallel.micro_batch_tokens
     # Without a teacher its log-probabilities are read from files.
     teacher, beside = None, 0
     if spec.teacher is not None:
@@ -176,6 +188,7 @@ def _distill(spec: DistillSpec, tally: _Tally) -> None:
         beside = head_copy(teacher, tally.held(spec.teacher, trained=False))
     shape = _student(spec.student, teacher, tally)
     row = min(spec.max_length, shape.positions)
+    tokens = _pass_tokens(spec, row)
     head = STORED if teacher is None else DIVERGENCE
     student = tally.train(
         "student", spec.student, shape, spec.optim, tokens, row, spec.packing, spec.lora, head, beside
