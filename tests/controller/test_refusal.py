@@ -19,8 +19,9 @@ def names(before: Decision, after_: Decision) -> list[str]:
 
 def test_an_operator_that_lost_its_default_stops_nothing() -> None:
     """One restart without it ended every running attempt of the cluster once."""
+    going = seen(runs(), progress=report(4, 1))
     lacking = seen(runs(), problems=LACKING, progress=report(4, 1))
-    before, during, mended = story((RUN, seen(runs()), 0), (RUN, lacking, 1), (RUN, seen(runs()), 2))
+    before, during, mended = story((RUN, going, 0), (RUN, lacking, 1), (RUN, going, 2))
     assert (stopped(during), started(during)) == ([], [])
     assert condition(during, meta.ACCEPTED) == "False/InvalidSpec"
     assert condition(during, meta.PROGRESSING) == "True/PhasesRunning"
