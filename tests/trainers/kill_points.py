@@ -87,7 +87,8 @@ class _Points:
         self._busy = True
         self.seen.append(f"{what} {path}")
         if self._at is not None and len(self.seen) > self._at:
-            if what == "within fsync" and os.path.isfile(path):
+            # What has another name too was put on disk under that one before.
+            if what == "within fsync" and os.path.isfile(path) and os.stat(path).st_nlink == 1:
                 os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         self._busy = False

@@ -196,8 +196,8 @@ def _zero_buckets(place: Place, model: Trained) -> int:
     """They come with a backward pass, and go with it. On a CPU they take memory as they fill, while activations go."""
     if place.stage < 3 and not place.gpu:
         return 0
-    # One is filled while the other one is on its way.
-    count = 2 if place.stage < 3 and place.zero.get("overlap_comm") else 1
+    # Stage 3 puts a bucket in the order of its parts before it goes; else one is filled while another one is on its way.
+    count = 2 if place.stage == 3 or place.zero.get("overlap_comm") else 1
     size = int(place.zero.get("reduce_bucket_size", min(model.parameters, BUCKET_ELEMENTS)))
     return count * model.held * size
 
