@@ -131,6 +131,16 @@ def test_offloaded_is_not_on_the_device():
     assert memory.activations > 0
 
 
+@pytest.mark.parametrize(
+    ("stage", "more", "left"), [(2, {}, "weights"), (3, {}, "weights"), (3, {"offloadParameters": True}, "")]
+)
+def test_zeros_gradients_are_where_moments_are(stage, more, left):
+    zero = {"stage": stage, "offloadOptimizer": True, **more}
+    memory = one(tuned("org/big", parallel={"strategy": "deepspeed", "deepspeed": zero})).needs.memory
+    assert memory.gradients == memory.optimizer == 0
+    assert bool(memory.weights) == bool(left)
+
+
 def test_adapters_are_all_that_is_trained():
     memory = one(tuned("org/big", lora={"rank": 16})).needs.memory
     trained = 16 * 32 * (3 * (4096 + 14336) + 2 * (4096 + 4096) + 2 * (4096 + 1024))
@@ -222,14 +232,14 @@ def test_a_reference_whose_scores_are_stored_is_gone_before_there_are_moments():
         ({}, 2, 4 * 5 * 10**8),
         ({"reduce_bucket_size": 10**7}, 2, 4 * 10**7),
         ({"reduce_bucket_size": 10**7, "overlap_comm": True}, 2, 2 * 4 * 10**7),
-        ({}, 3, 4 * (10**9 + 5 * 10**8)),
+        ({}, 3, 4 * (10**9 + 2 * 5 * 10**8)),
         (
             {
                 "reduce_bucket_size": 10**7, "stage3_max_live_parameters": 10**8, "stage3_max_reuse_distance": 10**8,
                 "stage3_prefetch_bucket_size": 10**6,
             },
             3,
-            4 * (128256 * 4096 + 10**6 + 10**7),
+            4 * (128256 * 4096 + 10**6 + 2 * 10**7),
         ),
     ],
 )  # fmt: skip

@@ -253,12 +253,13 @@ def _offloaded(place: Place, memory: Memory) -> Memory:
     if not place.gpu:
         return memory
     fsdp, zero = place.parallel.fsdp, place.parallel.deepspeed
+    gone: set[str] = set()
     if fsdp is not None and fsdp.cpu_offload:
-        gone: tuple[str, ...] = ("weights", "gradients", "optimizer")
-    elif zero is not None and zero.offload_parameters:
-        gone = ("weights", "optimizer")
-    else:
-        gone = ("optimizer",) if zero is not None and zero.offload_optimizer else ()
+        gone = {"weights", "gradients", "optimizer"}
+    if zero is not None and zero.offload_optimizer:
+        gone |= {"gradients", "optimizer"}  # DeepSpeed adds gradients up where moments are
+    if zero is not None and zero.offload_parameters:
+        gone |= {"weights", "optimizer"}
     moved = sum(getattr(memory, name) for name in gone)
     return replace(memory, offloaded=moved, **dict.fromkeys(gone, 0))
 
