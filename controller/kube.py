@@ -116,12 +116,18 @@ class Connection(Protocol):
 Login = Callable[[], Connection]
 Observer = Callable[[Call, str, float], None]
 """Told of every call, its outcome (status code, or `error`) and its seconds."""
+Dated = Callable[[str, float], None]
+"""Told of the date of every answer, and how many seconds it took."""
 
 
 class Api:
-    def __init__(self, login: Login, observe: Observer = lambda call, code, seconds: None) -> None:
+    def __init__(
+        self, login: Login, observe: Observer = lambda call, code, seconds: None,
+        dated: Dated = lambda date, seconds: None,
+    ) -> None:  # fmt: skip
         self._login = login
         self._observe = observe
+        self._dated = dated
         self._session: aiohttp.ClientSession | None = None
         self._connection: Connection | None = None
         self._read_at = 0.0
@@ -254,6 +260,7 @@ class Api:
                 headers={**connection.as_http_headers(), "Accept": accept},
             ) as response:  # fmt: skip
                 code = str(response.status)
+                self._dated(response.headers.get("Date", ""), time.monotonic() - started)
                 text = await response.text()
         finally:
             self._observe(call, code, time.monotonic() - started)

@@ -338,6 +338,8 @@ class Progress(SpecModel):
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    checkpoint_step: int = 0
+    """Of the newest whole checkpoint; 0 is none."""
     stage: str = ""
     """What is going on outside the steps: loading, evaluating, saving."""
     metrics_port: int | None = None

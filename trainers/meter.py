@@ -162,6 +162,8 @@ class Meter:
     def _checkpoint(self, step: int) -> None:
         self._of("checkpoint_step").set(step)
         self._of("last_checkpoint_timestamp_seconds").set(time.time())
+        self._progress = self._progress.model_copy(update={"checkpoint_step": step})
+        self._publish()
 
     def _eta(self) -> float:
         done = self.step - self._first_step

@@ -173,6 +173,8 @@ class FailurePolicy(SpecModel):
 
     retries: RetryBudget = RetryBudget()
     """Further attempts per phase."""
+    refill_on_progress: bool = True
+    """An attempt that saves a later checkpoint than all before it gives back the retries that the platform has cost so far (`infrastructure`, `interrupted`, `startupTimeout`, `stalled`): what is lost again and again and still gets on may take weeks. A budget of 0 stays 0."""
     halve_on_out_of_memory: bool = True
     """An attempt after one that ran out of memory has half of its `parallel.microBatchTokens` and `sampling.batchSize`, on which the result does not depend."""
     backoff: Backoff = Backoff()
@@ -190,7 +192,7 @@ class FailurePolicy(SpecModel):
     node_lost_seconds: int = Field(default=120, ge=0, le=86400)
     """Pods on a node that has stopped answering are given up after this time."""
     avoid_failed_nodes: bool = False
-    """Start further attempts on other nodes than those on which the infrastructure failed."""
+    """Start further attempts on other nodes than those on which the infrastructure failed, where others have room."""
 
 
 class PhaseEntry(SpecModel):

@@ -125,6 +125,10 @@ class Attempt(StatusModel):
     """Pods it was started with; 0 is not known."""
     times: int = 1
     """How many failed attempts this one stands for: itself, and older ones with the same failure."""
+    checkpoint_step: int = 0
+    """Step of the newest checkpoint that it was seen to have; 0 is none."""
+    made_good: bool = False
+    """Failed, and work that was saved since has given its retry back (`failurePolicy.refillOnProgress`)."""
     placed: int = 0
     """Of one that did not begin to run in time: how many of them found a place, if the next one is to have as many."""
     state: AttemptState
@@ -135,6 +139,8 @@ class Attempt(StatusModel):
     """What it said at its end; of a live attempt, what keeps it from running."""
     job: str = ""
     """Name of its job."""
+    barred: str = ""
+    """Why its job may not be made now, in the API server's words. It is asked for until it may."""
     taken_by: str = ""
     """Whose the object is that has the name its job would have had. Another attempt with another name follows."""
     node: str = ""
@@ -158,6 +164,8 @@ class PhaseProgress(StatusModel):
     """Over the last steps."""
     eta_seconds: float | None = None
     """Estimated time to the phase's end."""
+    checkpoint_step: int = 0
+    """Step of the newest checkpoint: where another attempt would go on."""
     stage: str = ""
     """What goes on outside the steps: loading, evaluating, saving."""
     updated_at: AwareDatetime | None = None

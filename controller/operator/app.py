@@ -15,6 +15,7 @@ import kopf
 from controller.api import meta
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
 from controller.backends.pytorchjob.scrape import Scraper
+from controller.clock import Clock
 from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
@@ -62,19 +63,22 @@ class Operator:
         self.options = options
         self.login = login
         self.metrics = OperatorMetrics()
-        self.api = Api(login, self.metrics.called)
+        self.clock = Clock()
+        self.metrics.clock(lambda: self.clock.ahead)
+        self.api = Api(login, self.metrics.called, self.clock.dated)
         self.queue = WorkQueue()
         self.metrics.queue(self.queue)
         self.scraper = Scraper(
             every=options.poll.total_seconds(),
             begun=lambda namespace, run: self.queue.add(Key(namespace, run)),
             told=self.metrics.scraped,
+            now=self.clock.now,
         )
-        backend = PyTorchJobBackend(self.api, self.scraper, options.image)
+        backend = PyTorchJobBackend(self.api, self.scraper, options.image, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
-            self.api, backend, self.metrics, options.identity, options.poll, defaults=options.defaults,
-            configs=self.configs.of,
+            self.api, backend, self.metrics, options.identity, options.poll, self.clock.now,
+            defaults=options.defaults, configs=self.configs.of,
         )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))

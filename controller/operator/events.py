@@ -10,7 +10,6 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.api.text import plain
-from controller.plan.attempts import BARRED
 
 NOTE_LIMIT = 1024
 """Bytes of a note that Kubernetes takes."""
@@ -63,7 +62,7 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
             yield Event("Normal", "AttemptStarted", f"{label} {_started(after.message)}")
         if attempt.taken_by and (old is None or not old.taken_by):
             yield Event("Warning", "JobNameTaken", f"{label}: {attempt.message}")
-        if attempt.message.startswith(BARRED) and (old is None or not old.message.startswith(BARRED)):
+        if attempt.barred and (old is None or not old.barred):
             yield Event("Warning", "JobForbidden", f"{label} {attempt.message}")
         failed_now = attempt.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
         told_by_phase = after.state == PhaseState.FAILED and before.state != PhaseState.FAILED

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from itertools import product
 from typing import Any
 
@@ -138,6 +138,9 @@ class OperatorMetrics:
     def queue(self, queue: Sized) -> None:
         """Measured when it is asked for: when all workers hang nothing else would tell. A standby has no workers."""
         self._of("workqueue_depth").set_function(lambda: len(queue) if self._leads else 0)
+
+    def clock(self, ahead: Callable[[], float]) -> None:
+        self._of("clock_ahead_seconds").set_function(ahead)
 
     def called(self, call: Call, code: str, seconds: float) -> None:
         resource = call.resource.plural + (f"/{call.resource.subresource}" if call.resource.subresource else "")

@@ -47,6 +47,7 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "workqueue_depth", "gauge", "Runs that wait for a look; 0 in a replica that stands by."),
     MetricDef(PREFIX + "api_requests_total", "counter", "Calls to the API server.", ("verb", "resource", "code")),
     MetricDef(PREFIX + "api_request_seconds", "histogram", "Duration of calls to the API server.", ("verb", "resource"), SHORT),
+    MetricDef(PREFIX + "clock_ahead_seconds", "gauge", "Seconds that this replica's clock is ahead of the API server's; beyond 5, the API server's is taken instead."),
     MetricDef(PREFIX + "scrapes_total", "counter", "Pods asked how far they are: progress, empty (no step yet, or no trainer), failed.", ("outcome",)),
     MetricDef(PREFIX + "leader", "gauge", "1 in the replica that acts."),
     MetricDef(PREFIX + "watch_events_total", "counter", "Events seen by the watches.", ("resource",)),

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +12,7 @@ from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
 from controller.api.status import RunStatus
 from controller.backends.base import Backend
+from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Object
 from controller.operator import events
 from controller.operator.defaults import Defaults, remembering
@@ -37,15 +38,10 @@ def no_configs(_: Key, __: AlignmentRun) -> Configs:
     return {}
 
 
-def _now() -> datetime:
-    """Kubernetes' times have whole seconds."""
-    return datetime.now(UTC).replace(microsecond=0)
-
-
 class Reconciler:
     def __init__(
         self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
-        now: Callable[[], datetime] = _now, defaults: Defaults = NONE, configs: ConfigsOf = no_configs,
+        now: Callable[[], datetime] = seconds_now, defaults: Defaults = NONE, configs: ConfigsOf = no_configs,
     ) -> None:  # fmt: skip
         self.api = api
         self.backend = backend
@@ -93,7 +89,7 @@ class Reconciler:
         for event in events.transitions(before, after):
             log = logger.warning if event.type == "Warning" else logger.info
             log("%s", event.note, extra={"namespace": run.metadata.namespace, "run": run.name, "reason": event.reason})
-            await self._tell(events.render(event, run, self.instance, datetime.now(UTC)))
+            await self._tell(events.render(event, run, self.instance, self.now()))
 
     async def _tell(self, event: dict[str, Any]) -> None:
         try:

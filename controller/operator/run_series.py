@@ -8,11 +8,11 @@ from datetime import datetime
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from controller.api.run import AlignmentRun
+from controller.api.run import AlignmentRun, FailurePolicy
 from controller.api.status import Attempt, AttemptState, PhaseStatus, RunStatus
 from controller.operator.metrics import PREFIX, RUN_METRICS
 from controller.operator.queue import Key
-from controller.plan.attempts import budget, of_settings
+from controller.plan.attempts import budget, of_settings, spent
 from controller.plan.resolve import merge_templates
 from trainers.contract import FailureClass
 
@@ -105,7 +105,7 @@ def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
         yield "phase_attempts", labels, phase.tries
         at_work = [a for a in phase.attempts if not a.state.ended and a.state != AttemptState.ASKED and a.started_at]
         yield "phase_gpus", labels, gpus_of(run, phase.name, at_work[-1]) if at_work else 0
-        for failure, count in _failures(phase).items():
+        for failure, count in _failures(phase, run.spec.failure_policy).items():
             yield "phase_retries_used", (*labels, failure), count
             yield "phase_retries_allowed", (*labels, failure), budget(run.spec.failure_policy.retries, failure)
 
@@ -116,13 +116,13 @@ def _results(key: Key, status: RunStatus) -> Iterator[Sample]:
             yield "phase_result", (*key, phase.name, phase.type, metric), value
 
 
-def _failures(phase: PhaseStatus) -> Counter[FailureClass]:
-    """Of what is asked for now: earlier settings' failures do not count, nor do those that a smaller attempt follows."""
+def _failures(phase: PhaseStatus, policy: FailurePolicy) -> Counter[FailureClass]:
+    """Of what is asked for now: earlier settings' failures do not count, nor do those that use up no budget."""
     newest = phase.attempts[-1].settings if phase.attempts else ""
     counted = of_settings(phase.attempts, phase.digest, newest) if phase.digest else phase.attempts
     found: Counter[FailureClass] = Counter()
-    for attempt in counted:
-        if attempt.state == AttemptState.FAILED and attempt.failure is not None and not attempt.placed:
+    for attempt in spent(counted, policy):
+        if attempt.state == AttemptState.FAILED and attempt.failure is not None:
             found[attempt.failure] += attempt.times
     return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from controller.api.run import Backoff, FailurePolicy, RetryBudget
-from controller.api.status import Attempt, AttemptState
+from controller.api.status import Attempt, AttemptState, PhaseProgress
 from controller.api.text import plain
 from controller.plan.moments import later
 from controller.plan.observed import JobState, ObservedJob
@@ -20,11 +20,20 @@ KINDS = 12
 
 OLD_MESSAGE_LIMIT = 120
 
-BARRED = "waits, because its job may not be made now: "
+OF_THE_PLATFORM = (
+    FailureClass.INFRASTRUCTURE, FailureClass.INTERRUPTED, FailureClass.STARTUP_TIMEOUT, FailureClass.STALLED,
+)  # fmt: skip
+"""Failures that say nothing of the run, so that progress gives their retries back. One that ran out of memory does so again."""
+
+BARRED = "waits, because its job may not be made now"
+
+DELETED = "its job was deleted, and not by the operator"
+
+WAS_OVER = "was over before attempt {}, of which this status did not know"
 
 
 def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) -> tuple[Attempt, ...]:
-    """Attempts by number. An end once seen stands, so stale, repeated and lost observations do no harm."""
+    """Attempts by number. An end once seen stands, so stale and repeated observations do no harm."""
     records = {attempt.number: attempt for attempt in before}
     seen = {job.attempt: job for job in jobs if not job.past}
     newest = max(records, default=0)
@@ -32,22 +41,66 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
         # The job of an attempt that has been pruned: whatever it was, it has been dealt with.
         if number in records or number > newest or job.state == JobState.LIVE:
             records[number] = _advance(records.get(number), job, now)
+    following = max(seen, default=0)
     for number, record in records.items():
-        # One that was about to fail and is gone has failed: who took its job away took its end with it.
-        leaving = record.state == AttemptState.STOPPING or record.failure is not None
-        if leaving and not record.state.ended and number not in seen:
-            records[number] = record.model_copy(update={"state": _after_stopping(record), "finished_at": now})
+        if number not in seen and not record.state.ended and record.state != AttemptState.ASKED:
+            records[number] = _gone(record, following, now)
     return tuple(records[number] for number in sorted(records))
+
+
+def _gone(record: Attempt, following: int, now: datetime) -> Attempt:
+    """The end of one that was seen, and is not there any more.
+
+    We ended it, or it was about to fail and took its end with it. Else somebody else has deleted its job: that counts and
+    backs off as any failure, or whoever deletes our jobs and we who make them would keep each other busy for ever. One
+    that has a follower was over before it, as its status would say if it were not older than the cluster: we never
+    start two.
+    """
+    change: dict[str, object] = {"state": _after_stopping(record), "finished_at": now}
+    if record.state != AttemptState.STOPPING and record.failure is None:
+        if following > record.number:
+            change |= {"message": WAS_OVER.format(following)}
+        else:
+            change |= {"state": AttemptState.FAILED, "failure": FailureClass.INTERRUPTED, "message": DELETED}
+    return record.model_copy(update=change)
 
 
 def barred(records: Sequence[Attempt], phase: str, why: Mapping[tuple[str, int], str]) -> tuple[Attempt, ...]:
     """An attempt whose job may not be made now says so. It has not failed: it is asked for until there is room."""
     return tuple(
-        a.model_copy(update={"message": short(f"{BARRED}{why[phase, a.number]}")})
+        a.model_copy(update={"barred": (told := short(why[phase, a.number])), "message": short(f"{BARRED}: {told}")})
         if a.state == AttemptState.ASKED and (phase, a.number) in why
         else a
         for a in records
     )
+
+
+def with_work(
+    records: Sequence[Attempt], jobs: Iterable[ObservedJob], report: PhaseProgress | None, digest: str | None
+) -> tuple[Attempt, ...]:
+    """What the live attempt has saved is remembered of it, and makes good what has failed before."""
+    live = max((job.attempt for job in jobs if job.state == JobState.LIVE), default=None)
+    step = report.checkpoint_step if report else 0
+    told = [
+        a.model_copy(update={"checkpoint_step": step}) if a.number == live and a.checkpoint_step < step else a
+        for a in records
+    ]
+    turn = _last_to_get_on([a for a in told if a.digest == digest])
+    return tuple(
+        a.model_copy(update={"made_good": True})
+        if a.digest == digest and a.number < turn and a.state == AttemptState.FAILED and a.failure in OF_THE_PLATFORM
+        else a
+        for a in told
+    )
+
+
+def _last_to_get_on(records: Sequence[Attempt]) -> int:
+    """Number of the last attempt that had saved more than every one before it; 0 if none has saved anything."""
+    furthest = turn = 0
+    for record in records:
+        if record.checkpoint_step > furthest:
+            furthest, turn = record.checkpoint_step, record.number
+    return turn
 
 
 def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt:
@@ -59,6 +112,7 @@ def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt
             "digest": job.digest,
             "job": short(job.name) or before.job,
             "node": short(job.node) or before.node,
+            "barred": "",
             # Waiting in a queue is not yet a start.
             "started_at": before.started_at or job.started_at or job.may_start_since,
         }
@@ -170,6 +224,11 @@ def halvings(failures: Sequence[Attempt]) -> int:
     return count(failures, FailureClass.OUT_OF_MEMORY)
 
 
+def spent(failures: Sequence[Attempt], policy: FailurePolicy) -> list[Attempt]:
+    """Those that use up budgets. There are only so many that a smaller attempt follows, and only so much work to save."""
+    return [a for a in failures if not a.placed and not (a.made_good and policy.refill_on_progress)]
+
+
 def count(failures: Sequence[Attempt], failure: FailureClass | None) -> int:
     return sum(a.times for a in failures if a.failure == failure)
 
@@ -215,8 +274,8 @@ def _counted(failures: Sequence[Attempt]) -> list[Attempt]:
     old, kept = failures[:-KEPT], failures[-KEPT:]
     alike: dict[tuple[object, ...], Attempt] = {}
     for failure in old:
-        # One that a smaller attempt follows uses up no budget.
-        key = (failure.digest, failure.settings, failure.failure, bool(failure.placed))
+        # Not all of them use up a budget.
+        key = (failure.digest, failure.settings, failure.failure, bool(failure.placed), failure.made_good)
         alike[key] = _both(alike.pop(key, None), failure)
     return [*list(alike.values())[-KINDS:], *kept]
 
@@ -227,6 +286,7 @@ def _both(older: Attempt | None, newer: Attempt) -> Attempt:
     if older is not None:
         changes |= {
             "times": older.times + newer.times,
+            "checkpoint_step": max(older.checkpoint_step, newer.checkpoint_step),
             "placed": min(filter(None, (older.placed, newer.placed)), default=0),
         }
     return newer.model_copy(update=changes)
@@ -241,11 +301,8 @@ class Verdict:
 
 
 def judge(failures: Sequence[Attempt], policy: FailurePolicy, key: str) -> Verdict:
-    """Whether the last failure was one too many, and otherwise when to try again.
-
-    Those that a smaller attempt follows do not count: there are only so many of them.
-    """
-    failures = [a for a in failures if not a.placed]
+    """Whether the last failure was one too many, and otherwise when to try again."""
+    failures = spent(failures, policy)
     if not failures:
         return Verdict()
     last = failures[-1]

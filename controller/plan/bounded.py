@@ -38,7 +38,9 @@ def _messages(longest: int) -> Squeeze:
 
 
 def _shortened(attempt: Attempt, longest: int) -> Attempt:
-    return attempt.model_copy(update={n: getattr(attempt, n)[:longest] for n in ("message", "node", "taken_by")})
+    return attempt.model_copy(
+        update={n: getattr(attempt, n)[:longest] for n in ("message", "node", "taken_by", "barred")}
+    )
 
 
 def _figures(most: int) -> Squeeze:

@@ -12,6 +12,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.plan import attempts as history
+from controller.plan import clocks
 from controller.plan.bounded import bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
@@ -59,7 +60,8 @@ class Decision:
 
 def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collection[str] | None = None) -> Decision:
     """What to do next. ``only`` restricts the run to some phases; others count if they have finished."""
-    before = run.status or RunStatus()
+    before = clocks.written(run.status or RunStatus(), run.metadata.creation_timestamp, now)
+    observed = clocks.seen(observed, now)
     generation = run.metadata.generation
     if is_final(before, generation):
         return _at_rest(run, before, observed, now)
@@ -237,10 +239,8 @@ def _job(run: AlignmentRun, phase: ResolvedPhase, steps: Mapping[str, Step], att
     assert inputs is not None, "only a phase whose inputs have finished is started"
     assert digest is not None
     status = steps[phase.name].status
-    halved, nodes, name = next(
-        ((a.halvings, a.nodes, a.job) for a in status.attempts if a.number == attempt), (0, 0, "")
-    )
-    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved, nodes, name)
+    halved, nodes = next(((a.halvings, a.nodes) for a in status.attempts if a.number == attempt), (0, 0))
+    return build_job(run, phase, attempt, digest, inputs, _avoided(run, status), alone, halved, nodes)
 
 
 def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:

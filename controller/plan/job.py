@@ -64,15 +64,14 @@ class PhaseJob:
 
 def build_job(
     run: AlignmentRun, phase: ResolvedPhase, attempt: int, digest: str, inputs: Mapping[str, str],
-    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0, nodes: int = 0, name: str = "",
+    avoid_nodes: tuple[str, ...], alone: bool, halvings: int = 0, nodes: int = 0,
 ) -> PhaseJob:  # fmt: skip
-    """``name``: what the attempt's job was called before, if it was; an upgrade does not rename it."""
     return PhaseJob(
         run=run.name,
         phase=phase.name,
         type=phase.type.name,
         attempt=attempt,
-        name=name or job_name(run.name, phase.name, attempt),
+        name=job_name(run.name, phase.name, attempt),
         digest=digest,
         image=phase.image,
         nodes=nodes or phase.nodes,

@@ -56,6 +56,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
     digest = wanted_digest(phase, at.inputs)
     records = strangers.pass_by(history.join(before.attempts, jobs, at.now), phase.name, at.observed.taken, at.now)
+    records = history.with_work(records, jobs, at.observed.progress.get(phase.name), digest)
     records = _end_overdue(history.barred(records, phase.name, at.observed.barred), jobs, phase, at)
     result = _known_result(phase, digest, before, at.observed.results.get(phase.name))
     if result is not None:

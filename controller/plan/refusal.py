@@ -67,11 +67,12 @@ def _watched(
     phase: PhaseStatus, suspend: bool, observed: Observed, now: datetime
 ) -> tuple[PhaseStatus, tuple[int, ...]]:
     jobs = [job for job in observed.jobs if job.phase == phase.name]
-    records = history.join(phase.attempts, jobs, now)
+    progress = observed.progress.get(phase.name)
+    records = history.with_work(history.join(phase.attempts, jobs, now), jobs, progress, phase.digest)
     records, stop = stopping(records, jobs, keep=None if suspend else phase.digest)
     changes: dict[str, Any] = {"attempts": history.prune(records, phase.digest), **_result(phase, observed)}
     if _is_seen(records, jobs):
-        return phase.model_copy(update=changes | _running(records, observed.progress.get(phase.name))), stop
+        return phase.model_copy(update=changes | _running(records, progress)), stop
     if phase.state in MOVING:
         changes |= {"state": PhaseState.WAITING, "message": "the run is invalid"}
         changes |= {"progress": None, "queue": None, "retry_at": None, "held_by": ""}

@@ -6,7 +6,6 @@ from datetime import datetime
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
-from controller.plan.attempts import BARRED
 from controller.plan.conditions import Claim
 from controller.plan.moments import later
 
@@ -90,7 +89,7 @@ def _at_work(phases: Sequence[PhaseStatus]) -> Claim | None:
     held = [f"{p.name}: {p.message}" for p in phases if p.held_by]
     if held:
         return Claim(True, meta.WAITING_FOR_EARLIER_RUN, "; ".join(held))
-    barred = [f"{p.name} {a.message}" for p in running for a in p.attempts[-1:] if a.message.startswith(BARRED)]
+    barred = [f"{p.name} {a.message}" for p in running for a in p.attempts[-1:] if a.barred]
     if barred:
         return Claim(True, meta.JOB_FORBIDDEN, "; ".join(barred))
     if running:

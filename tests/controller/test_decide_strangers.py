@@ -61,8 +61,10 @@ class TestANameThatIsTaken:
     def test_of_an_attempt_that_ran_and_whose_job_is_gone(self):
         run = asked()
         run = with_status(run, decide(run, seen(job(run, "base", name="test-base-1")), after(1)))
-        decision = decide(run, seen(taken={("base", 1): THEIRS}), after(2))
-        assert started(decision) == ["base-2"]
+        taken = seen(taken={("base", 1): THEIRS})
+        deleted = decide(run, taken, after(2))
+        assert started(deleted) == [], "somebody has deleted it, too: that backs off"
+        assert started(decide(with_status(run, deleted), taken, after(20))) == ["base-2"]
 
     def test_does_not_touch_an_attempt_that_has_ended(self):
         run = asked()
@@ -105,21 +107,14 @@ class TestAnEarlierRun:
     def test_a_job_that_a_stranger_deleted_is_not_made_again_while_its_pods_save(self):
         run = asked()
         run = with_status(run, decide(run, seen(job(run, "base", name="test-base-1")), after(1)))
-        saving = decide(run, seen(held={"base": "Pod test-base-1-worker-0 of PyTorchJob test-base-1"}), after(2))
+        held = seen(held={"base": "Pod test-base-1-worker-0 of PyTorchJob test-base-1"})
+        run = with_status(run, decide(run, held, after(2)))
+        saving = decide(run, held, after(20))
         assert started(saving) == []
         assert saving.status.phases[0].message.startswith("waits for Pod test-base-1-worker-0")
-        assert started(decide(with_status(run, saving), seen(), after(20))) == ["base-1"]
+        assert started(decide(with_status(run, saving), seen(), after(21))) == ["base-2"]
 
     def test_a_job_of_ours_that_runs_is_not_disturbed(self):
         run = asked()
         decision = decide(run, seen(job(run, "base"), held={"base": EARLIER}), after(1))
         assert (stopped(decision), decision.status.phases[0].held_by) == ([], "")
-
-
-def test_an_attempt_keeps_the_name_that_its_job_has():
-    """It was given by an older operator, or the rule for names has changed since."""
-    run = asked()
-    run = with_status(run, decide(run, seen(job(run, "base", name="an-older-name-1")), after(1)))
-    again = decide(run, seen(), after(2))
-    [action] = again.actions
-    assert action.job.name == "an-older-name-1"

@@ -143,12 +143,6 @@ def test_a_job_that_vanishes_when_it_was_about_to_fail_has_failed_once() -> None
     assert [started(d) for d in decisions] == [[], [], ["base-2"], ["base-2"]]
 
 
-def test_a_job_that_a_stranger_deletes_is_made_again() -> None:
-    """It had not failed, and what did not fail is not counted."""
-    *_, gone = story((RUN, seen(runs()), 0), (RUN, seen(), 5))
-    assert (started(gone), ends(gone)) == (["base-1"], "Running")
-
-
 def test_what_was_said_while_it_went_down_is_the_reason() -> None:
     oom = doomed(failure=FailureClass.OUT_OF_MEMORY)
     cleaned = admitted()

@@ -47,7 +47,8 @@ SUSPENDED = make_run(sft("base"), suspend=True)
 
 STORIES = {
     "a run that succeeds": (
-        [(RUN, seen(), 0), (RUN, seen(job(RUN, "base")), 1), (RUN, seen(results=results(RUN, "base")), 2)],
+        [(RUN, seen(), 0), (RUN, seen(job(RUN, "base")), 1),
+         (RUN, seen(job(RUN, "base", 1, JobState.SUCCEEDED), results=results(RUN, "base")), 2)],
         [["AttemptStarted"], [], ["PhaseSucceeded", "RunSucceeded"]],
     ),
     "a failure and a retry": (

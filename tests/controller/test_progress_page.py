@@ -52,6 +52,7 @@ SENSELESS = {
     "a step that is no number": (page(step="NaN"), None),
     "endless steps": (page(step="+Inf"), None),
     "half a line": (page(step=12)[:-2], None),
+    "more saved than there is": (page(step=12, checkpoint_step=13), {"step": 12, "checkpoint_step": 0}),
     "more done than there is": (page(step=12, total_steps=3), {"step": 12, "total_steps": 0}),
     "endless work": (page(step=1, total_steps="1e300"), {"total_steps": 0}),
     "no loss": (page(step=1, loss="NaN"), {"loss": None}),

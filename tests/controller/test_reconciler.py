@@ -157,7 +157,7 @@ def test_what_runs_of_a_refused_run_is_looked_at_again():
     live = seen(job(RUN, "base"), problems=("spec.workspace: is not set",))
     assert desk.look(live, at=1) == POLL
     assert desk.status.phase == "Invalid"
-    assert desk.look(seen(problems=live.problems), at=2) == POLL, "its pods may be on their way out"
+    assert desk.look(seen(problems=live.problems), at=2) is None, "it is gone, and nothing follows"
     assert "delete base-1" not in desk.server.said
 
 

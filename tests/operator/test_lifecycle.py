@@ -85,16 +85,18 @@ def test_raising_the_budget_lets_a_failed_run_go_on(driver: Driver):
     driver.until_condition("run", "Succeeded")
 
 
-def test_a_job_that_someone_deletes_is_made_again(driver: Driver):
+def test_a_job_that_someone_deletes_is_a_failure_and_the_next_attempt_follows(driver: Driver):
     driver.apply(manifest("run", sft()))
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")
-    before = driver.until_job("run-sft-1")["metadata"]["uid"]
     driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
-    driver.cluster.wait(lambda: driver.until_job("run-sft-1")["metadata"]["uid"] != before, 30, "the job is back")
     driver.cluster.kubectl("delete", "pod", "run-sft-1-worker-0", "-n", driver.namespace, "--force", "--wait=false")
-    driver.succeed("run-sft-1")
+    driver.succeed("run-sft-2")
     driver.until_condition("run", "Succeeded")
+    [event] = driver.events("AttemptFailed")
+    said = "phase sft, attempt 1 failed: Interrupted: its job was deleted, and not by the operator"
+    assert event["message"] == said
+    assert driver.job_names() == ["run-sft-2"]
 
 
 class TestSuspension:

@@ -2,12 +2,19 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 from driver import FAST, Driver, manifest, now, sft
 
+from controller.api.run import AlignmentRun
+from controller.backends.pytorchjob.backend import PyTorchJobBackend
+from controller.backends.pytorchjob.scrape import Scraper
 from controller.kube import Api
 from controller.operator.login import login_of
+from controller.plan.attempts import DELETED
+from controller.plan.decide import Apply, decide
+from controller.plan.observed import ObservedJob
 
 Object = dict[str, Any]
 
@@ -146,6 +153,30 @@ def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
     asyncio.run(delete(theirs))
     driver.cluster.wait(lambda: not driver.jobs(), 30, "with its own it is")
     asyncio.run(delete(theirs))
+
+
+def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Driver):
+    """Else one that something in the cluster removes at once would be made at each look, for ever."""
+    driver.apply(manifest("run", sft(), suspend=True))
+    driver.until_condition("run", "Suspended")
+
+    async def made_and_deleted() -> tuple[ObservedJob, ...]:
+        api = Api(login_of(driver.cluster.kubeconfig))
+        backend = PyTorchJobBackend(api, Scraper(), None)
+        document = driver.run("run")
+        spec = {**document["spec"], "suspend": False}
+        run = AlignmentRun.model_validate({**document, "spec": spec, "status": None})
+        try:
+            [action] = decide(run, await backend.observe(run), datetime.now(UTC)).actions
+            assert isinstance(action, Apply)
+            await backend.apply(run, action.job)
+            driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
+            return (await backend.observe(run)).jobs
+        finally:
+            await api.close()
+
+    [job] = asyncio.run(made_and_deleted())
+    assert (job.state, job.failure, job.message) == ("Failed", "Interrupted", DELETED)
 
 
 def test_a_job_that_an_earlier_run_left_is_waited_for_while_it_may_write(driver: Driver):

@@ -252,6 +252,7 @@ def _progress(live: Live) -> PhaseProgress | None:
         loss=report.loss,
         tokens_per_second=report.tokens_per_second,
         eta_seconds=report.eta_seconds,
+        checkpoint_step=report.checkpoint_step,
         stage=report.stage,
         updated_at=datetime.fromtimestamp(report.updated_at, UTC),
     )

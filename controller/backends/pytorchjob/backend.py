@@ -1,8 +1,8 @@
 """The backend that runs phases as PyTorchJobs. Keeps nothing that it cannot see again in the cluster."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from controller.api import meta
@@ -11,7 +11,9 @@ from controller.api.status import PhaseProgress, QueueStatus
 from controller.backends.pytorchjob import belongings, evidence, observe, ownership
 from controller.backends.pytorchjob.render import Owner, render
 from controller.backends.pytorchjob.scrape import Scraper, Target
+from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Conflict
+from controller.plan import attempts as history
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from trainers.contract import FailureClass
@@ -32,13 +34,17 @@ WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 class PyTorchJobBackend:
-    def __init__(self, api: Api, scraper: Scraper, image: str | None) -> None:
+    def __init__(
+        self, api: Api, scraper: Scraper, image: str | None, now: Callable[[], datetime] = seconds_now
+    ) -> None:
         """``image``: the trainers' of runs that name none."""
+        self.now = now
         self.api = api
         self.scraper = scraper
         self.image = image
-        self._refused: dict[tuple[str, str], ObservedJob] = {}
-        """Jobs that the API server did not take, by the run's uid and their name, until the run's status says so."""
+        self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
+        """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
+        take them, or has since deleted them. Until one is seen, or the run's status has it."""
         self._barred: dict[str, dict[ownership.Attempted, str]] = {}
         """Attempts whose jobs might not be made when they were asked for last, by the run's uid; until the next look."""
 
@@ -49,11 +55,11 @@ class PyTorchJobBackend:
 
         One more for each attempt whose job is not where it should be.
         """
-        now = datetime.now(UTC).replace(microsecond=0)
+        now = self.now()
         found = await belongings.gather(self.api, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
-        queues = await self._queues(namespace, jobs)
+        queues = await self._queues(namespace, jobs, now)
         seen = [
             await self._explained(
                 observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
@@ -61,7 +67,7 @@ class PyTorchJobBackend:
             for job in sorted(jobs, key=_attempt)
             if not observe.is_leaving(job, pods.get(_name(job), ()), now)
         ]
-        seen += self._refusals(run, seen)
+        seen += self._missing(run, seen)
         results = {job.phase: result for job in seen if (result := _result(job, pods.get(job.name, ())))}
         return Observed(
             jobs=tuple(seen),
@@ -75,21 +81,21 @@ class PyTorchJobBackend:
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         """Of a job of this name that is someone else's the next look tells."""
+        uid = run.metadata.uid or ""
         try:
             await self.api.create_job(render(job, _owner(run), self.image))
         except Conflict:
             return
         except ApiError as error:
             if error.status == FORBIDDEN:
-                self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = error.message
+                self._barred.setdefault(uid, {})[job.phase, job.attempt] = error.message
                 return
             if error.status not in REFUSALS:
                 raise
-            refused = ObservedJob(
-                job.phase, job.attempt, job.digest, JobState.FAILED, REFUSALS[error.status],
-                f"the API server refused the job: {error.message}", name=job.name,
-            )  # fmt: skip
-            self._refused[run.metadata.uid or "", job.name] = refused
+            why = f"the API server refused the job: {error.message}"
+            self._unless_seen[uid, job.name] = _failed(job, REFUSALS[error.status], why)
+        else:
+            self._unless_seen[uid, job.name] = _failed(job, FailureClass.INTERRUPTED, history.DELETED)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
@@ -98,16 +104,16 @@ class PyTorchJobBackend:
 
     # -- details
 
-    def _refusals(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
-        """Those of this run that its status does not know of yet."""
-        mine = {key: job for key, job in self._refused.items() if key[0] == run.metadata.uid}
+    def _missing(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
+        """Jobs of this run that should be there, and of whose end its status does not know yet."""
+        mine = {key: job for key, job in self._unless_seen.items() if key[0] == run.metadata.uid}
         phases = {phase.name: phase for phase in (run.status.phases if run.status else ())}
         for key, job in mine.items():
             known = phases[job.phase].attempts if job.phase in phases else ()
             told = any(a.number == job.attempt and a.state.ended for a in known)
             if told or any(other.name == job.name for other in seen):
-                del self._refused[key]
-        return [job for key, job in mine.items() if key in self._refused]
+                del self._unless_seen[key]
+        return [job for key, job in mine.items() if key in self._unless_seen]
 
     async def _explained(
         self, seen: ObservedJob, job: Object, pods: Mapping[str, Sequence[Object]], now: datetime
@@ -136,8 +142,7 @@ class PyTorchJobBackend:
                 )
         return found
 
-    async def _queues(self, namespace: str, jobs: Sequence[Object]) -> dict[str, QueueStatus]:
-        now = datetime.now(UTC)
+    async def _queues(self, namespace: str, jobs: Sequence[Object], now: datetime) -> dict[str, QueueStatus]:
         statuses: dict[str, QueueStatus] = {}
         for job in jobs:
             if observe.is_queued(job) and not observe.ended(job):
@@ -166,6 +171,10 @@ def _target(run: AlignmentRun, pod: Object) -> Target | None:
         return None
     namespace = run.metadata.namespace or "default"
     return Target(namespace, run.name, pod["metadata"]["uid"], address, evidence.timestamp(started))
+
+
+def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
+    return ObservedJob(job.phase, job.attempt, job.digest, JobState.FAILED, failure, why, name=job.name)
 
 
 def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:

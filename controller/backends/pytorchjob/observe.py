@@ -40,7 +40,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         state=JobState.LIVE,
         name=meta_["name"],
         uid=meta_["uid"],
-        started_at=first_start(pods),
+        started_at=_not_before(job, first_start(pods)),
         queue=queue,
     )
     if is_suspended(job):
@@ -57,7 +57,7 @@ def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datet
     going_down = not all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
     state = JobState.LIVE if going_down else JobState.FAILED
     end = None if going_down else finished
-    return replace(base, state=state, finished_at=end, **_told(found))
+    return replace(base, state=state, finished_at=end, **_told(found, job))
 
 
 def _gone(job: Object) -> Evidence:
@@ -69,15 +69,16 @@ def _live(base: ObservedJob, job: Object, pods: Sequence[Object]) -> ObservedJob
     at_work = [pod for pod in pods if pod["status"].get("phase") != "Succeeded"]
     doomed = evidence.find(at_work) or evidence.hopeless(at_work)
     if doomed is not None:
-        return replace(base, **_told(doomed))
-    running = all_running_since(job, pods)
-    since = running_since(job)
+        return replace(base, **_told(doomed, job))
+    running, since = all_running_since(job, pods), running_since(job)
     placed = sum(bool(pod["spec"].get("nodeName")) for pod in pods)
     return replace(base, message=evidence.holdup(at_work), may_start_since=since, running_since=running, placed=placed)
 
 
-def _told(found: Evidence) -> dict[str, Any]:
-    return {"failure": found.failure, "message": found.message, "node": found.node}
+def _told(found: Evidence, job: Object) -> dict[str, Any]:
+    """If we have deleted the job ourselves the planner knows, and takes no other word."""
+    why = "its job is being deleted; " if job["metadata"].get("deletionTimestamp") else ""
+    return {"failure": found.failure, "message": f"{why}{found.message}", "node": found.node}
 
 
 # ---------------------------------------------------------------- reading jobs
@@ -117,8 +118,14 @@ def is_alive(job: Object, pods: Sequence[Object], now: datetime) -> bool:
 
 def running_since(job: Object) -> datetime:
     """Since when the job may have pods: its creation, or when its queue let it go."""
-    started = job.get("status", {}).get("startTime") or job["metadata"]["creationTimestamp"]
-    return evidence.timestamp(started)
+    made = evidence.timestamp(job["metadata"]["creationTimestamp"])
+    started = job.get("status", {}).get("startTime")
+    return max(evidence.timestamp(started), made) if started else made
+
+
+def _not_before(job: Object, moment: datetime | None) -> datetime | None:
+    """Nothing of a job was before the job: nodes' clocks may be behind by hours."""
+    return max(moment, evidence.timestamp(job["metadata"]["creationTimestamp"])) if moment is not None else None
 
 
 def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
@@ -130,7 +137,7 @@ def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
     states = [evidence.container_state(pod, "running") or evidence.container_state(pod, "terminated") for pod in pods]
     starts = [state.get("startedAt") for state in states]
     known = [evidence.timestamp(start) for start in starts if start]
-    return max(known) if len(known) == len(pods) and len(pods) >= wanted else None
+    return _not_before(job, max(known)) if len(known) == len(pods) and len(pods) >= wanted else None
 
 
 def first_start(pods: Sequence[Object]) -> datetime | None:

@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 from controller.api.status import PhaseProgress
 from trainers.metrics import PREFIX
 
-WANTED = ("step", "total_steps", "loss", "tokens_per_second", "eta_seconds", "last_step_timestamp_seconds", "info")
+WANTED = (
+    "step", "total_steps", "checkpoint_step", "loss", "tokens_per_second", "eta_seconds", "last_step_timestamp_seconds", "info",
+)  # fmt: skip
 
 _NAMES = "|".join(WANTED)
 LINE = re.compile(rf"^{PREFIX}({_NAMES})(?:\{{([^\n]{{0,1024}})\}})? ([-+.0-9eE]{{1,32}})\r?\n".encode(), re.MULTILINE)
@@ -37,6 +39,7 @@ def progress_of(page: bytes, since: datetime, now: datetime) -> PhaseProgress | 
     return PhaseProgress(
         step=int(step),
         total_steps=int(total or 0),
+        checkpoint_step=int(_between(figures, "checkpoint_step", 0, step) or 0),
         loss=_between(figures, "loss", -LARGEST, LARGEST),
         tokens_per_second=rate if 0 < rate <= LARGEST else None,
         eta_seconds=_between(figures, "eta_seconds", 0, LONGEST_SECONDS) or None,

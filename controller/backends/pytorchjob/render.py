@@ -7,7 +7,6 @@ checked only when something else happens).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,6 +260,10 @@ def _lost_node_tolerations(template: Template, job: PhaseJob) -> list[Object]:
 
 
 def _away_from(nodes: tuple[str, ...]) -> Object:
-    names: Mapping[str, Any] = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(nodes)}
-    required = {"nodeSelectorTerms": [{"matchExpressions": [dict(names)]}]}
-    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    """Wished for, not demanded: where all nodes have failed once, or no other has room, one of them is better than none.
+
+    By their names: a label says what a cloud or an administrator has written.
+    """
+    others = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    wish = {"weight": 100, "preference": {"matchFields": others}}
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}

@@ -5,12 +5,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from weakref import WeakValueDictionary
 
 from controller.api.status import PhaseProgress
 from controller.backends.pytorchjob.fetch import fetch
 from controller.backends.pytorchjob.page import progress_of
+from controller.clock import seconds_now
 from trainers.contract import DEFAULT_METRICS_PORT
 
 EVERY_SECONDS = 15.0
@@ -58,13 +59,14 @@ class Scraper:
     def __init__(
         self, port: int = DEFAULT_METRICS_PORT, every: float = EVERY_SECONDS,
         begun: Callable[[str, str], object] = lambda namespace, run: None,
-        told: Callable[[Outcome], object] = lambda outcome: None,
+        told: Callable[[Outcome], object] = lambda outcome: None, now: Callable[[], datetime] = seconds_now,
     ) -> None:  # fmt: skip
         """``begun`` is called when a pod of a run reports for the first time, ``told`` after each pod that was asked."""
         self.port = port
         self.every = every
         self.begun = begun
         self.told = told
+        self.now = now
         self._reports: dict[str, Report] = {}
         self._turns = Turns()
 
@@ -91,7 +93,7 @@ class Scraper:
             await asyncio.sleep(wait)
             async with self._turns.of(pod):
                 page = await fetch(pod.address, self.port)
-            found = progress_of(page, pod.since, datetime.now(UTC).replace(microsecond=0)) if page is not None else None
+            found = progress_of(page, pod.since, self.now()) if page is not None else None
             self.told(PROGRESS if found else FAILED if page is None else EMPTY)
             begins = found is not None and report.progress is None
             report.progress = found or report.progress
