@@ -1,43 +1,25 @@
 """What a user writes: the AlignmentRun's metadata and spec."""
 
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
-    BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
-    WithJsonSchema,
     create_model,
     model_validator,
 )
 
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
-from controller.api.quantities import QUANTITY
 from controller.api.status import RunStatus
-from controller.api.workspace import OBJECT_NAME, Workspace
+from controller.api.template import Template
+from controller.api.workspace import Workspace
 from trainers.contract import PhaseType
 from trainers.phases import REGISTRY, phase_type
 from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set
 
 MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)
 """The members a phase entry can have: one for each phase type."""
-
-
-def _quantity(value: object) -> object:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Quantity = Annotated[
-    str,
-    BeforeValidator(_quantity),
-    StringConstraints(pattern=QUANTITY),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer"}, {"type": "string"}], "pattern": QUANTITY, "x-kubernetes-int-or-string": True}
-    ),
-]
-"""A Kubernetes quantity: `8`, `500m`, `64Gi`."""
 
 
 class ObjectMeta(SpecModel):
@@ -61,82 +43,6 @@ class ObjectMeta(SpecModel):
     """Set by the server: changes with every write."""
     creation_timestamp: datetime | None = None
     """Set by the server."""
-
-
-class EnvVar(SpecModel):
-    name: str = Field(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", max_length=256)
-    """Name of the variable."""
-    value: str = ""
-    """Its value."""
-
-
-class Resources(SpecModel):
-    requests: dict[str, Quantity] = {}
-    """What the scheduler sets aside, for example `{cpu: 8, memory: 64Gi}`."""
-    limits: dict[str, Quantity] = {}
-    """What a pod may use at most, for example `{nvidia.com/gpu: 8}`."""
-
-
-class Toleration(SpecModel):
-    key: str | None = None
-    """Taint key; all keys unless set."""
-    operator: Literal["Equal", "Exists"] = "Equal"
-    """How the value is compared."""
-    value: str | None = None
-    """Taint value."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; all effects unless set."""
-    toleration_seconds: int | None = None
-    """For NoExecute: how long the pod may stay."""
-
-
-class ClaimMount(SpecModel):
-    """A PersistentVolumeClaim that pods see besides the workspace, for example data or a cache of models."""
-
-    claim_name: str = Field(pattern=OBJECT_NAME, max_length=253)
-    """Name of the claim."""
-    mount_path: str = Field(pattern=r"^/[^:]+$", max_length=512)
-    """Where pods see it."""
-    sub_path: str | None = None
-    """Folder in the claim; all of it unless set."""
-    read_only: bool = True
-    """Pods cannot write to it."""
-
-
-SecretName = Annotated[str, StringConstraints(pattern=OBJECT_NAME, max_length=253)]
-
-
-class Template(SpecModel):
-    """How a phase's processes run. A field set in a phase's own template wins; `env` is merged by name."""
-
-    image: str | None = Field(default=None, pattern=r"^[^\sA-Z][^\s]*$", max_length=1024)
-    """Container image of the trainers; the operator's default unless set. Part of a phase's identity."""
-    nodes: int | None = Field(default=None, ge=1, le=4096)
-    """Pods (machines) per phase; 1 unless set. Local runs have one."""
-    min_nodes: int | None = Field(default=None, ge=1, le=4096)
-    """Where not all `nodes` find a place within `failurePolicy.startupTimeoutSeconds`, go on with those that do, if they are as many as this."""
-    procs_per_node: int | None = Field(default=None, ge=1, le=64)
-    """Processes per pod, one per GPU; 1 unless set."""
-    resources: Resources | None = None
-    """Requests and limits of each pod."""
-    env: tuple[EnvVar, ...] = Field(default=(), max_length=128)
-    """Environment variables."""
-    secret_refs: tuple[SecretName, ...] = Field(default=(), max_length=16)
-    """Secrets whose keys become environment variables (a hub token, object store credentials)."""
-    claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16)
-    """Claims to mount besides the workspace."""
-    node_selector: dict[str, str] = {}
-    """Labels a node must have. By `nvidia.com/gpu.product` it is said beforehand whether a phase fits that GPU."""
-    gpu_memory: Quantity | None = None
-    """Memory of one GPU (`80Gi`), where its product does not tell it. Nothing is asked for by it: whether phases fit is said by `alignctl plan` and in the status."""
-    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=32)
-    """Taints that are tolerated."""
-    service_account_name: str | None = None
-    """Service account of the pods."""
-    priority_class_name: str | None = None
-    """Priority class of the pods."""
-    grace_seconds: int = Field(default=120, ge=1, le=3600)
-    """Time a pod has to save its work when it is asked to stop."""
 
 
 class RetryBudget(SpecModel):

@@ -56,7 +56,28 @@ ENV: Schema = {
     },
 }
 
+ALLOWED: Schema = {
+    "type": "array",
+    "uniqueItems": True,
+    "items": {"type": "string", "pattern": r"^[^\s*]*\*?$", "minLength": 1},
+}
+LIMITS: Schema = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {**LABEL_NAME, "maxLength": 40},
+        "namespaces": {"type": "array", "uniqueItems": True, "minItems": 1, "items": LABEL_NAME},
+        "namespaceSelector": FREE,
+        **dict.fromkeys(("images", "serviceAccounts", "claims", "secrets", "queues"), ALLOWED),
+        "nodeSelector": {"type": "object", "patternProperties": {QUALIFIED: ALLOWED}, "additionalProperties": False},
+        "maxNodes": {"type": "integer", "minimum": 1},
+    },
+    "oneOf": [{"required": ["namespaces"]}, {"required": ["namespaceSelector"]}],
+    "additionalProperties": False,
+}
+
 RULES: dict[str, Schema] = {
+    "limits": {"type": "array", "items": LIMITS},
     "imagePullSecrets": {
         "type": "array",
         "items": {"type": "object", "required": ["name"], "properties": {"name": NAME}, "additionalProperties": False},

@@ -9,7 +9,7 @@ from controller.api.run import RunSpec
 from controller.api.status import RunStatus
 from controller.gen import NOTICE
 from controller.gen.rules import one_member_rule, reference_paths, reference_rules, self_reference_rules, tighten
-from controller.gen.structural import Schema, structural_schema
+from controller.gen.structural import DETAILS, Schema, structural_schema
 
 COLUMNS = (
     ("Phase", ".status.phase", "Running phases, or how the run ended"),
@@ -87,14 +87,21 @@ def _resource_schema() -> Schema:
 
 def spec_schema() -> Schema:
     """The spec, with what CEL and list types can check on top of the models."""
-    schema = _described_once(structural_schema(RunSpec, "spec"))
+    schema = _told_once(_described_once(structural_schema(RunSpec, "spec")), set())
     phases = schema["properties"]["phases"] = _described_once(schema["properties"]["phases"], IN_PHASES)
+    _leave_unset(phases["items"]["properties"]["template"])
     phases |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
     for steps in reference_paths():
         tighten(phases["items"], steps, meta.MAX_PHASES, meta.PHASE_NAME_LENGTH)
     phases["x-kubernetes-validations"] = reference_rules()
     phases["items"]["x-kubernetes-validations"] = [one_member_rule(), *self_reference_rules()]
     return schema
+
+
+def _leave_unset(template: Schema) -> None:
+    """What a phase's template does not say is the run's: a default there would win over it."""
+    for field in template["properties"].values():
+        field.pop("default", None)
 
 
 EVERYWHERE = frozenset({"trainOn"})
@@ -119,6 +126,20 @@ def _described_once(schema: Schema, fields: frozenset[str] = EVERYWHERE, below: 
             for name, value in kept["properties"].items()
         }
     return kept
+
+
+def _told_once(schema: Schema, told: set[str]) -> Schema:
+    """Texts of fields that all phase types have are whole where they occur first, and begin there alike elsewhere."""
+    brief = dict(schema)
+    if said := schema.get("description"):
+        brief["description"] = DETAILS.split(said)[0] if said in told else said
+        told.add(said)
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            brief[name] = _told_once(schema[name], told)
+    if "properties" in schema:
+        brief["properties"] = {name: _told_once(field, told) for name, field in schema["properties"].items()}
+    return brief
 
 
 def _without_texts_below(schema: Schema) -> Schema:

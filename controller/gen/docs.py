@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from controller.api.run import AlignmentRun, FailurePolicy, ObjectMeta, PhaseEntry, RunSpec, Template
+from controller.api.quantities import Quantity
+from controller.api.run import AlignmentRun, FailurePolicy, ObjectMeta, PhaseEntry, RunSpec
+from controller.api.template import Template
 from controller.gen import NOTICE
 from controller.operator import metrics as operator_metrics
 from trainers.metrics import METRICS, MetricDef
@@ -95,7 +97,7 @@ def _type(annotation: Any) -> str:  # noqa: PLR0911 -- one line per kind of type
     if origin is dict:
         return f"map of {_type(arguments[1])}"
     if origin is typing.Annotated:
-        return "quantity"
+        return "quantity" if annotation == Quantity else _type(arguments[0])
     options = [a for a in arguments if a is not type(None) and a is not ...]
     if options:
         return " or ".join(_type(option) for option in options)

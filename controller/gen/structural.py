@@ -25,7 +25,10 @@ COPIED = frozenset(
         "maxLength",
         "minItems",
         "maxItems",
+        "maxProperties",
         "format",
+        "x-kubernetes-list-type",
+        "x-kubernetes-list-map-keys",
         "x-kubernetes-validations",
     }
 )
@@ -98,12 +101,12 @@ class _Converter:
             inlined = _in_brief(inlined)
         self._told.add(name)
         beside = {key: value for key, value in node.items() if key in ("description",)}
-        return inlined | beside | _default(node)
+        return _pruned(inlined | beside | _default(node))
 
     def _either(self, node: Schema, path: str) -> Schema:
         options = [option for option in node["anyOf"] if option.get("type") != "null"]
+        beside = {key: node[key] for key in node if key in COPIED} | _default(node)
         nullable = {"nullable": True} if len(options) < len(node["anyOf"]) else {}
-        beside = {key: node[key] for key in ("description",) if key in node} | _default(node)
         if node.get("x-kubernetes-int-or-string"):
             pattern = {"pattern": node["pattern"]} if "pattern" in node else {}
             return {"anyOf": options, "x-kubernetes-int-or-string": True} | pattern | beside | nullable
@@ -111,7 +114,7 @@ class _Converter:
             raise NotStructural(
                 path, f"a union of {len(options)} types is not structural; use one optional field per type"
             )
-        return self.convert(options[0], path) | beside | nullable
+        return _pruned(self.convert(options[0], path) | beside | nullable)
 
     def _object(self, node: Schema, path: str) -> Schema:
         if "properties" in node:
@@ -129,18 +132,20 @@ class _Converter:
         return {"items": self.convert(node["items"], f"{path}[]")}
 
 
-def _in_brief(schema: Any) -> Any:
-    """The schema with the beginning of every description: all is said where its model first occurs.
+def _in_brief(schema: Schema, depth: int = 0) -> Schema:
+    """The schema with the beginning of its own fields' descriptions: all is said where its model first occurs.
 
     A model of data or of a model occurs in dozens of places, and kubectl takes a CRD of at most 256 KiB.
     """
-    if isinstance(schema, list):
-        return [_in_brief(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    brief = {key: _in_brief(value) for key, value in schema.items()}
-    said = schema.get("description")
-    return brief | ({"description": DETAILS.split(said)[0]} if isinstance(said, str) else {})
+    brief = {key: value for key, value in schema.items() if key != "description"}
+    if "description" in schema and depth <= 1:
+        brief["description"] = DETAILS.split(schema["description"])[0]
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            brief[name] = _in_brief(schema[name], depth)
+    if "properties" in schema:
+        brief["properties"] = {name: _in_brief(field, depth + 1) for name, field in schema["properties"].items()}
+    return brief
 
 
 def _bounds(node: Schema) -> Schema:
@@ -162,6 +167,19 @@ def _bounds(node: Schema) -> Schema:
 
 def _constant(node: Schema) -> Schema:
     return {"enum": [node["const"]]} if "const" in node else {}
+
+
+def _pruned(schema: Schema) -> Schema:
+    """Its default without what the API server fills in by itself: an empty object gets its fields' own defaults."""
+    return schema | {"default": _own_words(schema["default"], schema)} if "default" in schema else schema
+
+
+def _own_words(value: Any, schema: Schema) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields = schema.get("properties", {})
+    said = {key: _own_words(inner, fields.get(key, {})) for key, inner in value.items()}
+    return {key: inner for key, inner in said.items() if inner != fields.get(key, {}).get("default")}
 
 
 def _default(node: Schema) -> Schema:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from controller.api.problems import Problem, nearest
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
+from controller.api.volumes import mount_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
 from controller.plan.resolve import merge_templates, resolve
@@ -24,8 +25,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
-    problems += _gpu_problems(run)
-    return problems
+    return [*problems, *_gpu_problems(run), *_mount_problems(run)]
 
 
 def check_entries(entries: Sequence[PhaseEntry], types: Mapping[str, PhaseType | None]) -> list[Problem]:
@@ -91,6 +91,17 @@ def _gpu_problems(run: AlignmentRun) -> Iterator[Problem]:
         if template.gpu_memory is not None and byte_count(template.gpu_memory) < LEAST_GPU:
             said = f'"{template.gpu_memory}" is less than any GPU has; with its unit: 80Gi'
             yield Problem(f"{path}.template.gpuMemory", said)
+
+
+def _mount_problems(run: AlignmentRun) -> Iterator[Problem]:
+    """Pods would be refused when they are made, and nobody told but by an event."""
+    ours = run.spec.template
+    own = [(f"spec.phases[{e.name}]", e.template) for e in run.phases if e.template]
+    mounting = [(path, merge_templates(ours, t)) for path, t in own if t.model_fields_set & {"claims", "volumes"}]
+    claimed = run.spec.workspace is not None and run.spec.workspace.claim_name is not None
+    for path, template in [("spec", ours), *mounting]:
+        for problem in mount_problems(template.claims, template.volumes or (), claimed):
+            yield Problem(f"{path}.template.volumes" if template.volumes else f"{path}.template.claims", problem)
 
 
 def _listed(metric: str, known: Sequence[str]) -> str:

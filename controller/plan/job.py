@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controller.api import meta
-from controller.api.run import AlignmentRun, Template
+from controller.api.run import AlignmentRun
+from controller.api.template import Template
 from controller.api.workspace import Workspace
 from controller.plan.resolve import ResolvedPhase
 from trainers.contract import Input, PhaseFile

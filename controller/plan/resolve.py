@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controller.api.run import AlignmentRun, PhaseEntry, Template
+from controller.api.run import AlignmentRun, PhaseEntry
+from controller.api.template import Template
 from controller.plan import graph
 from trainers.contract import PhaseType, canonical_json, sha256_text
 from trainers.spec import NamedModel, PhaseSpec

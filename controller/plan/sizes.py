@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.api.quantities import byte_count
-from controller.api.run import AlignmentRun, Template
+from controller.api.run import AlignmentRun
+from controller.api.template import Template
 from controller.plan.advice import advise
 from controller.plan.attempts import Extent
 from controller.plan.resolve import ResolvedPhase, resolve

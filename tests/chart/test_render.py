@@ -23,6 +23,7 @@ from trainers import __version__
 
 KUBERNETES = ("1.32", "1.33", "1.34", "1.35", "1.36")
 MONITORS = ("podMonitor", "trainersPodMonitor", "prometheusRule", "dashboards")
+POLICIES = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
 ON = {"enabled": True}
 DIGEST = f"sha256:{'0' * 64}"
 
@@ -31,6 +32,16 @@ EVERYTHING: Object = {
     "commonLabels": {"team": "alignment"},
     "image": {"digest": DIGEST, "pullPolicy": "Always"},
     "watchNamespaces": ["team-a", "team-b"],
+    "limits": [
+        {"name": "a", "namespaces": ["team-a"], "images": ["a/*"], "nodeSelector": {"pool": ["a"]}, "maxNodes": 4},
+        {
+            "name": "b",
+            "namespaceSelector": {"matchLabels": {"tenant": "b"}},
+            "claims": [],
+            "secrets": [],
+            "queues": ["b"],
+        },
+    ],
     "defaults": {"trainerImage": {"tag": "2.0"}, "workspaceClaim": "work", "queue": "gpus"},
     "logFormat": "text",
     "logLevel": "debug",
@@ -117,7 +128,7 @@ def test_the_oldest_kubernetes_that_is_supported_is_said() -> None:
 
 
 def test_objects_that_are_namespaced_say_where_and_names_are_unique(rendered: list[Object]) -> None:
-    wide = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
+    wide = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", *POLICIES)
     for document in rendered:
         if not document["metadata"]["name"].endswith(("-one", "two")):
             assert (document["kind"] in wide) == ("namespace" not in document["metadata"]), document["metadata"]

@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     **{key: [{"name": "x"}] for key in ("imagePullSecrets", "extraEnv")},
     **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings", "from")},
     "topologySpreadConstraints": [],
+    "limits": [{"name": "x", "namespaces": ["x"], "maxNodes": 1}],
     "pullPolicy": "Never", "digest": DIGEST, "logFormat": "text", "logLevel": "debug", "size": "9Gi",
     "runbooks": "https://example.com", "apiServerPorts": [1], "watchNamespaces": ["a"], "run": {"seed": 7},
     "resources": {"limits": {"cpu": 1}}, "extraObjects": ["{kind: X, metadata: {name: x}}"],
@@ -120,6 +121,13 @@ BAD = {
     "a time without a unit": ({"monitoring": {"podMonitor": {"interval": "30"}}}, "at '/monitoring/podMonitor/interval'"),
     "a switch that is a word": ({"crds": {"keep": "yes"}}, "at '/crds/keep': got string, want boolean"),
     "a queue that cannot be": ({"defaults": {"queue": "GPUs"}}, "at '/defaults/queue': 'GPUs' does not match"),
+    "limits for nobody": ({"limits": [{"name": "x", "maxNodes": 1}]}, "at '/limits/0': 'oneOf' failed"),
+    "limits of what nobody knows": (
+        {"limits": [{"name": "x", "namespaces": ["x"], "gpus": 1}]}, "at '/limits/0': additional properties 'gpus' not allowed"
+    ),
+    "an asterisk within": (
+        {"limits": [{"name": "x", "namespaces": ["x"], "images": ["a*b"]}]}, "at '/limits/0/images/0': 'a*b' does not match"
+    ),
     "both ways to scrape": (
         {"monitoring": {"podMonitor": ON, "serviceMonitor": ON}},
         "monitoring.podMonitor.enabled and monitoring.serviceMonitor.enabled are both true",

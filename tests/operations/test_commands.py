@@ -66,7 +66,8 @@ def desk(cluster: Cluster, tmp_path: Path) -> Path:
         "test": {"namespace": "team-a", "run": {"workspace": claim, "template": template}},
     }
     _write(tmp_path / "values.yaml", values)
-    (tmp_path / "monitoring.yaml").write_text(files()["monitoring.yaml"])
+    for name in ("monitoring.yaml", "limits.yaml"):
+        (tmp_path / name).write_text(files()[name])
     return tmp_path
 
 

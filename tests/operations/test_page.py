@@ -86,7 +86,7 @@ def _triples(rules) -> set[tuple[str, str, str]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["values.yaml", "monitoring.yaml"])
+@pytest.mark.parametrize("name", ["values.yaml", "monitoring.yaml", "limits.yaml"])
 def test_values_that_are_shown_are_accepted(name):
     rendered = helm.template(yaml.safe_load(files()[name]))
     assert rendered

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from controller.compose import read_document
 from controller.gen.crd import crd
+from controller.gen.docs import run_page
 from controller.gen.files import CHART, ROOT, drift, generated
 from controller.gen.rules import reference_paths
 from controller.gen.structural import NotStructural, structural_schema
@@ -20,6 +21,10 @@ from trainers.spec import SpecModel
 PATHS = ("manifests/base/crd.yaml", f"{CHART}/files/crd.yaml", f"{CHART}/files/rbac.yaml", f"{CHART}/files/alerts.yaml",
          f"{CHART}/values.schema.json", f"{CHART}/README.md", "configs/schema/alignmentrun.json", "configs/schema/fragment.json",
          "docs/reference/alignmentrun.md", "docs/reference/metrics.md")  # fmt: skip
+
+
+IN_A_SETTING = 3
+"""Steps down to a field such as phases[].sft.parallel.strategy."""
 
 
 def test_nothing_has_drifted() -> None:
@@ -69,6 +74,12 @@ def test_the_crd_is_structural() -> None:
 
 
 def test_every_field_of_a_run_is_documented() -> None:
+    rows = [line for line in run_page().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_kubectl_explains_a_run() -> None:
+    """Down to the settings of a phase, and what is in them: deeper ones are described where they first occur."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     missing = [
         f"{path}.{name}"
@@ -83,6 +94,7 @@ def test_every_field_of_a_run_is_documented() -> None:
     elsewhere = [path for path in missing if not any(copy in path for copy in copies)]
     runs = (".properties.scratch.", ".properties.phases.items.properties.template.")
     elsewhere = [path for path in elsewhere if not (".phases." in path and any(copy in path for copy in runs))]
+    elsewhere = [path for path in elsewhere if ".phases." not in path or path.count(".properties.") <= IN_A_SETTING]
     assert [path for path in elsewhere if path.startswith((".spec", ".status"))] == []
 
 
@@ -95,6 +107,14 @@ def test_every_reference_of_every_phase_type_has_a_rule() -> None:
         ("distill", "traces"),
         ("evaluate", "models[]"),
     } <= found
+
+
+def test_what_a_phases_template_leaves_open_is_left_to_the_runs() -> None:
+    """A default that the API server fills in would win over what the run says."""
+    spec = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    fields = spec["phases"]["items"]["properties"]["template"]["properties"]
+    assert [name for name, field in fields.items() if "default" in field] == []
+    assert spec["template"]["properties"]["graceSeconds"]["default"] == 120
 
 
 def test_words_of_cel_itself_are_escaped() -> None:
@@ -123,8 +143,15 @@ class Pair(SpecModel):
     x: tuple[int, str] = (1, "a")
 
 
+class Within(SpecModel):
+    off: int | None = 5
+    on: int = 1
+    open: int | None = None
+
+
 class Fine(SpecModel):
     maybe: int | None = None
+    within: Within = Within(off=None)
     word: Literal["only"] = "only"
     inner: Inner = Inner()
     anything: dict[str, Any] = {}
@@ -148,6 +175,7 @@ def test_conversions() -> None:
     fields = structural_schema(Fine, "it")["properties"]
     assert fields["maybe"] == {"type": "integer", "nullable": True}
     assert fields["word"] == {"type": "string", "enum": ["only"], "default": "only"}
+    assert fields["within"]["default"] == {"off": None}, "the rest is the fields' own"
     assert fields["anything"] == {"type": "object", "x-kubernetes-preserve-unknown-fields": True, "default": {}}
     size = fields["inner"]["properties"]["size"]
     assert (size["minimum"], size["exclusiveMinimum"]) == (0, True)

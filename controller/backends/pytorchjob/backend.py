@@ -68,7 +68,12 @@ class PyTorchJobBackend:
             if not observe.is_leaving(job, pods.get(_name(job), ()), now)
         ]
         seen += self._missing(run, seen)
-        results = {job.phase: result for job in seen if (result := _result(job, pods.get(job.name, ())))}
+        outlived = {_name(job) for job in jobs if observe.outlived(job, pods.get(_name(job), ()), now)}
+        results = {
+            job.phase: result
+            for job in seen
+            if (result := _result(job, pods.get(job.name, ()), job.name in outlived)) is not None
+        }
         return Observed(
             jobs=tuple(seen),
             results=results,
@@ -177,9 +182,10 @@ def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
     return ObservedJob(job.phase, job.attempt, job.digest, JobState.FAILED, failure, why, name=job.name)
 
 
-def _result(job: ObservedJob, pods: Sequence[Object]) -> ObservedResult | None:
+def _result(job: ObservedJob, pods: Sequence[Object], outlived: bool) -> ObservedResult | None:
+    """Of a job that is outlived by a sidecar too: the planner takes it, and has the rest of the job ended."""
     finished = job.state == JobState.SUCCEEDED or job.failure == FailureClass.GATE_FAILED
-    return observe.result_of(pods) if finished and job.state != JobState.LIVE else None
+    return observe.result_of(pods) if outlived or (finished and job.state != JobState.LIVE) else None
 
 
 def _owner(run: AlignmentRun) -> Owner:

@@ -105,7 +105,7 @@ Found = tuple[FailureClass, str, Source] | None
 def _oom(pod: Object, terminated: Object) -> Found:
     if terminated.get("reason") != "OOMKilled":
         return None
-    limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory")
+    limit = container(pod).get("resources", {}).get("limits", {}).get("memory")
     said = f"its memory limit of {limit}" if limit else "what its node has"
     return FailureClass.OUT_OF_MEMORY, f"OOMKilled: the pod needs more memory than {said}", Source.SEEN
 
@@ -195,7 +195,7 @@ def _holdups(pod: Object) -> Iterator[str]:
 
 
 def _waiting(pod: Object, waiting: Object) -> str:
-    image = pod["spec"]["containers"][0].get("image", "")
+    image = container(pod).get("image", "")
     where = f" {image}" if "Image" in waiting["reason"] else ""
     return f"{waiting['reason']}{where}: {waiting.get('message', '')}".rstrip(": ")
 
@@ -205,6 +205,11 @@ def _waiting(pod: Object, waiting: Object) -> str:
 
 def condition(pod: Object, kind: str) -> Object:
     return next((c for c in pod["status"].get("conditions", []) if c["type"] == kind), {})
+
+
+def container(pod: Object) -> Object:
+    """The one that trains: injectors put theirs before it, or behind."""
+    return next((c for c in pod["spec"]["containers"] if c["name"] == CONTAINER), {})
 
 
 def container_state(pod: Object, state: str) -> Object:
@@ -224,9 +229,10 @@ def has_ended(pod: Object, now: datetime, patience: float) -> bool:
     """Whether nothing of this pod runs any more, as far as anyone can know.
 
     A pod on a lost node stays Terminating for ever. Once its grace is over by ``patience`` seconds, or at once if its node
-    is known to be silent, it counts as ended: a machine that comes back finds its pods deleted.
+    is known to be silent, it counts as ended: a machine that comes back finds its pods deleted. What trains is never
+    started again in a pod, so that what else runs there does not matter.
     """
-    if pod["status"].get("phase") in ("Failed", "Succeeded"):
+    if pod["status"].get("phase") in ("Failed", "Succeeded") or container_state(pod, "terminated"):
         return True
     deleted = pod["metadata"].get("deletionTimestamp")
     if deleted is None:

@@ -13,7 +13,6 @@ from controller.api.status import QueueState, QueueStatus
 from controller.api.text import plain
 from controller.backends.pytorchjob import evidence
 from controller.backends.pytorchjob.evidence import Evidence
-from controller.backends.pytorchjob.render import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from controller.plan.observed import JobState, ObservedJob, ObservedResult
 from trainers.contract import FailureClass
 
@@ -45,7 +44,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
     )
     if is_suspended(job):
         return base
-    return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods)
+    return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods, now)
 
 
 def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datetime) -> ObservedJob:
@@ -65,7 +64,9 @@ def _gone(job: Object) -> Evidence:
     return Evidence(FailureClass.INFRASTRUCTURE, f"its pods are gone: {condition(job, 'Failed').get('message', '')}")
 
 
-def _live(base: ObservedJob, job: Object, pods: Sequence[Object]) -> ObservedJob:
+def _live(base: ObservedJob, job: Object, pods: Sequence[Object], now: datetime) -> ObservedJob:
+    if outlived(job, pods, now) and result_of(pods) is None:
+        return replace(base, **_told(Evidence(FailureClass.INFRASTRUCTURE, "ended without leaving a result"), job))
     at_work = [pod for pod in pods if pod["status"].get("phase") != "Succeeded"]
     doomed = evidence.find(at_work) or evidence.hopeless(at_work)
     if doomed is not None:
@@ -92,6 +93,23 @@ def condition(job: Object, kind: str) -> Object:
 def ended(job: Object) -> str | None:
     """`Succeeded`, `Failed`, or None."""
     return next((kind for kind in ("Succeeded", "Failed") if condition(job, kind).get("status") == "True"), None)
+
+
+def outlived(job: Object, pods: Sequence[Object], now: datetime) -> bool:
+    """Whether all of the job has trained to its end and something else in its pods goes on, as a sidecar does.
+
+    Then the job never ends by itself. Sidecars that leave with the main container have time for it.
+    """
+    ends = [evidence.container_state(pod, "terminated") for pod in pods]
+    if ended(job) or not ends or len(pods) < _replicas(job) or any(end.get("exitCode") != 0 for end in ends):
+        return False
+    last = max((evidence.timestamp(end["finishedAt"]) for end in ends if end.get("finishedAt")), default=now)
+    going = any(pod["status"].get("phase") == "Running" for pod in pods)
+    return going and (now - last).total_seconds() > PATIENCE_SECONDS
+
+
+def _replicas(job: Object) -> int:
+    return int(job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1))
 
 
 def finished_at(job: Object) -> datetime | None:
@@ -133,7 +151,7 @@ def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
 
     The pods of a job do not end in the same second: one that has succeeded has run.
     """
-    wanted = job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
+    wanted = _replicas(job)
     states = [evidence.container_state(pod, "running") or evidence.container_state(pod, "terminated") for pod in pods]
     starts = [state.get("startedAt") for state in states]
     known = [evidence.timestamp(start) for start in starts if start]
@@ -176,7 +194,7 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def is_queued(job: Object) -> bool:
-    return QUEUE_LABEL in job["metadata"].get("labels", {})
+    return meta.LABEL_QUEUE in job["metadata"].get("labels", {})
 
 
 def queue_status(job: Object, workload: Object | None, installed: bool, now: datetime) -> QueueStatus | None:
@@ -191,9 +209,9 @@ def queue_status(job: Object, workload: Object | None, installed: bool, now: dat
 
 def _without_workload(job: Object, installed: bool) -> str:
     labels = job["metadata"]["labels"]
-    asked = f"queue {labels[QUEUE_LABEL]} is asked for, but"
+    asked = f"queue {labels[meta.LABEL_QUEUE]} is asked for, but"
     if job["spec"].get("runPolicy", {}).get("suspend"):
-        priority = labels.get(QUEUE_PRIORITY_LABEL)
+        priority = labels.get(meta.LABEL_QUEUE_PRIORITY)
         cause = f"WorkloadPriorityClass {priority} does not exist, or " if priority else ""
         return f"{asked} Kueue makes no Workload for the job, which waits: {cause}it has a reason that its log tells"
     missing = "its integration kubeflow.org/pytorchjob is switched off" if installed else "Kueue is not installed"

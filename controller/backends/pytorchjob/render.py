@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.api import meta
-from controller.api.run import Template
+from controller.api.template import Template
 from controller.api.workspace import Workspace
+from controller.backends.pytorchjob.placement import placement
+from controller.backends.pytorchjob.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
 from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
 
@@ -20,8 +22,6 @@ Object = dict[str, Any]
 
 CONTAINER = "pytorch"
 """The Training Operator demands this name."""
-WORKSPACE = "/workspace"
-PHASE_FOLDER = "/etc/alignment"
 PHASE_FILE = f"{PHASE_FOLDER}/phase.json"
 TERMINATION_LOG = "/dev/termination-log"
 MASTER_PORT = 23456
@@ -29,12 +29,7 @@ RENDEZVOUS_SECONDS = 7 * 86400
 """For pods to wait for each other: how long that may take is up to the run's startup timeout."""
 GRACE_MARGIN = 5
 """Seconds of the pod's grace that torchrun keeps for itself."""
-TMP = "/tmp"  # noqa: S108 -- an emptyDir of the pod's own
-SHARED_MEMORY = "/dev/shm"  # noqa: S108
 USER = 1000
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
-UNREACHABLE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
 @dataclass(frozen=True)
@@ -82,18 +77,19 @@ def _owner_reference(owner: Owner) -> Object:
 def _queue_labels(job: PhaseJob) -> dict[str, str]:
     if job.queue_name is None:
         return {}
-    priority = {QUEUE_PRIORITY_LABEL: job.queue_priority} if job.queue_priority else {}
-    return {QUEUE_LABEL: job.queue_name, **priority}
+    priority = {meta.LABEL_QUEUE_PRIORITY: job.queue_priority} if job.queue_priority else {}
+    return {meta.LABEL_QUEUE: job.queue_name, **priority}
 
 
 def _pod(job: PhaseJob, image: str | None) -> Object:
     return {
         "metadata": {
-            "labels": dict(job.labels),
+            "labels": {**(job.template.labels or {}), **job.labels},
             "annotations": {
-                meta.ANNOTATION_PHASE_FILE: phase_file(job),
-                # A sidecar never ends, so the job would not either.
+                # A sidecar has to be asked for: pods of several nodes would not meet through it.
                 "sidecar.istio.io/inject": "false",
+                **(job.template.annotations or {}),
+                meta.ANNOTATION_PHASE_FILE: phase_file(job),
             },
         },
         "spec": {
@@ -101,19 +97,37 @@ def _pod(job: PhaseJob, image: str | None) -> Object:
             "terminationGracePeriodSeconds": job.template.grace_seconds,
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": USER,
-                "runAsGroup": USER,
-                "fsGroup": USER,
-                "fsGroupChangePolicy": "OnRootMismatch",
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
+            "securityContext": _security_context(job.template),
             "containers": [_container(job, image)],
-            "volumes": _volumes(job, _workspace(job)),
-            **_placement(job),
+            "volumes": volumes(job),
+            **_pulling(job.template),
+            **_devices(job.template),
+            **placement(job),
         },
     }
+
+
+def _security_context(template: Template) -> Object:
+    given = template.security_context
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        **(given.document() if given else {}),
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _pulling(template: Template) -> Object:
+    secrets = [{"name": name} for name in template.image_pull_secrets or ()]
+    return {"imagePullSecrets": secrets} if secrets else {}
+
+
+def _devices(template: Template) -> Object:
+    claims = [claim.document(exclude={"request"}) for claim in template.resource_claims or ()]
+    return {"resourceClaims": claims} if claims else {}
 
 
 def _workspace(job: PhaseJob) -> Workspace:
@@ -131,15 +145,16 @@ def phase_file(job: PhaseJob) -> str:
 
 
 def _container(job: PhaseJob, image: str | None) -> Object:
-    resources = job.template.resources
+    policy = job.template.image_pull_policy
     return {
         "name": CONTAINER,
         "image": job.image or image,
+        **({"imagePullPolicy": policy} if policy else {}),
         "command": _command(job),
         "env": _environment(job),
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
-        "resources": resources.document() if resources else {},
+        "resources": _resources(job.template),
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -147,8 +162,14 @@ def _container(job: PhaseJob, image: str | None) -> Object:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": _mounts(job),
+        "volumeMounts": mounts(job),
     }
+
+
+def _resources(template: Template) -> Object:
+    found = template.resources.document() if template.resources else {}
+    claims = [claim.document(include={"name", "request"}) for claim in template.resource_claims or ()]
+    return {**found, **({"claims": claims} if claims else {})}
 
 
 def _ports(processes: int) -> list[Object]:
@@ -207,63 +228,3 @@ def _rendezvous(job: PhaseJob) -> list[Object]:
         {"name": "PET_RDZV_CONF", "value": f"timeout={RENDEZVOUS_SECONDS}"},
         {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}},
     ]
-
-
-def _volumes(job: PhaseJob, workspace: Workspace) -> list[Object]:
-    annotation = f"metadata.annotations['{meta.ANNOTATION_PHASE_FILE}']"
-    claim = workspace.claim_name
-    return [
-        {"name": "workspace", **({"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {}})},
-        {
-            "name": "phase",
-            "downwardAPI": {"items": [{"path": "phase.json", "fieldRef": {"fieldPath": annotation}}]},
-        },
-        {"name": "tmp", "emptyDir": {}},
-        # Processes of a pod exchange tensors through shared memory; the runtime's own default is 64 MB.
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
-        *({"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": c.claim_name, "readOnly": c.read_only}}
-          for i, c in enumerate(job.template.claims)),
-    ]  # fmt: skip
-
-
-def _mounts(job: PhaseJob) -> list[Object]:
-    return [
-        {"name": "workspace", "mountPath": WORKSPACE},
-        {"name": "phase", "mountPath": PHASE_FOLDER, "readOnly": True},
-        {"name": "tmp", "mountPath": TMP},
-        {"name": "shm", "mountPath": SHARED_MEMORY},
-        *({"name": f"claim-{i}", "mountPath": c.mount_path, "readOnly": c.read_only,
-           **({"subPath": c.sub_path} if c.sub_path else {})}
-          for i, c in enumerate(job.template.claims)),
-    ]  # fmt: skip
-
-
-def _placement(job: PhaseJob) -> Object:
-    template = job.template
-    return {
-        "tolerations": [*(t.document() for t in template.tolerations), *_lost_node_tolerations(template, job)],
-        **({"nodeSelector": template.node_selector} if template.node_selector else {}),
-        **({"serviceAccountName": template.service_account_name} if template.service_account_name else {}),
-        **({"priorityClassName": template.priority_class_name} if template.priority_class_name else {}),
-        **({"affinity": _away_from(job.avoid_nodes)} if job.avoid_nodes else {}),
-    }
-
-
-def _lost_node_tolerations(template: Template, job: PhaseJob) -> list[Object]:
-    """Kubernetes would wait five minutes before it gives up pods on a silent node."""
-    given = {t.key for t in template.tolerations}
-    return [
-        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": job.node_lost_seconds}
-        for key in UNREACHABLE
-        if key not in given
-    ]
-
-
-def _away_from(nodes: tuple[str, ...]) -> Object:
-    """Wished for, not demanded: where all nodes have failed once, or no other has room, one of them is better than none.
-
-    By their names: a label says what a cloud or an administrator has written.
-    """
-    others = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
-    wish = {"weight": 100, "preference": {"matchFields": others}}
-    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}
