@@ -9,12 +9,19 @@ its work would have crashed, and its launcher would begin an attempt anew.
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+LINGER_SECONDS = 20.0
+"""From a phase's last word to its end. A thread that writes a checkpoint may wait for a process that is gone, and its own
+process would be waited for by those after it."""
+
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with the status that ``main`` returns or raises, once everything registered with ``atexit`` is done."""
+    """Exit with the status that ``main`` returns or raises, once other threads are done and what ``atexit`` was told is, or
+    some seconds later.
+    """
     status = [1]  # of an exception that nobody catches
 
     def leave() -> None:
@@ -28,6 +35,10 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as stop:
         status[0] = _status(stop)
         raise
+    finally:
+        late = threading.Timer(LINGER_SECONDS, leave)
+        late.daemon = True
+        late.start()
 
 
 def _status(stop: SystemExit) -> int:

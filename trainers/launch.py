@@ -37,6 +37,7 @@ from trainers.spec import PhaseSpec, addresses
 from trainers.workspace import PhaseDir, open_directory
 
 if TYPE_CHECKING:
+    from trainers.core.context import PhaseContext
     from trainers.remote.checkpoints import StoredCheckpoints
     from trainers.remote.uploads import Uploads
 
@@ -108,18 +109,31 @@ def _run(
     directory = PhaseDir(Path(file.output))
     spec = spec.model_copy(update={"parallel": as_launched(spec.parallel, os.environ)})
     workers = Workers(spec.parallel, Path(file.base_dir))
-    if workers.is_main:
-        open_directory(directory, identity)
-    workers.barrier()
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
-    meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
-    device = device_name(workers.device)
-    meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
-    ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored)
+    with workers.heard_of():
+        if workers.is_main:
+            open_directory(directory, identity)
+        workers.barrier()
+        meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
+        device = device_name(workers.device)
+        meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
+        ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored)
+        result = _carried_out(ctx, identity)
+    meter.close()
+    if uploads is not None:
+        uploads.finish()  # may take long: no other process waits for it
+    if workers.is_main:
+        _drop_checkpoints(spec, directory, stored)
+    return result
+
+
+def _carried_out(ctx: "PhaseContext", identity: Identity) -> Result:
+    """The phase's work, with its result in its folder."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    workers = ctx.workers
     ctx.listen()
-    meter.stage("loading")
-    outcome = importlib.import_module(kind.module).main(spec, ctx)
+    ctx.meter.stage("loading")
+    outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
     _check_finite(outcome.metrics)
     workers.barrier()
     if workers.is_main:
@@ -129,14 +143,8 @@ def _run(
     result = workers.from_main(lambda: _result(ctx, outcome, identity, started))
     if workers.is_main:
         text = json.dumps(result.document(), indent=1, allow_nan=False)
-        write_atomic(directory.result, text)
+        write_atomic(ctx.dir.result, text)
     workers.barrier()
-    workers.part()
-    meter.close()
-    if uploads is not None:
-        uploads.finish()  # may take long: no other process waits for it
-    if workers.is_main:
-        _drop_checkpoints(spec, directory, stored)
     return result
 
 

@@ -74,6 +74,20 @@ def test_statuses_are_what_they_were_and_what_waits_for_the_end_is_done(code, st
     assert done.stderr.strip().endswith(said)
 
 
+@pytest.mark.parametrize(("end", "status"), [("return 0", 0), ("return 75", 75), ("raise ValueError", 1)])
+def test_a_thread_that_waits_for_ever_is_left(end, status):
+    script = f"""
+import threading
+from trainers import ending
+ending.LINGER_SECONDS = 0.5
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    {end}
+ending.exit_with(main)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=30).returncode == status
+
+
 def test_a_phase_registers_nothing_before():
     """It would wait for ever."""
     script = "import atexit, trainers.__main__; print(atexit._ncallbacks())"

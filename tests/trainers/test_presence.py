@@ -1,6 +1,9 @@
 """Processes that tell each other that they are there: with a store, and threads in the place of processes."""
 
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 from torch.distributed import TCPStore
@@ -35,10 +38,10 @@ def group(monkeypatch):
 
 class Said:
     def __init__(self):
-        self.text, self.event = "", threading.Event()
+        self.text, self.is_cause, self.event = "", False, threading.Event()
 
-    def __call__(self, text):
-        self.text = text
+    def __call__(self, text, is_cause):
+        self.text, self.is_cause = text, is_cause
         self.event.set()
 
 
@@ -58,18 +61,74 @@ def test_nobody_is_missed_while_all_count_and_after_they_are_done(group):
 
 def test_one_that_stops_counting_without_a_word_is_missed(group):
     processes = group([0, 1, 2])
-    processes[1].closed.set()  # as if frozen: it says nothing of being done
+    processes[1].store = silent = Silent()  # as if frozen: it says nothing of being done
     assert processes[0].give_up.event.wait(LONG)
     assert "rank 1" in processes[0].give_up.text
+    assert processes[0].give_up.is_cause
+    silent.event.set()
 
 
 def test_a_store_that_does_not_answer_is_told_from_a_process_that_is_gone(group, monkeypatch):
     (process,) = group([0])
-    monkeypatch.setattr(process, "store", Unreachable())
+    monkeypatch.setattr(process, "store", Silent())
     assert process.give_up.event.wait(LONG)
-    assert "the store" in process.give_up.text
+    assert process.give_up.text.startswith("the store through which processes have met has not answered for 2 s")
+    process.store.event.set()
 
 
-class Unreachable:
+class Silent:
+    def __init__(self):
+        self.event = threading.Event()
+
     def set(self, *_):
-        raise RuntimeError("connection reset")
+        self.event.wait()
+        raise RuntimeError("at last")
+
+
+def test_a_store_that_is_gone_ends_everybody_soon(monkeypatch):
+    """As when the process that holds it is killed."""
+    script = (
+        "from torch.distributed import TCPStore; s = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"
+    )
+    command = [sys.executable, "-c", f"{script}; print(s.port, flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", server.stdout.readline().strip())
+        monkeypatch.setattr(presence, "EVERY_SECONDS", EVERY)
+        monkeypatch.setattr(presence, "MISSED", 10**6)
+        monkeypatch.setattr(presence, "_groups", iter([0, 0]))
+        processes = [Presence(rank, 2, Said()) for rank in range(2)]
+        assert not processes[0].give_up.event.wait(10 * EVERY)
+        server.kill()
+        assert all(process.give_up.event.wait(LONG) for process in processes)
+    assert "the process that held it" in processes[1].give_up.text
+
+
+def test_everybody_is_told_of_one_that_fails(group, monkeypatch):
+    """Also those that look at another one."""
+    monkeypatch.setattr(presence, "MISSED", 10**6)
+    processes = group([0, 1, 2])
+    processes[1].fail()
+    for other in (processes[0], processes[2]):
+        assert other.give_up.event.wait(LONG)
+        assert other.give_up.text == "rank 1 has failed"
+        assert not other.give_up.is_cause
+    assert not processes[1].give_up.event.is_set(), "it has said why itself"
+
+
+def test_one_that_fails_by_itself_meanwhile_says_so_itself(group, monkeypatch):
+    monkeypatch.setattr(presence, "MISSED", 10**6)
+    monkeypatch.setattr(presence, "GRACE", 10**6)
+    processes = group([0, 1, 2])
+    processes[1].fail()
+    wait_until(lambda: processes[0].trouble)
+    processes[0].fail()
+    monkeypatch.setattr(presence, "GRACE", 0)
+    assert not processes[0].give_up.event.wait(10 * EVERY)
+
+
+def wait_until(true):
+    until = time.monotonic() + LONG
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(EVERY / 10)

@@ -7,8 +7,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
 
-from trainers.contract import BadInput
+from trainers.contract import BadInput, Interrupted
 from trainers.core.presence import PATIENCE, Presence, end_process
 from trainers.core.sharding import sharding_for
 from trainers.spec import DeepSpeed, Parallel
@@ -100,10 +100,21 @@ class Workers:
         if self.world > 1:
             self.accelerator.wait_for_everyone()
 
-    def part(self) -> None:
-        """This process's peers need it no more."""
-        if self.presence is not None:
+    @contextmanager
+    def heard_of(self) -> Iterator[None]:
+        """Peers are told how this ends: that they need this process no more, or cannot go on without it."""
+        if self.presence is None:
+            yield
+            return
+        try:
+            yield
+        except Interrupted:  # all stop together; one may be longer about it
             self.presence.close()
+            raise
+        except BaseException:
+            self.presence.fail()
+            raise
+        self.presence.close()
 
 
 def _be_a_group() -> None:

@@ -25,6 +25,14 @@ MISSED = 24
 """Counts that may fail to come, two minutes: no machine stands still for so long and comes back, and no library is known
 that keeps all of a process's threads waiting for it."""
 
+REFUSED = 2
+"""Exchanges in a row that a store refuses at once before it counts as gone: a connection that is closed stays so."""
+GRACE = 2
+"""Turns that a process has to fail by itself, and say more, after a peer has. Most meet a closed connection at once. Not
+all: gloo has been seen to wait for ever in a collective of four processes of which two were gone."""
+
+FAILED, DONE = "failed", "done"
+
 PATIENCE = timedelta(hours=6)
 """How long collectives wait: longer than anything that one process does while others wait, such as preparing large data or
 uploading. torch's 10 minutes for NCCL are not. A process of which the main thread alone hangs ends the others then;
@@ -35,47 +43,79 @@ _groups = itertools.count()
 
 
 class Presence:
-    """Of a process among ``world``. ``give_up`` is called, in a thread, with what is known when the next one is gone."""
+    """Of a process among ``world``. ``give_up`` is called, in a thread, when another one is gone: with what is known
+    of it, and whether that is the cause or what followed it.
+    """
 
-    def __init__(self, rank: int, world: int, give_up: Callable[[str], None]) -> None:
+    def __init__(self, rank: int, world: int, give_up: Callable[[str, bool], None]) -> None:
         self.rank, self.next = rank, (rank + 1) % world
         self.give_up = give_up
         self.store = PrefixStore(f"presence-{next(_groups)}", _store())
         self.heard = (0, b"")
         """Exchanges with the store, and the next process's count."""
+        self.trouble = ""
+        """What is known of a peer that has failed."""
+        self.done = False
         self.closed = threading.Event()
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
-        for thread in self.threads:
-            thread.start()
+        self.exchanging = threading.Thread(target=self._exchange, daemon=True)
+        self.judging = threading.Thread(target=self._judge, daemon=True)
+        self.exchanging.start()
+        self.judging.start()
 
     def close(self) -> None:
         """Say that this process is done. Those before it wait no more."""
+        self.done = True
+        self._leave()
+
+    def fail(self) -> None:
+        """Say that this process ends without being done. No other one can go on without it."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """The thread that talks to the store says the last word: a store that is gone holds nobody else up."""
         self.closed.set()
-        for thread in self.threads:
-            thread.join(EVERY_SECONDS)
-        with suppress(RuntimeError):  # whoever holds the store may be done before
-            self.store.set(str(self.rank), "done")
+        self.exchanging.join(EVERY_SECONDS)
 
     def _exchange(self) -> None:
+        refused = 0
         for count in itertools.count(1):
-            with suppress(RuntimeError):  # the judge misses the answer
-                self.store.set(str(self.rank), str(count))
-                if self.store.check([str(self.next)]):
-                    self.heard = (count, self.store.get(str(self.next)))
-                else:
-                    self.heard = (count, b"")
+            try:
+                self._say_and_hear(count)
+                refused = 0
+            except RuntimeError:  # the judge misses the answer
+                refused += 1
+            if refused == REFUSED:
+                self.trouble = "the store through which processes have met is gone, and the process that held it"
             if self.closed.wait(EVERY_SECONDS):
-                return
+                break
+        with suppress(RuntimeError):  # whoever holds the store may be done before
+            self._say_last()
+
+    def _say_last(self) -> None:
+        if self.done:
+            self.store.set(str(self.rank), DONE)
+        else:
+            self.store.compare_set(FAILED, "", str(self.rank))  # the first one stays named
+
+    def _say_and_hear(self, count: int) -> None:
+        self.store.set(str(self.rank), str(count))
+        there = self.store.check([str(self.next)])
+        self.heard = (count, self.store.get(str(self.next)) if there else b"")
+        if self.store.check([FAILED]):
+            self.trouble = f"rank {self.store.get(FAILED).decode()} has failed"
 
     def _judge(self) -> None:
         """Counts its own turns, not seconds: when all processes are frozen together, nobody is missed."""
-        before, unanswered, unheard = self.heard, 0, 0
-        while not self.closed.wait(EVERY_SECONDS) and self.heard[1] != b"done":
+        before, unanswered, unheard, troubled = self.heard, 0, 0, 0
+        while not self.closed.wait(EVERY_SECONDS) and self.heard[1] != DONE.encode():
             unanswered = unanswered + 1 if self.heard[0] == before[0] else 0
             unheard = unheard + 1 if self.heard[1] == before[1] else 0
+            troubled += bool(self.trouble)
             before = self.heard
-            if unheard >= MISSED:
-                self.give_up(self._missing(unanswered))
+            if unheard >= MISSED or troubled > GRACE:
+                reason = self.trouble or self._missing(unanswered)
+                self.fail()
+                self.give_up(reason, not self.trouble)
                 return
 
     def _missing(self, unanswered: int) -> str:
@@ -86,11 +126,11 @@ class Presence:
         return f"{silent}: it is frozen, or its machine is gone"
 
 
-def end_process(reason: str) -> None:
+def end_process(reason: str, is_cause: bool) -> None:
     """End this process, whose main thread may wait for a collective that never comes, and say why."""
     faulthandler.dump_traceback(sys.stderr)
     print(f"{FailureClass.INFRASTRUCTURE}: {reason}", file=sys.stderr, flush=True)
-    terminate(Termination(failure=FailureClass.INFRASTRUCTURE, message=reason, seen=True))
+    terminate(Termination(failure=FailureClass.INFRASTRUCTURE, message=reason, seen=is_cause))
     os._exit(exit_status(FailureClass.INFRASTRUCTURE))
 
 

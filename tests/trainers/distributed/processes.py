@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from distributed.cells import Way
 
+from trainers.ending import exit_with
+
 FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 900
 """That processes may take on a busy machine."""
@@ -75,7 +77,7 @@ def _rank(work: Callable[..., int], arguments: Sequence[Any], places: dict[str, 
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    sys.exit(work(*arguments))
+    exit_with(lambda: work(*arguments))
 
 
 def run_phases(files: Phases) -> int:
