@@ -134,7 +134,13 @@ class Interrupted(PhaseError):
     failure = FailureClass.INTERRUPTED
 
 
-class Termination(SpecModel):
+class Record(SpecModel):
+    """What one version writes and another may read: fields that only a newer one knows are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Termination(Record):
     """What a phase says when it ends: at most 4 KiB of JSON, read by the controller."""
 
     model_config = ConfigDict(allow_inf_nan=True)  # a failure can always be told; JSON leaves them out
@@ -179,8 +185,18 @@ class Input(SpecModel):
 
 
 class PhaseFile(SpecModel):
-    """The file given as `--spec`: one phase, its references resolved to directories."""
+    """The file given as `--spec`: one phase, its references resolved to directories.
 
+    Its writer may be another version. A field that this one does not know is refused, since it may say where to write; so a
+    writer leaves out what need not be said.
+    """
+
+    version: str = ""
+    """Of whatever wrote it."""
+    digest: str = ""
+    """The phase's identity, as its writer knows it and waits for; reckoned here unless set."""
+    digest_of: str = ""
+    """Mark of what the digest is of (:attr:`mark`): of a file that somebody has edited it is no more."""
     run: str = "local"
     """Name of the run."""
     phase: str = ""
@@ -196,7 +212,13 @@ class PhaseFile(SpecModel):
     inputs: dict[str, Input] = {}
     """Finished phases by name, one for each `{phase: NAME}` in the spec."""
     spec: dict[str, Any] = Field(default_factory=dict)
-    """The phase's own settings, as in the run."""
+    """The phase's own settings, as in the run: those that are set. Others are at the defaults of whoever reads it."""
+
+    @property
+    def mark(self) -> str:
+        """Of all that a digest covers, as it is written here."""
+        inputs = {name: entry.digest for name, entry in self.inputs.items()}
+        return sha256_text(canonical_json([self.spec, self.image, inputs]))[:16]
 
 
 def canonical_json(value: object) -> str:
@@ -205,6 +227,13 @@ def canonical_json(value: object) -> str:
 
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(kind: PhaseType, file: PhaseFile, spec: PhaseSpec) -> str:
+    """The identity that a phase file's writer waits for. With a version's defaults it may be another than with ours."""
+    if file.digest and file.digest_of == file.mark:
+        return file.digest
+    return phase_digest(kind.name, spec, file.image, {name: entry.digest for name, entry in file.inputs.items()})
 
 
 def phase_digest(type_name: str, spec: PhaseSpec, image: str, inputs: Mapping[str, str]) -> str:
@@ -224,7 +253,7 @@ def phase_digest(type_name: str, spec: PhaseSpec, image: str, inputs: Mapping[st
     return sha256_text(canonical_json(identity))
 
 
-class Origins(SpecModel):
+class Origins(Record):
     """What a result is made of beside what was asked for (:mod:`trainers.origins`)."""
 
     program: str = ""
@@ -233,7 +262,7 @@ class Origins(SpecModel):
     """Fingerprints of data and models that no phase made, by the dotted path in the spec."""
 
 
-class Identity(SpecModel):
+class Identity(Record):
     """Two results of one identity are the same result; unfinished work of it is work on that result."""
 
     digest: str
@@ -249,7 +278,7 @@ class Identity(SpecModel):
 # ---------------------------------------------------------------- what a phase leaves
 
 
-class DataRecord(SpecModel):
+class DataRecord(Record):
     source: str
     """Path of the field in the spec."""
     fingerprint: str
@@ -289,7 +318,7 @@ class DataRecord(SpecModel):
         return f"{self.source}: {self.rows} of {self.read} rows used{losses}{first}{more}"
 
 
-class Artifact(SpecModel):
+class Artifact(Record):
     kind: ArtifactKind
     path: str
     """Relative to the phase's directory."""
@@ -299,7 +328,7 @@ class Artifact(SpecModel):
     """Bytes in all its files."""
 
 
-class Result(SpecModel):
+class Result(Record):
     """`result.json`."""
 
     run: str
@@ -330,7 +359,7 @@ class Result(SpecModel):
         return Identity(digest=self.digest, origins=self.origins)
 
 
-class Progress(SpecModel):
+class Progress(Record):
     """`progress.json`: how far a running phase is. Rewritten at most twice a second."""
 
     step: int = 0

@@ -1,5 +1,6 @@
 """Reading a phase file and the spec in it. Imports no torch."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from trainers import __version__
 from trainers.contract import BadInput, PhaseFile, PhaseType
 
 
 def read_phase_file(path: Path, kind: PhaseType, changes: Iterable[tuple[str, object]]) -> PhaseFile:
+    document: Any = None
     try:
-        document = yaml.safe_load(path.read_text())
+        document = _parsed(path.read_text())
         for dotted, value in changes:
             set_at(document["spec"], dotted, value)
         file = PhaseFile.model_validate(document)
     except (ValidationError, KeyError, TypeError) as error:
-        raise BadInput(f"phase file {path}: {_first_problem(error)}") from error
+        version = document.get("version") if isinstance(document, dict) else ""
+        raise BadInput(f"phase file {path}: {_first_problem(error)}{_versions(version)}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # also a date or number that is none
         raise BadInput(f"phase file {path}: {' '.join(str(error).split())}") from error
     return file if file.phase else file.model_copy(update={"phase": kind.name})
@@ -27,7 +31,25 @@ def parse_spec(kind: PhaseType, file: PhaseFile) -> Any:
     try:
         return kind.spec.model_validate(file.spec)
     except ValidationError as error:
-        raise BadInput(f"{kind.name}: {_first_problem(error)}") from error
+        raise BadInput(f"{kind.name}: {_first_problem(error)}{_versions(file.version)}") from error
+
+
+def _parsed(text: str) -> Any:
+    """JSON as it is written: YAML would take `1e-05` for a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _versions(writer: object) -> str:
+    """What another version wrote may be unknown here, or may have been known here once."""
+    if writer in (None, "", __version__):
+        return ""
+    return (
+        f"; this trainer is version {__version__}, the phase file was written by version {str(writer)[:40]}: "
+        "use an image of that version, or leave the setting out"
+    )
 
 
 def _first_problem(error: Exception) -> str:

@@ -185,6 +185,8 @@ class PhaseStatus(StatusModel):
     """What it waits for before it starts: something of an earlier run that may still write to its folder."""
     digest: str | None = None
     """Identity of what is asked for; known once the inputs have finished."""
+    asked: str = ""
+    """Mark of the settings that the digest is of, as they are written: for these it stays, whatever a later version would make of them."""
     artifact_digest: str | None = None
     """Identity of what it left."""
     failure: FailureClass | None = None

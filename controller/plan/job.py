@@ -10,6 +10,7 @@ from controller.api.run import AlignmentRun
 from controller.api.template import Template
 from controller.api.workspace import Workspace
 from controller.plan.resolve import ResolvedPhase
+from trainers import __version__
 from trainers.contract import Input, PhaseFile
 from trainers.spec import shrunk
 
@@ -52,7 +53,9 @@ class PhaseJob:
     def phase_file(self, workspace: str, base_dir: str) -> PhaseFile:
         """The file the phase program reads, given where it will see the workspace and the user's files."""
         root = f"{workspace}/{self.run}"
-        return PhaseFile(
+        file = PhaseFile(
+            version=__version__,
+            digest=self.digest,
             run=self.run,
             phase=self.phase,
             output=f"{root}/{self.phase}",
@@ -61,6 +64,7 @@ class PhaseJob:
             inputs={name: Input(path=f"{root}/{name}", digest=digest) for name, digest in self.inputs.items()},
             spec=dict(self.spec),
         )
+        return file.model_copy(update={"digest_of": file.mark})
 
 
 def build_job(
@@ -77,8 +81,9 @@ def build_job(
         image=phase.image,
         nodes=nodes or phase.nodes,
         procs_per_node=phase.procs_per_node,
-        # Nulls stay: a default that the user turned off must not come back when the phase reads its file.
-        spec=shrunk(phase.spec, halvings).model_dump(by_alias=True, mode="json"),
+        # Only what is set: a trainer of another version has other defaults, and refuses what it does not know. Nulls stay: a
+        # default that the user turned off must not come back when the phase reads its file.
+        spec=shrunk(phase.spec, halvings).model_dump(by_alias=True, mode="json", exclude_unset=True),
         inputs=dict(inputs),
         template=phase.template,
         workspace=run.spec.workspace,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -54,22 +54,33 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     """Where the phase stands. READY in the answer means that it could start now."""
     before = before or PhaseStatus(name=phase.name, type=phase.type.name)
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
-    digest = wanted_digest(phase, at.inputs)
+    asked, digest = wanted(phase, at.inputs, before)
     records = strangers.pass_by(history.join(before.attempts, jobs, at.now), phase.name, at.observed.taken, at.now)
     records = history.with_work(records, jobs, at.observed.progress.get(phase.name), digest)
     records = _end_overdue(history.barred(records, phase.name, at.observed.barred), jobs, phase, at)
     result = _known_result(phase, digest, before, at.observed.results.get(phase.name))
     if result is not None:
-        return _finished(phase, before, records, jobs, digest, result, at.now)
+        step = _finished(phase, before, records, jobs, digest, result, at.now)
+        return replace(step, status=step.status.model_copy(update={"asked": asked}))
     records = history.without_result(records, before.attempts, digest, phase.settings)
     records = history.on_all_nodes(records) if _resumes(phase, before) else records
-    return _unfinished(phase, before, records, jobs, digest, at)
+    step = _unfinished(phase, before, records, jobs, digest, at)
+    return replace(step, status=step.status.model_copy(update={"asked": asked}))
 
 
-def wanted_digest(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> str | None:
-    """The phase's identity; known once all its inputs have finished."""
+def wanted(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus], before: PhaseStatus) -> tuple[str, str | None]:
+    """What is asked for, and the phase's identity; known once all its inputs have finished.
+
+    For the same words the identity stays what it was: another version of the operator may have other defaults, and what has
+    finished, or runs, is none the worse for it.
+    """
     artifacts = artifact_digests(phase, inputs)
-    return phase_digest(phase.type.name, phase.spec, phase.image, artifacts) if artifacts is not None else None
+    if artifacts is None:
+        return "", None
+    asked = phase.asked(artifacts)
+    if before.digest and before.asked == asked:
+        return asked, before.digest
+    return asked, phase_digest(phase.type.name, phase.spec, phase.image, artifacts)
 
 
 def artifact_digests(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> dict[str, str] | None:

@@ -1,6 +1,6 @@
 """From a run to phases with nothing left open: the run's model and seed filled in, templates merged, inputs named."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from controller.api.run import AlignmentRun, PhaseEntry
@@ -25,8 +25,17 @@ class ResolvedPhase:
 
     @property
     def settings(self) -> str:
-        """Mark of everything that an attempt is started with, whether or not it can change the result."""
-        return sha256_text(canonical_json([self.spec.document(), self.template.document()]))[:16]
+        """Mark of everything that an attempt is started with, whether or not it can change the result.
+
+        As it is written: a release that adds an option changes no mark.
+        """
+        written = [model.document(exclude_unset=True) for model in (self.spec, self.template)]
+        return sha256_text(canonical_json(written))[:16]
+
+    def asked(self, inputs: Mapping[str, str]) -> str:
+        """Mark of what is asked for, word by word, nulls included, and of what it builds on (artifact digests)."""
+        spec = self.spec.model_dump(by_alias=True, mode="json", exclude_unset=True)
+        return sha256_text(canonical_json([self.type.name, spec, self.image, dict(inputs)]))[:16]
 
     @property
     def nodes(self) -> int:

@@ -103,8 +103,11 @@ def shrunk(spec: T, times: int) -> T:
 
 def _rewritten(model: T, change: Callable[[SpecModel], dict[str, object]]) -> T:
     """A copy in which every model, at any depth, has the fields that ``change`` gives it."""
-    update = {name: _rewritten_in(getattr(model, name), change) for name in type(model).model_fields}
-    return model.model_copy(update=update | change(model))
+    fields = {name: getattr(model, name) for name in type(model).model_fields}
+    update = {name: _rewritten_in(value, change) for name, value in fields.items()} | change(model)
+    # What stays as it was is not set by that: files that go to other versions have only what is set.
+    changed = {name: value for name, value in update.items() if value != fields[name]}
+    return model.model_copy(update=changed) if changed else model
 
 
 def _rewritten_in(value: object, change: Callable[[SpecModel], dict[str, object]]) -> object:

@@ -157,7 +157,7 @@ class LocalBackend:
         chosen = self.machine.threads(self.jobs, job.procs_per_node, job.alone)
         threads = before.threads if keeps and before else chosen
         file = job.phase_file(str(self.workspace), str(self.base_dir))
-        write_atomic(PhaseDir(root).phase_file, file.model_dump_json(by_alias=True, indent=1))
+        write_atomic(PhaseDir(root).phase_file, file.model_dump_json(by_alias=True, indent=1, exclude_unset=True))
         process.termination_file(root, job.attempt).unlink(missing_ok=True)
         environ = self._environment(job, root, threads, gpus)
         command = self.command(job, PhaseDir(root).phase_file)

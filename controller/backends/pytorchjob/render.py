@@ -141,7 +141,7 @@ def phase_file(job: PhaseJob) -> str:
     uri = _workspace(job).uri
     if uri is not None:
         file = file.model_copy(update={"remote": uri.rstrip("/")})
-    return file.model_dump_json(by_alias=True)
+    return file.model_dump_json(by_alias=True, exclude_unset=True)
 
 
 def _container(job: PhaseJob, image: str | None) -> Object:
