@@ -1,16 +1,18 @@
 """The operator: `python -m controller`, in a pod or with --kubeconfig."""
 
 import asyncio
+import json
 import logging
 import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from controller.api.workspace import Workspace
+from controller.backends.pytorchjob.settings import USER, Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -39,6 +41,22 @@ Queue = Annotated[
     str | None,
     typer.Option(envvar="DEFAULT_QUEUE", help="Kueue LocalQueue of runs that name none.", show_default=False),
 ]
+User = Annotated[
+    int,
+    typer.Option(
+        envvar="TRAINER_USER",
+        min=0,
+        help="User and group of trainers' pods; 0: those that the cluster gives.",
+    ),
+]
+MetricsReaders = Annotated[
+    str | None,
+    typer.Option(
+        envvar="METRICS_READERS",
+        help="Give each run a NetworkPolicy. Who may read trainers' metrics, as a NetworkPolicy has it, in JSON; []: everybody.",
+        show_default=False,
+    ),
+]
 LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
 Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
@@ -54,6 +72,8 @@ def operator(
     default_image: Image = None,
     default_claim: Claim = None,
     default_queue: Queue = None,
+    trainer_user: User = USER,
+    metrics_readers: MetricsReaders = None,
     lease_namespace: LeaseNamespace = "default",
     port: Port = 8080,
     workers: Workers = 8,
@@ -77,7 +97,7 @@ def operator(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
-        image=default_image or None,
+        pods=Settings(default_image or None, trainer_user or None, _peers(metrics_readers)),
         defaults=Defaults(Workspace(claim_name=default_claim) if default_claim else None, default_queue or None),
         port=port,
         workers=workers,
@@ -85,6 +105,18 @@ def operator(
     )
     logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
     sys.exit(asyncio.run(main(options, login)))
+
+
+def _peers(text: str | None) -> tuple[dict[str, Any], ...] | None:
+    if not text:
+        return None
+    try:
+        peers = json.loads(text)
+    except ValueError:
+        peers = None
+    if not isinstance(peers, list) or not all(isinstance(peer, dict) for peer in peers):
+        raise typer.BadParameter(f"{text!r} is no JSON list of a NetworkPolicy's peers", param_hint="--metrics-readers")
+    return tuple(peers)
 
 
 if __name__ == "__main__":

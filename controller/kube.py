@@ -48,6 +48,7 @@ WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
 EVENTS = Resource("events.k8s.io", "v1", "events")
 CORE_EVENTS = Resource("", "v1", "events")
 """The same events by their older name, under which they can be selected by the object that they are about."""
+NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
 WATCHED = (RUNS, JOBS, PODS)
@@ -72,6 +73,9 @@ CALLS = (
     Call("list", CORE_EVENTS),
 )
 """In the namespaces that are watched."""
+
+WALL_CALLS = tuple(Call(verb, NETWORK_POLICIES) for verb in ("get", "create", "update"))
+"""In the same, where runs have NetworkPolicies."""
 
 LEASE_CALLS = (Call("get", LEASES), Call("create", LEASES), Call("update", LEASES))
 """In the operator's own namespace."""
@@ -173,6 +177,19 @@ class Api:
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """The job stays visible until its pods have ended, so nobody starts their successors too early."""
         await self._delete(Call("delete", JOBS), namespace, name, uid, propagationPolicy="Foreground")
+
+    async def get_network_policy(self, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", NETWORK_POLICIES), namespace, name))
+
+    async def create_network_policy(self, policy: Object) -> None:
+        """Raises Conflict if there is one of this name."""
+        metadata = policy["metadata"]
+        await self._call(Call("create", NETWORK_POLICIES), metadata["namespace"], metadata["name"], policy)
+
+    async def update_network_policy(self, policy: Object) -> None:
+        """Raises Conflict if it has changed since it was read."""
+        metadata = policy["metadata"]
+        await self._call(Call("update", NETWORK_POLICIES), metadata["namespace"], metadata["name"], policy)
 
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
         return await self._list(Call("list", PODS), namespace, labels)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from controller.api.quantities import QUANTITY
+from controller.api.template import LARGEST_ID
 from controller.gen import NOTICE
 
 Schema = dict[str, Any]
@@ -95,13 +96,16 @@ RULES: dict[str, Schema] = {
         "properties": dict.fromkeys(("requests", "limits"), QUANTITIES) | {"claims": OBJECTS},
         "additionalProperties": False,
     },
-    **dict.fromkeys(("tolerations", "topologySpreadConstraints", "from", "relabelings", "metricRelabelings"), OBJECTS),
+    **dict.fromkeys(
+        ("tolerations", "topologySpreadConstraints", "from", "metricsFrom", "relabelings", "metricRelabelings"), OBJECTS
+    ),
     **dict.fromkeys(("interval", "scrapeTimeout"), DURATION),
     **dict.fromkeys(("workspaceClaim", "priorityClassName", "namespace", "storageClassName"), NAME),
     "image.repository": REPOSITORY,
     # Empty: there is no default.
     "trainerImage.repository": {**REPOSITORY, "pattern": f"^$|{REPOSITORY['pattern']}"},
     "tag": TAG,
+    "userID": {"type": "integer", "minimum": 0, "maximum": LARGEST_ID},
     "runbooks": {"type": "string", "pattern": "^(https?://.+)?$"},
     "digest": DIGEST,
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},

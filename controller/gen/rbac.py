@@ -7,7 +7,7 @@ import yaml
 
 from controller.api import meta
 from controller.gen import NOTICE
-from controller.kube import CALLS, LEASE_CALLS, SMOKE_CALLS, Call
+from controller.kube import CALLS, LEASE_CALLS, SMOKE_CALLS, WALL_CALLS, Call
 
 Object = dict[str, Any]
 
@@ -36,6 +36,7 @@ def granted() -> Object:
     """Rules by whom they are for. People's are joined to Kubernetes' own roles: whoever edits a namespace may run in it."""
     return {
         "operator": rules(CALLS),
+        "walls": rules(WALL_CALLS),
         "leader": _leader(),
         "test": rules(SMOKE_CALLS),
         "people": {

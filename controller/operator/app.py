@@ -15,6 +15,7 @@ import kopf
 from controller.api import meta
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
 from controller.backends.pytorchjob.scrape import Scraper
+from controller.backends.pytorchjob.settings import Settings
 from controller.clock import Clock
 from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.operator import handlers, health
@@ -47,8 +48,7 @@ class Options:
     lease_namespace: str
     namespaces: tuple[str, ...] = ()
     """Those that are watched; all unless set."""
-    image: str | None = None
-    """The trainers' of runs that name none."""
+    pods: Settings = field(default_factory=Settings)
     defaults: Defaults = field(default_factory=Defaults)
     port: int = 8080
     workers: int = 8
@@ -74,7 +74,7 @@ class Operator:
             told=self.metrics.scraped,
             now=self.clock.now,
         )
-        backend = PyTorchJobBackend(self.api, self.scraper, options.image, self.clock.now)
+        backend = PyTorchJobBackend(self.api, self.scraper, options.pods, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
             self.api, backend, self.metrics, options.identity, options.poll, self.clock.now,

@@ -180,7 +180,9 @@ def test_the_operator_is_told_by_its_environment_what_its_options_are() -> None:
 
 def test_rights_are_those_of_the_calls() -> None:
     wide = template()
-    assert one(wide, "ClusterRole", NAME)["rules"] == granted()["operator"]
+    assert one(wide, "ClusterRole", NAME)["rules"] == [*granted()["operator"], *granted()["walls"]]
+    without = template({"networkPolicy": {"trainers": {"enabled": False}}})
+    assert one(without, "ClusterRole", NAME)["rules"] == granted()["operator"]
     assert one(wide, "Role", f"{NAME}-leader")["rules"] == granted()["leader"]
     assert one(wide, "Role", f"{NAME}-test")["rules"] == granted()["test"]
 
@@ -191,7 +193,7 @@ def test_listed_namespaces_have_roles_and_the_cluster_none() -> None:
     for namespace in ("a", "b"):
         [role] = [o for o in listed if o["kind"] == "Role" and o["metadata"]["namespace"] == namespace and
                   o["metadata"]["name"] == NAME]  # fmt: skip
-        assert role["rules"] == granted()["operator"]
+        assert role["rules"] == [*granted()["operator"], *granted()["walls"]]
     bindings = [o for o in listed if o["kind"] == "RoleBinding"]
     assert {s["namespace"] for b in bindings for s in b["subjects"]} == {NAMESPACE}
     assert one(template(EVERYTHING), "Pod")["metadata"]["namespace"] == NAMESPACE

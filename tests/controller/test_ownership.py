@@ -12,6 +12,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
+from controller.backends.pytorchjob.settings import Settings
 from controller.plan.decide import decide
 from controller.plan.job import job_name
 from controller.plan.observed import JobState, Observed, ObservedJob
@@ -80,7 +81,7 @@ def a_run(asked: bool = True) -> AlignmentRun:
 def backend(shelf: Shelf) -> PyTorchJobBackend:
     api: Any = shelf
     figures: Any = NoFigures()
-    return PyTorchJobBackend(api, figures, None)
+    return PyTorchJobBackend(api, figures, Settings())
 
 
 def look(shelf: Shelf, run: AlignmentRun | None = None) -> Observed:

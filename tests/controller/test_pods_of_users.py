@@ -13,6 +13,7 @@ from controller.api.run import AlignmentRun
 from controller.api.workspace import Workspace
 from controller.backends.pytorchjob import evidence, observe
 from controller.backends.pytorchjob.render import Owner, render
+from controller.backends.pytorchjob.settings import Settings
 from controller.operator.defaults import Defaults
 from controller.plan.check import check_run
 from controller.plan.decide import Apply, decide
@@ -62,7 +63,7 @@ EVERYTHING = {
 
 def job_of(run, observed=None, now=START):
     [action] = [a for a in decide(WORK.applied(run), observed or seen(), now).actions if isinstance(a, Apply)]
-    return render(action.job, Owner("default", "test", "uid-1"), "trainer:1")
+    return render(action.job, Owner("default", "test", "uid-1"), Settings("trainer:1"))
 
 
 def pods_of(document):
@@ -139,6 +140,15 @@ class TestRendered:
         assert context["runAsNonRoot"] is True
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not any("hostPath" in volume for volume in spec["volumes"])
+
+
+def test_user_and_groups_can_be_left_to_the_cluster():
+    """OpenShift gives every namespace a range of its own, and refuses pods that name others."""
+    run = WORK.applied(make_run(sft("base")))
+    [action] = decide(run, seen(), START).actions
+    _, spec = pods_of(render(action.job, Owner("default", "test", "uid-1"), Settings(user=None)))
+    assert spec["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"} == set()
+    assert spec["securityContext"]["runAsNonRoot"] is True
 
 
 @pytest.mark.parametrize("field", EVERYTHING)

@@ -13,6 +13,7 @@ from controller.api.status import QueueState, RunStatus
 from controller.api.workspace import Workspace
 from controller.backends.pytorchjob import observe
 from controller.backends.pytorchjob.render import Owner, render
+from controller.backends.pytorchjob.settings import Settings
 from controller.operator.defaults import Defaults
 from controller.plan.decide import Apply, decide
 from controller.plan.observed import JobState
@@ -27,7 +28,7 @@ RUNNING = {"startedAt": "2026-01-01T00:01:00Z"}
 
 def rendered(run):
     [action] = [a for a in decide(WORK.applied(run), seen(), START).actions if isinstance(a, Apply)]
-    return render(action.job, OWNER, "trainer:1")
+    return render(action.job, OWNER, Settings("trainer:1"))
 
 
 def worker(document):
@@ -88,7 +89,7 @@ class TestRender:
         run = WORK.applied(make_run(sft("base")))
         full = attempt(run, "base", 1, JobState.FAILED, failure=FailureClass.OUT_OF_MEMORY, finished_at=START)
         (action,) = decide(run, seen(full), after(100)).actions
-        annotations = worker(render(action.job, OWNER, "trainer:1"))["template"]["metadata"]["annotations"]
+        annotations = worker(render(action.job, OWNER, Settings("trainer:1")))["template"]["metadata"]["annotations"]
         file = PhaseFile.model_validate_json(annotations["alignment.dev/phase-file"])
         assert file.spec["parallel"]["microBatchTokens"] == 4096
         assert action.job.digest == digests(run)["base"]

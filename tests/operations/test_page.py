@@ -71,7 +71,7 @@ def test_rights_are_those_that_are_granted():
     for who, group, resource, verbs, _ in rows("Security"):
         told.setdefault(who.split(",")[0], set()).add((group, resource, verbs))
     found = granted()
-    in_namespaces = _triples(found["operator"]) | _triples(found["leader"])
+    in_namespaces = _triples(found["operator"]) | _triples(found["walls"]) | _triples(found["leader"])
     assert told["the operator"] == in_namespaces
     assert told["`helm test`"] == _triples(found["test"])
     assert told["view"] == _triples(found["people"]["view"]["rules"])

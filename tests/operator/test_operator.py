@@ -10,7 +10,7 @@ from cluster.proxy import FaultProxy
 from driver import FAST, Driver, dpo, manifest, sft
 
 from controller.gen.rbac import rules
-from controller.kube import CALLS, LEASE_CALLS
+from controller.kube import CALLS, LEASE_CALLS, WALL_CALLS
 
 USER = "system:serviceaccount:alignment-system:alignment-operator"
 
@@ -38,7 +38,7 @@ class TestRights:
         driver.until_condition("run", "Suspended")
         granted = {
             (verb, rule["apiGroups"][0], rule["resources"][0])
-            for rule in rules((*CALLS, *LEASE_CALLS))
+            for rule in rules((*CALLS, *WALL_CALLS, *LEASE_CALLS))
             for verb in rule["verbs"]
         }
         made = [e for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource")]
@@ -54,9 +54,17 @@ class TestRights:
         driver.until_job("queued-sft-1")
         driver.patch("queued", {"suspend": True})
         uid = driver.until_job("waiting-sft-1")["metadata"]["uid"]  # one that is gone is asked for by its name
+        named = [thing["metadata"]["name"] for thing in driver.cluster.items("networkpolicies", "-n", driver.namespace)]
+        [policy] = [name for name in named if name.startswith("waiting-")]
+        patch = '{"spec": {"ingress": []}}'  # for which it is written anew
+        driver.cluster.kubectl("patch", "networkpolicy", policy, "-n", driver.namespace, "--type=merge", "-p", patch)
         driver.cluster.kubectl("delete", "pytorchjob", "waiting-sft-1", "-n", driver.namespace)
         driver.cluster.wait(lambda: driver.until_job("waiting-sft-1")["metadata"]["uid"] != uid, 30, "it is made again")
-        granted = {(v, r["apiGroups"][0], r["resources"][0]) for r in rules((*CALLS, *LEASE_CALLS)) for v in r["verbs"]}
+        granted = {
+            (v, r["apiGroups"][0], r["resources"][0])
+            for r in rules((*CALLS, *WALL_CALLS, *LEASE_CALLS))
+            for v in r["verbs"]
+        }
 
         def unused():
             return granted - {asked(e) for e in by_operator(driver.cluster)}

@@ -9,8 +9,10 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
 from controller.backends.pytorchjob import belongings, evidence, observe, ownership
+from controller.backends.pytorchjob.network import Walls
 from controller.backends.pytorchjob.render import Owner, render
 from controller.backends.pytorchjob.scrape import Scraper, Target
+from controller.backends.pytorchjob.settings import Settings
 from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Conflict
 from controller.plan import attempts as history
@@ -35,13 +37,13 @@ WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 class PyTorchJobBackend:
     def __init__(
-        self, api: Api, scraper: Scraper, image: str | None, now: Callable[[], datetime] = seconds_now
+        self, api: Api, scraper: Scraper, settings: Settings, now: Callable[[], datetime] = seconds_now
     ) -> None:
-        """``image``: the trainers' of runs that name none."""
         self.now = now
         self.api = api
         self.scraper = scraper
-        self.image = image
+        self.settings = settings
+        self.walls = Walls(api, settings.metrics_readers)
         self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
         """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
         take them, or has since deleted them. Until one is seen, or the run's status has it."""
@@ -87,13 +89,16 @@ class PyTorchJobBackend:
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         """Of a job of this name that is someone else's the next look tells."""
         uid = run.metadata.uid or ""
+        if why := await self.walls.raise_for(run):
+            self._bar(run, job, why)
+            return
         try:
-            await self.api.create_job(render(job, _owner(run), self.image))
+            await self.api.create_job(render(job, _owner(run), self.settings))
         except Conflict:
             return
         except ApiError as error:
             if error.status == FORBIDDEN:
-                self._barred.setdefault(uid, {})[job.phase, job.attempt] = error.message
+                self._bar(run, job, error.message)
                 return
             if error.status not in REFUSALS:
                 raise
@@ -108,6 +113,9 @@ class PyTorchJobBackend:
             await self.api.delete_job(run.metadata.namespace or "default", seen.name, seen.uid)
 
     # -- details
+
+    def _bar(self, run: AlignmentRun, job: PhaseJob, why: str) -> None:
+        self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = why
 
     def _missing(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Jobs of this run that should be there, and of whose end its status does not know yet."""
@@ -140,7 +148,7 @@ class PyTorchJobBackend:
             found.append("spec.workspace: is not set: on a cluster name a claimName or a uri to keep artifacts in")
         for entry in run.phases:
             own = entry.template.image if entry.template else None
-            if not (own or run.spec.template.image or self.image):
+            if not (own or run.spec.template.image or self.settings.image):
                 found.append(
                     f"spec.phases[{entry.name}].template.image: is not set, neither is spec.template.image, "
                     "and this operator has no default"

@@ -19,6 +19,11 @@ WORD_LIMIT = 100
 """Characters that are shown of what a stranger has named."""
 
 
+def reference(run: str, uid: str) -> Object:
+    """What makes something a run's: it goes when the run goes."""
+    return {"apiVersion": meta.API_VERSION, "kind": meta.KIND, "name": run, "uid": uid, "controller": True}
+
+
 def controller_of(thing: Object) -> Object:
     """The one owner reference that says who manages it; empty if nobody does."""
     owners: Iterable[Object] = thing["metadata"].get("ownerReferences") or ()
@@ -30,9 +35,9 @@ def is_controlled(thing: Object, group: str, kind: str, uid: str) -> bool:
     return bool(uid) and (_group(owner), owner.get("kind"), owner.get("uid")) == (group, kind, uid)
 
 
-def is_ours(job: Object, run: AlignmentRun) -> bool:
+def is_ours(thing: Object, run: AlignmentRun) -> bool:
     """Not that of an earlier run of the same name, which may still be going away."""
-    return is_controlled(job, meta.GROUP, meta.KIND, run.metadata.uid or "")
+    return is_controlled(thing, meta.GROUP, meta.KIND, run.metadata.uid or "")
 
 
 def is_of_job(thing: Object, job: Object) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 from controller.api import meta
 from controller.api.template import Template
 from controller.api.workspace import Workspace
+from controller.backends.pytorchjob import ownership
 from controller.backends.pytorchjob.placement import placement
+from controller.backends.pytorchjob.settings import Settings
 from controller.backends.pytorchjob.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
 from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
@@ -29,7 +31,6 @@ RENDEZVOUS_SECONDS = 7 * 86400
 """For pods to wait for each other: how long that may take is up to the run's startup timeout."""
 GRACE_MARGIN = 5
 """Seconds of the pod's grace that torchrun keeps for itself."""
-USER = 1000
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Owner:
     uid: str
 
 
-def render(job: PhaseJob, owner: Owner, image: str | None) -> Object:
-    """The PyTorchJob for one attempt; ``image`` if the run names none."""
+def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
+    """The PyTorchJob for one attempt."""
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -51,26 +52,16 @@ def render(job: PhaseJob, owner: Owner, image: str | None) -> Object:
             "namespace": owner.namespace,
             "labels": {**job.labels, **_queue_labels(job)},
             "annotations": {meta.ANNOTATION_DIGEST: job.digest},
-            "ownerReferences": [_owner_reference(owner)],
+            "ownerReferences": [ownership.reference(owner.name, owner.uid)],
         },
         "spec": {
             "nprocPerNode": str(job.procs_per_node),
             # Running: pods that have ended stay, to be read; others do not keep their GPUs.
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
-                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, image)}
+                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, settings)}
             },
         },
-    }
-
-
-def _owner_reference(owner: Owner) -> Object:
-    return {
-        "apiVersion": meta.API_VERSION,
-        "kind": meta.KIND,
-        "name": owner.name,
-        "uid": owner.uid,
-        "controller": True,
     }
 
 
@@ -81,7 +72,7 @@ def _queue_labels(job: PhaseJob) -> dict[str, str]:
     return {meta.LABEL_QUEUE: job.queue_name, **priority}
 
 
-def _pod(job: PhaseJob, image: str | None) -> Object:
+def _pod(job: PhaseJob, settings: Settings) -> Object:
     return {
         "metadata": {
             "labels": {**(job.template.labels or {}), **job.labels},
@@ -97,8 +88,8 @@ def _pod(job: PhaseJob, image: str | None) -> Object:
             "terminationGracePeriodSeconds": job.template.grace_seconds,
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
-            "securityContext": _security_context(job.template),
-            "containers": [_container(job, image)],
+            "securityContext": _security_context(job.template, settings.user),
+            "containers": [_container(job, settings.image)],
             "volumes": volumes(job),
             **_pulling(job.template),
             **_devices(job.template),
@@ -107,13 +98,11 @@ def _pod(job: PhaseJob, image: str | None) -> Object:
     }
 
 
-def _security_context(template: Template) -> Object:
+def _security_context(template: Template, user: int | None) -> Object:
     given = template.security_context
     return {
         "runAsNonRoot": True,
-        "runAsUser": USER,
-        "runAsGroup": USER,
-        "fsGroup": USER,
+        **(dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user) if user else {}),
         **(given.document() if given else {}),
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
