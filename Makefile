@@ -158,6 +158,9 @@ test-images: $(VENV)/.dev ## Build the trainers' image and carry out runs in pod
 	bash tests/system-packages.sh
 	$(BIN)/pytest -s tests/images/trial_of_trainers.py
 
+scan: $(VENV)/.dev ## Checkov, a third party's scanner, over chart, manifests and trainers' pods: what it finds has a reason
+	$(BIN)/pytest -q tests/chart/trial_of_scanner.py
+
 clean: ## Remove the environment; runs/ stays
 	rm -rf $(VENV)
 

@@ -59,7 +59,11 @@ EVERYTHING: Object = {
     "podDisruptionBudget": {"maxUnavailable": "50%"},
     "serviceAccount": {"name": "somebody", "annotations": {"a": "b"}},
     "crds": {"keep": False},
-    "networkPolicy": {"from": [{"namespaceSelector": {}}], "egress": {"restrict": True, "apiServerPorts": [8443]}},
+    "networkPolicy": {
+        "from": [{"namespaceSelector": {}}],
+        "egress": {"restrict": True, "apiServerPorts": [8443]},
+        "trainers": {"metricsFrom": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
+    },
     "monitoring": {
         **{
             name: {"enabled": True, "namespace": "monitoring", "labels": {"release": "x"}, "annotations": {"a": "b"}}
@@ -173,9 +177,20 @@ def test_the_operator_is_told_by_its_environment_what_its_options_are() -> None:
     assert {k: v for k, v in found.items() if k in known - {"POD_NAMESPACE"}} == {
         "WATCH_NAMESPACES": "team-a team-b", "DEFAULT_WORKSPACE_CLAIM": "work", "DEFAULT_QUEUE": "gpus",
         "DEFAULT_TRAINER_IMAGE": "registry.example.com/mirror/alignment-trainer:2.0", "LOG_FORMAT": "text",
-        "LOG_LEVEL": "debug", "WORKERS": "16", "WATCHDOG_SECONDS": "30.5",
+        "LOG_LEVEL": "debug", "WORKERS": "16", "WATCHDOG_SECONDS": "30.5", "TRAINER_USER": "1000",
+        "METRICS_READERS": found["METRICS_READERS"],
     }  # fmt: skip
     assert not {"WATCH_NAMESPACES", "DEFAULT_QUEUE", "DEFAULT_WORKSPACE_CLAIM"} & environment(template()).keys()
+
+
+def test_metrics_of_trainers_are_for_the_operator_and_whom_the_values_list() -> None:
+    operator, prometheus = json.loads(environment(template(EVERYTHING))["METRICS_READERS"])
+    assert prometheus == {"ipBlock": {"cidr": "10.0.0.0/8"}}
+    assert operator["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+    labels = one(template(EVERYTHING), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert operator["podSelector"]["matchLabels"].items() <= labels.items()
+    assert environment(template())["METRICS_READERS"] == "[]", "everybody"
+    assert "METRICS_READERS" not in environment(template({"networkPolicy": {"trainers": {"enabled": False}}}))
 
 
 def test_rights_are_those_of_the_calls() -> None:

@@ -28,7 +28,7 @@ VALUES = list(walk(read_values((CHART / "values.yaml").read_text())))
 OTHER: dict[str, Any] = {
     **dict.fromkeys(("interval", "scrapeTimeout"), "7s"),
     **{key: [{"name": "x"}] for key in ("imagePullSecrets", "extraEnv")},
-    **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings", "from")},
+    **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings", "from", "metricsFrom")},
     "topologySpreadConstraints": [],
     "limits": [{"name": "x", "namespaces": ["x"], "maxNodes": 1}],
     "pullPolicy": "Never", "digest": DIGEST, "logFormat": "text", "logLevel": "debug", "size": "9Gi",
