@@ -10,6 +10,7 @@ from driver import FAST, Driver, manifest, now, sft
 from controller.api.run import AlignmentRun
 from controller.backends.pytorchjob.backend import PyTorchJobBackend
 from controller.backends.pytorchjob.scrape import Scraper
+from controller.backends.pytorchjob.settings import Settings
 from controller.kube import Api
 from controller.operator.login import login_of
 from controller.plan.attempts import DELETED
@@ -162,7 +163,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
 
     async def made_and_deleted() -> tuple[ObservedJob, ...]:
         api = Api(login_of(driver.cluster.kubeconfig))
-        backend = PyTorchJobBackend(api, Scraper(), None)
+        backend = PyTorchJobBackend(api, Scraper(), Settings())
         document = driver.run("run")
         spec = {**document["spec"], "suspend": False}
         run = AlignmentRun.model_validate({**document, "spec": spec, "status": None})
