@@ -89,15 +89,16 @@ def operator(
 
     configure(log_format, log_level)
     try:
+        readers = _peers(metrics_readers)
         login = login_of(kubeconfig)
-    except NoCredentials as error:
+    except (BadPeers, NoCredentials) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     options = Options(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
-        pods=Settings(default_image or None, trainer_user or None, _peers(metrics_readers)),
+        pods=Settings(default_image or None, trainer_user or None, readers),
         defaults=Defaults(Workspace(claim_name=default_claim) if default_claim else None, default_queue or None),
         port=port,
         workers=workers,
@@ -105,6 +106,10 @@ def operator(
     )
     logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
     sys.exit(asyncio.run(main(options, login)))
+
+
+class BadPeers(ValueError):
+    """The message names the option, its value and what would be right."""
 
 
 def _peers(text: str | None) -> tuple[dict[str, Any], ...] | None:
@@ -115,7 +120,7 @@ def _peers(text: str | None) -> tuple[dict[str, Any], ...] | None:
     except ValueError:
         peers = None
     if not isinstance(peers, list) or not all(isinstance(peer, dict) for peer in peers):
-        raise typer.BadParameter(f"{text!r} is no JSON list of a NetworkPolicy's peers", param_hint="--metrics-readers")
+        raise BadPeers(f"--metrics-readers {text}: is no JSON list of a NetworkPolicy's peers; [] lets everybody in")
     return tuple(peers)
 
 
