@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainers.contract import BadInput, FailureClass, exit_status
+from trainers.core.sharding import Sharding
 from trainers.core.weights import check_trainable, read_model
 
 WEIGHTS = "model.safetensors"
@@ -157,3 +160,30 @@ def test_weights_of_few_bits_cannot_be_trained(folder: Path):
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(BadInput, match=r"up_proj.weight is quantized"):
         check_trainable(model)
+
+
+@pytest.fixture
+def sharding():
+    """Of the second of two processes, which exchange nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield Sharding(init_device_mesh("cpu", (2,)))
+    torch.distributed.destroy_process_group()
+
+
+def test_embeddings_that_are_the_head_are_split_once(folder: Path, sharding):
+    """Split twice, an odd number of words had a copy in each, and the optimizer updated one: it trained another model."""
+    without("lm_head.weight")(folder)
+    edit(tie_word_embeddings=True)(folder)
+    model, _ = read_model(AutoModelForCausalLM, folder, torch.float32, False, sharding)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    assert not any(isinstance(end, FSDPModule) for end in ends), "they belong to the whole model"
+    assert isinstance(model, FSDPModule)
+
+
+def test_a_head_of_its_own_beside_a_config_without_one_is_not_split(folder: Path, sharding):
+    edit(tie_word_embeddings=True)(folder)
+    with pytest.raises(BadInput, match=r"lm_head.weight is the embeddings, and its files hold another: set tie_word"):
+        read_model(AutoModelForCausalLM, folder, torch.float32, False, sharding)

@@ -5,6 +5,7 @@ magnitude. Those magnitudes have 8 bits each, in blocks of 256 (double quantizat
 computes with the weights that this gives, in the type of the arithmetic.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class FourBit:
 
 
 def _check_installed() -> None:
+    # Some CPUs have a kernel that it would fetch as a program from the hub; that it could not, it would say in each process.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

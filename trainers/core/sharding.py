@@ -121,6 +121,9 @@ class Sharding:
         """
 
         def split(cls: Any, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
+            # transformers does so when all is read. A weight of two groups would be gathered from two copies where
+            # processes have unequal parts, of which the optimizer updates one.
+            model.tie_weights(recompute_mapping=False)
             self.apply(model)
             return model
 

@@ -48,7 +48,9 @@ def read_model(
             **packed,
         )
         if split:
-            _mend_tables(auto, model, config, trust_remote_code)
+            fresh = _empty(auto, config, trust_remote_code)
+            _mend_tables(model, fresh)
+            _check_tied(folder, model, fresh)
     vars(model.config).pop("distributed_config", None)  # of this process, and no part of the model
     if four_bit is not None:
         settle(model)
@@ -57,12 +59,20 @@ def read_model(
     return model, tokenizer
 
 
-def _mend_tables(auto: Any, model: Any, config: Any, trust_remote_code: bool) -> None:
+def _mend_tables(model: Any, fresh: Any) -> None:
     """Tables that are in no file, such as Falcon-H1's multipliers, which transformers leaves as they come in a split model."""
-    fresh = _empty(auto, config, trust_remote_code)
     tables = dict(model.named_non_persistent_buffers())
     for name, table in fresh.named_non_persistent_buffers():
         tables[name].copy_(table)
+
+
+def _check_tied(folder: str | Path, model: Any, fresh: Any) -> None:
+    """Weights that are one by the config were split as one. transformers leaves them two where files hold two that differ."""
+    if parted := sorted(fresh.all_tied_weights_keys.keys() - model.all_tied_weights_keys.keys()):
+        raise BadInput(
+            f"model {folder}: its config says that {parted[0]} is the embeddings, and its files hold another: "
+            "set tie_word_embeddings to false in config.json"
+        )
 
 
 def _empty(auto: Any, config: Any, trust_remote_code: bool) -> Any:

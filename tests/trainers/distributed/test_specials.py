@@ -41,6 +41,7 @@ def specs(models: dict[str, Path], traces: Path) -> dict[str, tuple[str, dict]]:
         "the language loss on embeddings that are the head": (
             "reward", {"model": tied, "data": rows("preferences"), "lmWeight": 0.5, **STEPS, "optim": {"lr": 3e-4}},
         ),
+        "embeddings that are the head": ("sft", {"model": tied, "data": rows("demonstrations"), **STEPS}),
         "adapters on the head": ("dpo", {"policy": plain, "data": rows("preferences"), "lora": on_head, **STEPS}),
         EXPERTS: ("sft", {"model": experts, "data": rows("demonstrations"), "lora": {"rank": 2}, **STEPS}),
         "traces without their teacher": (
