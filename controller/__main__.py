@@ -99,7 +99,9 @@ def operator(
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
         pods=Settings(default_image or None, trainer_user or None, readers),
-        defaults=Defaults(Workspace(claim_name=default_claim) if default_claim else None, default_queue or None),
+        defaults=Defaults(
+            Workspace(claim_name=default_claim) if default_claim else None, default_queue or None, default_image or None
+        ),
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

@@ -187,6 +187,8 @@ class PhaseStatus(StatusModel):
     """Identity of what is asked for; known once the inputs have finished."""
     asked: str = ""
     """Mark of the settings that the digest is of, as they are written: for these it stays, whatever a later version would make of them."""
+    image: str = ""
+    """Where neither the run nor the phase names one: the operator's default when the phase began, which its further attempts have too."""
     artifact_digest: str | None = None
     """Identity of what it left."""
     failure: FailureClass | None = None

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.api.run import AlignmentRun
-from controller.api.status import RunStatus
+from controller.api.status import PhaseStatus, RunStatus
 from controller.api.workspace import Workspace
+from controller.plan.resolve import merge_templates
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,8 @@ class Defaults:
     workspace: Workspace | None = None
     queue: str | None = None
     """A LocalQueue."""
+    image: str | None = None
+    """The trainers'."""
 
     def applied(self, run: AlignmentRun) -> AlignmentRun:
         """Only for one look at it: what is written back is the run's status, never its spec."""
@@ -23,8 +26,16 @@ class Defaults:
             missing["workspace"] = (run.status.workspace if run.status else None) or self.workspace
         return run.model_copy(update={"spec": run.spec.model_copy(update=missing)})
 
+    def remembered(self, status: RunStatus, run: AlignmentRun) -> RunStatus:
+        """With what work has begun with: with other defaults later, what is finished would not be found, and the rest begin anew.
 
-def remembering(status: RunStatus, run: AlignmentRun) -> RunStatus:
-    """The workspace in which work has begun: with another default later, what is finished would not be found."""
-    begun = any(phase.attempts for phase in status.phases)
-    return status.model_copy(update={"workspace": run.spec.workspace}) if begun else status
+        A phase's checkpoints are of the program that has written them, so of its image.
+        """
+        if not any(phase.attempts for phase in status.phases):
+            return status
+        open_ = {entry.name for entry in run.phases if not merge_templates(run.spec.template, entry.template).image}
+        phases = tuple(self._begun(phase) if phase.name in open_ else phase for phase in status.phases)
+        return status.model_copy(update={"workspace": run.spec.workspace, "phases": phases})
+
+    def _begun(self, phase: PhaseStatus) -> PhaseStatus:
+        return phase.model_copy(update={"image": phase.image or self.image or ""}) if phase.attempts else phase

@@ -15,7 +15,7 @@ from controller.backends.base import Backend
 from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Object
 from controller.operator import events
-from controller.operator.defaults import Defaults, remembering
+from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
 from controller.operator.queue import Key
 from controller.plan.decide import going, is_final, is_settled, is_terminal, refused
@@ -72,7 +72,7 @@ class Reconciler:
             return None
 
         async def save(status: RunStatus) -> None:
-            await self._write(key, run, document, before, remembering(status, run))
+            await self._write(key, run, document, before, self.defaults.remembered(status, run))
 
         decision = await reconcile(run, self.backend, self.now(), save, configs=self.configs(key, run))
         self.metrics.run_seen(key, run, decision.status)

@@ -43,7 +43,8 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
             records[number] = _advance(records.get(number), job, now)
     following = max(seen, default=0)
     for number, record in records.items():
-        if number not in seen and not record.state.ended and record.state != AttemptState.ASKED:
+        known = record.state != AttemptState.ASKED or following > number
+        if number not in seen and not record.state.ended and known:
             records[number] = _gone(record, following, now)
     return tuple(records[number] for number in sorted(records))
 

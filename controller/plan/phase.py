@@ -60,12 +60,16 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     records = _end_overdue(history.barred(records, phase.name, at.observed.barred), jobs, phase, at)
     result = _known_result(phase, digest, before, at.observed.results.get(phase.name))
     if result is not None:
-        step = _finished(phase, before, records, jobs, digest, result, at.now)
-        return replace(step, status=step.status.model_copy(update={"asked": asked}))
+        return _of(asked, before, _finished(phase, before, records, jobs, digest, result, at.now))
     records = history.without_result(records, before.attempts, digest, phase.settings)
     records = history.on_all_nodes(records) if _resumes(phase, before) else records
-    step = _unfinished(phase, before, records, jobs, digest, at)
-    return replace(step, status=step.status.model_copy(update={"asked": asked}))
+    return _of(asked, before, _unfinished(phase, before, records, jobs, digest, at))
+
+
+def _of(asked: str, before: PhaseStatus, step: Step) -> Step:
+    """With what stays the same for as long as the identity does."""
+    image = before.image if before.digest == step.status.digest else ""
+    return replace(step, status=step.status.model_copy(update={"asked": asked, "image": image}))
 
 
 def wanted(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus], before: PhaseStatus) -> tuple[str, str | None]:
@@ -308,7 +312,9 @@ def _progress(before: PhaseStatus, digest: str | None, report: PhaseProgress | N
     old = before.progress if before.digest == digest else None
     if old is None or not old.total_steps or (told is not None and (told.step or told.total_steps)):
         return told
-    return (told or PhaseProgress()).model_copy(update={"step": old.step, "total_steps": old.total_steps})
+    return (told or PhaseProgress()).model_copy(
+        update={n: getattr(old, n) for n in ("step", "total_steps", "checkpoint_step")}
+    )
 
 
 def finite(report: PhaseProgress | None) -> PhaseProgress | None:

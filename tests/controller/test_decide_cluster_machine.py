@@ -50,6 +50,7 @@ class World(RuleBasedStateMachine):
         self.results: dict[str, ObservedResult] = {}
         self.taken: dict[tuple[str, int], str] = {}
         self.held: dict[str, str] = {}
+        self.backups: list[RunStatus] = []
 
     # -- the world, seen
 
@@ -84,6 +85,7 @@ class World(RuleBasedStateMachine):
         assert decision == decide(self.run, observed, self.now)
         assert RunStatus.model_validate(decision.status.document()) == decision.status
         if not lose_status:
+            self.backups.append(decision.status)
             self.run = self.run.model_copy(update={"status": decision.status})
             if not lose_writes:
                 self.act(decision)
@@ -198,6 +200,13 @@ class World(RuleBasedStateMachine):
     @rule()
     def a_user_suspends_or_resumes(self) -> None:
         self.edit(suspend=not self.run.spec.suspend)
+
+    @precondition(lambda self: self.backups)
+    @rule(data=st.data())
+    def a_status_is_restored_from_a_backup(self, data: st.DataObject) -> None:
+        """While jobs run on: none is started beside another, and numbers that are taken stay so."""
+        age = data.draw(st.integers(1, len(self.backups)))
+        self.run = self.run.model_copy(update={"status": self.backups[-age]})
 
     # -- what must always hold
 

@@ -1,11 +1,12 @@
 """A job that somebody deletes: the attempt's end, counted, told, and not made again at once for ever."""
 
 from builders import job, seen, started, stopped
-from stories import RUN, attempt, ends, one, phase, runs, story
+from stories import INFRA, RUN, attempt, ends, one, phase, runs, story
 
 from controller.api.status import PhaseState
 from controller.operator import events
 from controller.plan.decide import decide
+from controller.plan.observed import JobState
 
 NOTHING = seen()
 RUNNING = seen(runs())
@@ -50,6 +51,14 @@ def test_a_status_from_a_backup_loses_no_job_and_counts_nothing() -> None:
     assert (started(decision), stopped(decision), phase(decision).state) == ([], [], PhaseState.RUNNING)
     assert [(a.number, a.state) for a in phase(decision).attempts] == [(3, "Running")]
     assert attempt(old).state == "Running"
+
+
+def test_one_that_was_asked_for_in_a_backup_is_not_asked_for_behind_a_later_one() -> None:
+    later = seen(runs(attempt=2, state=JobState.FAILED, failure=INFRA))
+    *_, decision = story((RUN, NOTHING, 0), (RUN, later, 3600))
+    assert started(decision) == []
+    assert [a.number for a in phase(decision).attempts if not a.state.ended] == []
+    assert (ends(decision, 2), phase(decision).state) == ("Failed Infrastructure", PhaseState.BACKING_OFF)
 
 
 def test_a_run_without_its_status_finds_its_job() -> None:

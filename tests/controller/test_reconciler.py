@@ -11,6 +11,7 @@ from builders import START, after, document, job, make_run, results, seen, sft
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus, RunStatus
 from controller.api.workspace import Workspace
+from controller.backends.pytorchjob.backend import begun_with
 from controller.kube import RUNS, ApiError, Call, Conflict
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
@@ -53,6 +54,7 @@ class Backend:
     lost: bool = False
     queues: list[str | None] = field(default_factory=list)
     workspaces: list[Workspace | None] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     async def observe(self, run: AlignmentRun) -> Observed:
         self.looks += 1
@@ -62,6 +64,7 @@ class Backend:
         self.server.said.append(f"apply {job.phase}-{job.attempt}")
         self.queues.append(job.queue_name)
         self.workspaces.append(job.workspace)
+        self.images.append(begun_with(run, job))
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         if self.lost:
@@ -276,8 +279,32 @@ def test_a_run_that_says_where_is_asked_and_one_that_has_not_begun_takes_todays_
     assert waiting.backend.workspaces == [Workspace(claim_name="new")]
 
 
+@pytest.mark.parametrize(("named", "begun"), [({}, ["", "trainer:1"]), ({"template": {"image": "own:1"}}, ["", ""])])
+def test_a_phase_goes_on_with_the_image_that_it_began_with_whatever_the_default_is_later(named: Any, begun: list[str]):
+    """Its checkpoints are of that program, and another one would begin anew."""
+    desk = Desk(Defaults(image="trainer:1"), **named)
+    desk.look(seen())
+    desk.reconciler.defaults = Defaults(image="trainer:2")
+    run = make_run(sft("base"), **named)
+    failed = job(run, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(5))
+    desk.look(seen(failed), at=10)
+    desk.look(seen(failed), at=500)
+    assert desk.backend.images == begun
+
+
+def test_a_phase_that_is_another_now_has_todays_default_image():
+    desk = Desk(Defaults(image="trainer:1"))
+    desk.look(seen())
+    desk.reconciler.defaults = Defaults(image="trainer:2")
+    desk.edit(phases=[sft("base", seed=7)])
+    desk.look(seen(), at=1)
+    desk.look(seen(), at=2)
+    assert desk.server.said[-1] == "apply base-2"
+    assert (desk.backend.images[-1], desk.status.phases[0].image) == ("trainer:2", "trainer:2")
+
+
 def test_what_is_remembered_is_no_reason_to_write():
-    desk = Desk(at("old"))
+    desk = Desk(Defaults(workspace=Workspace(claim_name="old"), image="trainer:1"))
     desk.look(seen())
     running = seen(job(RUN, "base", started_at=after(0)))
     desk.look(running, at=1)

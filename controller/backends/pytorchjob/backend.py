@@ -93,7 +93,8 @@ class PyTorchJobBackend:
             self._bar(run, job, why)
             return
         try:
-            await self.api.create_job(render(job, _owner(run), self.settings))
+            settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
+            await self.api.create_job(render(job, _owner(run), settings))
         except Conflict:
             return
         except ApiError as error:
@@ -184,6 +185,12 @@ def _target(run: AlignmentRun, pod: Object) -> Target | None:
         return None
     namespace = run.metadata.namespace or "default"
     return Target(namespace, run.name, pod["metadata"]["uid"], address, evidence.timestamp(started))
+
+
+def begun_with(run: AlignmentRun, job: PhaseJob) -> str:
+    """The image that attempts at the same phase had before: it goes on from their work."""
+    known = run.status.phase_status(job.phase) if run.status else None
+    return known.image if known is not None and known.digest == job.digest else ""
 
 
 def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
