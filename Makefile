@@ -63,6 +63,9 @@ test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every stra
 	bash tests/system-packages.sh
 	$(BIN)/pytest -m "not compiled" tests/trainers/distributed tests/trainers/test_lost_machines.py tests/operator/test_any_size.py
 
+bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' generate, and what of the processor's roof; THREADS=1
+	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python benchmarks/sampling.py --threads $(or $(THREADS),1)
+
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
 	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
 

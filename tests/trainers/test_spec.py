@@ -45,7 +45,7 @@ def test_a_temperature_that_makes_logits_overflow_is_refused(temperature):
 def test_the_lowest_temperature_still_samples():
     import torch
 
-    from trainers.core.generate import sample
+    from trainers.core.sampling import sample
 
     logits = torch.tensor([[200.0, 199.0, -200.0], [3.0, 3.0, 3.0]])
     found = sample(logits, Sampling(temperature=0.001), torch.tensor([0.99, 0.99]))

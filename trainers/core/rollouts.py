@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row
 from trainers.core.shares import in_order
+from trainers.core.slots import fits_slots
 from trainers.core.templates import Messages
 from trainers.spec import PromptData, Sampling
 
@@ -112,10 +113,19 @@ def respond(
         ]
 
     mine = range(len(prompts))[workers.rank :: workers.world]
+    if workers.is_main and not fits_slots(loaded.model):
+        _say_padded(loaded.model.config.model_type)
     with gathered(loaded.model):
         found = work(mine)
     samples = in_order(workers, mine, found)
     return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
+
+
+@cache
+def _say_padded(kind: str) -> None:
+    print(
+        f"models of type {kind} sample batch by batch on transformers' own cache, which is slower where lengths differ"
+    )
 
 
 def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:

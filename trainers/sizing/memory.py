@@ -348,12 +348,12 @@ def generation(
     """The cache of keys and values of ``responses`` side by side, whole weights if they are split, and what is computed:
     prompts first, all at once; then one token of each.
 
-    One layer's cache is there twice while it grows. Logits become probabilities and running sums in fp32 and fp64; they
-    come of the model's own forward pass, under autocast.
+    One layer's cache is there twice while it grows. Logits come of the model's own forward pass, under autocast; in fp32
+    they are divided by a temperature and become weights, whose blocks are padded.
     """
     number = min(place.number, held) if place.bf16 else held
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
-    logits = responses * shape.vocabulary * (3 * FP32 + 2 * 8)
+    logits = responses * shape.vocabulary * 4 * FP32
     prompts = forward_alone(place, shape, responses * prompt, prompt)
     found = cache + max(prompts, logits) + _casts(place, shape, held) + _casts_of(place, held, shape.embedding)
     if not split:

@@ -1,0 +1,71 @@
+"""From logits to tokens: temperature, top-k, nucleus, and one draw per row by one uniform number.
+
+Names: B rows, V vocabulary.
+"""
+
+import torch
+
+from trainers.spec import Sampling
+
+BLOCK = 128
+"""Tokens whose weights are summed before a running sum is made."""
+LIKELIEST = 256
+"""Tokens among which a nucleus is looked for first."""
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """Choose a token per row: logits (B, V) and uniforms (B,) in [0, 1) to ids (B,). Temperature 0 is greedy."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = warped(logits, sampling)
+    return drawn((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
+
+
+def drawn(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first token up to which a row's weights sum up to more than a share ``uniforms`` of them all: (B,).
+
+    First a block of tokens is drawn, then a token of it: a running sum over the vocabulary, in doubles because its tail
+    would be lost otherwise, takes ten times as long. A token without weight is never drawn.
+    """
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, within = _first_above(blocks.sum(-1), uniforms)
+    token, _ = _first_above(blocks[torch.arange(len(weights), device=weights.device), block], within)
+    return (block * BLOCK + token).clamp(max=weights.shape[-1] - 1)  # weights that are no numbers get there
+
+
+def _first_above(weights: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where running sums first exceed a share of the whole, and how far into that entry the share lies: (B,) each."""
+    sums = weights.double().cumsum(-1)
+    wanted = shares[:, None].double() * sums[:, -1:]
+    found = torch.searchsorted(sums, wanted, right=True).clamp(max=weights.shape[-1] - 1)
+    entry = weights.gather(-1, found).double()
+    within = (wanted - (sums.gather(-1, found) - entry)) / entry
+    return found.squeeze(-1), within.squeeze(-1).clamp(0, 1 - 2**-53)
+
+
+def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits after temperature, then top-k, then nucleus (top-p), as transformers orders them: (B, V)."""
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return logits
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches ``top_p`` (at least one token).
+
+    Looked for among a few hundred: to put a whole vocabulary in order takes longer than a small model's step.
+    """
+    whole = logits.logsumexp(-1, keepdim=True)
+    for count in (min(LIKELIEST, logits.shape[-1]), logits.shape[-1]):
+        ordered, index = logits.topk(count)
+        probabilities = (ordered - whole).exp()
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
+        if outside[:, -1].all():
+            break
+    kept = ordered.masked_fill(outside, float("-inf"))
+    return torch.full_like(logits, float("-inf")).scatter(-1, index, kept)

@@ -1,0 +1,191 @@
+"""Keys and values of responses that are on their way, in slots: a row's place is filled again as soon as it has ended.
+
+Every layer has one tensor of keys and one of values, for S slots of as many positions as the longest row needs. Rows 0 to
+B - 1 are the ones on their way. A row's token is read at the row's own position, so rows of any length go side by side,
+and a mask says up to where each of them has come. transformers' modules compute all of it: the cache is one of theirs by
+its interface, and the mask is given to them ready-made.
+
+What a prompt's last token is followed by is found in the first step of its row, beside the steps of other rows: reading a
+prompt means its keys and values only. Prompts that are alike are read once and copied.
+
+Names: B rows of S slots, V vocabulary.
+"""
+
+from collections.abc import Sequence as List
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from trainers.core.padded import without_router_logits
+from trainers.core.sharding import computes_on
+
+ALIKE = frozenset(
+    {
+        "cohere",
+        "deepseek_v3",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen3_moe",
+    }
+)
+"""Model types that take one mask for all layers."""
+BY_KIND = frozenset({"gemma2", "gemma3_text", "gpt_oss", "qwen2", "qwen3"})
+"""Model types that take one for each kind of layer."""
+GROWTH = 128
+"""Positions that slots grow by, or a quarter of what they have."""
+
+
+def fits_slots(model: Any) -> bool:
+    """Whether a model's states are keys and values alone, in a way that is known here."""
+    return model.config.model_type in ALIKE | BY_KIND
+
+
+class Slots:
+    refills = True
+
+    def __init__(self, model: Any, count: int, longest: int) -> None:
+        self.model, self.count = model, count
+        self.device = computes_on(model)
+        self.layers = [_Layer(count, longest) for _ in range(model.config.num_hidden_layers)]
+        self.cache = Cache(layers=self.layers)
+        self.read: list[tuple[int, ...]] = [()] * count
+        """What of its prompt each slot has begun with."""
+
+    def fill(self, rows: List[int], prompts: List[list[int]]) -> None:
+        """Read all but the last tokens of prompts into slots, each different one once."""
+        wanted = {row: tuple(prompt[:-1]) for row, prompt in zip(rows, prompts, strict=True)}
+        there = {prefix: row for row, prefix in enumerate(self.read) if wanted.get(row, prefix) == prefix}
+        new = {prefix: row for row, prefix in wanted.items() if prefix and prefix not in there}
+        self._read(new)
+        first = there | new
+        copies = {row: first[prefix] for row, prefix in wanted.items() if prefix and first[prefix] != row}
+        self._copy(list(copies), list(copies.values()))
+        for row, prefix in wanted.items():
+            self.read[row] = prefix
+
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+        """(B, V) of what follows the tokens, which are at these positions (below ``width``) of their rows."""
+        rows = torch.arange(len(tokens), device=self.device)
+        out = self._pass(tokens[:, None], positions[:, None], self._mask(positions, width), (rows, positions), width)
+        return out.logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Row i is from now on what row ``rows[i]`` was."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+        self._copy(moved, rows[moved])
+        was = list(self.read)
+        self.read = [was[row] for row in rows.tolist()] + [()] * (self.count - len(rows))
+
+    def _read(self, prompts: dict[tuple[int, ...], int]) -> None:
+        """Prompts into slots, those of like length together: padded behind, where nothing of theirs looks."""
+        for _, some in groupby(sorted(prompts, key=len), key=lambda prompt: len(prompt).bit_length()):
+            group = list(some)
+            width = len(group[-1])
+            ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in group], device=self.device)
+            rows = torch.tensor([prompts[prompt] for prompt in group], device=self.device)
+            positions = torch.arange(width, device=self.device).expand(len(group), -1)
+            self._pass(ids, positions, None, (rows, slice(width)), width)
+
+    def _pass(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, place: "Place", width: int) -> Any:
+        for layer in self.layers:
+            layer.place, layer.width = place, width
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **without_router_logits(self.model),
+        )
+
+    def _mask(self, positions: torch.Tensor, width: int) -> Any:
+        """What to add to scores: 0 up to a row's position, minus infinity behind it and before its window."""
+        config = self.model.config
+        columns, last = torch.arange(width, device=self.device), positions[:, None]
+        hidden = columns > last
+        window = getattr(config, "sliding_window", None)
+        outside = hidden if window is None else hidden | (columns <= last - window)
+        if config.model_type not in BY_KIND:
+            return self._added(outside)
+        return {"full_attention": self._added(hidden), "sliding_attention": self._added(outside)}
+
+    def _added(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As numbers: torch's attention on a CPU takes three times as long with a mask of truth values, or none."""
+        zeros = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device)
+        return zeros.masked_fill_(hidden, float("-inf"))[:, None, None]
+
+    def _copy(self, targets: Any, sources: Any) -> None:
+        if len(targets):
+            for layer in self.layers:
+                layer.copy(targets, sources)
+
+
+Place = tuple[torch.Tensor, torch.Tensor | slice]
+"""Rows, and a position of each or a range of positions of all, that a pass writes."""
+
+
+class _Layer(CacheLayerMixin):
+    """One layer's (S, positions, heads, width), made when the first keys come."""
+
+    place: Place
+    width: int
+
+    def __init__(self, count: int, longest: int) -> None:
+        super().__init__()
+        self.count, self.longest = count, longest
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new keys and values; what attention looks at: a prompt at itself, a token at all of its row."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if self.width > self.keys.shape[1]:
+            self._grow()
+        rows, positions = self.place
+        if isinstance(positions, slice):
+            for kept, new in ((self.keys, keys), (self.values, values)):
+                kept[rows, positions] = new.transpose(1, 2).to(kept.dtype)
+            return keys, values
+        at = rows * self.keys.shape[1] + positions
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept.flatten(0, 1).index_copy_(0, at, new[:, :, 0].to(kept.dtype))
+        keys, values = (kept[: len(rows), : self.width].transpose(1, 2) for kept in (self.keys, self.values))
+        return keys, values
+
+    def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """In the type that attention computes in: under autocast it would be made of all positions for every token."""
+        kind = keys.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.keys, self.values = (
+            x.new_zeros(self.count, 0, x.shape[1], x.shape[3], dtype=dtype or x.dtype) for x in (keys, values)
+        )
+        self.is_initialized = True
+
+    def _grow(self) -> None:
+        """With zeros: what a mask hides is multiplied by zero, and has to be a number."""
+        there = self.keys.shape[1]
+        more = min(max(GROWTH, there // 4, self.width - there), self.longest - there)
+        self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
+
+    def copy(self, targets: Any, sources: Any) -> None:
+        if self.is_initialized:
+            self.keys[targets], self.values[targets] = self.keys[sources], self.values[sources]
+
+    def get_seq_length(self) -> int:
+        """Of prompts, which begin: to later tokens a mask is given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.longest
