@@ -67,7 +67,7 @@ def own_answer(model, prompt: list[int], stop: frozenset[int]) -> list[int]:
 
 
 def test_a_model_without_a_cache_cannot_generate(monkeypatch):
-    model = family_model("llama").eval()
+    model = family_model("lfm2").eval()
     forward = model.forward
 
     def without_cache(*args, **kwargs):
@@ -76,5 +76,5 @@ def test_a_model_without_a_cache_cannot_generate(monkeypatch):
         return out
 
     monkeypatch.setattr(model, "forward", without_cache)
-    with pytest.raises(BadInput, match="llama cannot generate"):
+    with pytest.raises(BadInput, match="lfm2 cannot generate"):
         generate(model, [[5, 6]], GREEDY, frozenset())
