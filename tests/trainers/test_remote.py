@@ -278,7 +278,10 @@ def test_missing_credentials_are_bad_input(in_pod, bucket, tiny_model_dir, monke
 @pytest.mark.parametrize(
     ("remote", "said"),
     [
-        ("s3://no-such-bucket/ws", "s3://no-such-bucket/ws/run/sft: The specified bucket does not exist. Create it"),
+        (
+            "s3://no-such-bucket/ws",
+            "s3://no-such-bucket/ws/run/.writers/sft.json: The specified bucket does not exist.",
+        ),
         ("gs://bucket/ws", "pip install gcsfs"),
         ("nfs://bucket/ws", "Protocol not known: nfs"),
         ("s3://b_/ws", "s3://b_/ws"),
