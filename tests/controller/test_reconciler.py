@@ -19,6 +19,7 @@ from controller.operator.queue import Key
 from controller.operator.reconciler import NONE, POLL, Reconciler
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob
+from controller.plan.place import folder_of
 from trainers.contract import FailureClass
 
 KEY = Key("ns", "test")
@@ -55,6 +56,7 @@ class Backend:
     queues: list[str | None] = field(default_factory=list)
     workspaces: list[Workspace | None] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
     async def observe(self, run: AlignmentRun) -> Observed:
         self.looks += 1
@@ -65,6 +67,7 @@ class Backend:
         self.queues.append(job.queue_name)
         self.workspaces.append(job.workspace)
         self.images.append(begun_with(run, job))
+        self.folders.append(folder_of(run))
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         if self.lost:
@@ -301,6 +304,28 @@ def test_a_phase_that_is_another_now_has_todays_default_image():
     desk.look(seen(), at=2)
     assert desk.server.said[-1] == "apply base-2"
     assert (desk.backend.images[-1], desk.status.phases[0].image) == ("trainer:2", "trainer:2")
+
+
+def test_runs_of_one_name_in_two_namespaces_have_folders_of_their_own():
+    desk = Desk(at("shared"))
+    desk.look(seen())
+    assert desk.status.folder == "ns.test"
+    assert desk.backend.folders == ["ns.test"]
+    desk.look(seen(job(RUN, "base")), at=1)
+    assert desk.status.folder == "ns.test"
+
+
+def test_a_run_that_began_before_folders_had_namespaces_stays_in_its_own():
+    """Its checkpoints and the models of its phases are there; a new operator reruns none and loses none."""
+    desk = Desk(at("shared"))
+    desk.look(seen())
+    assert desk.server.stored is not None
+    del desk.server.stored["status"]["folder"]  # as an operator of then has written it
+    failed = job(RUN, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(5))
+    desk.look(seen(failed), at=10)
+    desk.look(seen(failed), at=500)
+    assert desk.status.folder == "test"
+    assert desk.backend.folders[1:] == ["test"]
 
 
 def test_what_is_remembered_is_no_reason_to_write():

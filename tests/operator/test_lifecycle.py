@@ -21,7 +21,9 @@ def test_phases_run_in_order_to_success(driver: Driver):
     dependent = next(job for job in driver.jobs() if job["metadata"]["name"] == "run-dpo-1")
     template = dependent["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     file = json.loads(template["metadata"]["annotations"]["alignment.dev/phase-file"])
-    assert file["inputs"]["sft"] == {"path": "/workspace/run/sft", "digest": "artifact-of-run-sft-1"}
+    folder = f"{driver.namespace}.run"
+    assert status["folder"] == folder
+    assert file["inputs"]["sft"] == {"path": f"/workspace/{folder}/sft", "digest": "artifact-of-run-sft-1"}
 
 
 def test_independent_phases_run_side_by_side(driver: Driver):

@@ -18,6 +18,7 @@ from controller.kube import Api, ApiError, Conflict
 from controller.plan import attempts as history
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+from controller.plan.place import folder_of
 from trainers.contract import FailureClass
 
 Object = dict[str, Any]
@@ -205,7 +206,7 @@ def _result(job: ObservedJob, pods: Sequence[Object], outlived: bool) -> Observe
 
 def _owner(run: AlignmentRun) -> Owner:
     assert run.metadata.uid is not None, "runs in a cluster have one"
-    return Owner(run.metadata.namespace or "default", run.name, run.metadata.uid)
+    return Owner(run.metadata.namespace or "default", run.name, run.metadata.uid, folder_of(run))
 
 
 def _name(job: Object) -> str:
