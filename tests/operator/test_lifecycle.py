@@ -92,7 +92,9 @@ def test_a_job_that_someone_deletes_is_a_failure_and_the_next_attempt_follows(dr
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")
     driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
-    driver.cluster.kubectl("delete", "pod", "run-sft-1-worker-0", "-n", driver.namespace, "--force", "--wait=false")
+    driver.cluster.kubectl(
+        "delete", "pod", "run-sft-1-worker-0", "-n", driver.namespace, "--force", "--ignore-not-found"
+    )
     driver.succeed("run-sft-2")
     driver.until_condition("run", "Succeeded")
     [event] = driver.events("AttemptFailed")
