@@ -365,8 +365,13 @@ def _operator() -> list[Object]:
         ),
         stat(
             "Dead watches", "Watches that deliver nothing although objects change. 0 is right.",
-            now(f"sum(max by (resource) ({operator('watch_dead')}))", ""), width=6,
+            now(f"sum(max by (resource) ({operator('watch_dead')}))", ""), width=4,
             thresholds=steps((None, GREEN), (1, RED)), noValue="None is scraped",
+        ),
+        stat(
+            "Clocks", "Seconds that the worst replica's clock is off the API server's. Beyond 5 the API server's is taken.",
+            now(f"max(abs({operator('clock_ahead_seconds')}))", ""), width=4, unit="s", decimals=0,
+            thresholds=steps((None, GREEN), (5, YELLOW)), noValue="None is scraped",
         ),
         table(
             "Versions", "Versions of the replicas.", rows(f"count by (version, pod) ({operator('info')})"),
@@ -374,7 +379,7 @@ def _operator() -> list[Object]:
                 "organize", indexByName={"pod": 0, "version": 1}, excludeByName={"Time": True, "Value": True},
                 renameByName={"pod": "Pod", "version": "Version"},
             )],
-            width=18, height=4, noValue="None is scraped",
+            width=16, height=4, noValue="None is scraped",
         ),
     ]  # fmt: skip
 
