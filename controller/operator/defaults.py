@@ -17,12 +17,16 @@ class Defaults:
     """A LocalQueue."""
     image: str | None = None
     """The trainers'."""
+    job_ttl_seconds: int | None = None
+    """How long jobs and pods stay after their run's end; for ever unless set."""
 
     def applied(self, run: AlignmentRun) -> AlignmentRun:
         """Only for one look at it: what is written back is the run's status, never its spec."""
         missing: dict[str, Any] = {}
         if run.spec.queue_name is None:
             missing["queue_name"] = self.queue
+        if run.spec.ttl_seconds_after_finished is None:
+            missing["ttl_seconds_after_finished"] = self.job_ttl_seconds
         if run.spec.workspace is None:
             missing["workspace"] = (run.status.workspace if run.status else None) or self.workspace
         return run.model_copy(update={"spec": run.spec.model_copy(update=missing)})

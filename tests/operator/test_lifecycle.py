@@ -259,13 +259,7 @@ class TestStart:
 
     def test_a_full_quota_is_waited_for(self, driver: Driver):
         """It ended runs once, after 380 seconds."""
-        quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
-                 "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}}  # fmt: skip
-        driver.cluster.apply(quota, driver.namespace)
-        driver.cluster.wait(
-            lambda: driver.cluster.get("resourcequota", "none", "-n", driver.namespace).get("status", {}).get("hard"),
-            30, "the quota holds",
-        )  # fmt: skip
+        driver.no_more_jobs()
         driver.apply(manifest("run", sft(), failurePolicy={**FAST, "retries": {"infrastructure": 0}}))
         waits = driver.until_condition("run", "Progressing", reason="JobForbidden")
         assert "exceeded quota: none" in waits["message"]
