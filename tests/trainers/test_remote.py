@@ -337,7 +337,7 @@ def test_interrupted_work_that_cannot_be_uploaded_is_not_called_saved(
     def fails(self, name, content):
         raise Infrastructure(f"{self.address(name)}: gone")
 
-    monkeypatch.setattr(Store, "write", lambda self, *args: fails(self, *args) if "step-" in args[0] else None)
+    monkeypatch.setattr(Store, "create", lambda self, *args: fails(self, *args) if "step-" in args[0] else None)
     with stop_after(1):
         code, _, _ = in_pod("sft", sft(tiny_model_dir))
     assert code == 75
