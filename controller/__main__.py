@@ -57,12 +57,6 @@ MetricsReaders = Annotated[
         show_default=False,
     ),
 ]
-JobTtl = Annotated[
-    int,
-    typer.Option(
-        envvar="JOB_TTL_SECONDS", min=0, help="How long jobs and pods stay after the end of a run that does not say."
-    ),
-]
 LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
 Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
@@ -80,7 +74,6 @@ def operator(
     default_queue: Queue = None,
     trainer_user: User = USER,
     metrics_readers: MetricsReaders = None,
-    job_ttl_seconds: JobTtl = 86400,
     lease_namespace: LeaseNamespace = "default",
     port: Port = 8080,
     workers: Workers = 8,
@@ -101,13 +94,14 @@ def operator(
     except (BadPeers, NoCredentials) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
-    workspace = Workspace(claim_name=default_claim) if default_claim else None
     options = Options(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
         pods=Settings(default_image or None, trainer_user or None, readers),
-        defaults=Defaults(workspace, default_queue or None, default_image or None, job_ttl_seconds),
+        defaults=Defaults(
+            Workspace(claim_name=default_claim) if default_claim else None, default_queue or None, default_image or None
+        ),
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

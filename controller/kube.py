@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,10 +155,11 @@ class Api:
         await self._delete(Call("delete", RUNS), namespace, name, uid)
 
     async def write_run_status(self, run: Object, status: Object) -> Object:
-        """Replace the status. Raises Conflict if the run has changed since it was read. Of the rest nothing is looked at."""
-        metadata = {name: run["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
-        body = {"apiVersion": run["apiVersion"], "kind": run["kind"], "metadata": metadata, "status": status}
-        return await self._call(Call("update", RUN_STATUS), metadata["namespace"], metadata["name"], body)
+        """Replace the status. Raises Conflict if the run has changed since it was read."""
+        metadata = run["metadata"]
+        return await self._call(
+            Call("update", RUN_STATUS), metadata["namespace"], metadata["name"], {**run, "status": status}
+        )
 
     # -- jobs and what belongs to them
 
@@ -168,10 +169,10 @@ class Api:
     async def get_job(self, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", JOBS), namespace, name))
 
-    async def create_job(self, job: Object) -> Object:
+    async def create_job(self, job: Object) -> None:
         """Raises Conflict if there is one of this name."""
         metadata = job["metadata"]
-        return await self._call(Call("create", JOBS), metadata["namespace"], metadata["name"], job)
+        await self._call(Call("create", JOBS), metadata["namespace"], metadata["name"], job)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """The job stays visible until its pods have ended, so nobody starts their successors too early."""
@@ -236,10 +237,8 @@ class Api:
         self, resource: Resource, namespace: str | None, labels: Mapping[str, str]
     ) -> dict[str, str]:
         """uid to resourceVersion: what a watch must have told us by now."""
-        found: dict[str, str] = {}
-        async for items in self._pages(Call("list", resource), namespace, labels, METADATA_ONLY):
-            found |= {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
-        return found
+        items = await self._list(Call("list", resource), namespace, labels, METADATA_ONLY)
+        return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
 
     # -- how
 
@@ -250,25 +249,19 @@ class Api:
             await self._call(call, namespace, name, body)
 
     async def _list(
-        self, call: Call, namespace: str | None, labels: Mapping[str, str], more: Mapping[str, str] | None = None
-    ) -> list[Object]:
-        pages = self._pages(call, namespace, labels, more=more)
-        return [item async for items in pages for item in items]
-
-    async def _pages(
         self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json",
         more: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[list[Object]]:  # fmt: skip
-        """One by one: ten thousand objects at once are a hundred megabytes."""
+    ) -> list[Object]:  # fmt: skip
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         query = {"limit": str(PAGE), "labelSelector": selector, **(more or {})}
+        items: list[Object] = []
         while True:
             answer = await self._call(call, namespace, None, query=query, accept=accept)
             # An empty list of metadata is null.
-            yield answer["items"] or []
+            items += answer["items"] or []
             token = answer["metadata"].get("continue")
             if not token:
-                return
+                return items
             query["continue"] = token
 
     async def _call(

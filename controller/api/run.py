@@ -161,7 +161,7 @@ class RunSpec(SpecModel):
     suspend: bool = False
     """Stop everything that runs and start nothing. Finished phases stay finished, unfinished work is kept."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
-    """Delete the run's jobs and pods this long after its end; the run itself and its artifacts stay. On a cluster the operator's default unless set, a day as it comes."""
+    """Delete the run's jobs this long after its end; the run itself and its artifacts stay."""
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=MAX_PHASES)
     """The phases; references between them say what waits for what, independent ones run side by side."""
 

@@ -258,8 +258,6 @@ class RunStatus(StatusModel):
     """When the run ended."""
     workspace: Workspace | None = None
     """Where its artifacts are, once work has begun: as the run says, or the operator's default at that time."""
-    folder: str = ""
-    """The run's folder in its workspace, once work has begun: `NAMESPACE.RUN`, or `RUN` of a run that began before folders were called so."""
     phases: tuple[PhaseStatus, ...] = ()
     """One for each phase, in the run's order."""
     conditions: tuple[Condition, ...] = ()

@@ -18,7 +18,6 @@ from controller.backends.pytorchjob.scrape import Scraper
 from controller.backends.pytorchjob.settings import Settings
 from controller.clock import Clock
 from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
-from controller.memory import Key, Memory
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
@@ -26,7 +25,7 @@ from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
 from controller.operator.model_configs import ModelConfigs
 from controller.operator.namespaces import NamespaceIsBack, readable, until_back
-from controller.operator.queue import WorkQueue
+from controller.operator.queue import Key, WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
 
@@ -75,19 +74,17 @@ class Operator:
             told=self.metrics.scraped,
             now=self.clock.now,
         )
-        self.memory = Memory(self.api)
-        backend = PyTorchJobBackend(self.api, self.memory, self.scraper, options.pods, self.clock.now)
+        backend = PyTorchJobBackend(self.api, self.scraper, options.pods, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
-            self.api, self.memory, backend, self.metrics, options.identity, options.poll, self.clock.now,
+            self.api, backend, self.metrics, options.identity, options.poll, self.clock.now,
             defaults=options.defaults, configs=self.configs.of,
         )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
-        watches = [Watch(shelf, {} if resource == RUNS else OURS) for resource, shelf in self.memory.shelves.items()]
+        watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
         self.watchdog = Watchdog(
-            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches,
-            look_again=self.queue.add,
-        )  # fmt: skip
+            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches
+        )
         self.watching = asyncio.Event()
         self.missing: str | None = None
         """A kind that is not installed."""
@@ -137,9 +134,15 @@ class Operator:
         self.missing = None
 
     def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
+        metadata = document["metadata"]
+        self.watchdog.event(resource.plural, kind, metadata["uid"], metadata["resourceVersion"])
         self.metrics.watched(resource.plural)
-        key = self.memory.event(resource, kind, document)
-        if key is not None:
+        key = handlers.run_key(resource, document)
+        if key is None:
+            return
+        if resource == RUNS and kind == "DELETED":
+            self.metrics.run_gone(key)
+        else:
             self.queue.add(key)
 
     def _unhealthy(self) -> str | None:
@@ -155,19 +158,16 @@ class Operator:
         self.metrics.leads(False)
         await self.election.acquire()
         self.metrics.leads(True)
-        # Without this a look right after the start would find running jobs without their pods, and say so.
-        known = asyncio.create_task(self.watchdog.until_known((JOBS, PODS)))
-        workers = [asyncio.create_task(self._work(known)) for _ in range(self.options.workers)]
+        workers = [asyncio.create_task(self._work()) for _ in range(self.options.workers)]
         try:
             await self.election.hold()
         finally:
             self.metrics.leads(False)
-            for task in (known, *workers):
-                task.cancel()
-            await asyncio.gather(known, *workers, return_exceptions=True)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _work(self, known: asyncio.Task[None]) -> None:
-        await asyncio.shield(known)
+    async def _work(self) -> None:
         while True:
             key, waited = await self.queue.get()
             self.metrics.waited(waited)

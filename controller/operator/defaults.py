@@ -6,7 +6,6 @@ from typing import Any
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseStatus, RunStatus
 from controller.api.workspace import Workspace
-from controller.plan.place import folder_of, has_begun
 from controller.plan.resolve import merge_templates
 
 
@@ -17,16 +16,12 @@ class Defaults:
     """A LocalQueue."""
     image: str | None = None
     """The trainers'."""
-    job_ttl_seconds: int | None = None
-    """How long jobs and pods stay after their run's end; for ever unless set."""
 
     def applied(self, run: AlignmentRun) -> AlignmentRun:
         """Only for one look at it: what is written back is the run's status, never its spec."""
         missing: dict[str, Any] = {}
         if run.spec.queue_name is None:
             missing["queue_name"] = self.queue
-        if run.spec.ttl_seconds_after_finished is None:
-            missing["ttl_seconds_after_finished"] = self.job_ttl_seconds
         if run.spec.workspace is None:
             missing["workspace"] = (run.status.workspace if run.status else None) or self.workspace
         return run.model_copy(update={"spec": run.spec.model_copy(update=missing)})
@@ -36,11 +31,11 @@ class Defaults:
 
         A phase's checkpoints are of the program that has written them, so of its image.
         """
-        if not has_begun(status):
+        if not any(phase.attempts for phase in status.phases):
             return status
         open_ = {entry.name for entry in run.phases if not merge_templates(run.spec.template, entry.template).image}
         phases = tuple(self._begun(phase) if phase.name in open_ else phase for phase in status.phases)
-        return status.model_copy(update={"workspace": run.spec.workspace, "folder": folder_of(run), "phases": phases})
+        return status.model_copy(update={"workspace": run.spec.workspace, "phases": phases})
 
     def _begun(self, phase: PhaseStatus) -> PhaseStatus:
         return phase.model_copy(update={"image": phase.image or self.image or ""}) if phase.attempts else phase

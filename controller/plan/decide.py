@@ -262,7 +262,6 @@ def _status(
         observed_generation=generation,
         started_at=started,
         workspace=before.workspace,
-        folder=before.folder,
         phases=phases,
         conditions=update(before.conditions, claims, generation, now),
     )

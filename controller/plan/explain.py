@@ -11,6 +11,7 @@ from controller.plan.graph import dependents, edges
 from controller.plan.observed import Observed, ObservedResult, Unfinished
 from controller.plan.resolve import ResolvedPhase, resolve
 from trainers import gates
+from trainers.contract import phase_digest
 from trainers.spec import PhaseSpec, identifying
 
 SHOWN_CHANGES = 4
@@ -44,7 +45,7 @@ def _explain(phase: ResolvedPhase, observed: Observed, plans: Mapping[str, Phase
     known = {name: digest for name, digest in artifacts.items() if digest is not None}
     if len(known) < len(artifacts):
         return PhasePlan(phase.name, phase.type.name, "run", _inputs_change(phase, plans, before))
-    digest = phase.digest(known)
+    digest = phase_digest(phase.type.name, phase.spec, phase.image, known)
     left = observed.unfinished.get(phase.name)
     left = left if left is not None and left.digest == digest else None
     return (

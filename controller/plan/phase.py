@@ -16,7 +16,7 @@ from controller.plan.resolve import ResolvedPhase
 from controller.plan.said import said_of
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
-from trainers.contract import FailureClass
+from trainers.contract import FailureClass, phase_digest
 
 HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
@@ -84,7 +84,7 @@ def wanted(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus], before: Phas
     asked = phase.asked(artifacts)
     if before.digest and before.asked == asked:
         return asked, before.digest
-    return asked, phase.digest(artifacts)
+    return asked, phase_digest(phase.type.name, phase.spec, phase.image, artifacts)
 
 
 def artifact_digests(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> dict[str, str] | None:

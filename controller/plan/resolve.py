@@ -1,14 +1,12 @@
 """From a run to phases with nothing left open: the run's model and seed filled in, templates merged, inputs named."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.api.template import Template
 from controller.plan import graph
-from controller.plan.once import of_spec
-from trainers.contract import PhaseType, canonical_json, phase_digest, sha256_text
+from trainers.contract import PhaseType, canonical_json, sha256_text
 from trainers.spec import NamedModel, PhaseSpec
 
 
@@ -20,13 +18,12 @@ class ResolvedPhase:
     inputs: tuple[str, ...]
     template: Template
     suspend: bool
-    _marks: dict[tuple[object, ...], str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def image(self) -> str:
         return self.template.image or ""
 
-    @cached_property
+    @property
     def settings(self) -> str:
         """Mark of everything that an attempt is started with, whether or not it can change the result.
 
@@ -37,21 +34,8 @@ class ResolvedPhase:
 
     def asked(self, inputs: Mapping[str, str]) -> str:
         """Mark of what is asked for, word by word, nulls included, and of what it builds on (artifact digests)."""
-        return self._once("asked", inputs, self._asked)
-
-    def digest(self, inputs: Mapping[str, str]) -> str:
-        """Its identity, on these artifacts."""
-        return self._once("digest", inputs, lambda i: phase_digest(self.type.name, self.spec, self.image, i))
-
-    def _asked(self, inputs: Mapping[str, str]) -> str:
         spec = self.spec.model_dump(by_alias=True, mode="json", exclude_unset=True)
         return sha256_text(canonical_json([self.type.name, spec, self.image, dict(inputs)]))[:16]
-
-    def _once(self, what: str, inputs: Mapping[str, str], work: Callable[[Mapping[str, str]], str]) -> str:
-        key = (what, *inputs.items())
-        if key not in self._marks:
-            self._marks[key] = work(inputs)
-        return self._marks[key]
 
     @property
     def nodes(self) -> int:
@@ -66,7 +50,6 @@ class ResolvedPhase:
         return self.template.procs_per_node or 1
 
 
-@of_spec
 def resolve(run: AlignmentRun) -> tuple[ResolvedPhase, ...]:
     """The run's phases, inputs before what builds on them. The run has been checked."""
     inputs = graph.edges(run.phases)

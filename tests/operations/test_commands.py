@@ -95,7 +95,7 @@ def about_the_run(command: str) -> str:
 def test_every_command_does_what_the_page_says(desk: Path):
     """Those with placeholders, and the runbooks', where the page has come to its own about trouble."""
     loose = [c for text in sections().values() for c in inline(text)] + runbook_commands()
-    result = desk / "workspace/team-a.minimal/sft/result.json"
+    result = desk / "workspace/minimal/sft/result.json"
     finished, count = b"", 0
     for heading, text in sections().items():
         for block in blocks("bash", text):

@@ -12,7 +12,6 @@ from controller.backends.pytorchjob.backend import PyTorchJobBackend
 from controller.backends.pytorchjob.scrape import Scraper
 from controller.backends.pytorchjob.settings import Settings
 from controller.kube import Api
-from controller.memory import Memory
 from controller.operator.login import login_of
 from controller.plan.attempts import DELETED
 from controller.plan.decide import Apply, decide
@@ -164,7 +163,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
 
     async def made_and_deleted() -> tuple[ObservedJob, ...]:
         api = Api(login_of(driver.cluster.kubeconfig))
-        backend = PyTorchJobBackend(api, Memory(api), Scraper(), Settings())
+        backend = PyTorchJobBackend(api, Scraper(), Settings())
         document = driver.run("run")
         spec = {**document["spec"], "suspend": False}
         run = AlignmentRun.model_validate({**document, "spec": spec, "status": None})

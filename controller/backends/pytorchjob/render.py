@@ -18,14 +18,7 @@ from controller.backends.pytorchjob.placement import placement
 from controller.backends.pytorchjob.settings import Settings
 from controller.backends.pytorchjob.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
-from trainers.contract import (
-    ATTEMPT_VARIABLE,
-    DEFAULT_METRICS_PORT,
-    METRICS_PORT_VARIABLE,
-    RUN_UID_VARIABLE,
-    TERMINATION_VARIABLE,
-    PhaseFile,
-)
+from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
 
 Object = dict[str, Any]
 
@@ -47,8 +40,6 @@ class Owner:
     namespace: str
     name: str
     uid: str
-    folder: str
-    """In its workspace."""
 
 
 def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
@@ -68,7 +59,7 @@ def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
             # Running: pods that have ended stay, to be read; others do not keep their GPUs.
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
-                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, owner, settings)}
+                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, settings)}
             },
         },
     }
@@ -81,7 +72,7 @@ def _queue_labels(job: PhaseJob) -> dict[str, str]:
     return {meta.LABEL_QUEUE: job.queue_name, **priority}
 
 
-def _pod(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
+def _pod(job: PhaseJob, settings: Settings) -> Object:
     return {
         "metadata": {
             "labels": {**(job.template.labels or {}), **job.labels},
@@ -89,7 +80,7 @@ def _pod(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
                 # A sidecar has to be asked for: pods of several nodes would not meet through it.
                 "sidecar.istio.io/inject": "false",
                 **(job.template.annotations or {}),
-                meta.ANNOTATION_PHASE_FILE: phase_file(job, owner),
+                meta.ANNOTATION_PHASE_FILE: phase_file(job),
             },
         },
         "spec": {
@@ -98,7 +89,7 @@ def _pod(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
             "securityContext": _security_context(job.template, settings.user),
-            "containers": [_container(job, owner, settings.image)],
+            "containers": [_container(job, settings.image)],
             "volumes": volumes(job),
             **_pulling(job.template),
             **_devices(job.template),
@@ -133,23 +124,23 @@ def _workspace(job: PhaseJob) -> Workspace:
     return job.workspace
 
 
-def phase_file(job: PhaseJob, owner: Owner) -> str:
+def phase_file(job: PhaseJob) -> str:
     """What the phase program reads, as JSON."""
-    file: PhaseFile = job.phase_file(WORKSPACE, WORKSPACE, owner.folder)
+    file: PhaseFile = job.phase_file(WORKSPACE, WORKSPACE)
     uri = _workspace(job).uri
     if uri is not None:
         file = file.model_copy(update={"remote": uri.rstrip("/")})
     return file.model_dump_json(by_alias=True, exclude_unset=True)
 
 
-def _container(job: PhaseJob, owner: Owner, image: str | None) -> Object:
+def _container(job: PhaseJob, image: str | None) -> Object:
     policy = job.template.image_pull_policy
     return {
         "name": CONTAINER,
         "image": job.image or image,
         **({"imagePullPolicy": policy} if policy else {}),
         "command": _command(job),
-        "env": _environment(job, owner),
+        "env": _environment(job),
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
         "resources": _resources(job.template),
@@ -185,7 +176,7 @@ def _command(job: PhaseJob) -> list[str]:
     return ["python", *(["-m", "trainers.agent"] if many else []), *program]
 
 
-def _environment(job: PhaseJob, owner: Owner) -> list[Object]:
+def _environment(job: PhaseJob) -> list[Object]:
     defaults = {
         # The root file system is read-only, and the user may be unknown to the image.
         "HOME": TMP,
@@ -201,8 +192,6 @@ def _environment(job: PhaseJob, owner: Owner) -> list[Object]:
         **{item.name: item.value for item in job.template.env},
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
-        RUN_UID_VARIABLE: owner.uid,
-        ATTEMPT_VARIABLE: str(job.attempt),
     }
     return [{"name": name, "value": value} for name, value in defaults.items()] + _rendezvous(job)
 
