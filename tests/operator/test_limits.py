@@ -40,11 +40,16 @@ REFUSED = {
 def limit(prepared: Cluster) -> Iterator[Callable[[str], None]]:
     """Puts a namespace under LIMITS; without a namespace, lifts them."""
     made: list[Object] = []
+    limited: list[str] = []
+    bad = {"spec": {"template": {**GOOD, "image": "evil:1"}}}
 
     def apply(namespace: str = "") -> None:
         if not namespace:
             names = [f"{thing['kind']}/{thing['metadata']['name']}" for thing in made]
             prepared.kubectl("delete", "--ignore-not-found", *names)
+            # The API server goes on enforcing what it remembers for a moment.
+            for one in limited:
+                prepared.wait(lambda one=one: "denied" not in tried(prepared, one, bad), 60, "the limits are lifted")
             return
         values = {
             "defaults": {"workspaceClaim": "work"},
@@ -53,7 +58,7 @@ def limit(prepared: Cluster) -> Iterator[Callable[[str], None]]:
         made.extend(thing for thing in template(values) if thing["kind"] in KINDS)
         assert len(made) == 4
         prepared.apply(made)
-        bad = {"spec": {"template": {**GOOD, "image": "evil:1"}}}
+        limited.append(namespace)
         prepared.wait(lambda: "denied" in tried(prepared, namespace, bad), 60, "the limits hold")
 
     yield apply
