@@ -41,7 +41,7 @@ class Bench:
 
     def run(self, *arguments: str, **environ: str) -> tuple[int, str]:
         process = self.start(*arguments, **environ)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         return process.returncode, output
 
     def survivors(self) -> list[psutil.Process]:
@@ -59,7 +59,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         process.kill()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_the_next_run_continues(bench: Bench) -> None:
     process = bench.start(**SLOW)
     wait_for(lambda: steps_of(bench, "base") >= 3)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output
     assert "continues where it was: alignctl run run.yaml" in output
     assert bench.survivors() == []
@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_kills(bench: Bench) -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=20)
     assert (process.returncode, bench.survivors()) == (130, [])
 
 
@@ -174,7 +174,7 @@ def test_two_runs_in_one_workspace_are_refused(bench: Bench) -> None:
     status, output = bench.run("status")
     assert "run test: running (" in output
     assert bench.run("stop")[0] == 0
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
     assert process.returncode == 130
     assert bench.survivors() == []
 
@@ -236,7 +236,7 @@ def test_threads_are_kept_by_a_phase_that_goes_on(bench: Bench) -> None:
     process = bench.start("run", "run.yaml", "--jobs", "1", **SLOW)
     wait_for(lambda: steps_of(bench, "base") >= 1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
     job = bench.workspace / "test/base/job.json"
     record = json.loads(job.read_text())
     assert record["threads"] == len(os.sched_getaffinity(0)), "a phase that is alone has all cores"
@@ -256,6 +256,6 @@ def test_logs_follow_until_the_run_ends(bench: Bench) -> None:
     process = bench.start(FAKE_STEPS="20", FAKE_STEP_SECONDS="0.1")
     wait_for(lambda: steps_of(bench, "base") >= 1)
     follower = bench.start("logs", "base", "--follow")
-    process.communicate(timeout=30)
-    output, _ = follower.communicate(timeout=10)
+    process.communicate(timeout=90)
+    output, _ = follower.communicate(timeout=90)
     assert (follower.returncode, "base from step 0" in output) == (0, True)
