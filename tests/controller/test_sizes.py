@@ -199,7 +199,7 @@ def test_the_cache_by_hand():
     assert memory.cache == 2 * a_token * 64 * 768 * 33 // 32 + prompts
     assert memory.frozen == 2 * BIG
     phase["rollout"]["data"] = {**PROMPTS, "maxPromptLength": 1}
-    assert one(phase).needs.memory.cache == 2 * a_token * 64 * 257 * 33 // 32 + 64 * 128256 * 28, "or logits"
+    assert one(phase).needs.memory.cache == 2 * a_token * 64 * 257 * 33 // 32 + 64 * 128256 * 16, "or logits"
 
 
 def test_casts_of_a_policy_that_speaks_under_autocast():
