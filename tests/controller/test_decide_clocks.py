@@ -11,7 +11,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseState
 from controller.plan.decide import Decision, decide
-from controller.plan.observed import JobState
+from controller.plan.observed import JobState, Observed
 
 DAY = 86400.0
 LIMITS = {"runDeadlineSeconds": 3600, "phaseDeadlineSeconds": 3000, "startupTimeoutSeconds": 600}
@@ -24,10 +24,10 @@ def made(run: AlignmentRun, at: float = 0) -> AlignmentRun:
     return run.model_copy(update={"metadata": metadata})
 
 
-def wrong(run: AlignmentRun, off: float, *looks: tuple[float, object]) -> AlignmentRun:
+def wrong(run: AlignmentRun, off: float, *looks: tuple[float, Observed]) -> AlignmentRun:
     """What an operator leaves whose clock is ``off``."""
     for at, observed in looks:
-        run = with_status(run, decide(run, observed, after(at + off)))  # type: ignore[arg-type]
+        run = with_status(run, decide(run, observed, after(at + off)))
     return run
 
 
