@@ -19,6 +19,7 @@ from trainers.core.checkpoint import Checkpoints
 from trainers.core.flops import ModelFlops
 from trainers.core.parallel import Workers
 from trainers.core.trainee import Trainee
+from trainers.ending import exit_with
 from trainers.files import tree_size
 from trainers.spec import Checkpoint, Optim, Parallel
 
@@ -103,4 +104,4 @@ def _context(workers: Workers, root: Path) -> SimpleNamespace:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -10,6 +10,7 @@ from trainers.core.batch import Sequence, collate
 from trainers.core.head_losses import Beside
 from trainers.core.scoring import Scorer, hidden_states, target_logprobs
 from trainers.core.sharding import Sharding
+from trainers.ending import exit_with
 from trainers.phases.distill.train import divergence
 
 V = 53
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

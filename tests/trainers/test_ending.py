@@ -5,8 +5,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 LATE = textwrap.dedent("""
     import os, sys, time
@@ -93,3 +96,24 @@ def test_a_phase_registers_nothing_before():
     script = "import atexit, trainers.__main__; print(atexit._ncallbacks())"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=30)
     assert done.stdout == "0\n"
+
+
+SCRIPTS = [
+    path
+    for folder in ("tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if '\nif __name__ == "__main__":\n' in path.read_text()
+    and any(word in path.read_text() for word in ("Run by torchrun", "process_group", "device_mesh", "Workers"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_of_several_processes_ends_so(script):
+    """One that was forgotten has failed a whole run of the tests, once in many."""
+    assert script.read_text().split('\nif __name__ == "__main__":\n')[1].startswith("    exit_with(")
+
+
+def test_scripts_of_several_processes_are_found():
+    assert {"head_processes", "step_processes", "zero_processes", "dying", "checkpoint_share"} <= {
+        s.stem for s in SCRIPTS
+    }

@@ -16,6 +16,7 @@ from acting import after_steps
 from trainers import launch
 from trainers.contract import BadInput, Infrastructure
 from trainers.core import presence
+from trainers.ending import exit_with
 
 ERRORS = {kind.__name__: kind for kind in (BadInput, Infrastructure, ValueError, torch.OutOfMemoryError)}
 STEP = 3
@@ -45,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

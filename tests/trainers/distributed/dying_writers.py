@@ -16,6 +16,7 @@ import torch
 from trainers import launch
 from trainers.core import row_store, top_k
 from trainers.core.examples import Steps
+from trainers.ending import exit_with
 from trainers.phases.rollout import run as rollout
 from trainers.phases.rollout.parts import Parts
 
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
