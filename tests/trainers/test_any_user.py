@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster.requirements import not_here
 
 from trainers.contract import TERMINATION_VARIABLE
 
@@ -73,9 +74,9 @@ def as_nobody(pod: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def readable_by_others(pod: Path) -> None:
     if os.getuid() != 0 or not shutil.which("setpriv"):
-        pytest.skip("to be another user takes root and setpriv")
+        not_here("to be another user takes root and setpriv")
     if as_nobody(pod, "-c", "import trainers").returncode:
-        pytest.skip(f"{sys.executable} or {ROOT} cannot be read by others")
+        not_here(f"{sys.executable} or {ROOT} cannot be read by others")
 
 
 def test_a_phase_runs_as_a_user_without_an_entry(pod: Path):

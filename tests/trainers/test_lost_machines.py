@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cluster.requirements import not_here
 
 from trainers.contract import FAILURES, FailureClass
 
@@ -47,7 +48,7 @@ watch(node, "127.0.0.1", {PORT}, lost)
 def scene(tmp_path):
     """``scene(command)``: it is run twice, as `$node` 0 and 1, until both lose each other; what both have left in the end."""
     if subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system lets nobody have a network of his own")
+        not_here("this system lets nobody have a network of his own")
 
     def play(command: str, port: int) -> list[str]:
         environment = ["env", f"PYTHON={sys.executable}", f"PORT={port}"]

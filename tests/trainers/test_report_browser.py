@@ -1,10 +1,10 @@
 """The report in a real browser: phone and desktop, light and dark, and with a response that attacks the page."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+from cluster.requirements import not_here
 from test_package_phase import ATTACK, little_run, packaged  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.browser
@@ -14,9 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("Chromium is missing: the report cannot be looked at (apt-get install chromium)")
-        pytest.skip("Chromium is missing: apt-get install chromium")
+        not_here("Chromium is missing: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
