@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from builders import PAIRS, PROMPTS, make_run
-from test_sizes import CONFIGS, ON_POLICY, QWEN_1B, SEVENTY, tuned
+from sized import CONFIGS, ON_POLICY, QWEN_1B, SEVENTY, tuned
 
 from controller.plan.advice import SHORT_PASS
 from controller.plan.check import check_run
