@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from controller.api.workspace import Workspace
-from controller.backends.pytorchjob.settings import USER, Settings
+from controller.backends.cluster.settings import USER, Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -42,7 +42,7 @@ class Resource:
 
 RUNS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL)
 RUN_STATUS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL, "status")
-JOBS = Resource("kubeflow.org", "v1", "pytorchjobs")
+PYTORCHJOBS = Resource("kubeflow.org", "v1", "pytorchjobs")
 PODS = Resource("", "v1", "pods")
 WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
 EVENTS = Resource("events.k8s.io", "v1", "events")
@@ -51,7 +51,9 @@ CORE_EVENTS = Resource("", "v1", "events")
 NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
-WATCHED = (RUNS, JOBS, PODS)
+JOBS = (PYTORCHJOBS,)
+"""What a phase can run as."""
+WATCHED = (RUNS, *JOBS, PODS)
 """What kopf lists and watches for us."""
 
 
@@ -65,9 +67,7 @@ CALLS = (
     Call("get", RUNS),
     *(Call(verb, resource) for resource in WATCHED for verb in ("list", "watch")),
     Call("update", RUN_STATUS),
-    Call("get", JOBS),
-    Call("create", JOBS),
-    Call("delete", JOBS),
+    *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "delete")),
     Call("list", WORKLOADS),
     Call("create", EVENTS),
     Call("list", CORE_EVENTS),
@@ -163,20 +163,20 @@ class Api:
 
     # -- jobs and what belongs to them
 
-    async def list_jobs(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
-        return await self._list(Call("list", JOBS), namespace, labels)
+    async def list_jobs(self, kind: Resource, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        return await self._list(Call("list", kind), namespace, labels)
 
-    async def get_job(self, namespace: str, name: str) -> Object | None:
-        return await _absent_is_none(self._call(Call("get", JOBS), namespace, name))
+    async def get_job(self, kind: Resource, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", kind), namespace, name))
 
-    async def create_job(self, job: Object) -> None:
+    async def create_job(self, kind: Resource, job: Object) -> None:
         """Raises Conflict if there is one of this name."""
         metadata = job["metadata"]
-        await self._call(Call("create", JOBS), metadata["namespace"], metadata["name"], job)
+        await self._call(Call("create", kind), metadata["namespace"], metadata["name"], job)
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+    async def delete_job(self, kind: Resource, namespace: str, name: str, uid: str) -> None:
         """The job stays visible until its pods have ended, so nobody starts their successors too early."""
-        await self._delete(Call("delete", JOBS), namespace, name, uid, propagationPolicy="Foreground")
+        await self._delete(Call("delete", kind), namespace, name, uid, propagationPolicy="Foreground")
 
     async def get_network_policy(self, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", NETWORK_POLICIES), namespace, name))

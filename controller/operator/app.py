@@ -13,11 +13,11 @@ import aiohttp
 import kopf
 
 from controller.api import meta
-from controller.backends.pytorchjob.backend import PyTorchJobBackend
-from controller.backends.pytorchjob.scrape import Scraper
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster.backend import ClusterBackend
+from controller.backends.cluster.scrape import Scraper
+from controller.backends.cluster.settings import Settings
 from controller.clock import Clock
-from controller.kube import JOBS, PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
+from controller.kube import PODS, PYTORCHJOBS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 INSTALL = {
     RUNS: "apply manifests/base/crd.yaml",
-    JOBS: "install the Kubeflow Training Operator v1",
+    PYTORCHJOBS: "install the Kubeflow Training Operator v1",
     PODS: "this is no Kubernetes",
 }
 MISSING_SECONDS = 5.0
@@ -74,14 +74,14 @@ class Operator:
             told=self.metrics.scraped,
             now=self.clock.now,
         )
-        backend = PyTorchJobBackend(self.api, self.scraper, options.pods, self.clock.now)
+        backend = ClusterBackend(self.api, self.scraper, options.pods, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
             self.api, backend, self.metrics, options.identity, options.poll, self.clock.now,
             defaults=options.defaults, configs=self.configs.of,
         )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
-        watches = (Watch(RUNS), Watch(JOBS, OURS), Watch(PODS, OURS))
+        watches = (Watch(RUNS), Watch(PYTORCHJOBS, OURS), Watch(PODS, OURS))
         self.watchdog = Watchdog(
             self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches
         )

@@ -10,7 +10,7 @@ from typing import Any
 import kopf
 
 from controller.api import meta
-from controller.kube import JOBS, PODS, RUNS, Resource
+from controller.kube import JOBS, PODS, RUNS, WATCHED, Resource
 from controller.operator.queue import Key
 
 Notify = Callable[[Resource, str | None, Mapping[str, Any]], None]
@@ -32,7 +32,7 @@ def registry(notify: Notify, login: Callable[[], kopf.ConnectionInfo]) -> kopf.O
     def _login(**_: Any) -> kopf.ConnectionInfo:
         return login()
 
-    for resource in (RUNS, JOBS, PODS):
+    for resource in WATCHED:
         _listen(handlers, resource, notify)
     return handlers
 
@@ -47,7 +47,7 @@ def settings() -> kopf.OperatorSettings:
     chosen = kopf.OperatorSettings()
     chosen.queueing.worker_limit = WORKERS
     chosen.queueing.idle_timeout = IDLE_SECONDS
-    for resource in (JOBS, PODS):
+    for resource in (*JOBS, PODS):
         chosen.watching.label_selectors[_selector(resource)] = OURS
     chosen.watching.chunk_size = 500
     chosen.watching.server_timeout = 300

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
-from controller.backends.pytorchjob.scrape import OUTCOMES
+from controller.backends.cluster.scrape import OUTCOMES
 from controller.kube import Call
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.queue import Key

@@ -8,8 +8,9 @@ import yaml
 
 from chart.helm import ROOT, Object, template
 from controller.api.run import AlignmentRun
-from controller.backends.pytorchjob.render import Owner, render
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.pytorchjob import render
+from controller.backends.cluster.settings import Settings
 from controller.plan.job import build_job
 from controller.plan.resolve import resolve
 

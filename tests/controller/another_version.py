@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from controller.api.run import AlignmentRun
-from controller.backends.pytorchjob.render import phase_file
+from controller.backends.cluster.pod import phase_file
 from controller.plan.decide import Apply, decide
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 

@@ -54,6 +54,7 @@ def job(
     *conditions: str, suspend: bool = False, replicas: int = 1, queue: str | None = None, **metadata: Any
 ) -> Object:
     return {
+        "kind": "PyTorchJob",
         "metadata": {
             "name": "test-sft-1",
             "namespace": "default",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pods import disruption, pod, said, terminated
 
-from controller.backends.pytorchjob import evidence
+from controller.backends.cluster import evidence
 from trainers.contract import FAILURES, ROOT_CAUSES, FailureClass
 
 BAD = said("BadInput", "data/a.jsonl:3: no key response")

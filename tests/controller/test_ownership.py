@@ -11,8 +11,8 @@ from pods import job, owner, pod, said, terminated
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState
-from controller.backends.pytorchjob.backend import PyTorchJobBackend
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster.backend import ClusterBackend
+from controller.backends.cluster.settings import Settings
 from controller.plan.decide import decide
 from controller.plan.job import job_name
 from controller.plan.observed import JobState, Observed, ObservedJob
@@ -34,17 +34,17 @@ class Shelf:
         self.deleted: list[tuple[str, str]] = []
         self.asked: list[str] = []
 
-    async def list_jobs(self, namespace: str, labels: Object) -> list[Object]:
+    async def list_jobs(self, kind: Any, namespace: str, labels: Object) -> list[Object]:
         return [job for job in self.jobs if labels.items() <= job["metadata"]["labels"].items()]
 
     async def list_pods(self, namespace: str, labels: Object) -> list[Object]:
         return list(self.pods)
 
-    async def get_job(self, namespace: str, name: str) -> Object | None:
+    async def get_job(self, kind: Any, namespace: str, name: str) -> Object | None:
         self.asked.append(name)
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+    async def delete_job(self, kind: Any, namespace: str, name: str, uid: str) -> None:
         self.deleted.append((name, uid))
 
     async def list_workloads(self, namespace: str, labels: Object) -> list[Object]:
@@ -78,10 +78,10 @@ def a_run(asked: bool = True) -> AlignmentRun:
     return run.model_copy(update={"status": decide(run, seen(), START).status}) if asked else run
 
 
-def backend(shelf: Shelf) -> PyTorchJobBackend:
+def backend(shelf: Shelf) -> ClusterBackend:
     api: Any = shelf
     figures: Any = NoFigures()
-    return PyTorchJobBackend(api, figures, Settings())
+    return ClusterBackend(api, figures, Settings())
 
 
 def look(shelf: Shelf, run: AlignmentRun | None = None) -> Observed:

@@ -15,7 +15,7 @@ from pods import pod, said, terminated
 
 from controller.api.status import Attempt, PhaseStatus, RunStatus
 from controller.api.text import LIMIT, for_terminal, plain
-from controller.backends.pytorchjob import evidence, observe
+from controller.backends.cluster import evidence, observe
 from controller.commands.cluster.pods import Pod
 from controller.commands.logs import print_line
 from controller.kube import RUNS, ApiError, Call

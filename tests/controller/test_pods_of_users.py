@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from controller.api.run import AlignmentRun
 from controller.api.workspace import Workspace
-from controller.backends.pytorchjob import evidence, observe
-from controller.backends.pytorchjob.render import Owner, render
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster import evidence, observe
+from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.pytorchjob import render
+from controller.backends.cluster.settings import Settings
 from controller.operator.defaults import Defaults
 from controller.plan.check import check_run
 from controller.plan.decide import Apply, decide

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
-from controller.backends.pytorchjob.fetch import LIMIT
-from controller.backends.pytorchjob.page import LARGEST, LONGEST_SECONDS, MOST_STEPS, WANTED, progress_of
+from controller.backends.cluster.fetch import LIMIT
+from controller.backends.cluster.page import LARGEST, LONGEST_SECONDS, MOST_STEPS, WANTED, progress_of
 from trainers.meter import Meter
 from trainers.metrics import METRICS, PREFIX
 from trainers.spec import Tracking

@@ -11,9 +11,10 @@ from pods import job, pod, said, terminated
 
 from controller.api.status import QueueState, RunStatus
 from controller.api.workspace import Workspace
-from controller.backends.pytorchjob import observe
-from controller.backends.pytorchjob.render import Owner, render
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster import observe
+from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.pytorchjob import render
+from controller.backends.cluster.settings import Settings
 from controller.operator.defaults import Defaults
 from controller.plan.decide import Apply, decide
 from controller.plan.observed import JobState

@@ -11,7 +11,7 @@ from builders import START, after, document, job, make_run, results, seen, sft
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus, RunStatus
 from controller.api.workspace import Workspace
-from controller.backends.pytorchjob.backend import begun_with
+from controller.backends.cluster.backend import begun_with
 from controller.kube import RUNS, ApiError, Call, Conflict
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics

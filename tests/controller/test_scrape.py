@@ -12,8 +12,8 @@ from aiohttp import web
 from hostile import STEP, hostile_pods
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from controller.backends.pytorchjob.fetch import LIMIT, SECONDS, fetch
-from controller.backends.pytorchjob.scrape import (
+from controller.backends.cluster.fetch import LIMIT, SECONDS, fetch
+from controller.backends.cluster.scrape import (
     AHEAD,
     AT_ONCE,
     FORGET_AFTER,

@@ -11,7 +11,7 @@ from cluster.processes import wait_for
 
 from controller.api.meta import LABEL_MANAGED_BY, LABEL_NAME, LABEL_RUN, PRODUCT
 from controller.api.status import AttemptState, PhaseState
-from controller.backends.pytorchjob.scrape import OUTCOMES
+from controller.backends.cluster.scrape import OUTCOMES
 from controller.operator import metrics as operator_metrics
 from monitoring.observed import Observed
 from monitoring.prometheus import Labels, promtool

@@ -11,7 +11,7 @@ from cluster.installed import Runs
 from kueue import quota
 from test_nodes import MODEL, PHASE, POLICY, attempts, local, losses, more_than_half
 
-from controller.backends.pytorchjob import evidence
+from controller.backends.cluster import evidence
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

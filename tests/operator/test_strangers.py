@@ -8,10 +8,10 @@ from typing import Any
 from driver import FAST, Driver, manifest, now, sft
 
 from controller.api.run import AlignmentRun
-from controller.backends.pytorchjob.backend import PyTorchJobBackend
-from controller.backends.pytorchjob.scrape import Scraper
-from controller.backends.pytorchjob.settings import Settings
-from controller.kube import Api
+from controller.backends.cluster.backend import ClusterBackend
+from controller.backends.cluster.scrape import Scraper
+from controller.backends.cluster.settings import Settings
+from controller.kube import PYTORCHJOBS, Api
 from controller.operator.login import login_of
 from controller.plan.attempts import DELETED
 from controller.plan.decide import Apply, decide
@@ -144,7 +144,7 @@ def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
     async def delete(uid: str) -> None:
         api = Api(login_of(driver.cluster.kubeconfig))
         try:
-            await api.delete_job(driver.namespace, "run-sft-1", uid)
+            await api.delete_job(PYTORCHJOBS, driver.namespace, "run-sft-1", uid)
         finally:
             await api.close()
 
@@ -163,7 +163,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
 
     async def made_and_deleted() -> tuple[ObservedJob, ...]:
         api = Api(login_of(driver.cluster.kubeconfig))
-        backend = PyTorchJobBackend(api, Scraper(), Settings())
+        backend = ClusterBackend(api, Scraper(), Settings())
         document = driver.run("run")
         spec = {**document["spec"], "suspend": False}
         run = AlignmentRun.model_validate({**document, "spec": spec, "status": None})

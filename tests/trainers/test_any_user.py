@@ -56,7 +56,7 @@ def pod() -> Iterator[Path]:
 
 
 def as_nobody(pod: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """With the variables of a pod (controller/backends/pytorchjob/render.py), and none of this session's."""
+    """With the variables of a pod (controller/backends/cluster/pod.py), and none of this session's."""
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from controller.api import meta
 from controller.api.text import plain
-from controller.backends.pytorchjob.render import CONTAINER
 from controller.commands.cluster.errors import ClusterError, refused, unreachable
 from controller.commands.cluster.kubeconfig import connect
 from controller.commands.cluster.pods import Pod
@@ -89,7 +88,7 @@ class Cluster:
         """Lines as they come; with their times if they are followed."""
         response = self._call(
             lambda: self._core.read_namespaced_pod_log(
-                pod.name, self.namespace, container=CONTAINER, follow=follow, timestamps=follow, since_seconds=since_seconds,
+                pod.name, self.namespace, container=pod.container, follow=follow, timestamps=follow, since_seconds=since_seconds,
                 _preload_content=False, _request_timeout=SILENCE_SECONDS if follow else SECONDS,
             )
         )  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.text import plain
-from controller.backends.pytorchjob import evidence
-from controller.backends.pytorchjob.evidence import container_state
-from controller.backends.pytorchjob.ownership import JOB_KIND, controller_of
+from controller.backends.cluster import evidence, kinds
+from controller.backends.cluster.evidence import container_state
+from controller.backends.cluster.references import controller_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,13 @@ class Pod:
     @property
     def job(self) -> str:
         """Name of the job that it belongs to; empty if it belongs to none."""
-        owner = controller_of(dict(self.document))
-        return str(owner["name"]) if owner.get("kind") == JOB_KIND else ""
+        kind, owner = kinds.of_pod(self.document), controller_of(self.document)
+        return kind.name_of(str(owner["name"])) if owner.get("kind") == kind.MAKER[1] else ""
+
+    @property
+    def container(self) -> str:
+        """The one whose log it is."""
+        return kinds.of_pod(self.document).CONTAINER
 
     @property
     def index(self) -> int:

@@ -9,8 +9,8 @@ from datetime import datetime
 from weakref import WeakValueDictionary
 
 from controller.api.status import PhaseProgress
-from controller.backends.pytorchjob.fetch import fetch
-from controller.backends.pytorchjob.page import progress_of
+from controller.backends.cluster.fetch import fetch
+from controller.backends.cluster.page import progress_of
 from controller.clock import seconds_now
 from trainers.contract import DEFAULT_METRICS_PORT
 

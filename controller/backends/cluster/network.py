@@ -5,7 +5,8 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.backends.pytorchjob import ownership
+from controller.backends.cluster import ownership
+from controller.backends.cluster.references import reference
 from controller.kube import Api, ApiError, Conflict
 from trainers.contract import DEFAULT_METRICS_PORT
 
@@ -61,7 +62,7 @@ def policy(run: AlignmentRun, readers: Sequence[Object]) -> Object:
             "name": f"{run.name}-{run.metadata.uid[:8]}",
             "namespace": run.metadata.namespace or "default",
             "labels": {**run.metadata.labels, **own["matchLabels"], meta.LABEL_PART_OF: run.name},
-            "ownerReferences": [ownership.reference(run.name, run.metadata.uid)],
+            "ownerReferences": [reference(run.name, run.metadata.uid)],
         },
         "spec": {
             "podSelector": own,

@@ -1,4 +1,4 @@
-"""The backend that runs phases as PyTorchJobs. Keeps nothing that it cannot see again in the cluster."""
+"""The backend that runs phases as jobs on a cluster. Keeps nothing that it cannot see again there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,11 +8,11 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueStatus
-from controller.backends.pytorchjob import belongings, evidence, observe, ownership
-from controller.backends.pytorchjob.network import Walls
-from controller.backends.pytorchjob.render import Owner, render
-from controller.backends.pytorchjob.scrape import Scraper, Target
-from controller.backends.pytorchjob.settings import Settings
+from controller.backends.cluster import belongings, evidence, observe, ownership, pytorchjob
+from controller.backends.cluster.kind import JobKind, Owner
+from controller.backends.cluster.network import Walls
+from controller.backends.cluster.scrape import Scraper, Target
+from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Conflict
 from controller.plan import attempts as history
@@ -35,7 +35,7 @@ SHOWN_THINGS = 3
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
-class PyTorchJobBackend:
+class ClusterBackend:
     def __init__(
         self, api: Api, scraper: Scraper, settings: Settings, now: Callable[[], datetime] = seconds_now
     ) -> None:
@@ -43,6 +43,7 @@ class PyTorchJobBackend:
         self.api = api
         self.scraper = scraper
         self.settings = settings
+        self.kind: JobKind = pytorchjob
         self.walls = Walls(api, settings.metrics_readers)
         self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
         """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
@@ -58,7 +59,7 @@ class PyTorchJobBackend:
         One more for each attempt whose job is not where it should be.
         """
         now = self.now()
-        found = await belongings.gather(self.api, run, now)
+        found = await belongings.gather(self.api, self.kind, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
         queues = await self._queues(namespace, jobs, now)
@@ -94,7 +95,7 @@ class PyTorchJobBackend:
             return
         try:
             settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
-            await self.api.create_job(render(job, _owner(run), settings))
+            await self.api.create_job(self.kind.RESOURCE, self.kind.render(job, _owner(run), settings))
         except Conflict:
             return
         except ApiError as error:
@@ -111,7 +112,7 @@ class PyTorchJobBackend:
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
         if seen is not None and seen.uid:
-            await self.api.delete_job(run.metadata.namespace or "default", seen.name, seen.uid)
+            await self.api.delete_job(self.kind.RESOURCE, run.metadata.namespace or "default", seen.name, seen.uid)
 
     # -- details
 

@@ -1,10 +1,9 @@
 """Why a pod failed, or does not run: the true reason, from what Kubernetes, Kueue or the phase program itself left on it.
 
-The Training Operator's own word is "1 Worker replica(s) failed", which helps nobody.
+A job's own word is "1 Worker replica(s) failed", which helps nobody.
 """
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from controller.backends.pytorchjob.render import CONTAINER
+from controller.backends.cluster import kinds
+from controller.backends.cluster.conditions import condition
 from trainers.contract import FAILURES, FailureClass, Termination, cause_rank
 
 Object = Mapping[str, Any]
@@ -203,25 +203,22 @@ def _waiting(pod: Object, waiting: Object) -> str:
 # ---------------------------------------------------------------- reading pods
 
 
-def condition(pod: Object, kind: str) -> Object:
-    return next((c for c in pod["status"].get("conditions", []) if c["type"] == kind), {})
-
-
 def container(pod: Object) -> Object:
     """The one that trains: injectors put theirs before it, or behind."""
-    return next((c for c in pod["spec"]["containers"] if c["name"] == CONTAINER), {})
+    trains = kinds.of_pod(pod).CONTAINER
+    return next((c for c in pod["spec"]["containers"] if c["name"] == trains), {})
 
 
 def container_state(pod: Object, state: str) -> Object:
     """`waiting`, `running` or `terminated` of the container that trains; empty if it is in another state."""
-    statuses = pod["status"].get("containerStatuses", [])
-    found: Object = next((s.get("state", {}) for s in statuses if s["name"] == CONTAINER), {})
+    statuses, trains = pod["status"].get("containerStatuses", []), kinds.of_pod(pod).CONTAINER
+    found: Object = next((s.get("state", {}) for s in statuses if s["name"] == trains), {})
     return found.get(state) or {}
 
 
 def index(pod: Object) -> int:
     """The pod's place in its job: node rank. By its name, which nobody can change; -1 if that tells none."""
-    place = re.search("-worker-([0-9]+)$", pod["metadata"]["name"])
+    place = kinds.of_pod(pod).PLACE.search(pod["metadata"]["name"])
     return int(place[1]) if place else -1
 
 

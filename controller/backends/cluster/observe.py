@@ -1,4 +1,4 @@
-"""From a PyTorchJob and its pods to what the planner knows of. Pure."""
+"""From a job and its pods to what the planner knows of. Pure."""
 
 import math
 import re
@@ -11,8 +11,9 @@ from typing import Any
 from controller.api import meta
 from controller.api.status import QueueState, QueueStatus
 from controller.api.text import plain
-from controller.backends.pytorchjob import evidence
-from controller.backends.pytorchjob.evidence import Evidence
+from controller.backends.cluster import evidence, kinds
+from controller.backends.cluster.conditions import condition
+from controller.backends.cluster.evidence import Evidence
 from controller.plan.observed import JobState, ObservedJob, ObservedResult
 from trainers.contract import FailureClass
 
@@ -85,14 +86,9 @@ def _told(found: Evidence, job: Object) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading jobs
 
 
-def condition(job: Object, kind: str) -> Object:
-    found = (c for c in job.get("status", {}).get("conditions") or [] if c["type"] == kind)
-    return next(found, {})
-
-
 def ended(job: Object) -> str | None:
     """`Succeeded`, `Failed`, or None."""
-    return next((kind for kind in ("Succeeded", "Failed") if condition(job, kind).get("status") == "True"), None)
+    return kinds.of_job(job).ended(job)
 
 
 def outlived(job: Object, pods: Sequence[Object], now: datetime) -> bool:
@@ -101,25 +97,26 @@ def outlived(job: Object, pods: Sequence[Object], now: datetime) -> bool:
     Then the job never ends by itself. Sidecars that leave with the main container have time for it.
     """
     ends = [evidence.container_state(pod, "terminated") for pod in pods]
-    if ended(job) or not ends or len(pods) < _replicas(job) or any(end.get("exitCode") != 0 for end in ends):
+    if (
+        ended(job)
+        or not ends
+        or len(pods) < kinds.of_job(job).nodes(job)
+        or any(end.get("exitCode") != 0 for end in ends)
+    ):
         return False
     last = max((evidence.timestamp(end["finishedAt"]) for end in ends if end.get("finishedAt")), default=now)
     going = any(pod["status"].get("phase") == "Running" for pod in pods)
     return going and (now - last).total_seconds() > PATIENCE_SECONDS
 
 
-def _replicas(job: Object) -> int:
-    return int(job["spec"]["pytorchReplicaSpecs"]["Worker"].get("replicas", 1))
-
-
 def finished_at(job: Object) -> datetime | None:
-    text = job.get("status", {}).get("completionTime") or condition(job, ended(job) or "").get("lastTransitionTime")
+    text = kinds.of_job(job).finished_at(job)
     return evidence.timestamp(text) if text else None
 
 
 def is_suspended(job: Object) -> bool:
     """By Kueue: we never suspend a job."""
-    return bool(job["spec"].get("runPolicy", {}).get("suspend"))
+    return kinds.of_job(job).is_suspended(job)
 
 
 def is_leaving(job: Object, pods: Sequence[Object], now: datetime) -> bool:
@@ -137,7 +134,7 @@ def is_alive(job: Object, pods: Sequence[Object], now: datetime) -> bool:
 def running_since(job: Object) -> datetime:
     """Since when the job may have pods: its creation, or when its queue let it go."""
     made = evidence.timestamp(job["metadata"]["creationTimestamp"])
-    started = job.get("status", {}).get("startTime")
+    started = kinds.of_job(job).started_at(job)
     return max(evidence.timestamp(started), made) if started else made
 
 
@@ -151,7 +148,7 @@ def all_running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
 
     The pods of a job do not end in the same second: one that has succeeded has run.
     """
-    wanted = _replicas(job)
+    wanted = kinds.of_job(job).nodes(job)
     states = [evidence.container_state(pod, "running") or evidence.container_state(pod, "terminated") for pod in pods]
     starts = [state.get("startedAt") for state in states]
     known = [evidence.timestamp(start) for start in starts if start]
@@ -210,11 +207,13 @@ def queue_status(job: Object, workload: Object | None, installed: bool, now: dat
 def _without_workload(job: Object, installed: bool) -> str:
     labels = job["metadata"]["labels"]
     asked = f"queue {labels[meta.LABEL_QUEUE]} is asked for, but"
-    if job["spec"].get("runPolicy", {}).get("suspend"):
+    if is_suspended(job):
         priority = labels.get(meta.LABEL_QUEUE_PRIORITY)
         cause = f"WorkloadPriorityClass {priority} does not exist, or " if priority else ""
         return f"{asked} Kueue makes no Workload for the job, which waits: {cause}it has a reason that its log tells"
-    missing = "its integration kubeflow.org/pytorchjob is switched off" if installed else "Kueue is not installed"
+    missing = (
+        f"its integration {kinds.of_job(job).INTEGRATION} is switched off" if installed else "Kueue is not installed"
+    )
     return f"{asked} nothing queues the job: {missing}; it runs unqueued"
 
 

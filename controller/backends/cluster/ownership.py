@@ -7,32 +7,21 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.text import plain
+from controller.backends.cluster import kinds
+from controller.backends.cluster.references import controller_of, group_of
 from controller.plan.job import job_name
 
 Object = dict[str, Any]
 Attempted = tuple[str, int]
 """A phase's name and an attempt's number."""
 
-JOB_KIND = "PyTorchJob"
-JOB_GROUP = "kubeflow.org"
 WORD_LIMIT = 100
 """Characters that are shown of what a stranger has named."""
 
 
-def reference(run: str, uid: str) -> Object:
-    """What makes something a run's: it goes when the run goes."""
-    return {"apiVersion": meta.API_VERSION, "kind": meta.KIND, "name": run, "uid": uid, "controller": True}
-
-
-def controller_of(thing: Object) -> Object:
-    """The one owner reference that says who manages it; empty if nobody does."""
-    owners: Iterable[Object] = thing["metadata"].get("ownerReferences") or ()
-    return next((owner for owner in owners if owner.get("controller")), {})
-
-
 def is_controlled(thing: Object, group: str, kind: str, uid: str) -> bool:
     owner = controller_of(thing)
-    return bool(uid) and (_group(owner), owner.get("kind"), owner.get("uid")) == (group, kind, uid)
+    return bool(uid) and (group_of(owner), owner.get("kind"), owner.get("uid")) == (group, kind, uid)
 
 
 def is_ours(thing: Object, run: AlignmentRun) -> bool:
@@ -41,23 +30,24 @@ def is_ours(thing: Object, run: AlignmentRun) -> bool:
 
 
 def is_of_job(thing: Object, job: Object) -> bool:
-    return is_controlled(thing, JOB_GROUP, JOB_KIND, job["metadata"]["uid"])
+    kind = kinds.of_job(job)
+    return is_controlled(thing, kind.RESOURCE.group, kind.KIND, job["metadata"]["uid"])
 
 
 def is_of_earlier_run(job: Object, run: AlignmentRun) -> bool:
     """Of one of the same name, or left behind by it. Of the latter its labels are all there is: enough to be careful."""
     owner = controller_of(job)
-    other = (_group(owner), owner.get("kind"), owner.get("name")) == (meta.GROUP, meta.KIND, run.name)
+    other = (group_of(owner), owner.get("kind"), owner.get("name")) == (meta.GROUP, meta.KIND, run.name)
     return other or not owner
 
 
-def told(thing: Object, kind: str = JOB_KIND) -> str:
-    """`PyTorchJob run-sft-1 of Deployment web`, for people."""
+def told(thing: Object, kind: str = "") -> str:
+    """`PyTorchJob run-sft-1 of Deployment web`, for people. Things of Kubernetes' own do not say their kind in a list."""
     owner = controller_of(thing)
     whose = (
         f"{_word(owner.get('kind'))} {_word(owner.get('name'))} (uid {_word(owner.get('uid'))})" if owner else "nobody"
     )
-    return f"{kind} {_word(thing['metadata']['name'])} of {whose}"
+    return f"{kind or thing['kind']} {_word(thing['metadata']['name'])} of {whose}"
 
 
 # ---------------------------------------------------------------- which attempt a job of ours is
@@ -94,12 +84,13 @@ def phase_of(thing: Object) -> str:
 
 def by_job(pods: Sequence[Object], jobs: Iterable[Object]) -> tuple[dict[str, list[Object]], list[Object]]:
     """Pods by the names of the jobs that control them, and those whose job is gone."""
+    makers = {kind.MAKER for kind in kinds.KINDS.values()}
     called = {job["metadata"]["uid"]: job["metadata"]["name"] for job in jobs}
     found: dict[str, list[Object]] = {}
     left = []
     for pod in pods:
         owner = controller_of(pod)
-        if (_group(owner), owner.get("kind")) != (JOB_GROUP, JOB_KIND):
+        if (group_of(owner), owner.get("kind")) not in makers:
             continue
         if owner.get("uid") in called:
             found.setdefault(called[owner["uid"]], []).append(pod)
@@ -111,11 +102,6 @@ def by_job(pods: Sequence[Object], jobs: Iterable[Object]) -> tuple[dict[str, li
 def _labelled(labels: Mapping[str, str]) -> Attempted | None:
     phase, number = labels.get(meta.LABEL_PHASE), labels.get(meta.LABEL_ATTEMPT, "")
     return (phase, int(number)) if phase and re.fullmatch("[0-9]{1,9}", number) else None
-
-
-def _group(owner: Object) -> str:
-    group, _, version = str(owner.get("apiVersion", "")).partition("/")
-    return group if version else ""
 
 
 def _word(text: object) -> str:

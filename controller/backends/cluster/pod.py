@@ -1,29 +1,21 @@
-"""From a job of the planner to a PyTorchJob. Pure: the same job gives the same object.
-
-Workers only, no Master: then the Training Operator adds no init container (which would break restricted namespaces and
-air-gapped sites), and the job succeeds only when every pod has. Retries, deadlines and clean-up are the planner's, because
-the Training Operator's do not hold (backoffLimit is never enforced when pods are recreated, activeDeadlineSeconds is
-checked only when something else happens).
-"""
+"""The pods of a job of the planner, and its name and labels, the same whatever kind of job makes them. Pure."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from controller.api import meta
 from controller.api.template import Template
 from controller.api.workspace import Workspace
-from controller.backends.pytorchjob import ownership
-from controller.backends.pytorchjob.placement import placement
-from controller.backends.pytorchjob.settings import Settings
-from controller.backends.pytorchjob.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
+from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.placement import placement
+from controller.backends.cluster.references import reference
+from controller.backends.cluster.settings import Settings
+from controller.backends.cluster.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
 from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
 
 Object = dict[str, Any]
 
-CONTAINER = "pytorch"
-"""The Training Operator demands this name."""
 PHASE_FILE = f"{PHASE_FOLDER}/phase.json"
 TERMINATION_LOG = "/dev/termination-log"
 MASTER_PORT = 23456
@@ -33,35 +25,13 @@ GRACE_MARGIN = 5
 """Seconds of the pod's grace that torchrun keeps for itself."""
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The run that a job belongs to."""
-
-    namespace: str
-    name: str
-    uid: str
-
-
-def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
-    """The PyTorchJob for one attempt."""
+def job_metadata(job: PhaseJob, owner: Owner) -> Object:
     return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {
-            "name": job.name,
-            "namespace": owner.namespace,
-            "labels": {**job.labels, **_queue_labels(job)},
-            "annotations": {meta.ANNOTATION_DIGEST: job.digest},
-            "ownerReferences": [ownership.reference(owner.name, owner.uid)],
-        },
-        "spec": {
-            "nprocPerNode": str(job.procs_per_node),
-            # Running: pods that have ended stay, to be read; others do not keep their GPUs.
-            "runPolicy": {"cleanPodPolicy": "Running"},
-            "pytorchReplicaSpecs": {
-                "Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": _pod(job, settings)}
-            },
-        },
+        "name": job.name,
+        "namespace": owner.namespace,
+        "labels": {**job.labels, **_queue_labels(job)},
+        "annotations": {meta.ANNOTATION_DIGEST: job.digest},
+        "ownerReferences": [reference(owner.name, owner.uid)],
     }
 
 
@@ -72,7 +42,8 @@ def _queue_labels(job: PhaseJob) -> dict[str, str]:
     return {meta.LABEL_QUEUE: job.queue_name, **priority}
 
 
-def _pod(job: PhaseJob, settings: Settings) -> Object:
+def template(job: PhaseJob, settings: Settings, container: str, rendezvous: list[Object]) -> Object:
+    """A PodTemplateSpec. ``container`` is what the one that trains is called, ``rendezvous`` the variables by which pods meet."""
     return {
         "metadata": {
             "labels": {**(job.template.labels or {}), **job.labels},
@@ -89,7 +60,7 @@ def _pod(job: PhaseJob, settings: Settings) -> Object:
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
             "securityContext": _security_context(job.template, settings.user),
-            "containers": [_container(job, settings.image)],
+            "containers": [_container(job, settings.image, container, rendezvous)],
             "volumes": volumes(job),
             **_pulling(job.template),
             **_devices(job.template),
@@ -133,14 +104,14 @@ def phase_file(job: PhaseJob) -> str:
     return file.model_dump_json(by_alias=True, exclude_unset=True)
 
 
-def _container(job: PhaseJob, image: str | None) -> Object:
+def _container(job: PhaseJob, image: str | None, name: str, rendezvous: list[Object]) -> Object:
     policy = job.template.image_pull_policy
     return {
-        "name": CONTAINER,
+        "name": name,
         "image": job.image or image,
         **({"imagePullPolicy": policy} if policy else {}),
         "command": _command(job),
-        "env": _environment(job),
+        "env": _environment(job) + rendezvous,
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
         "resources": _resources(job.template),
@@ -193,7 +164,7 @@ def _environment(job: PhaseJob) -> list[Object]:
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
     }
-    return [{"name": name, "value": value} for name, value in defaults.items()] + _rendezvous(job)
+    return [{"name": name, "value": value} for name, value in defaults.items()]
 
 
 def _threads(job: PhaseJob) -> dict[str, str]:
@@ -206,14 +177,13 @@ def _threads(job: PhaseJob) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, math.floor(cores / job.procs_per_node)))}
 
 
-def _rendezvous(job: PhaseJob) -> list[Object]:
-    """torchrun reads PET_*; the Training Operator adds PET_NNODES and PET_NPROC_PER_NODE, for jobs without a Master no more."""
+def rendezvous(job: PhaseJob, address: str, rank: str) -> list[Object]:
+    """torchrun reads PET_*. ``rank`` is the field of a pod that has its place in the job."""
     if job.nodes == 1:
         return []
-    index = "metadata.labels['training.kubeflow.org/replica-index']"
     return [
-        {"name": "PET_MASTER_ADDR", "value": f"{job.name}-worker-0"},
+        {"name": "PET_MASTER_ADDR", "value": address},
         {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
         {"name": "PET_RDZV_CONF", "value": f"timeout={RENDEZVOUS_SECONDS}"},
-        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": rank}}},
     ]

@@ -1,0 +1,55 @@
+"""What is particular to a kind of job. A module for each kind has it; whatever else is done with jobs is the same for all."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from controller.backends.cluster.settings import Settings
+from controller.kube import Resource
+from controller.plan.job import PhaseJob
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The run that a job belongs to."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+class JobKind(Protocol):
+    KIND: str
+    RESOURCE: Resource
+    INTEGRATION: str
+    """What Kueue calls it."""
+    MAKER: tuple[str, str]
+    """Group and kind of what makes the pods: the job, or what it makes in its turn."""
+    CONTAINER: str
+    """The one that trains."""
+    PLACE: re.Pattern[str]
+    """In a pod's name its place in the job: node rank."""
+
+    def render(self, job: PhaseJob, owner: Owner, settings: Settings) -> Object:
+        """Pure: the same job gives the same object."""
+
+    def name_of(self, maker: str) -> str:
+        """What the job is called whose pods this one makes."""
+
+    def nodes(self, job: Mapping[str, Any]) -> int:
+        """How many pods it has."""
+
+    def is_suspended(self, job: Mapping[str, Any]) -> bool:
+        """By its queue: we never suspend a job."""
+
+    def ended(self, job: Mapping[str, Any]) -> str | None:
+        """`Succeeded`, `Failed`, or None."""
+
+    def started_at(self, job: Mapping[str, Any]) -> str | None:
+        """When its queue let it go, if it says so."""
+
+    def finished_at(self, job: Mapping[str, Any]) -> str | None:
+        """When it ended, if it says so."""

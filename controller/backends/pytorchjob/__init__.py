@@ -1,1 +1,0 @@
-"""Phases as Kubeflow PyTorchJobs."""
