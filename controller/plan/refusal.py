@@ -11,6 +11,7 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.status import Attempt, AttemptState, PhaseProgress, PhaseState, PhaseStatus, RunStatus
+from controller.api.text import plain
 from controller.plan import attempts as history
 from controller.plan.conditions import Claim, update
 from controller.plan.observed import JobState, Observed, ObservedJob
@@ -93,6 +94,11 @@ def _running(records: tuple[Attempt, ...], progress: PhaseProgress | None) -> di
 def _result(phase: PhaseStatus, observed: Observed) -> dict[str, Any]:
     """What was left meanwhile is kept, since its pods may be gone when the run makes sense again. Gates are judged then."""
     seen = observed.results.get(phase.name)
-    if seen is None or seen.digest != phase.digest or seen.stale is not None:
+    if (
+        seen is None
+        or seen.digest != phase.digest
+        or seen.stale is not None
+        or not (artifact := plain(seen.artifact_digest))
+    ):
         return {}
-    return {"artifact_digest": seen.artifact_digest, "metrics": finite_metrics(seen.metrics)}
+    return {"artifact_digest": artifact, "metrics": finite_metrics(seen.metrics)}

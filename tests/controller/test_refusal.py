@@ -1,11 +1,13 @@
 """Runs that make no sense, to anybody or to this operator: what has begun goes on, and so does the run when it is mended."""
 
+from dataclasses import replace
+
 import pytest
 from builders import after, artifact, dpo, job, make_run, results, seen, sft, started, stopped, with_status
 from stories import FAILED, INFRA, RUN, SUCCEEDED, attempt, condition, ends, one, phase, report, runs, story
 
 from controller.api import meta
-from controller.api.status import PhaseState
+from controller.api.status import PhaseState, RunStatus
 from controller.operator import events
 from controller.plan.decide import Decision, decide, is_settled
 
@@ -55,6 +57,14 @@ def test_what_ended_meanwhile_is_known_though_its_pods_are_gone() -> None:
     *_, during, mended = story((RUN, seen(runs()), 0), (RUN, done, 1), (RUN, seen(), 2))
     assert (phase(during).artifact_digest, phase(during).state) == (artifact("base"), PhaseState.WAITING)
     assert (ends(during), mended.status.phase, phase(mended).finished_at) == ("Succeeded", "Succeeded", after(1))
+
+
+@pytest.mark.parametrize("word", ["", "\x1f", "a\x1fb"])
+def test_a_word_that_is_no_digest_is_no_reason_to_write_again_and_again(word: str) -> None:
+    odd = {"base": replace(results(RUN, "base")["base"], artifact_digest=word)}
+    done = seen(job(RUN, "base", state=SUCCEEDED), results=odd, problems=LACKING)
+    *_, during = story((RUN, seen(runs()), 0), (RUN, done, 1))
+    assert RunStatus.model_validate(during.status.document()) == during.status
 
 
 def test_what_failed_meanwhile_has_failed() -> None:
