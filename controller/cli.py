@@ -284,6 +284,33 @@ def resume(
     raise typer.Exit(BAD_INPUT)
 
 
+Holding = Annotated[
+    str,
+    typer.Option("--workspace", metavar="DIR", help="Folder (a mounted claim too), or s3://bucket/prefix."),
+]
+
+
+@app.command()
+def runs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Show this run's phases.", show_default=False)
+    ] = None,
+    root: Holding = str(workspace.DEFAULT),
+) -> None:
+    """List what a workspace holds, also of runs that were deleted."""
+    from controller.commands.runs import runs_command
+
+    raise typer.Exit(runs_command(root, name))
+
+
+@app.command()
+def history(root: Holding = str(workspace.DEFAULT)) -> None:
+    """Write a page for people about what a workspace holds: history.html in the workspace."""
+    from controller.commands.history import history_command
+
+    raise typer.Exit(history_command(root))
+
+
 @app.command("import")
 def import_(
     name: Annotated[

@@ -18,7 +18,7 @@ DEFAULT = Path("runs")
 
 
 class Unusable(Exception):
-    """The workspace cannot be written."""
+    """The workspace cannot be read or written."""
 
 
 class Busy(Exception):

@@ -21,6 +21,8 @@ NOT_RUN = {
         "no replica has been restarted",
     "kubectl align stop": "words of an explanation: the run has ended, and tests/controller stops one",
     "kubectl align stop --run RUN -n NAMESPACE": "the same",
+    "alignctl runs --workspace DIR": "words of an explanation; tests/controller/test_holdings.py does it",
+    "alignctl history --workspace DIR": "the same",
     "kubectl apply --server-side -k": "the README's command, with its folder; tests/cluster installs so",
     "make images": "words of an explanation; tests/images builds one so, `make test-images` the other",
     "make images REGISTRY=ADDRESS": "the same",

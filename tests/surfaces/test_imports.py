@@ -61,7 +61,9 @@ def test_packages_import_from_any_directory(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(ROOT / "trainers/__init__.py")
 
 
-@pytest.mark.parametrize("command", ["run", "validate", "plan", "status", "logs", "stop", "resume", "gen"])
+@pytest.mark.parametrize(
+    "command", ["run", "validate", "plan", "status", "logs", "stop", "resume", "runs", "history", "gen"]
+)
 def test_commands(command: str) -> None:
     """Frozen: scripts rely on these."""
     assert command in {entry.name or entry.callback.__name__ for entry in app.registered_commands}  # type: ignore[union-attr]
