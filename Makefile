@@ -66,8 +66,12 @@ test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every stra
 bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' generate, and what of the processor's roof; THREADS=1
 	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python benchmarks/sampling.py --threads $(or $(THREADS),1)
 
-bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs at once, on fake nodes
-	RUNS=$(or $(RUNS),200) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
+bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, on fake nodes
+	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
+
+soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie: an hour
+	bash tests/system-packages.sh
+	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py

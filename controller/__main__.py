@@ -94,14 +94,13 @@ def operator(
     except (BadPeers, NoCredentials) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
+    workspace = Workspace(claim_name=default_claim) if default_claim else None
     options = Options(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
         pods=Settings(default_image or None, trainer_user or None, readers),
-        defaults=Defaults(
-            Workspace(claim_name=default_claim) if default_claim else None, default_queue or None, default_image or None
-        ),
+        defaults=Defaults(workspace, default_queue or None, default_image or None),
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

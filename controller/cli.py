@@ -1,5 +1,6 @@
 """`alignctl`: one resource, run on one machine or applied to a cluster."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,16 @@ From = Annotated[
         default_factory=list,
         metavar="PHASE",
         help="This phase and all that builds on it.",
+        show_default=False,
+    ),
+]
+Anew = Annotated[
+    list[str],
+    typer.Option(
+        "--anew",
+        default_factory=list,
+        metavar="PHASE",
+        help="Run this phase and all that builds on it anew, although they have finished; '*' is all of them. Nothing is lost.",
         show_default=False,
     ),
 ]
@@ -135,13 +146,15 @@ def run(
     setting: Settings,
     only: Only,
     start: From,
+    anew: Anew,
     root: Workspace = workspace.DEFAULT,
     jobs: Jobs = None,
 ) -> None:
     """Run a pipeline on this machine. Finished phases are reused, unfinished ones continue."""
     from controller.commands.run import Request, run_command
 
-    raise typer.Exit(run_command(Request(file, tuple(fragment), tuple(setting), tuple(only), tuple(start), root, jobs)))
+    asked = Request(file, tuple(fragment), tuple(setting), tuple(only), tuple(start), root, anew=tuple(anew), jobs=jobs)
+    raise typer.Exit(run_command(asked))
 
 
 @app.command()
@@ -172,13 +185,15 @@ def plan(
     setting: Settings,
     only: Only,
     start: From,
+    anew: Anew,
     root: Workspace = workspace.DEFAULT,
 ) -> None:
     """Say what `run` would run, what it would reuse, and why."""
     from controller.commands.plan import plan_command
     from controller.commands.run import Request
 
-    raise typer.Exit(plan_command(Request(file, tuple(fragment), tuple(setting), tuple(only), tuple(start), root)))
+    asked = Request(file, tuple(fragment), tuple(setting), tuple(only), tuple(start), root, anew=tuple(anew))
+    raise typer.Exit(plan_command(asked))
 
 
 @app.command()
@@ -281,6 +296,55 @@ def resume(
     if isinstance(place, where.Place):
         raise typer.Exit(cluster_resume(place, name))
     typer.echo(f"a run in a workspace continues with: alignctl run FILE --workspace {place}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.", show_default=False)]
+
+
+@app.command()
+def retry(
+    name: RunArgument,
+    start: Annotated[
+        list[str],
+        typer.Option(
+            "--from",
+            default_factory=list,
+            metavar="PHASE",
+            help="Run this phase and all that builds on it anew, although they may have finished.",
+            show_default=False,
+        ),
+    ],
+    root: LocalWorkspace = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Let failed phases of a run in a cluster try again, from what they have saved. (On this machine, `run FILE` does.)"""
+    _ask_again(where.choose(root, context, namespace, kubeconfig), name, start)
+
+
+@app.command()
+def rerun(
+    name: RunArgument,
+    root: LocalWorkspace = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Run all phases of a run in a cluster anew; what they had left is kept. (On this machine, `run FILE --anew '*'` does.)"""
+    from controller.plan.again import ALL
+
+    _ask_again(where.choose(root, context, namespace, kubeconfig), name, [ALL])
+
+
+def _ask_again(place: Path | where.Place, name: str, phases: list[str]) -> None:
+    from controller.commands.cluster.retry import cluster_retry
+
+    if isinstance(place, where.Place):
+        raise typer.Exit(cluster_retry(place, name, phases))
+    anew = "".join(f" --anew {shlex.quote(phase)}" for phase in phases)
+    typer.echo(f"a run in a workspace tries again with: alignctl run FILE{anew} --workspace {place}", err=True)
     raise typer.Exit(BAD_INPUT)
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ Object = dict[str, Any]
 TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 PAGE = 500
 """Objects in one answer to a list call."""
+LONGEST_WAIT_SECONDS = 300.0
+"""That an answer may ask for: a run would stand still for ever, if a proxy asks for a year."""
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 CREDENTIALS_SECONDS = 60.0
 """A pod's token is renewed in its file about every hour."""
@@ -66,6 +68,7 @@ class Call:
 CALLS = (
     Call("get", RUNS),
     *(Call(verb, resource) for resource in WATCHED for verb in ("list", "watch")),
+    Call("delete", RUNS),
     Call("update", RUN_STATUS),
     *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "delete")),
     Call("list", WORKLOADS),
@@ -151,15 +154,15 @@ class Api:
         strict = {"fieldValidation": "Strict"}
         return await self._call(Call("create", RUNS), metadata["namespace"], metadata["name"], run, strict)
 
-    async def delete_run(self, namespace: str, name: str, uid: str) -> None:
-        await self._delete(Call("delete", RUNS), namespace, name, uid)
+    async def delete_run(self, namespace: str, name: str, uid: str, version: str | None = None) -> None:
+        """``version``: only if it is still as it was then."""
+        await self._delete(Call("delete", RUNS), namespace, name, {"uid": uid, "resourceVersion": version})
 
     async def write_run_status(self, run: Object, status: Object) -> Object:
-        """Replace the status. Raises Conflict if the run has changed since it was read."""
-        metadata = run["metadata"]
-        return await self._call(
-            Call("update", RUN_STATUS), metadata["namespace"], metadata["name"], {**run, "status": status}
-        )
+        """Replace the status. Raises Conflict if the run has changed since it was read. Of the rest nothing is looked at."""
+        metadata = {name: run["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
+        body = {"apiVersion": run["apiVersion"], "kind": run["kind"], "metadata": metadata, "status": status}
+        return await self._call(Call("update", RUN_STATUS), metadata["namespace"], metadata["name"], body)
 
     # -- jobs and what belongs to them
 
@@ -169,14 +172,14 @@ class Api:
     async def get_job(self, kind: Resource, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", kind), namespace, name))
 
-    async def create_job(self, kind: Resource, job: Object) -> None:
+    async def create_job(self, kind: Resource, job: Object) -> Object:
         """Raises Conflict if there is one of this name."""
         metadata = job["metadata"]
-        await self._call(Call("create", kind), metadata["namespace"], metadata["name"], job)
+        return await self._call(Call("create", kind), metadata["namespace"], metadata["name"], job)
 
     async def delete_job(self, kind: Resource, namespace: str, name: str, uid: str) -> None:
         """The job stays visible until its pods have ended, so nobody starts their successors too early."""
-        await self._delete(Call("delete", kind), namespace, name, uid, propagationPolicy="Foreground")
+        await self._delete(Call("delete", kind), namespace, name, {"uid": uid}, propagationPolicy="Foreground")
 
     async def get_network_policy(self, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", NETWORK_POLICIES), namespace, name))
@@ -237,31 +240,43 @@ class Api:
         self, resource: Resource, namespace: str | None, labels: Mapping[str, str]
     ) -> dict[str, str]:
         """uid to resourceVersion: what a watch must have told us by now."""
-        items = await self._list(Call("list", resource), namespace, labels, METADATA_ONLY)
-        return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
+        found: dict[str, str] = {}
+        async for items in self._pages(Call("list", resource), namespace, labels, METADATA_ONLY):
+            found |= {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
+        return found
 
     # -- how
 
-    async def _delete(self, call: Call, namespace: str, name: str, uid: str, **options: str) -> None:
+    async def _delete(
+        self, call: Call, namespace: str, name: str, only: Mapping[str, str | None], **options: str
+    ) -> None:
         """This very object: one that has got its name meanwhile is somebody else's, and ours is gone then."""
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}, **options}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": only, **options}
         with contextlib.suppress(NotFound, Conflict):
             await self._call(call, namespace, name, body)
 
     async def _list(
+        self, call: Call, namespace: str | None, labels: Mapping[str, str], more: Mapping[str, str] | None = None
+    ) -> list[Object]:
+        pages = self._pages(call, namespace, labels, more=more)
+        return [item async for items in pages for item in items]
+
+    async def _pages(
         self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json",
         more: Mapping[str, str] | None = None,
-    ) -> list[Object]:  # fmt: skip
+    ) -> AsyncIterator[list[Object]]:  # fmt: skip
+        """One by one: ten thousand objects at once are a hundred megabytes."""
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         query = {"limit": str(PAGE), "labelSelector": selector, **(more or {})}
-        items: list[Object] = []
         while True:
             answer = await self._call(call, namespace, None, query=query, accept=accept)
+            if "items" not in answer:
+                raise ApiError(call, "", 200, "the answer is no list")
             # An empty list of metadata is null.
-            items += answer["items"] or []
-            token = answer["metadata"].get("continue")
+            yield answer["items"] or []
+            token = answer.get("metadata", {}).get("continue")
             if not token:
-                return items
+                return
             query["continue"] = token
 
     async def _call(
@@ -278,12 +293,12 @@ class Api:
             ) as response:  # fmt: skip
                 code = str(response.status)
                 self._dated(response.headers.get("Date", ""), time.monotonic() - started)
-                text = await response.text()
+                text = await response.text(errors="replace")
         finally:
             self._observe(call, code, time.monotonic() - started)
         if response.status >= 400:
             raise _error(call, name or "", response, text)
-        return json.loads(text)
+        return _object(call, name or "", response.status, text)
 
     async def _connected(self) -> tuple[aiohttp.ClientSession, Connection]:
         if self._connection is None or time.monotonic() - self._read_at > CREDENTIALS_SECONDS:
@@ -311,7 +326,19 @@ async def _absent_is_none(answer: Awaitable[Object]) -> Object | None:
 def _error(call: Call, name: str, response: aiohttp.ClientResponse, text: str) -> ApiError:
     kind = {404: NotFound, 409: Conflict}.get(response.status, ApiError)
     wait = response.headers.get("Retry-After", "")
-    return kind(call, name, response.status, _message(text), float(wait) if wait.isdigit() else None)
+    seconds = min(float(wait), LONGEST_WAIT_SECONDS) if wait.isdecimal() else None
+    return kind(call, name, response.status, _message(text), seconds)
+
+
+def _object(call: Call, name: str, status: int, text: str) -> Object:
+    """Raises ApiError of what is no object: a proxy or a portal between answers in the API server's place."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(call, name, status, f"the answer is no object: {_message(text)}")
+    return found
 
 
 def _message(text: str) -> str:

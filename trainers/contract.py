@@ -26,6 +26,9 @@ TERMINATION_LIMIT = 4096
 TERMINATION_VARIABLE = "ALIGNMENT_TERMINATION_LOG"
 METRICS_PORT_VARIABLE = "ALIGNMENT_METRICS_PORT"
 DEFAULT_METRICS_PORT = 9400
+RUN_UID_VARIABLE = "ALIGNMENT_RUN_UID"
+ATTEMPT_VARIABLE = "ALIGNMENT_ATTEMPT"
+"""Of two attempts of one run, the one with the higher number may write (:mod:`trainers.lease`). Older images know neither."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,19 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
-LEFTOVER = re.compile(r"\.(.+)\.\d+\.tmp")
-"""Names of files that :func:`replaced` writes; of which file, in a group."""
+LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
+"""Names of files that :func:`replaced` writes where nobody has a lease; of which file, in a group."""
+
+drafts: dict[Path, Path] = {}
+"""Folders that have one writer, and the folder that is its own (:mod:`trainers.lease`). What is written into them begins
+there, and what is removed from them goes there first: whoever takes a writer's own folder away ends both at once."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -38,9 +43,44 @@ def fsync_file(path: Path) -> None:
 
 
 def empty_directory(path: Path) -> None:
-    """Make it, without what a killed writer left in it."""
+    """Make it, without what a killed writer left in it. A writer's own folder that was taken away is not made again."""
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    if path.parent not in drafts.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir()
+
+
+def own_folder(path: Path) -> Path | None:
+    """Where what becomes this begins, if it lies in a folder that has one writer."""
+    absolute = Path(os.path.abspath(path))
+    return next((own for root, own in drafts.items() if absolute.is_relative_to(root)), None)
+
+
+def draft_file(final: Path) -> Path:
+    """A name for a file until it is finished, which no other process has: in containers all have the same number."""
+    mark, own = secrets.token_hex(4), own_folder(final)
+    if own is not None:
+        return own / f"{final.name}.{mark}"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return final.with_name(f".{final.name}.{mark}.tmp")
+
+
+def draft_directory(final: Path, end: str = "tmp") -> Path:
+    """The same for a directory, one name for all processes that fill it."""
+    own = own_folder(final)
+    return own / f"{final.name}.{end}" if own is not None else final.with_name(f".{final.name}.{end}")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or directory, if it is there: at once, and only if it is still this process's to remove."""
+    own = own_folder(path)
+    gone = own / f"{path.name}.{secrets.token_hex(4)}.gone" if own is not None else path
+    if own is not None and path.exists():
+        os.replace(path, gone)
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        gone.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -53,18 +93,31 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """The same of a file that is written bit by bit: it gets its name at the end, or nothing of it is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft_file(path)
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # what a full disk cut off must not fill it further
         raise
     fsync_directory(path.parent)
+
+
+def begin_file(path: Path, content: str) -> TextIO:
+    """A file that begins with this and is appended to by this process alone: another's of that name is another file."""
+    temporary = draft_file(path)
+    file = temporary.open("w", encoding="utf-8")
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+    return file
 
 
 @contextmanager
@@ -79,7 +132,7 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
     """An empty folder to be filled, which gets the name ``final`` at the end; without one, nothing of it is left."""
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = draft_directory(final)
     empty_directory(temporary)
     try:
         yield temporary
@@ -99,10 +152,11 @@ def commit_directory(temporary: Path, final: Path) -> None:
             fsync_directory(path)
         elif path.is_file():
             fsync_file(path)
-    displaced = final.with_name(f".{final.name}.old")
+    displaced = draft_directory(final, "old")
     if final.exists():
         shutil.rmtree(displaced, ignore_errors=True)
         os.replace(final, displaced)
+    final.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary, final)
     fsync_directory(final.parent)
     shutil.rmtree(displaced, ignore_errors=True)

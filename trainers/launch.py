@@ -4,10 +4,9 @@ import importlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +24,23 @@ from trainers.contract import (
     Termination,
 )
 from trainers.failures import fail, terminate
-from trainers.files import write_atomic
+from trainers.files import discard, write_atomic
 from trainers.gates import check_gates, check_metrics
 from trainers.launched import as_launched
+from trainers.lease import FolderLease, Lease, this_process
 from trainers.origins import origins_of
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
 from trainers.pins import commits, pinned_spec
-from trainers.reuse import find_finished_result
+from trainers.reuse import find_finished_result, finished_here
 from trainers.spec import PhaseSpec, addresses
 from trainers.workspace import PhaseDir, open_directory
 
 if TYPE_CHECKING:
     from trainers.core.context import PhaseContext
+    from trainers.core.parallel import Workers
     from trainers.remote.checkpoints import StoredCheckpoints
+    from trainers.remote.fetch import Remote
     from trainers.remote.uploads import Uploads
 
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "bitsandbytes")
@@ -79,6 +81,11 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
 
     file = file.model_copy(update={"output": os.path.abspath(file.output)})
     remote = Remote(kind, file, spec, digest)
+    with remote.lease or nullcontext() as lease:
+        return _remote_result(kind, remote, spec, file, lease)
+
+
+def _remote_result(kind: PhaseType, remote: "Remote", spec: PhaseSpec, file: PhaseFile, lease: Lease | None) -> Result:
     here = parse_spec(kind, remote.file)
     if (result := remote.find_finished()) is not None:
         return result
@@ -88,7 +95,7 @@ def _from_store(kind: PhaseType, file: PhaseFile, spec: PhaseSpec, digest: str) 
     here = pinned_spec(here, file)
     remote.keep_pins()
     with remote.uploads() or nullcontext() as uploads:
-        return _run(kind, file, here, remote.identity, uploads, remote.checkpoints(uploads))
+        return _run(kind, file, here, remote.identity, uploads, remote.checkpoints(uploads), lease)
 
 
 def _run(
@@ -98,6 +105,7 @@ def _run(
     identity: Identity,
     uploads: "Uploads | None" = None,
     stored: "StoredCheckpoints | None" = None,
+    remote_lease: Lease | None = None,
 ) -> Result:
     _leave_out_unused(spec)
     from trainers.core.context import PhaseContext
@@ -109,21 +117,35 @@ def _run(
     spec = spec.model_copy(update={"parallel": as_launched(spec.parallel, os.environ)})
     workers = Workers(spec.parallel, Path(file.base_dir))
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
-    with workers.heard_of():
+    with ExitStack() as until_all_is_kept:
+        with workers.heard_of():
+            own = file.remote is None
+            lease = until_all_is_kept.enter_context(_lease(file, directory, workers)) if own else remote_lease
+            if own and (found := workers.from_main(lambda: finished_here(directory, identity))):
+                return found  # whoever was waited for has finished it
+            if workers.is_main:
+                open_directory(directory, identity)
+            workers.barrier()
+            meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
+            device = device_name(workers.device)
+            meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
+            ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored, lease)
+            result = _carried_out(ctx, identity)
+        meter.close()
+        if uploads is not None:
+            uploads.finish()  # may take long: no other process waits for it
         if workers.is_main:
-            open_directory(directory, identity)
-        workers.barrier()
-        meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
-        device = device_name(workers.device)
-        meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
-        ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored)
-        result = _carried_out(ctx, identity)
-    meter.close()
-    if uploads is not None:
-        uploads.finish()  # may take long: no other process waits for it
+            _drop_checkpoints(spec, directory, stored)
+        return result
+
+
+def _lease(file: PhaseFile, directory: PhaseDir, workers: "Workers") -> FolderLease:
+    """The first process takes it, for all of them."""
+    lease = FolderLease(directory.root, this_process(file.run))
     if workers.is_main:
-        _drop_checkpoints(spec, directory, stored)
-    return result
+        lease.acquire()
+    lease.join(workers.from_main(lambda: lease.number))
+    return lease
 
 
 def _carried_out(ctx: "PhaseContext", identity: Identity) -> Result:
@@ -158,7 +180,7 @@ def _drop_checkpoints(spec: Any, directory: PhaseDir, stored: "StoredCheckpoints
     """Once the result stands; a phase without the setting has nothing worth keeping."""
     checkpoint = getattr(spec, "checkpoint", None)
     if checkpoint is None or checkpoint.keep_last == 0:
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)
+        discard(directory.checkpoints)
         if stored is not None:
             stored.drop()
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from trainers import __version__, jsonl
 from trainers.contract import Progress
-from trainers.files import write_atomic
+from trainers.files import begin_file, write_atomic
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
 from trainers.spec import Tracking
 from trainers.tracker import Tracker
@@ -70,8 +70,7 @@ class Meter:
         self._mark = self._loop_started = time.monotonic()
         self._of("total_steps").set(total_steps)
         if self.rank == 0:
-            _rewind(self.directory, step)
-            self._file = self.directory.metrics.open("a", encoding="utf-8")
+            self._file = begin_file(self.directory.metrics, _lines_until(self.directory, step))
             self._bar = _progress_bar(step, total_steps, self.labels["phase"])
             self._tracker = _tracker(self.tracking, self.labels, self.directory, settings or {})
         self.stage("")
@@ -222,12 +221,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rewind(directory: PhaseDir, step: int) -> None:
-    """Drop lines after ``step``, and a torn last line that a kill left."""
+def _lines_until(directory: PhaseDir, step: int) -> str:
+    """The lines so far, without those after ``step`` and a torn last line that a kill left."""
     if not directory.metrics.exists():
-        return
-    kept = [line for line in jsonl.read_whole_lines(directory.metrics) if line["step"] <= step]
-    write_atomic(directory.metrics, jsonl.dumps(kept))
+        return ""
+    return jsonl.dumps([line for line in jsonl.read_whole_lines(directory.metrics) if line["step"] <= step])
 
 
 def _progress_bar(step: int, total: int, name: str) -> Any:

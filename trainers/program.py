@@ -16,8 +16,8 @@ ROOT = Path(trainers.__file__).parent
 
 CARRIERS = frozenset(
     {
-        "trainers.contract", "trainers.failures", "trainers.files", "trainers.fingerprints", "trainers.meter",
-        "trainers.metrics", "trainers.origins", "trainers.phase_file", "trainers.program", "trainers.remote",
+        "trainers.contract", "trainers.failures", "trainers.files", "trainers.fingerprints", "trainers.lease",
+        "trainers.meter", "trainers.metrics", "trainers.origins", "trainers.phase_file", "trainers.program", "trainers.remote",
         "trainers.tracker", "trainers.workspace", "trainers.core.flops",
     }
 )  # fmt: skip

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trainers.contract import Identity, PhaseFile, Result
 from trainers.failures import rank
+from trainers.lease import FolderLease, this_process
 from trainers.origins import difference
 from trainers.workspace import PhaseDir, adopt, find_finished, intact
 
@@ -16,20 +17,20 @@ def find_finished_result(file: PhaseFile, identity: Identity) -> Result | None:
     directory = PhaseDir(Path(file.output))
     workspace = directory.root.resolve().parent.parent
     elsewhere = (PhaseDir(path) for path in find_finished(workspace, identity.digest))
-    found = next((d for d in (directory, *elsewhere) if _is_current(d, identity)), None)
+    found, result = next(((d, r) for d in (directory, *elsewhere) if (r := finished_here(d, identity))), (None, None))
     if found is None:
         return None
-    result = found.read_result()
-    assert result is not None
     if found.root.resolve() != directory.root.resolve() and rank() == 0:
         # The other ranks find the same result where it was, and end as well.
-        adopt(found.root, directory.root)
+        with FolderLease(directory.root, this_process(file.run)) as lease:
+            adopt(found.root, directory.root, lease.check)
     print(f"{file.phase}: nothing to do, {directory.root} holds this result already")
     return result
 
 
-def _is_current(directory: PhaseDir, identity: Identity) -> bool:
+def finished_here(directory: PhaseDir, identity: Identity) -> Result | None:
+    """The result in this directory, if it is of this identity and what it names is there."""
     result = directory.read_result()
     if result is None or difference(identity, result.identity) is not None:
-        return False
-    return all(intact(artifact, directory.root) for artifact in result.artifacts.values())
+        return None
+    return result if all(intact(artifact, directory.root) for artifact in result.artifacts.values()) else None

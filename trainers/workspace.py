@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -121,7 +121,7 @@ def open_directory(directory: PhaseDir, identity: Identity) -> None:
     """
     unfinished = directory.holds_work and directory.read_identity() != identity
     if (unfinished or directory.result.exists()) and (moved := set_aside(directory.root)) is not None:
-        directory.root.mkdir()
+        directory.root.mkdir(exist_ok=True)
         _hand_over(moved, directory.root)
     directory.root.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(directory.root)
@@ -155,10 +155,11 @@ def finished_phases(workspace: Path) -> Iterator[Path]:
                 yield path.parent
 
 
-def adopt(finished: Path, phase_root: Path) -> None:
+def adopt(finished: Path, phase_root: Path, check: Callable[[], None] = lambda: None) -> None:
     """Give a phase the result of an equal one, by hard links where the file system allows, else by copying.
 
-    Artifacts never change once ``result.json`` stands, so sharing their files is safe.
+    Artifacts never change once ``result.json`` stands, so sharing their files is safe. ``check`` raises if it is another
+    process's to do by then.
     """
     temporary = phase_root.with_name(f".{phase_root.name}.adopt")
     if temporary.exists():  # of a process that was killed, perhaps with what it had been handed
@@ -167,6 +168,7 @@ def adopt(finished: Path, phase_root: Path) -> None:
         shutil.rmtree(temporary)
     ignored = shutil.ignore_patterns("checkpoints", *STARTERS)
     shutil.copytree(finished, temporary, copy_function=link_or_copy, ignore=ignored)
+    check()
     _hand_over(phase_root, temporary)
     set_aside(phase_root)
     shutil.rmtree(phase_root, ignore_errors=True)

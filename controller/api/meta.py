@@ -27,6 +27,8 @@ LABEL_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 """On jobs alone."""
 ANNOTATION_DIGEST = f"{GROUP}/digest"
 ANNOTATION_PHASE_FILE = f"{GROUP}/phase-file"
+ANNOTATION_RETRY = f"{GROUP}/retry"
+"""On runs, by whoever may edit them: what failed is to try again, or phases are to run anew (:mod:`controller.plan.again`)."""
 PRODUCT = "alignment-operator"
 
 # ---- condition types

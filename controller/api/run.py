@@ -18,6 +18,8 @@ from trainers.contract import PhaseType
 from trainers.phases import REGISTRY, phase_type
 from trainers.spec import ModelRef, PhaseSpec, SpecModel, members_set
 
+JOB_SECONDS = 7 * 24 * 3600
+
 MEMBERS: tuple[str, ...] = tuple(entry.name for entry in REGISTRY)
 """The members a phase entry can have: one for each phase type."""
 
@@ -160,8 +162,10 @@ class RunSpec(SpecModel):
     """Retries and deadlines."""
     suspend: bool = False
     """Stop everything that runs and start nothing. Finished phases stay finished, unfinished work is kept."""
-    ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
-    """Delete the run's jobs this long after its end; the run itself and its artifacts stay."""
+    ttl_seconds_after_finished: int | None = Field(default=JOB_SECONDS, ge=0)
+    """Delete jobs, with their pods and logs, this long after their end (7 days unless set; never if null); the run itself and its artifacts stay."""
+    run_ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
+    """Delete the run itself this long after its end, well or not; never unless set. Its artifacts stay."""
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=MAX_PHASES)
     """The phases; references between them say what waits for what, independent ones run side by side."""
 

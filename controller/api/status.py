@@ -129,6 +129,8 @@ class Attempt(StatusModel):
     """Step of the newest checkpoint that it was seen to have; 0 is none."""
     made_good: bool = False
     """Failed, and work that was saved since has given its retry back (`failurePolicy.refillOnProgress`)."""
+    forgiven: bool = False
+    """Failed, and somebody has asked for another try since: it uses up no budget."""
     placed: int = 0
     """Of one that did not begin to run in time: how many of them found a place, if the next one is to have as many."""
     state: AttemptState
@@ -189,6 +191,8 @@ class PhaseStatus(StatusModel):
     """Mark of the settings that the digest is of, as they are written: for these it stays, whatever a later version would make of them."""
     image: str = ""
     """Where neither the run nor the phase names one: the operator's default when the phase began, which its further attempts have too."""
+    again: int | None = None
+    """Number of the last request to run it anew, if there was one, which is part of its identity: what had been computed before does not count."""
     artifact_digest: str | None = None
     """Identity of what it left."""
     failure: FailureClass | None = None
@@ -216,6 +220,15 @@ class PhaseStatus(StatusModel):
     def tries(self) -> int:
         """Attempts so far, with those that others stand for."""
         return sum(attempt.times for attempt in self.attempts)
+
+
+class RetryStatus(StatusModel):
+    """The last request to try again (the annotation `alignment.dev/retry`)."""
+
+    number: int = 0
+    """Its number; only larger ones are obeyed from now on."""
+    refused: str = ""
+    """What is wrong with it, if so."""
 
 
 class Condition(StatusModel):
@@ -256,8 +269,14 @@ class RunStatus(StatusModel):
     """When work began."""
     finished_at: AwareDatetime | None = None
     """When the run ended."""
+    jobs_deleted: bool | None = None
+    """The run has ended, and nothing is left of its jobs (`ttlSecondsAfterFinished`)."""
     workspace: Workspace | None = None
     """Where its artifacts are, once work has begun: as the run says, or the operator's default at that time."""
+    retry: RetryStatus | None = None
+    """The last request to try again."""
+    folder: str = ""
+    """The run's folder in its workspace, once work has begun: `NAMESPACE.RUN`, or `RUN` of a run that began before folders were called so."""
     phases: tuple[PhaseStatus, ...] = ()
     """One for each phase, in the run's order."""
     conditions: tuple[Condition, ...] = ()

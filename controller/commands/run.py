@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 from rich.console import Console
 
 from controller import workspace
+from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
-from controller.api.run import AlignmentRun
+from controller.api.run import AlignmentRun, ObjectMeta
 from controller.api.status import PhaseState, PhaseStatus, RunStatus
 from controller.backends.local import process
 from controller.backends.local.backend import Command, LocalBackend, phase_command
@@ -20,6 +22,7 @@ from controller.backends.local.machine import Machine, this_machine
 from controller.commands.display import LiveTable, PlainLines
 from controller.commands.table import comparison_table, plain_table, read_comparison
 from controller.compose import Document, compose, read_document
+from controller.plan import again
 from controller.plan.explain import explain, select, unmet_inputs
 from controller.plan.resolve import merge_templates, resolve
 from controller.preflight import load_run
@@ -40,6 +43,7 @@ class Request:
     start: tuple[str, ...] = ()
     workspace: Path = workspace.DEFAULT
     jobs: int | None = None
+    anew: tuple[str, ...] = ()
 
     @property
     def base_dir(self) -> Path:
@@ -51,7 +55,25 @@ class Request:
 
     def load(self, local: bool = True) -> AlignmentRun:
         """``local``: as it is to run on this machine."""
-        return load_run(self.document(), self.base_dir, local=local)
+        run = load_run(self.document(), self.base_dir, local=local)
+        if unknown := [name for name in self.anew if name not in (*(entry.name for entry in run.phases), again.ALL)]:
+            known = ", ".join(entry.name for entry in run.phases)
+            raise InvalidRun([Problem("--anew", f'"{unknown[0]}" is not a phase of this run; phases are: {known}')])
+        return run.model_copy(update={"status": self._status(run)})
+
+    def _status(self, run: AlignmentRun) -> RunStatus:
+        """What earlier invocations were asked to run anew stays so, finished or not; this one may ask for more.
+
+        All else is on disk, or is begun afresh: that is what starting the command again is for.
+        """
+        known = workspace.read_status(self.workspace, run.name) or RunStatus()
+        phases = (PhaseStatus(name=p.name, type=p.type, again=p.again) for p in known.phases if p.again)
+        kept = RunStatus(phases=tuple(phases), retry=known.retry)
+        if not self.anew:
+            return kept
+        number = max(int(time.time()), again.last(known) + 1)
+        asked = {meta.ANNOTATION_RETRY: " ".join([str(number), *self.anew])}
+        return again.obey(run.model_copy(update={"metadata": ObjectMeta(name=run.name, annotations=asked)}), kept)
 
     def selection(self, run: AlignmentRun) -> frozenset[str] | None:
         try:

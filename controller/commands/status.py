@@ -98,6 +98,8 @@ def notes(status: RunStatus) -> Iterator[str]:
     """What the table has no room for: conditions that need somebody, queues, what attempts said."""
     conditions = list(_conditions(status))
     yield from conditions
+    if status.retry is not None and status.retry.refused:
+        yield f"Not tried again: {status.retry.refused}"
     for phase in status.phases:
         if phase.queue is not None and phase.queue.state != QueueState.ADMITTED:
             yield _joined(f"{phase.name}: queue", str(phase.queue.state), phase.queue.message)

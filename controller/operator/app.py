@@ -17,7 +17,8 @@ from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.scrape import Scraper
 from controller.backends.cluster.settings import Settings
 from controller.clock import Clock
-from controller.kube import PODS, PYTORCHJOBS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
+from controller.kube import JOBS, PODS, PYTORCHJOBS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
+from controller.memory import Key, Memory
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
@@ -25,7 +26,7 @@ from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
 from controller.operator.model_configs import ModelConfigs
 from controller.operator.namespaces import NamespaceIsBack, readable, until_back
-from controller.operator.queue import Key, WorkQueue
+from controller.operator.queue import WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
 
@@ -74,17 +75,19 @@ class Operator:
             told=self.metrics.scraped,
             now=self.clock.now,
         )
-        backend = ClusterBackend(self.api, self.scraper, options.pods, self.clock.now)
+        self.memory = Memory(self.api)
+        backend = ClusterBackend(self.api, self.memory, self.scraper, options.pods, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
-            self.api, backend, self.metrics, options.identity, options.poll, self.clock.now,
+            self.api, self.memory, backend, self.metrics, options.identity, options.poll, self.clock.now,
             defaults=options.defaults, configs=self.configs.of,
         )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
-        watches = (Watch(RUNS), Watch(PYTORCHJOBS, OURS), Watch(PODS, OURS))
+        watches = [Watch(shelf, {} if resource == RUNS else OURS) for resource, shelf in self.memory.shelves.items()]
         self.watchdog = Watchdog(
-            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches
-        )
+            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches,
+            look_again=self.queue.add,
+        )  # fmt: skip
         self.watching = asyncio.Event()
         self.missing: str | None = None
         """A kind that is not installed."""
@@ -134,15 +137,9 @@ class Operator:
         self.missing = None
 
     def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
-        metadata = document["metadata"]
-        self.watchdog.event(resource.plural, kind, metadata["uid"], metadata["resourceVersion"])
         self.metrics.watched(resource.plural)
-        key = handlers.run_key(resource, document)
-        if key is None:
-            return
-        if resource == RUNS and kind == "DELETED":
-            self.metrics.run_gone(key)
-        else:
+        key = self.memory.event(resource, kind, document)
+        if key is not None:
             self.queue.add(key)
 
     def _unhealthy(self) -> str | None:
@@ -158,16 +155,19 @@ class Operator:
         self.metrics.leads(False)
         await self.election.acquire()
         self.metrics.leads(True)
-        workers = [asyncio.create_task(self._work()) for _ in range(self.options.workers)]
+        # Without this a look right after the start would find running jobs without their pods, and say so.
+        known = asyncio.create_task(self.watchdog.until_known((*JOBS, PODS)))
+        workers = [asyncio.create_task(self._work(known)) for _ in range(self.options.workers)]
         try:
             await self.election.hold()
         finally:
             self.metrics.leads(False)
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for task in (known, *workers):
+                task.cancel()
+            await asyncio.gather(known, *workers, return_exceptions=True)
 
-    async def _work(self) -> None:
+    async def _work(self, known: asyncio.Task[None]) -> None:
+        await asyncio.shield(known)
         while True:
             key, waited = await self.queue.get()
             self.metrics.waited(waited)

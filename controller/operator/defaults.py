@@ -6,6 +6,7 @@ from typing import Any
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseStatus, RunStatus
 from controller.api.workspace import Workspace
+from controller.plan.place import folder_of, has_begun
 from controller.plan.resolve import merge_templates
 
 
@@ -31,11 +32,11 @@ class Defaults:
 
         A phase's checkpoints are of the program that has written them, so of its image.
         """
-        if not any(phase.attempts for phase in status.phases):
+        if not has_begun(status):
             return status
         open_ = {entry.name for entry in run.phases if not merge_templates(run.spec.template, entry.template).image}
         phases = tuple(self._begun(phase) if phase.name in open_ else phase for phase in status.phases)
-        return status.model_copy(update={"workspace": run.spec.workspace, "phases": phases})
+        return status.model_copy(update={"workspace": run.spec.workspace, "folder": folder_of(run), "phases": phases})
 
     def _begun(self, phase: PhaseStatus) -> PhaseStatus:
         return phase.model_copy(update={"image": phase.image or self.image or ""}) if phase.attempts else phase

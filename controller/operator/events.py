@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.api.status import AttemptState, PhaseState, PhaseStatus, RetryStatus, RunStatus
 from controller.api.text import plain
 
 NOTE_LIMIT = 1024
@@ -24,18 +24,27 @@ class Event:
 
 
 def transitions(before: RunStatus, after: RunStatus) -> Iterator[Event]:
-    """Phases first, then what it means for the run."""
+    """What was asked for first, then phases, then what it means for the run."""
+    yield from _retry(before.retry or RetryStatus(), after.retry or RetryStatus())
     for phase in after.phases:
         yield from _phase(before.phase_status(phase.name), phase)
     for kind in (meta.ACCEPTED, meta.ADMITTED, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED):
         yield from _condition(kind, before, after)
 
 
+def _retry(before: RetryStatus, after: RetryStatus) -> Iterator[Event]:
+    if after.refused and after.refused != before.refused:
+        yield Event("Warning", "RetryRefused", after.refused)
+    elif after.number > before.number and not after.refused:
+        yield Event("Normal", "RetryAsked", f"somebody has asked to try again (request {after.number})")
+
+
 def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
     name = f"phase {after.name}"
     before = before or PhaseStatus(name=after.name, type=after.type)
     if before.digest and after.digest != before.digest and before.state in (PhaseState.SUCCEEDED, PhaseState.RUNNING):
-        yield Event("Normal", "PhaseChanged", f"{name}: its settings or inputs have changed, so it runs again")
+        why = "it was asked to" if after.again != before.again else "its settings or inputs have changed"
+        yield Event("Normal", "PhaseChanged", f"{name}: {why}, so it runs again")
     yield from _attempts(before, after)
     if after.fits is False and before.needs != after.needs:
         yield Event("Warning", "WillNotFit", f"{name} {after.needs}")

@@ -1,7 +1,6 @@
 """Counting what the operator does, for /metrics."""
 
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence, Sized
 from itertools import product
 from typing import Any
@@ -13,8 +12,8 @@ from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.backends.cluster.scrape import OUTCOMES
 from controller.kube import Call
+from controller.memory import Key
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
-from controller.operator.queue import Key
 from controller.operator.run_series import RunSeries, gpus_of
 from trainers import __version__
 from trainers.contract import FailureClass
@@ -27,6 +26,7 @@ class OperatorMetrics:
         own = [metric for metric in METRICS if metric not in RUN_METRICS]
         self._collectors: dict[str, Any] = {m.name: m.collector(self.registry) for m in own}
         self._states: dict[Key, str] = {}
+        self._namespaces: set[str] = set()
         self._leads = False
         self._series = RunSeries()
         self._asked: dict[tuple[Key, str, int], float] = {}
@@ -61,24 +61,29 @@ class OperatorMetrics:
         self._gpu_seconds_begin_at_zero(key, status)
         if before != after:
             self._states[key] = after
-            self._count_runs({key.namespace})
+            self._count(key.namespace, before, after)
 
     def run_gone(self, key: Key) -> None:
         self._series.gone(key)
         self._asked = {which: at for which, at in self._asked.items() if which[0] != key}
-        if self._states.pop(key, None) is not None:
-            self._count_runs({key.namespace})
+        if (before := self._states.pop(key, None)) is not None:
+            self._count(key.namespace, before, None)
 
     def _gpu_seconds_begin_at_zero(self, key: Key, status: RunStatus) -> None:
         """As with failures; which namespaces there are is only known now."""
         for kind, outcome in product({phase.type for phase in status.phases}, (s for s in AttemptState if s.ended)):
             self._of("gpu_seconds_total", namespace=key.namespace, type=kind, outcome=outcome)
 
-    def _count_runs(self, namespaces: Iterable[str]) -> None:
-        for namespace in namespaces:
-            tally = Tally(state for key, state in self._states.items() if key.namespace == namespace)
+    def _count(self, namespace: str, before: str | None, after: str | None) -> None:
+        """Not anew: of ten thousand runs that would take as many steps for each of them."""
+        if namespace not in self._namespaces:
+            self._namespaces.add(namespace)
             for state in RUN_STATES:
-                self._of("runs", namespace=namespace, state=state).set(tally[state])
+                self._of("runs", namespace=namespace, state=state).set(0)
+        if before is not None:
+            self._of("runs", namespace=namespace, state=before).dec()
+        if after is not None:
+            self._of("runs", namespace=namespace, state=after).inc()
 
     def transition(self, key: Key, run: AlignmentRun, before: RunStatus, after: RunStatus) -> None:
         """Count what has changed between two statuses of one run."""

@@ -28,7 +28,7 @@ RUN_METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "phase_retries_allowed", "gauge", "Retries that the run allows for that class.", (*PHASE, "class")),
     MetricDef(PREFIX + "phase_result", "gauge", "A final metric of a finished phase, as in the run's status; of the newest runs, up to 20,000 figures.", (*PHASE, "metric")),
 )  # fmt: skip
-"""Of each run. Only the replica that acts has these, and only while the run exists."""
+"""Of each run. Only the replica that acts has these, and only while the run exists; of those that have ended, of the newest 1,000."""
 
 METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "info", "gauge", "1; the version of this replica.", ("version",)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from controller.api.run import AlignmentRun
-from controller.operator.queue import Key
+from controller.memory import Key
 from controller.plan.shapes import Configs, sources
 from trainers.sizing.configs import Source, read_configs
 

@@ -1,17 +1,13 @@
-"""Which runs want a look: each at most once in the queue, never two looks at one run at a time."""
+"""Which runs want a look: each at most once in the queue, never two looks at one run at a time, namespaces in turn."""
 
 import asyncio
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+
+from controller.memory import Key
 
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 120.0
-
-
-class Key(NamedTuple):
-    namespace: str
-    name: str
 
 
 class WorkQueue:
@@ -19,8 +15,8 @@ class WorkQueue:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._waiting: dict[Key, float] = {}
-        """In order of arrival, with the time of it."""
+        self._waiting: dict[str, dict[Key, float]] = {}
+        """By namespace, in the order of their turns: keys in order of arrival, with the time of it."""
         self._working: set[Key] = set()
         self._again: set[Key] = set()
         self._timers: dict[Key, asyncio.TimerHandle] = {}
@@ -28,13 +24,13 @@ class WorkQueue:
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     def add(self, key: Key) -> None:
         if key in self._working:
             self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting[key] = self._clock()
+        else:
+            self._waiting.setdefault(key.namespace, {}).setdefault(key, self._clock())
             self._arrived.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -59,12 +55,19 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     async def get(self) -> tuple[Key, float]:
-        """The key that has waited longest, and for how many seconds. Call :meth:`done` after it has been worked on."""
+        """A key, and for how many seconds it has waited. Call :meth:`done` after it has been worked on.
+
+        The one that has waited longest of the namespace whose turn it is: ten thousand runs of one do not keep another waiting.
+        """
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
-        key = next(iter(self._waiting))
-        since = self._waiting.pop(key)
+        namespace = next(iter(self._waiting))
+        of_namespace = self._waiting.pop(namespace)
+        key = next(iter(of_namespace))
+        since = of_namespace.pop(key)
+        if of_namespace:
+            self._waiting[namespace] = of_namespace
         self._working.add(key)
         return key, self._clock() - since
 

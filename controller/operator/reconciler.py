@@ -1,33 +1,60 @@
-"""One look at one run: read it, observe, decide, write the status, act, tell."""
+"""One look at one run: recall it, observe, decide, write the status, act, tell.
+
+It is looked at from memory, which may lag behind, so a look at a run at which nothing is to be done costs no call. What starts,
+is stopped or is taken for ended is observed anew and decided anew first; the status is written against the version that was
+read, and where nothing is written, the run is read again.
+"""
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
 from controller.api import meta
 from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
-from controller.api.status import RunStatus
+from controller.api.status import AttemptState, RunStatus
 from controller.backends.base import Backend
 from controller.clock import seconds_now
-from controller.kube import Api, ApiError, Object
+from controller.kube import RUNS, Api, ApiError, Call, Conflict, Object
+from controller.memory import Key, Memory
 from controller.operator import events
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
-from controller.operator.queue import Key
-from controller.plan.decide import going, is_final, is_settled, is_terminal, refused
+from controller.operator.specs import Specs
+from controller.plan.decide import (
+    ENDED,
+    Action,
+    Apply,
+    Decision,
+    decide,
+    going,
+    is_final,
+    is_terminal,
+    refused,
+    rests,
+)
+from controller.plan.leftovers import next_chore
+from controller.plan.observed import Observed
 from controller.plan.refusal import Refusal
 from controller.plan.shapes import Configs
-from controller.reconcile import act, reconcile
+from controller.reconcile import act
 
 logger = logging.getLogger(__name__)
 
 NONE = Defaults()
 POLL = timedelta(seconds=15)
 """Between two looks at a run in which something runs: for its progress."""
+POLLS_PER_SECOND = 40.0
+"""At most, of all runs together: when so many train that it would be more, each is looked at less often."""
+
+
+class RemembersToo(Backend, Protocol):
+    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
+        """From memory unless ``anew``."""
 
 
 ConfigsOf = Callable[[Key, AlignmentRun], Configs]
@@ -40,10 +67,12 @@ def no_configs(_: Key, __: AlignmentRun) -> Configs:
 
 class Reconciler:
     def __init__(
-        self, api: Api, backend: Backend, metrics: OperatorMetrics, instance: str, poll: timedelta = POLL,
-        now: Callable[[], datetime] = seconds_now, defaults: Defaults = NONE, configs: ConfigsOf = no_configs,
+        self, api: Api, memory: Memory, backend: RemembersToo, metrics: OperatorMetrics, instance: str,
+        poll: timedelta = POLL, now: Callable[[], datetime] = seconds_now, defaults: Defaults = NONE,
+        configs: ConfigsOf = no_configs,
     ) -> None:  # fmt: skip
         self.api = api
+        self.memory = memory
         self.backend = backend
         self.metrics = metrics
         self.instance = instance
@@ -51,45 +80,99 @@ class Reconciler:
         self.now = now
         self.defaults = defaults
         self.configs = configs
+        self._moving: set[Key] = set()
+        self._specs = Specs()
 
     async def look(self, key: Key) -> timedelta | None:
         """Returns when to look again, if nothing happens before. Raises what the API server says, to be tried again."""
-        document = await self.api.get_run(*key)
+        document = self.memory.run(key)
         if document is None or document["metadata"].get("deletionTimestamp"):
             # What belongs to the run goes with it, by owner references.
             self.metrics.run_gone(key)
+            self._moving.discard(key)
             return None
         try:
-            run = AlignmentRun.model_validate(document)
+            run = self._specs.read(document)
         except ValidationError as error:
             return await self._refuse(key, document, error)
         return await self._reconcile(key, self.defaults.applied(run), document)
 
     async def _reconcile(self, key: Key, run: AlignmentRun, document: Object) -> timedelta | None:
         before = run.status or RunStatus()
-        if is_settled(run):
+        if rests(run) and ((due := next_chore(run, before)) is None or due > self.now()):
             self.metrics.run_seen(key, run, before)
-            return None
+            return due - self.now() if due else None
+        # Of one that has ended nothing is worked out any more.
+        configs = {} if is_final(before, run.metadata.generation) else self.configs(key, run)
+        now = self.now()
 
-        async def save(status: RunStatus) -> None:
-            await self._write(key, run, document, before, self.defaults.remembered(status, run))
+        def think(observed: Observed) -> Decision:
+            return decide(run, replace(observed, configs=configs), now)
 
-        decision = await reconcile(run, self.backend, self.now(), save, configs=self.configs(key, run))
+        decision = await self._carry_out(key, run, document, think)
         self.metrics.run_seen(key, run, decision.status)
+        if decision.delete_run:
+            await self._delete(key, document)
         # Also while something is only on its way out: that a pod will not come back shows by its silence alone.
-        moving = decision.actions or (going(decision.status) and not is_terminal(decision.status))
-        poll = self.poll if moving else None
-        waits = [wait for wait in (decision.requeue_after, poll) if wait is not None]
+        moving = bool(decision.actions) or (going(decision.status) and not is_terminal(decision.status))
+        waits = [wait for wait in (decision.requeue_after, self._poll(key, moving)) if wait is not None]
         return min(waits, default=None)
+
+    def _poll(self, key: Key, moving: bool) -> timedelta | None:
+        if not moving:
+            self._moving.discard(key)
+            return None
+        self._moving.add(key)
+        return max(self.poll, timedelta(seconds=len(self._moving) / POLLS_PER_SECOND))
+
+    async def _carry_out(
+        self, key: Key, run: AlignmentRun, document: Object, think: Callable[[Observed], Decision]
+    ) -> Decision:
+        """The status is saved before anything is done: a crash in between asks again, and never forgets a failure."""
+        before = run.status or RunStatus()
+        observed = await self.backend.observe(run, anew=False)
+        decision = think(observed)
+        cleared = decision.status.jobs_deleted and not before.jobs_deleted
+        if cleared or _to_do(decision, observed) or _ends(before) != _ends(decision.status):
+            observed = await self.backend.observe(run, anew=True)
+            decision = think(observed)
+        actions = _to_do(decision, observed)
+        if decision.status != before:
+            # Of a run that cannot be read it is not known what it leaves to the operator.
+            after = self.defaults.remembered(decision.status, run) if run.phases else decision.status
+            await self._write(key, run, document, before, after)
+        elif actions:
+            await self._unchanged(key, document)
+        await act(self.backend, run, actions, observed)
+        return decision
+
+    async def _unchanged(self, key: Key, document: Object) -> None:
+        """As a write would find out. Raises Conflict."""
+        found = await self.api.get_run(*key)
+        self.memory.saw(RUNS, [found] if found else [])
+        if found is None or found["metadata"]["resourceVersion"] != document["metadata"]["resourceVersion"]:
+            raise Conflict(Call("get", RUNS), key.name, 409, "the run has changed since the watch told of it")
 
     async def _write(self, key: Key, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
         """The write fails if the run has changed since it was read: then all of it is done anew."""
-        await self.api.write_run_status(document, after.beside(document.get("status") or {}))
+        try:
+            written = await self.api.write_run_status(document, after.beside(document.get("status") or {}))
+        except Conflict:
+            found = await self.api.get_run(*key)
+            self.memory.saw(RUNS, [found] if found else [])
+            raise
+        self.memory.saw(RUNS, [written])
         self.metrics.transition(key, run, before, after)
         for event in events.transitions(before, after):
             log = logger.warning if event.type == "Warning" else logger.info
             log("%s", event.note, extra={"namespace": run.metadata.namespace, "run": run.name, "reason": event.reason})
             await self._tell(events.render(event, run, self.instance, self.now()))
+
+    async def _delete(self, key: Key, document: Object) -> None:
+        """Unless somebody has edited it, or asked to try again, since it was read."""
+        found = document["metadata"]
+        logger.info("the run has had its time, and is deleted", extra={"namespace": key.namespace, "run": key.name})
+        await self.api.delete_run(key.namespace, key.name, found["uid"], found["resourceVersion"])
 
     async def _tell(self, event: dict[str, Any]) -> None:
         try:
@@ -106,13 +189,25 @@ class Reconciler:
         if is_final(before, run.metadata.generation):
             self.metrics.run_seen(key, None, before)
             return None
-        observed = await self.backend.observe(run)
-        decision = refused(before, Refusal(message, run.spec.suspend, run.metadata.generation), observed, self.now())
-        if decision.status != before:
-            await self._write(key, run, document, before, decision.status)
-        await act(self.backend, run, decision.actions, observed)
+        refusal, now = Refusal(message, run.spec.suspend, run.metadata.generation), self.now()
+        decision = await self._carry_out(key, run, document, lambda observed: refused(before, refusal, observed, now))
         self.metrics.run_seen(key, None, decision.status)
-        return self.poll if going(decision.status) else None
+        return self._poll(key, going(decision.status))
+
+
+def _to_do(decision: Decision, observed: Observed) -> list[Action]:
+    """Without the deletions of what is on its way out."""
+    leaving = {(job.phase, job.attempt) for job in observed.jobs if job.leaving}
+    return [a for a in decision.actions if isinstance(a, Apply) or (a.phase, a.attempt) not in leaving]
+
+
+def _ends(status: RunStatus) -> set[tuple[str, int, str]]:
+    """Of attempts, and of phases, which have the number 0."""
+    over = {(phase.name, 0, str(phase.state)) for phase in status.phases if phase.state in ENDED}
+    attempts = [(phase.name, attempt) for phase in status.phases for attempt in phase.attempts]
+    return over | {
+        (name, a.number, str(a.state)) for name, a in attempts if a.state.ended or a.state == AttemptState.STOPPING
+    }
 
 
 def as_far_as_known(document: Object) -> AlignmentRun:

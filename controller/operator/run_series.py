@@ -10,8 +10,8 @@ from prometheus_client.registry import Collector
 
 from controller.api.run import AlignmentRun, FailurePolicy
 from controller.api.status import Attempt, AttemptState, PhaseStatus, RunStatus
+from controller.memory import Key
 from controller.operator.metrics import PREFIX, RUN_METRICS
-from controller.operator.queue import Key
 from controller.plan.attempts import budget, of_settings, spent
 from controller.plan.resolve import merge_templates
 from trainers.contract import FailureClass
@@ -26,9 +26,14 @@ RESULTS_OF_A_RUN = 5_000
 """Else they are not shown: it was a pod that named them."""
 
 
+ENDED = 1_000
+"""Runs that have ended and are still shown, the newest: ten thousand make a page of 60 MB, and what falls out was scraped."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     started: float
+    ended: bool
     samples: list[Sample]
     results: list[Sample]
 
@@ -36,15 +41,32 @@ class _Seen:
 class RunSeries(Collector):
     def __init__(self) -> None:
         self._seen: dict[Key, _Seen] = {}
+        self._ended = 0
+        """At most so many have ended."""
 
     def seen(self, key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> None:
         """``run`` is None for one that could not be read."""
         samples = [*_run_samples(key, state, run, status), *(_phases(key, run, status) if run else ())]
         started = status.started_at.timestamp() if status.started_at else 0.0
-        self._seen[key] = _Seen(started, samples, list(_results(key, status)))
+        ended = state in ("Succeeded", "Failed")
+        self._seen[key] = _Seen(started, ended, samples, list(_results(key, status)))
+        self._ended += ended
+        # Now and then: nobody counts what comes and goes.
+        if self._ended > 2 * ENDED:
+            self._forget_old()
 
     def gone(self, key: Key) -> None:
         self._seen.pop(key, None)
+
+    def _forget_old(self) -> None:
+        ended = [(key, seen) for key, seen in self._newest() if seen.ended]
+        for key, _ in ended[ENDED:]:
+            del self._seen[key]
+        self._ended = min(len(ended), ENDED)
+
+    def _newest(self) -> list[tuple[Key, _Seen]]:
+        """By turns of their namespaces."""
+        return _by_turns(sorted(self._seen.items(), key=lambda item: item[1].started, reverse=True))
 
     def collect(self) -> Iterator[Metric]:
         found = defaultdict(list)
@@ -57,24 +79,26 @@ class RunSeries(Collector):
             yield family
 
     def _shown(self) -> Iterator[Sample]:
-        """All samples; of the results those of the newest runs, of each run all or none."""
-        runs = sorted(self._seen.items(), key=lambda item: item[1].started, reverse=True)
-        room = RESULTS
-        for seen in _by_turns(runs):
+        """All samples but of old runs that have ended; of the results those of the newest runs, of each run all or none."""
+        room, ended = RESULTS, ENDED
+        for _, seen in self._newest():
+            ended -= seen.ended
+            if seen.ended and ended < 0:
+                continue
             yield from seen.samples
             if len(seen.results) <= min(room, RESULTS_OF_A_RUN):
                 room -= len(seen.results)
                 yield from seen.results
 
 
-def _by_turns(runs: Sequence[tuple[Key, _Seen]]) -> list[_Seen]:
+def _by_turns(runs: Sequence[tuple[Key, _Seen]]) -> list[tuple[Key, _Seen]]:
     """The first of each namespace, then the second of each, and so on: no namespace takes another one's room."""
     places: Counter[str] = Counter()
     turns = []
     for key, seen in runs:
-        turns.append((places[key.namespace], seen))
+        turns.append((places[key.namespace], key, seen))
         places[key.namespace] += 1
-    return [seen for _, seen in sorted(turns, key=lambda turn: turn[0])]
+    return [(key, seen) for _, key, seen in sorted(turns, key=lambda turn: turn[0])]
 
 
 def gpus_of(run: AlignmentRun, phase: str, attempt: Attempt) -> int:

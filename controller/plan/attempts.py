@@ -227,7 +227,7 @@ def halvings(failures: Sequence[Attempt]) -> int:
 
 def spent(failures: Sequence[Attempt], policy: FailurePolicy) -> list[Attempt]:
     """Those that use up budgets. There are only so many that a smaller attempt follows, and only so much work to save."""
-    return [a for a in failures if not a.placed and not (a.made_good and policy.refill_on_progress)]
+    return [a for a in failures if not (a.placed or a.forgiven) and not (a.made_good and policy.refill_on_progress)]
 
 
 def count(failures: Sequence[Attempt], failure: FailureClass | None) -> int:
@@ -276,7 +276,8 @@ def _counted(failures: Sequence[Attempt]) -> list[Attempt]:
     alike: dict[tuple[object, ...], Attempt] = {}
     for failure in old:
         # Not all of them use up a budget.
-        key = (failure.digest, failure.settings, failure.failure, bool(failure.placed), failure.made_good)
+        counts = (bool(failure.placed), failure.made_good, failure.forgiven)
+        key = (failure.digest, failure.settings, failure.failure, counts)
         alike[key] = _both(alike.pop(key, None), failure)
     return [*list(alike.values())[-KINDS:], *kept]
 

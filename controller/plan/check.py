@@ -9,6 +9,7 @@ from controller.api.run import AlignmentRun, PhaseEntry
 from controller.api.volumes import mount_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.lineage import tokenizer_problems
+from controller.plan.once import of_spec
 from controller.plan.resolve import merge_templates, resolve
 from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
@@ -19,6 +20,7 @@ LEAST_GPU = 2**30
 """Bytes."""
 
 
+@of_spec
 def check_run(run: AlignmentRun) -> list[Problem]:
     """Every problem of the run as a whole."""
     types = {entry.name: entry.type for entry in run.phases}

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.plan import again, clocks, leftovers
 from controller.plan import attempts as history
-from controller.plan import clocks
 from controller.plan.bounded import bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
@@ -54,6 +54,8 @@ Action = Apply | Delete
 class Decision:
     status: RunStatus
     actions: tuple[Action, ...] = ()
+    delete_run: bool = False
+    """The run has had its time: it goes, if it is still as it was when it was read."""
     requeue_after: timedelta | None = None
     """When time alone changes the answer; None if only an observation can."""
 
@@ -63,28 +65,35 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     before = clocks.written(run.status or RunStatus(), run.metadata.creation_timestamp, now)
     observed = clocks.seen(observed, now)
     generation = run.metadata.generation
-    if is_final(before, generation):
+    if is_final(before, generation) and not _asks(run, before):
         return _at_rest(run, before, observed, now)
     if problems := [*map(str, check_run(run)), *observed.problems]:
         return refused(before, Refusal("; ".join(problems), run.spec.suspend, generation), observed, now)
+    obeyed = again.obey(run, before)
+    if is_final(before, generation) and obeyed.phases == before.phases:
+        return _at_rest(run, obeyed, observed, now)
     phases = resolve(run)
     started = _started(run, before, now)
-    before = _time_anew(before) if is_terminal(before) else before
+    before = _time_anew(obeyed) if is_terminal(before) else obeyed
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
     steps = _with_needs(run, phases, steps, before, observed)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
-    actions = (*stops, *map(Apply, jobs))
-    return Decision(status, actions, _requeue(run, status, steps, now))
+    stops += [Delete(job.phase, job.attempt) for job in leftovers.outlived(run, before, observed, now)]
+    actions = (*dict.fromkeys(stops), *map(Apply, jobs))
+    return Decision(status, actions, requeue_after=_requeue(run, status, steps, observed, now))
 
 
-def is_settled(run: AlignmentRun) -> bool:
-    """Whether nothing but an edit can ever change anything, so that nobody has to look at the cluster."""
+def rests(run: AlignmentRun) -> bool:
+    """Whether it has ended: nobody has to look at the cluster until :func:`controller.plan.leftovers.next_chore`."""
     status = run.status or RunStatus()
-    ended = is_final(status, run.metadata.generation)
-    return ended and run.spec.ttl_seconds_after_finished is None and not going(status)
+    return is_final(status, run.metadata.generation) and not _asks(run, status) and not going(status)
+
+
+def _asks(run: AlignmentRun, status: RunStatus) -> bool:
+    return again.is_news(run.metadata.annotations.get(meta.ANNOTATION_RETRY), status)
 
 
 def refused(before: RunStatus, refusal: Refusal, observed: Observed, now: datetime) -> Decision:
@@ -100,11 +109,16 @@ def going(status: RunStatus) -> bool:
 
 def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: datetime) -> Decision:
     """An end stays. Jobs of a finished run go when their time has come; a live one has outlived a lost deletion."""
-    due = _after(before.finished_at, run.spec.ttl_seconds_after_finished)
+    end = leftovers.end_of_run(run, before)
+    if end is not None and end <= now:
+        return Decision(before, _end_live(observed), delete_run=True)
+    due = leftovers.next_chore(run, before)
     if due is None or now < due:
-        return Decision(before, _end_live(observed), due - now if due else None)
+        return Decision(before, _end_live(observed), requeue_after=due - now if due else None)
     jobs = [job for job in observed.jobs if not job.past]
-    return Decision(before, tuple(Delete(job.phase, job.attempt) for job in jobs))
+    status = before if jobs else before.model_copy(update={"jobs_deleted": True})
+    actions = tuple(Delete(job.phase, job.attempt) for job in jobs)
+    return Decision(status, actions, requeue_after=end - now if end else None)
 
 
 def _started(run: AlignmentRun, before: RunStatus, now: datetime) -> datetime:
@@ -262,6 +276,8 @@ def _status(
         observed_generation=generation,
         started_at=started,
         workspace=before.workspace,
+        retry=before.retry,
+        folder=before.folder,
         phases=phases,
         conditions=update(before.conditions, claims, generation, now),
     )
@@ -274,17 +290,20 @@ def _status(
     return bounded(status.model_copy(update={**summary(status), **times}), run)
 
 
-def _requeue(run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], now: datetime) -> timedelta | None:
+def _requeue(
+    run: AlignmentRun, status: RunStatus, steps: Mapping[str, Step], observed: Observed, now: datetime
+) -> timedelta | None:
     """Until the next moment at which a wait, a deadline or a stall comes due."""
     policy = run.spec.failure_policy
     if is_terminal(status):
-        due = _after(status.finished_at, run.spec.ttl_seconds_after_finished)
+        due = leftovers.next_chore(run, status)
         return max(due - now, timedelta()) if due else None
     moments = [phase.retry_at for phase in status.phases]
     moments += [step.due for step in steps.values()]
     moments += [_after(p.started_at, policy.phase_deadline_seconds) for p in status.phases if p.state in MOVING]
     moments += [_after(p.progress.updated_at, policy.stalled_after_seconds) for p in status.phases if p.progress]
     moments.append(_after(status.started_at, None if run.spec.suspend else policy.run_deadline_seconds))
+    moments.append(leftovers.next_due(run, status, observed, now))
     moments += [now + HELD_AGAIN for phase in status.phases if phase.held_by]
     ahead = [moment - now for moment in moments if moment is not None and moment > now]
     return min(ahead, default=None)

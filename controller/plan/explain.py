@@ -11,7 +11,6 @@ from controller.plan.graph import dependents, edges
 from controller.plan.observed import Observed, ObservedResult, Unfinished
 from controller.plan.resolve import ResolvedPhase, resolve
 from trainers import gates
-from trainers.contract import phase_digest
 from trainers.spec import PhaseSpec, identifying
 
 SHOWN_CHANGES = 4
@@ -31,7 +30,8 @@ def explain(run: AlignmentRun, observed: Observed, only: Collection[str] | None 
     """Plans in the order in which phases can run. The run has been checked."""
     plans: dict[str, PhasePlan] = {}
     for phase in resolve(run):
-        plan = _explain(phase, observed, plans)
+        before = run.status.phase_status(phase.name) if run.status else None
+        plan = _explain(phase, observed, plans, (before.again or 0) if before else 0)
         skipped = only is not None and phase.name not in only and plan.action != "reuse"
         plans[phase.name] = (
             PhasePlan(phase.name, phase.type.name, "skip", f"not selected ({plan.why})") if skipped else plan
@@ -39,19 +39,19 @@ def explain(run: AlignmentRun, observed: Observed, only: Collection[str] | None 
     return tuple(plans.values())
 
 
-def _explain(phase: ResolvedPhase, observed: Observed, plans: Mapping[str, PhasePlan]) -> PhasePlan:
+def _explain(phase: ResolvedPhase, observed: Observed, plans: Mapping[str, PhasePlan], again: int) -> PhasePlan:
     before = observed.results.get(phase.name)
     artifacts = {name: plans[name].artifact_digest for name in phase.inputs}
     known = {name: digest for name, digest in artifacts.items() if digest is not None}
     if len(known) < len(artifacts):
         return PhasePlan(phase.name, phase.type.name, "run", _inputs_change(phase, plans, before))
-    digest = phase_digest(phase.type.name, phase.spec, phase.image, known)
+    digest = phase.digest(known, again)
     left = observed.unfinished.get(phase.name)
     left = left if left is not None and left.digest == digest else None
     return (
         _reuse(phase, before, observed.elsewhere.get(digest), digest)
         or _continue(phase, left)
-        or PhasePlan(phase.name, phase.type.name, "run", _why_run(phase, before, left, known, digest))
+        or PhasePlan(phase.name, phase.type.name, "run", _why_run(phase, before, left, known, digest, again))
     )
 
 
@@ -81,10 +81,13 @@ def _continue(phase: ResolvedPhase, left: Unfinished | None) -> PhasePlan | None
 
 
 def _why_run(
-    phase: ResolvedPhase, before: ObservedResult | None, left: Unfinished | None, inputs: Mapping[str, str], digest: str
-) -> str:
+    phase: ResolvedPhase, before: ObservedResult | None, left: Unfinished | None, inputs: Mapping[str, str], digest: str,
+    again: int,
+) -> str:  # fmt: skip
     if before is not None:
-        return _changes(phase, before, inputs, digest)
+        return _changes(phase, before, inputs, digest) or (
+            "asked to run anew" if again else "image or version of the program changed"
+        )
     return f"begins again: {left.stale}" if left is not None and left.stale is not None else "not run yet"
 
 
@@ -104,7 +107,7 @@ def _changes(phase: ResolvedPhase, before: ObservedResult, inputs: Mapping[str, 
     found += [f"input {name} is new" for name in inputs if name not in before.inputs]
     found += [f"input {name} is gone" for name in before.inputs if name not in inputs]
     more = f", and {len(found) - SHOWN_CHANGES} more" if len(found) > SHOWN_CHANGES else ""
-    return ", ".join(found[:SHOWN_CHANGES]) + more if found else "image or version of the program changed"
+    return ", ".join(found[:SHOWN_CHANGES]) + more
 
 
 def _changed_settings(spec: PhaseSpec, before: Mapping[str, Any]) -> Iterator[str]:

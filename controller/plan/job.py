@@ -50,9 +50,12 @@ class PhaseJob:
     alone: bool = True
     """Nothing else runs or could run beside it now. A hint for sharing one machine; not part of what is asked for."""
 
-    def phase_file(self, workspace: str, base_dir: str) -> PhaseFile:
-        """The file the phase program reads, given where it will see the workspace and the user's files."""
-        root = f"{workspace}/{self.run}"
+    def phase_file(self, workspace: str, base_dir: str, folder: str = "") -> PhaseFile:
+        """The file the phase program reads, given where it will see the workspace and the user's files.
+
+        ``folder``: the run's in the workspace, if that is not its name.
+        """
+        root = f"{workspace}/{folder or self.run}"
         file = PhaseFile(
             version=__version__,
             digest=self.digest,

@@ -47,6 +47,8 @@ class ObservedJob:
     """How many of its parts have a machine."""
     queue: QueueStatus | None = None
     """What its queue says."""
+    leaving: bool = False
+    """It has been deleted, and is on its way out."""
     past: bool = False
     """Ended before the user asked again: its number is taken, its failure is forgiven."""
 

@@ -16,7 +16,7 @@ from controller.plan.resolve import ResolvedPhase
 from controller.plan.said import said_of
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
-from trainers.contract import FailureClass, phase_digest
+from trainers.contract import FailureClass
 
 HOPELESS = (PhaseState.FAILED, PhaseState.BLOCKED, PhaseState.NOT_SELECTED)
 
@@ -69,7 +69,7 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
 def _of(asked: str, before: PhaseStatus, step: Step) -> Step:
     """With what stays the same for as long as the identity does."""
     image = before.image if before.digest == step.status.digest else ""
-    return replace(step, status=step.status.model_copy(update={"asked": asked, "image": image}))
+    return replace(step, status=step.status.model_copy(update={"asked": asked, "image": image, "again": before.again}))
 
 
 def wanted(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus], before: PhaseStatus) -> tuple[str, str | None]:
@@ -81,10 +81,10 @@ def wanted(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus], before: Phas
     artifacts = artifact_digests(phase, inputs)
     if artifacts is None:
         return "", None
-    asked = phase.asked(artifacts)
+    asked = phase.asked(artifacts, before.again or 0)
     if before.digest and before.asked == asked:
         return asked, before.digest
-    return asked, phase_digest(phase.type.name, phase.spec, phase.image, artifacts)
+    return asked, phase.digest(artifacts, before.again or 0)
 
 
 def artifact_digests(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> dict[str, str] | None:

@@ -66,8 +66,12 @@ class Runs:
         assert "Succeeded" in _true(status), f"{_short(json.dumps(status))}\n{self._scene()}"
         return status
 
+    def folder(self, run: str) -> Path:
+        """A run's, in the workspace."""
+        return self.workspace / f"{self.namespace}.{run}"
+
     def checkpoints(self, run: str, phase: str) -> list[int]:
-        folder = self.workspace / run / phase / "checkpoints"
+        folder = self.folder(run) / phase / "checkpoints"
         return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
     def until_checkpoint(self, run: str, phase: str, at_least: int = 1, timeout: float = 120) -> int:
@@ -80,7 +84,7 @@ class Runs:
         return self.wait(f"{run}/{phase} has a checkpoint", newest, timeout)
 
     def result(self, run: str, phase: str) -> Object:
-        return json.loads((self.workspace / run / phase / "result.json").read_text())
+        return json.loads((self.folder(run) / phase / "result.json").read_text())
 
     def pod(self, job: str, index: int = 0) -> Object:
         return self.cluster.get("pod", f"{job}-worker-{index}", "-n", self.namespace)

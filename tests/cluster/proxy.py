@@ -8,8 +8,9 @@
         ...
         assert rule.hits == 2
 
-A rule holds for requests whose method is ``method`` and whose path with query matches the regular expression ``path``;
-the newest that matches counts. Watches and followed logs are streamed; upgrades (exec, port-forward) are not served.
+A rule holds for requests whose method is ``method`` and whose path with query matches the regular expression ``path``, but
+not for the first ``skip`` of them; the newest that matches counts. Watches and followed logs are streamed; upgrades (exec,
+port-forward) are not served.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -34,6 +35,7 @@ _REASONS = {
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
 _OWN_HEADERS = {"host", "authorization", "connection", "transfer-encoding", "content-length", "keep-alive"}
+_EXPIRED = b'{"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}}\n'
 _STREAMS = re.compile(r"[?&](watch|follow)=(true|1)\b")
 
 Forward = Callable[[], Awaitable[web.StreamResponse]]
@@ -41,16 +43,20 @@ Forward = Callable[[], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Rule:
-    """``hits`` counts the requests it met; it holds for the first ``times`` of them."""
+    """``hits`` counts the requests it met; it holds for the first ``times`` of them after ``skip``."""
 
     act: Callable[[web.Request, Forward], Awaitable[web.StreamResponse]]
     method: str
     path: re.Pattern[str]
     times: int
+    skip: int = 0
     hits: int = 0
 
     def meets(self, method: str, path: str) -> bool:
-        return self.hits < self.times and self.method in ("", method) and bool(self.path.search(path))
+        if self.hits >= self.times or self.method not in ("", method) or not self.path.search(path):
+            return False
+        self.skip -= 1
+        return self.skip < 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class FaultProxy:
         self._streams: dict[int, web.Request] = {}
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
+        self._late, self._repeats, self._expires = 0.0, False, False
         self._folder = tempfile.TemporaryDirectory(prefix="alignment-proxy-")
 
     def __enter__(self) -> Self:
@@ -92,40 +99,75 @@ class FaultProxy:
     # ---- what a test commands
 
     def answer(
-        self, status: int, *, method: str = "", path: str = "", times: int = 1, retry_after: int | None = None
-    ) -> Rule:
+        self, status: int, *, method: str = "", path: str = "", times: int = 1, skip: int = 0,
+        retry_after: int | None = None,
+    ) -> Rule:  # fmt: skip
         """An answer of the proxy's own; the API server never sees the request."""
 
         async def act(_: web.Request, __: Forward) -> web.StreamResponse:
             return _status(status, retry_after)
 
-        return self._add(act, method, path, times)
+        return self._add(act, method, path, times, skip)
 
-    def refuse(self, *, method: str = "", path: str = "", times: int = 1) -> Rule:
+    def garble(self, *, method: str = "", path: str = "", times: int = 1, skip: int = 0) -> Rule:
+        """An answer that is none of the API server's: a page of something between, with status 200."""
+
+        async def act(_: web.Request, __: Forward) -> web.StreamResponse:
+            return web.Response(text="<html>the portal's page</html>", content_type="text/html")
+
+        return self._add(act, method, path, times, skip)
+
+    def cut(self, *, method: str = "", path: str = "", times: int = 1, skip: int = 0) -> Rule:
+        """The request is carried out, and half of its answer comes."""
+
+        async def act(request: web.Request, forward: Forward) -> web.StreamResponse:
+            whole = await forward()
+            body = whole.body if isinstance(whole, web.Response) and isinstance(whole.body, bytes) else b""
+            half = web.StreamResponse(status=whole.status, headers={"Content-Type": "application/json"})
+            half.content_length = len(body)
+            await half.prepare(request)
+            await half.write(body[: len(body) // 2])
+            _break(request)
+            return half
+
+        return self._add(act, method, path, times, skip)
+
+    def interrupt(self, act_first: Callable[[], None], *, carried_out: bool, path: str = "", skip: int = 0) -> Rule:
+        """Call something in the middle of a request, before or after it is carried out; no answer comes."""
+
+        async def act(request: web.Request, forward: Forward) -> web.StreamResponse:
+            if carried_out:
+                await forward()
+            act_first()
+            return _break(request)
+
+        return self._add(act, "", path, 1, skip)
+
+    def refuse(self, *, method: str = "", path: str = "", times: int = 1, skip: int = 0) -> Rule:
         """The connection breaks before the request is forwarded."""
 
         async def act(request: web.Request, _: Forward) -> web.StreamResponse:
             return _break(request)
 
-        return self._add(act, method, path, times)
+        return self._add(act, method, path, times, skip)
 
-    def lose_answer(self, *, method: str = "", path: str = "", times: int = 1) -> Rule:
+    def lose_answer(self, *, method: str = "", path: str = "", times: int = 1, skip: int = 0) -> Rule:
         """The API server carries the request out; the client never learns of it."""
 
         async def act(request: web.Request, forward: Forward) -> web.StreamResponse:
             await forward()
             return _break(request)
 
-        return self._add(act, method, path, times)
+        return self._add(act, method, path, times, skip)
 
-    def delay(self, seconds: float, *, method: str = "", path: str = "", times: int = 1) -> Rule:
+    def delay(self, seconds: float, *, method: str = "", path: str = "", times: int = 1, skip: int = 0) -> Rule:
         """The request is forwarded after some time."""
 
         async def act(_: web.Request, forward: Forward) -> web.StreamResponse:
             await asyncio.sleep(seconds)
             return await forward()
 
-        return self._add(act, method, path, times)
+        return self._add(act, method, path, times, skip)
 
     def break_everything(self) -> Rule:
         """Like an API server that is gone: watches end, connections break, until the rule is removed."""
@@ -144,12 +186,24 @@ class FaultProxy:
     def thaw_watches(self) -> None:
         self._loop.call_soon_threadsafe(self._flowing.set)
 
+    def expire_watches(self) -> None:
+        """Open watches are told that their place is too old to go on from (410), and end."""
+        self._expires = True
+
+    def repeat_events(self) -> None:
+        """Watches are told each thing twice, the second time behind the next one."""
+        self._repeats = True
+
+    def delay_events(self, seconds: float) -> None:
+        self._late = seconds
+
     def remove(self, rule: Rule) -> None:
         self._rules.remove(rule)
 
     def heal(self) -> None:
-        """No rules, no frozen watches."""
+        """No rules, no frozen or lying watches."""
         self._rules.clear()
+        self._late, self._repeats, self._expires = 0.0, False, False
         self.thaw_watches()
 
     def seen(self, method: str = "", path: str = "") -> list[Seen]:
@@ -157,8 +211,8 @@ class FaultProxy:
 
     # ---- the proxy itself
 
-    def _add(self, act: Any, method: str, path: str, times: int) -> Rule:
-        rule = Rule(act, method, re.compile(path), times)
+    def _add(self, act: Any, method: str, path: str, times: int, skip: int) -> Rule:
+        rule = Rule(act, method, re.compile(path), times, skip)
         self._rules.insert(0, rule)
         return rule
 
@@ -223,12 +277,29 @@ class FaultProxy:
         await response.prepare(request)
         self._streams[id(request)] = request
         try:
-            async for chunk in answer.content.iter_any():
+            before = b""
+            async for line in _lines(answer.content):
                 await self._flowing.wait()
-                await response.write(chunk)
+                await asyncio.sleep(self._late)
+                if self._expires:
+                    await response.write(_EXPIRED)
+                    break
+                await response.write(line + before if self._repeats else line)
+                before = line
         finally:
             del self._streams[id(request)]
         return response
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """However long they are."""
+    rest = b""
+    async for chunk in content.iter_any():
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line + b"\n"
+    if rest:
+        yield rest
 
 
 def _break(request: web.Request) -> web.Response:

@@ -10,11 +10,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from controller.api.run import AlignmentRun
+from controller.backends.cluster.kind import Owner
 from controller.backends.cluster.pod import phase_file
 from controller.plan.decide import Apply, decide
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+OWNER = Owner("ns", "run", "u", "run")
 
 
 def look(asked: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def look(asked: dict[str, Any]) -> dict[str, Any]:
     started = [action.job for action in decision.actions if isinstance(action, Apply)]
     return {
         "status": decision.status.document(),
-        "started": {f"{job.phase}-{job.attempt}": json.loads(phase_file(job)) for job in started},
+        "started": {f"{job.phase}-{job.attempt}": json.loads(phase_file(job, OWNER)) for job in started},
         "stopped": [f"{a.phase}-{a.attempt}" for a in decision.actions if not isinstance(a, Apply)],
     }
 

@@ -4,7 +4,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from controller.api.run import AlignmentRun
-from controller.plan.decide import Apply, Decision, Delete
+from controller.api.status import RunStatus
+from controller.plan.decide import Apply, Decision, Delete, rests
+from controller.plan.leftovers import next_chore
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import resolve
 from trainers.contract import phase_digest
@@ -93,3 +95,8 @@ def stopped(decision: Decision) -> list[str]:
 
 def with_status(run: AlignmentRun, decision: Decision) -> AlignmentRun:
     return run.model_copy(update={"status": decision.status})
+
+
+def is_settled(run: AlignmentRun) -> bool:
+    """Whether nothing but an edit, or somebody who asks, can ever change anything."""
+    return rests(run) and next_chore(run, run.status or RunStatus()) is None

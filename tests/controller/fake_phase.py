@@ -20,8 +20,8 @@ from trainers.contract import (
     Progress,
     Result,
     Termination,
+    digest_of,
     exit_status,
-    phase_digest,
     sha256_text,
     termination_json,
 )
@@ -34,7 +34,7 @@ type_name, path = sys.argv[1], Path(sys.argv[3])
 file = PhaseFile.model_validate_json(path.read_text())
 kind = phase_type(type_name)
 spec = kind.spec.model_validate(file.spec)
-digest = phase_digest(type_name, spec, file.image, {n: i.digest for n, i in file.inputs.items()})
+digest = digest_of(kind, file, spec)
 identity = Identity(digest=digest, origins=origins_of(kind, spec, Path(file.base_dir)))
 directory = PhaseDir(Path(file.output))
 asked = []

@@ -1,7 +1,9 @@
-"""Pods and PyTorchJobs as the API server shows them, with as little in them as the code reads."""
+"""Pods and PyTorchJobs as the API server shows them, with as little in them as the code reads, and as they are kept."""
 
 import json
 from typing import Any
+
+from controller.projection import POD, PYTORCHJOB, project
 
 Object = dict[str, Any]
 NOW = "2026-01-01T00:10:00Z"
@@ -17,7 +19,7 @@ def pod(index: int = 0, phase: str = "Running", node: str = "node-1", **state: A
     container = {key: value for key, value in state.items() if key in kinds}
     status = {key: value for key, value in state.items() if key not in kinds}
     statuses = [{"name": "pytorch", "state": container}] if container else []
-    return {
+    found = {
         "metadata": {
             "name": f"job-worker-{index}",
             "uid": f"pod-{index}",
@@ -30,6 +32,7 @@ def pod(index: int = 0, phase: str = "Running", node: str = "node-1", **state: A
         },
         "status": {"phase": phase, "containerStatuses": statuses, **status},
     }  # fmt: skip
+    return project(found, POD)
 
 
 def terminated(code: int, message: str = "", reason: str = "Error", at: str = NOW) -> Object:
@@ -53,7 +56,7 @@ def disruption(reason: str, message: str = "") -> list[Object]:
 def job(
     *conditions: str, suspend: bool = False, replicas: int = 1, queue: str | None = None, **metadata: Any
 ) -> Object:
-    return {
+    found = {
         "kind": "PyTorchJob",
         "metadata": {
             "name": "test-sft-1",
@@ -74,3 +77,4 @@ def job(
         },
         "status": {"conditions": [{"type": c, "status": "True", "message": f"{c}!"} for c in conditions]},
     }
+    return project(found, PYTORCHJOB)

@@ -54,6 +54,9 @@ def test_commands_to_type_name_the_same_place(monkeypatch: pytest.MonkeyPatch) -
         (["logs", "--pod", "3"], "--pod: is for runs in a cluster"),
         (["stop", "--run", "x"], "--run: is for runs in a cluster"),
         (["resume"], "a run in a workspace continues with: alignctl run FILE --workspace runs"),
+        (["retry", "x"], "a run in a workspace tries again with: alignctl run FILE --workspace runs"),
+        (["retry", "x", "--from", "a"], "tries again with: alignctl run FILE --anew a --workspace runs"),
+        (["rerun", "x"], "tries again with: alignctl run FILE --anew '*' --workspace runs"),
     ],
 )
 def test_what_a_workspace_has_not(

@@ -280,6 +280,50 @@ def test_stop_of_what_has_ended_or_ends_meanwhile(bench: Bench) -> None:
     assert not bench.get()["spec"].get("suspend")
 
 
+def retry_of(bench: Bench) -> str:
+    return str(bench.get()["metadata"].get("annotations", {}).get("alignment.dev/retry", ""))
+
+
+def test_retry(bench: Bench) -> None:
+    bench.run()
+    failed = phase("dpo", "Failed", attempt(1, "Failed", failure="BadInput"), failure="BadInput")
+    bench.write(BASE, failed, held={"Failed": "no"}, phase="Failed")
+    code, output = bench.call("retry", "helpful")
+    assert (code, output.splitlines()[0]) == (0, "run helpful: dpo tries again")
+    assert "watch it with: alignctl status --watch " in output
+    first = retry_of(bench)
+    assert first.isdigit()
+    assert "run helpful in" in bench.call("status")[1]
+    assert "changed, not seen by the operator yet" in bench.call("status")[1]
+    assert bench.call("retry", "helpful", "--from", "dpo")[0] == 0
+    number, *names = retry_of(bench).split()
+    assert (int(number) > int(first), names) == (True, ["dpo"])
+    bench.write(BASE, failed, held={"Failed": "no"}, phase="Failed", retry={"number": 9_999_999_999})
+    assert "run helpful: all phases run anew\n" in bench.call("rerun", "helpful")[1]
+    assert retry_of(bench) == "10000000000 *"
+
+
+def test_retry_of_what_cannot_be(bench: Bench) -> None:
+    bench.run()
+    missed = phase("dpo", "Failed", DONE, failure="GateFailed")
+    bench.write(BASE, missed, held={"Failed": "gate"}, phase="Failed")
+    code, output = bench.call("retry", "helpful")
+    assert (code, output.splitlines()) == (
+        0,
+        [
+            "run helpful has no phase to try again: failed",
+            "phase dpo has finished and missed its gate: --from dpo runs it anew",
+        ],
+    )
+    assert bench.call("retry", "helpful", "--from", "dp") == (
+        2, 'error: --from: "dp" is not a phase of run helpful; phases are: base, dpo, reward (did you mean dpo?)\n',
+    )  # fmt: skip
+    assert 'no run "helpfull" here' in bench.call("retry", "helpfull")[1]
+    bench.write(BASE, missed, held={"Failed": "gate"}, phase="Failed", retry={"number": 1, "refused": "no such phase"})
+    assert "Not tried again: no such phase\n" in bench.call("status")[1]
+    assert retry_of(bench) == ""
+
+
 def test_stop_without_an_operator_says_so(bench: Bench) -> None:
     bench.run()
     code, output = bench.call("stop", "--timeout", "1")

@@ -3,11 +3,25 @@
 from datetime import timedelta
 
 import pytest
-from builders import START, after, diamond, digests, job, make_run, results, seen, sft, started, stopped, with_status
+from builders import (
+    START,
+    after,
+    diamond,
+    digests,
+    is_settled,
+    job,
+    make_run,
+    results,
+    seen,
+    sft,
+    started,
+    stopped,
+    with_status,
+)
 
 from controller.api import meta
 from controller.api.status import AttemptState, PhaseProgress, PhaseState, QueueState, QueueStatus, RunStatus
-from controller.plan.decide import Apply, decide, is_settled
+from controller.plan.decide import Apply, decide
 from controller.plan.observed import JobState
 from trainers.contract import FailureClass
 
@@ -178,9 +192,10 @@ class TestAfterTheEnd:
         return with_status(run, decide(run, everything, START)), everything
 
     def test_nobody_has_to_look_any_more(self):
-        run, _ = self.finished()
+        run, _ = self.finished(ttlSecondsAfterFinished=None)
         assert is_settled(run)
         assert not is_settled(self.finished(ttlSecondsAfterFinished=5)[0])
+        assert not is_settled(self.finished(ttlSecondsAfterFinished=None, runTtlSecondsAfterFinished=5)[0])
 
     def test_jobs_go_when_their_time_has_come(self):
         run, _ = self.finished(ttlSecondsAfterFinished=60)

@@ -230,7 +230,8 @@ class World(RuleBasedStateMachine):
         status = self.run.status or RunStatus()
         ended = status.is_true(meta.SUCCEEDED) or status.is_true(meta.FAILED)
         if ended and status.observed_generation == self.run.metadata.generation:
-            assert decide(self.run, self.look(), self.now) == Decision(status)
+            decision = decide(self.run, self.look(), self.now)
+            assert (decision.status, decision.actions) == (status, ())
 
     @precondition(lambda self: self.run.status is not None)
     @invariant()

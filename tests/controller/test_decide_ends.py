@@ -3,14 +3,17 @@
 import math
 
 import pytest
-from builders import START, after, diamond, job, results, seen, started, stopped, with_status
+from builders import START, after, diamond, is_settled, job, results, seen, started, stopped, with_status
 from stories import (
+    BAD,
     FAILED,
     INFRA,
+    INTERRUPTED,
     RUN,
     SUCCEEDED,
     condition,
     doomed,
+    ends,
     one,
     phase,
     report,
@@ -21,7 +24,7 @@ from stories import (
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, PhaseState
-from controller.plan.decide import decide, is_settled
+from controller.plan.decide import decide
 from trainers.contract import FailureClass
 
 # ---------------------------------------------------------------- deadlines and suspensions
@@ -105,15 +108,65 @@ def test_the_jobs_of_a_finished_run_go_when_their_time_has_come() -> None:
     waits = [d.requeue_after and d.requeue_after.total_seconds() for d in (end, before, due, gone)]
     assert waits == [60, 1, None, None]
     assert [stopped(d) for d in (end, before, due, gone)] == [[], [], ["base-1"], []]
-    assert gone.status == end.status
-    assert not is_settled(with_status(run, end))
+    assert due.status == end.status
+    assert not is_settled(with_status(run, due))
+    assert gone.status == end.status.model_copy(update={"jobs_deleted": True})
+    assert is_settled(with_status(run, gone)), "else all that ever ran would be looked at after each restart"
+
+
+def test_jobs_go_after_a_week_unless_set() -> None:
+    done = seen(job(RUN, "base", state=SUCCEEDED), results=results(RUN, "base"))
+    week = 7 * 24 * 3600
+    decisions = story((RUN, done, 0), (RUN, done, week - 1), (RUN, done, week))
+    assert [stopped(d) for d in decisions] == [[], [], ["base-1"]]
 
 
 def test_without_a_time_to_live_nothing_is_looked_at_again() -> None:
-    done = seen(job(RUN, "base", state=SUCCEEDED), results=results(RUN, "base"))
-    (end,) = story((RUN, done, 0))
-    assert is_settled(with_status(RUN, end))
-    assert not is_settled(with_status(one(generation=2), end))
+    run = one(ttlSecondsAfterFinished=None)
+    done = seen(job(run, "base", state=SUCCEEDED), results=results(run, "base"))
+    (end,) = story((run, done, 0))
+    assert is_settled(with_status(run, end))
+    assert not is_settled(with_status(one(generation=2, ttlSecondsAfterFinished=None), end))
+
+
+def test_attempts_of_a_run_that_goes_on_do_not_fill_the_lists() -> None:
+    """Days of interruptions on spot nodes."""
+    run = one(ttlSecondsAfterFinished=60, failurePolicy={"backoff": {"initialSeconds": 0}})
+    lost = job(run, "base", 1, FAILED, failure=INTERRUPTED, finished_at=after(10))
+    second = runs(run, 20, attempt=2)
+    looks = (seen(runs(run)), seen(lost), seen(lost, second), seen(lost, second), seen(second))
+    decisions = story(*((run, look, at) for look, at in zip(looks, (0, 11, 20, 70, 80), strict=True)))
+    assert [stopped(d) for d in decisions] == [[], [], [], ["base-1"], []]
+    assert decisions[2].requeue_after is not None
+    assert decisions[2].requeue_after.total_seconds() == 50
+    assert decisions[4].status == decisions[3].status, "nothing is forgotten with them"
+    assert ends(decisions[4], 1) == "Failed Interrupted"
+
+
+def test_a_job_whose_end_the_status_does_not_have_yet_stays() -> None:
+    run = one(ttlSecondsAfterFinished=0)
+    done = seen(job(run, "base", state=SUCCEEDED, finished_at=START), results=results(run, "base"))
+    end, due = story((run, done, 50), (run, done, 51))
+    assert (stopped(end), stopped(due)) == ([], ["base-1"])
+
+
+def test_the_run_itself_goes_if_wanted() -> None:
+    run = one(ttlSecondsAfterFinished=60, runTtlSecondsAfterFinished=100)
+    done = seen(job(run, "base", state=SUCCEEDED), results=results(run, "base"))
+    decisions = story((run, done, 0), (run, done, 60), (run, seen(), 61), (run, seen(), 100))
+    assert [d.delete_run for d in decisions] == [False, False, False, True]
+    waits = [d.requeue_after and d.requeue_after.total_seconds() for d in decisions]
+    assert waits == [60, 40, 39, None]
+
+
+def test_a_run_that_is_asked_to_try_again_at_its_last_moment_stays() -> None:
+    run = one(runTtlSecondsAfterFinished=100)
+    gone = job(run, "base", state=FAILED, failure=BAD, finished_at=after(1))
+    (_, end) = story((run, seen(runs(run)), 0), (run, seen(gone), 1))
+    annotations = {meta.ANNOTATION_RETRY: "1"}
+    asked = run.model_copy(update={"metadata": run.metadata.model_copy(update={"annotations": annotations})})
+    decision = decide(with_status(asked, end), seen(), after(500))
+    assert (decision.delete_run, started(decision)) == (False, ["base-2"])
 
 
 # ---------------------------------------------------------------- nodes and figures

@@ -7,7 +7,7 @@ from builders import START, after, job, make_run, results, seen, sft, started, s
 from controller.api import meta
 from controller.api.status import AttemptState, PhaseState, RunStatus
 from controller.operator import events
-from controller.plan.decide import Decision, decide, is_settled
+from controller.plan.decide import Decision, decide, rests
 from controller.plan.observed import JobState
 
 THEIRS = "PyTorchJob test-base-1 of Deployment web"
@@ -48,7 +48,7 @@ class TestANameThatIsTaken:
         ended = decide(run, seen(done, results=results(run, "base")), after(3))
         assert ended.status.is_true(meta.SUCCEEDED)
         assert [a.taken_by for a in ended.status.phases[0].attempts] == [THEIRS, ""]
-        assert is_settled(with_status(run, ended))
+        assert rests(with_status(run, ended))
 
     def test_uses_up_no_budget_however_many_there_are_and_one_is_remembered(self):
         run = asked()

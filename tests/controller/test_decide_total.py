@@ -7,6 +7,7 @@ from builders import START, diamond
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from controller.api import meta
 from controller.api.run import AlignmentRun, FailurePolicy
 from controller.api.status import (
     Attempt,
@@ -17,6 +18,7 @@ from controller.api.status import (
     PhaseStatus,
     QueueState,
     QueueStatus,
+    RetryStatus,
     RunStatus,
 )
 from controller.api.text import plain
@@ -65,13 +67,14 @@ def reports(floats: st.SearchStrategy[float]) -> st.SearchStrategy[PhaseProgress
 attempts = st.builds(
     Attempt, number=NUMBERS, digest=st.sampled_from(DIGESTS), settings=st.sampled_from(SETTINGS), halvings=NUMBERS,
     nodes=NUMBERS, placed=NUMBERS, times=NUMBERS, state=st.sampled_from(AttemptState), failure=CLASSES, message=TEXTS,
-    job=TEXTS, node=TEXTS, started_at=TIMES, finished_at=TIMES,
+    job=TEXTS, node=TEXTS, started_at=TIMES, finished_at=TIMES, forgiven=st.booleans(),
 )  # fmt: skip
 phases = st.builds(
     PhaseStatus, name=st.sampled_from([*NAMES, "gone"]), type=st.just("sft"), state=st.sampled_from(PhaseState),
     message=TEXTS, digest=st.none() | st.sampled_from(DIGESTS), artifact_digest=st.none() | WORDS, failure=CLASSES,
     attempts=st.lists(attempts, max_size=4).map(tuple), started_at=TIMES, finished_at=TIMES, retry_at=TIMES,
     progress=st.none() | reports(WRITTEN), queue=QUEUES, metrics=st.dictionaries(TEXTS, WRITTEN, max_size=3),
+    again=st.just(0) | NUMBERS,
 )  # fmt: skip
 conditions = st.builds(
     Condition, type=st.sampled_from(["Accepted", "Failed", "Succeeded", "Suspended", "Stalled", "Odd"]),
@@ -80,6 +83,7 @@ conditions = st.builds(
 statuses = st.builds(
     RunStatus, observed_generation=st.none() | NUMBERS, started_at=TIMES, finished_at=TIMES,
     phases=st.lists(phases, max_size=4).map(tuple), conditions=st.lists(conditions, max_size=4).map(tuple),
+    retry=st.none() | st.builds(RetryStatus, number=NUMBERS, refused=TEXTS),
 )  # fmt: skip
 jobs = st.builds(
     ObservedJob, phase=st.sampled_from([*NAMES, "gone"]), attempt=NUMBERS, digest=st.sampled_from(DIGESTS),
@@ -100,10 +104,11 @@ views = st.builds(
 
 
 def made(
-    policy: FailurePolicy, status: RunStatus | None, generation: int, suspend: bool, ttl: int | None
+    policy: FailurePolicy, status: RunStatus | None, generation: int, suspend: bool, ttl: int | None, asked: str | None
 ) -> AlignmentRun:
     spec = RUN.spec.model_copy(update={"failure_policy": policy, "suspend": suspend, "ttl_seconds_after_finished": ttl})
-    metadata = RUN.metadata.model_copy(update={"generation": generation})
+    annotations = {} if asked is None else {meta.ANNOTATION_RETRY: asked}
+    metadata = RUN.metadata.model_copy(update={"generation": generation, "annotations": annotations})
     return RUN.model_copy(update={"spec": spec, "status": status, "metadata": metadata})
 
 
@@ -114,6 +119,7 @@ runs = st.builds(
     st.integers(1, 2),
     st.booleans(),
     st.none() | st.sampled_from([0, 1, 2**63 - 1]),
+    st.none() | TEXTS | st.sampled_from(["1", "1 dpo", "3 *", "999999999999999999 ppo base"]),
 )
 
 

@@ -225,7 +225,7 @@ def test_the_page_has_every_run_and_leads_to_reports(root: Path) -> None:
     (leave(root, "older/package", result("package")) / "report.html").write_text("<p>")
     page = written(root)
     assert {"helpful", "older", "unfinished, step 3 of 9", "evalLoss 1.250", "base"} <= set(page.texts)
-    assert "2 set aside when their phases ran anew" in page.texts
+    assert "2 set aside: of other settings, or of before a phase was run anew" in page.texts
     anchors = [link.removeprefix("#") for link in page.links if link.startswith("#")]
     assert (anchors, "./older/package/report.html" in page.links) == (page.ids, True)
     for link in page.links:

@@ -225,6 +225,25 @@ def test_only_and_from(bench: Bench) -> None:
     assert "not a phase of this run; phases are: base, dpo, reward" in bench.run("run", "run.yaml", "--only", "x")[1]
 
 
+def test_anew_computes_what_has_finished_once_more_goes_on_when_interrupted_and_loses_nothing(bench: Bench) -> None:
+    bench.run()
+    first = json.loads((bench.workspace / "test/dpo/result.json").read_text())
+    plan = bench.run("plan", "run.yaml", "--anew", "dpo")[1]
+    assert re.findall(r"^(\w+) +\w+ +run +(.*)$", plan, re.M) == [("dpo", "asked to run anew")]
+    process = bench.start("run", "run.yaml", "--anew", "dpo", **SLOW)
+    wait_for(lambda: steps_of(bench, "dpo") >= 3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=90)
+    done = steps_of(bench, "dpo")
+    # It stays asked for.
+    status, output = bench.run(FAKE_STEPS="60", FAKE_STEP_SECONDS="0")
+    assert (status, re.findall(r"(\w+): started", output)) == (0, ["dpo"])
+    assert f"dpo from step {done}" in bench.log("dpo", 3)
+    assert json.loads((bench.workspace / "test/dpo/result.json").read_text())["digest"] != first["digest"]
+    kept = bench.workspace / "test/.history" / f"dpo-{first['digest'][:16]}" / "result.json"
+    assert json.loads(kept.read_text()) == first
+
+
 def test_an_equal_phase_of_another_run_is_taken_over(bench: Bench) -> None:
     bench.run()
     assert bench.run("run", "run.yaml", "--set", "metadata.name=second")[0] == 0

@@ -15,11 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from controller.api import meta
 from controller.api.status import Attempt, AttemptState, Condition, PhaseState, PhaseStatus, RunStatus
 from controller.kube import CALLS, LEASE_CALLS
+from controller.memory import Key
 from controller.operator import metrics
 from controller.operator.meter import OperatorMetrics, state_of
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
-from controller.operator.queue import Key, WorkQueue
-from controller.operator.run_series import RESULTS
+from controller.operator.queue import WorkQueue
+from controller.operator.run_series import ENDED, RESULTS
 from controller.plan.decide import decide, refused
 from controller.plan.observed import JobState
 from controller.plan.refusal import Refusal
@@ -311,6 +312,22 @@ def test_final_figures_are_bounded_and_those_of_the_newest_runs_stay():
     assert sum(told.values()) == RESULTS == 20_000
     assert told == {f"run-{i}": 200 for i in range(50, 150)}
     assert len([key for key in found if key[0] == "run_state"]) == 150
+
+
+def test_of_runs_that_have_ended_the_newest_are_shown():
+    """Ten thousand that nobody has deleted would make a page of 60 MB; those that go on are all there."""
+    over = (Condition(type="Succeeded", status="True", reason="r", last_transition_time=after(0)),)
+    measured = OperatorMetrics()
+    for i in range(2 * ENDED + 20):
+        measured.run_seen(Key("ns", f"old-{i}"), None, RunStatus(started_at=after(i), conditions=over))
+    for i in range(50):
+        measured.run_seen(Key("ns", f"new-{i}"), None, RunStatus(started_at=after(0), phase="base"))
+    measured.run_seen(Key("small", "only"), None, RunStatus(started_at=after(0), conditions=over))
+    found = samples(measured)
+    shown = {key[3] for key in found if key[0] == "run_state"}
+    assert len(shown) == ENDED + 50
+    assert {"only", "new-0", f"old-{2 * ENDED + 19}"} <= shown
+    assert found["runs", "ns", "Succeeded"] == 2 * ENDED + 20, "all are counted"
 
 
 def test_runs_that_wait_are_seen_when_nothing_takes_them():

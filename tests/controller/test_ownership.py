@@ -10,9 +10,10 @@ from pods import job, owner, pod, said, terminated
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import QueueState
+from controller.api.status import AttemptState, QueueState, QueueStatus
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.settings import Settings
+from controller.memory import Memory
 from controller.plan.decide import decide
 from controller.plan.job import job_name
 from controller.plan.observed import JobState, Observed, ObservedJob
@@ -30,7 +31,7 @@ class Shelf:
     """What an API server holds: as much of it as is asked for."""
 
     def __init__(self, *jobs: Object, pods: tuple[Object, ...] = (), workloads: tuple[Object, ...] = ()) -> None:
-        self.jobs, self.pods, self.workloads = jobs, pods, workloads
+        self.jobs, self.pods, self.workloads = [*map(stored, jobs)], [*map(stored, pods)], workloads
         self.deleted: list[tuple[str, str]] = []
         self.asked: list[str] = []
 
@@ -54,9 +55,13 @@ class Shelf:
         return []
 
 
+def stored(thing: Object) -> Object:
+    return {**thing, "metadata": {"namespace": "default", "resourceVersion": "1", **thing["metadata"]}}
+
+
 class NoFigures:
-    def progress(self, target: Any) -> None:
-        return None
+    def progress(self, namespace: str, run: str, pods: Any) -> dict[str, Any]:
+        return {}
 
 
 def labelled(attempt: str = "1", phase: str = "sft", **more: str) -> Object:
@@ -81,11 +86,17 @@ def a_run(asked: bool = True) -> AlignmentRun:
 def backend(shelf: Shelf) -> ClusterBackend:
     api: Any = shelf
     figures: Any = NoFigures()
-    return ClusterBackend(api, figures, Settings())
+    return ClusterBackend(api, Memory(api), figures, Settings())
 
 
 def look(shelf: Shelf, run: AlignmentRun | None = None) -> Observed:
-    return asyncio.run(backend(shelf).observe(run or a_run()))
+    """As the API server tells, and the same from what is remembered of it."""
+    asked, run = backend(shelf), run or a_run()
+    found = asyncio.run(asked.observe(run))
+    names, shelf.asked = shelf.asked, []
+    assert asyncio.run(asked.observe(run, anew=False)) == found
+    shelf.asked = names
+    return found
 
 
 class TestJobs:
@@ -227,3 +238,31 @@ def test_names_that_the_status_remembers_are_those_that_jobs_get():
     shelf = Shelf()
     look(shelf)
     assert shelf.asked == [job_name("test", "sft", 1)]
+
+
+def test_the_queue_of_a_job_that_it_let_go_is_not_asked_again():
+    """It suspends the job before it says anything else."""
+
+    class Asked(Shelf):
+        times = 0
+
+        async def list_workloads(self, namespace: str, labels: Object) -> list[Object]:
+            self.times += 1
+            return []
+
+    queue = QueueStatus(state=QueueState.ADMITTED, message="admitted")
+    run = a_run()
+    assert run.status is not None
+    [phase] = run.status.phases
+    going = phase.attempts[0].model_copy(update={"job": "test-sft-1", "state": AttemptState.RUNNING})
+    known = run.status.model_copy(update={"phases": (phase.model_copy(update={"queue": queue, "attempts": (going,)}),)})
+    run = run.model_copy(update={"status": known})
+    for suspended, times in ((False, 1), (True, 2)):
+        queued = a_job(MINE, labels=labelled(**{"kueue.x-k8s.io/queue-name": "gpus"}))
+        queued["spec"]["runPolicy"]["suspend"] = suspended
+        shelf = Asked(queued)
+        asked = backend(shelf)
+        asyncio.run(asked.observe(run))
+        [found] = asyncio.run(asked.observe(run, anew=False)).jobs
+        assert shelf.times == times
+        assert (found.queue == queue) is not suspended

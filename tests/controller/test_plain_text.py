@@ -19,9 +19,9 @@ from controller.backends.cluster import evidence, observe
 from controller.commands.cluster.pods import Pod
 from controller.commands.logs import print_line
 from controller.kube import RUNS, ApiError, Call
+from controller.memory import Key
 from controller.operator.events import NOTE_LIMIT, Event, render
 from controller.operator.meter import OperatorMetrics
-from controller.operator.queue import Key
 from controller.plan.decide import decide
 from controller.plan.observed import JobState
 from trainers.contract import FailureClass

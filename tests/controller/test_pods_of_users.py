@@ -64,7 +64,7 @@ EVERYTHING = {
 
 def job_of(run, observed=None, now=START):
     [action] = [a for a in decide(WORK.applied(run), observed or seen(), now).actions if isinstance(a, Apply)]
-    return render(action.job, Owner("default", "test", "uid-1"), Settings("trainer:1"))
+    return render(action.job, Owner("default", "test", "uid-1", "default.test"), Settings("trainer:1"))
 
 
 def pods_of(document):
@@ -147,7 +147,7 @@ def test_user_and_groups_can_be_left_to_the_cluster():
     """OpenShift gives every namespace a range of its own, and refuses pods that name others."""
     run = WORK.applied(make_run(sft("base")))
     [action] = decide(run, seen(), START).actions
-    _, spec = pods_of(render(action.job, Owner("default", "test", "uid-1"), Settings(user=None)))
+    _, spec = pods_of(render(action.job, Owner("default", "test", "uid-1", "default.test"), Settings(user=None)))
     assert spec["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"} == set()
     assert spec["securityContext"]["runAsNonRoot"] is True
 

@@ -38,7 +38,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "a field that is nothing like any": (
         document(BASE, zzz=1),
         "spec.zzz: no such field; fields here are model, seed, workspace, template, queueName, queuePriority, "
-        "failurePolicy, suspend, ttlSecondsAfterFinished, phases",
+        "failurePolicy, suspend, ttlSecondsAfterFinished, runTtlSecondsAfterFinished, phases",
     ),
     "a word for a number": (
         document(edit(BASE, {"sft": {"batchSize": "many"}})),

@@ -22,7 +22,7 @@ from trainers.contract import FailureClass, PhaseFile, phase_digest
 from trainers.phases import phase_type
 
 NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
-OWNER = Owner("default", "test", "uid-1")
+OWNER = Owner("default", "test", "uid-1", "default.test")
 WORK = Defaults(workspace=Workspace(claim_name="work"))
 RUNNING = {"startedAt": "2026-01-01T00:01:00Z"}
 
@@ -57,6 +57,13 @@ class TestRender:
         ]
         assert "PET_MASTER_ADDR" not in environment(document)
 
+    def test_an_attempt_says_whose_it_is_and_which(self):
+        """So that of two that write to one folder the later one may."""
+        variables = environment(
+            rendered(make_run(sft("base"), template={"env": [{"name": "ALIGNMENT_ATTEMPT", "value": "9"}]}))
+        )
+        assert (variables["ALIGNMENT_RUN_UID"], variables["ALIGNMENT_ATTEMPT"]) == ("uid-1", "1")
+
     def test_several_pods_meet_at_the_first_worker(self):
         document = rendered(make_run(sft("base"), template={"nodes": 2, "procsPerNode": 4}))
         assert container(document)["command"][:3] == ["python", "-m", "trainers.agent"]
@@ -84,7 +91,7 @@ class TestRender:
         file = PhaseFile.model_validate_json(annotations["alignment.dev/phase-file"])
         spec = phase_type("sft").spec.model_validate(file.spec)
         assert phase_digest("sft", spec, file.image, {}) == digests(run)["base"]
-        assert (file.output, file.base_dir) == ("/workspace/test/base", "/workspace")
+        assert (file.output, file.base_dir) == ("/workspace/default.test/base", "/workspace")
 
     def test_an_attempt_after_running_out_of_memory_is_told_to_take_less(self):
         run = WORK.applied(make_run(sft("base")))

@@ -1,24 +1,26 @@
 """One look at one run, with an API server and a backend that only remember what they were told."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from builders import START, after, document, job, make_run, results, seen, sft
 
-from controller.api.run import AlignmentRun
+from controller.api.run import JOB_SECONDS, AlignmentRun
 from controller.api.status import QueueState, QueueStatus, RunStatus
 from controller.api.workspace import Workspace
 from controller.backends.cluster.backend import begun_with
-from controller.kube import RUNS, ApiError, Call, Conflict
+from controller.kube import RUNS, ApiError, Call, Conflict, NotFound
+from controller.memory import Key, Memory
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
-from controller.operator.queue import Key
 from controller.operator.reconciler import NONE, POLL, Reconciler
+from controller.operator.specs import Specs
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob
+from controller.plan.place import folder_of
 from trainers.contract import FailureClass
 
 KEY = Key("ns", "test")
@@ -35,11 +37,26 @@ class Server:
     async def get_run(self, namespace: str, name: str) -> dict[str, Any] | None:
         return self.stored
 
-    async def write_run_status(self, run: dict[str, Any], status: dict[str, Any]) -> None:
+    async def write_run_status(self, run: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
         if self.refusal is not None:
             raise self.refusal
+        if self.stored is None:
+            raise NotFound(Call("update", RUNS), "test", 404, "not found")
+        if run["metadata"]["resourceVersion"] != self.stored["metadata"]["resourceVersion"]:
+            raise Conflict(Call("update", RUNS), "test", 409, "modified")
         self.said.append("status")
-        self.stored = {**run, "status": status}
+        return self.store(status=status)
+
+    def store(self, **changes: Any) -> dict[str, Any]:
+        """As the API server: with each write a new version."""
+        assert self.stored is not None
+        metadata = {**self.stored["metadata"], **changes.pop("metadata", {})}
+        version = str(int(metadata["resourceVersion"]) + 1)
+        self.stored = {**self.stored, **changes, "metadata": {**metadata, "resourceVersion": version}}
+        return self.stored
+
+    async def delete_run(self, namespace: str, name: str, uid: str, version: str) -> None:
+        self.said.append(f"delete {name} {uid} {version}")
 
     async def create_event(self, event: dict[str, Any]) -> None:
         self.events.append(event["reason"])
@@ -51,13 +68,17 @@ class Backend:
     server: Server
     view: Observed = field(default_factory=Observed)
     looks: int = 0
+    anew: int = 0
+    """How many of them asked the API server."""
     lost: bool = False
     queues: list[str | None] = field(default_factory=list)
     workspaces: list[Workspace | None] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
-    async def observe(self, run: AlignmentRun) -> Observed:
-        self.looks += 1
+    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
+        self.looks += not anew
+        self.anew += anew
         return self.view
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
@@ -65,6 +86,7 @@ class Backend:
         self.queues.append(job.queue_name)
         self.workspaces.append(job.workspace)
         self.images.append(begun_with(run, job))
+        self.folders.append(folder_of(run))
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         if self.lost:
@@ -81,24 +103,32 @@ class Desk:
         self.server = Server(stored)
         self.backend = Backend(self.server)
         self.now = START
+        self.watched = True
         api: Any = self.server  # as much of it as is asked for
-        self.reconciler = Reconciler(api, self.backend, OperatorMetrics(), "me", now=self.clock, defaults=defaults)
+        self.memory = Memory(api)
+        self.reconciler = Reconciler(
+            api, self.memory, self.backend, OperatorMetrics(), "me", now=self.clock, defaults=defaults
+        )
 
     def clock(self) -> datetime:
         return self.now
 
     def look(self, view: Observed | None = None, at: float = 0) -> timedelta | None:
         self.now, self.backend.view = after(at), view or self.backend.view
+        if self.watched:
+            self.watch()
         return asyncio.run(self.reconciler.look(KEY))
+
+    def watch(self) -> None:
+        """The watch delivers what is there."""
+        found = self.server.stored
+        gone = {"metadata": {"uid": "u", "resourceVersion": "999", "namespace": "ns", "name": "test"}}
+        self.memory.event(RUNS, "MODIFIED" if found else "DELETED", found or gone)
 
     def edit(self, **spec: Any) -> None:
         assert self.server.stored is not None
-        metadata = self.server.stored["metadata"]
-        self.server.stored = {
-            **self.server.stored,
-            "metadata": {**metadata, "generation": metadata["generation"] + 1},
-            "spec": {**self.server.stored["spec"], **spec},
-        }
+        generation = self.server.stored["metadata"]["generation"] + 1
+        self.server.store(metadata={"generation": generation}, spec={**self.server.stored["spec"], **spec})
 
     @property
     def status(self) -> RunStatus:
@@ -146,12 +176,24 @@ def test_the_planners_own_time_counts_if_it_is_sooner():
     assert timedelta(seconds=1) <= wait <= timedelta(seconds=1.25)
 
 
-def test_a_run_at_rest_costs_one_call():
+def test_a_run_at_rest_costs_no_call():
     desk = Desk()
     desk.look(seen(results=results(RUN, "base")))
     assert desk.backend.looks == 1
-    assert desk.look(at=1) is None
+    assert desk.look(at=1) == timedelta(seconds=JOB_SECONDS - 1), "its jobs are kept for a week"
     assert (desk.backend.looks, desk.server.said) == (1, ["status"])
+    assert desk.look(seen(), at=JOB_SECONDS) is None
+    assert (desk.backend.looks, desk.status.jobs_deleted) == (2, True)
+    assert desk.look(at=2 * JOB_SECONDS) is None
+    assert desk.backend.looks == 2, "and never again, also of a new process"
+
+
+def test_a_run_that_has_had_its_time_is_deleted_as_it_was_read():
+    desk = Desk(runTtlSecondsAfterFinished=60)
+    assert desk.look(seen(results=results(RUN, "base"))) == timedelta(seconds=60)
+    assert desk.look(at=59) == timedelta(seconds=1)
+    desk.look(at=60)
+    assert desk.server.said == ["status", "delete test u 2"]
 
 
 def test_what_runs_of_a_refused_run_is_looked_at_again():
@@ -194,7 +236,9 @@ def test_an_end_stays_though_the_run_cannot_be_read_any_more():
     desk = Desk()
     desk.look(seen(results=results(RUN, "base")))
     assert desk.server.stored is not None
-    desk.server.stored["spec"]["nonsense"] = 1  # a rule of a newer version: nobody has edited the run
+    # A rule of a newer version, which begins with what it reads: nobody has edited the run.
+    desk.reconciler._specs = Specs()
+    desk.server.store(spec={**desk.server.stored["spec"], "nonsense": 1})
     assert desk.look(at=1) is None
     assert (desk.status.phase, desk.server.said) == ("Succeeded", ["status"])
 
@@ -229,7 +273,7 @@ def test_a_status_of_a_newer_operator_is_read_as_far_as_it_is_known():
 def test_what_a_newer_operator_wrote_is_still_there_when_it_comes_back():
     desk = Desk()
     assert desk.server.stored is not None
-    desk.server.stored["status"] = NEWER
+    desk.server.store(status=NEWER)
     desk.look(seen(job(RUN, "base", 4)))
     found = desk.server.stored["status"]
     assert found["novelty"] == {"of": "the run"}
@@ -240,7 +284,7 @@ def test_what_a_newer_operator_wrote_is_still_there_when_it_comes_back():
 def test_a_run_that_is_gone_or_going_is_nobodys_business():
     desk = Desk()
     assert desk.server.stored is not None
-    desk.server.stored["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    desk.server.store(metadata={"deletionTimestamp": "2026-01-01T00:00:00Z"})
     assert desk.look() is None
     desk.server.stored = None
     assert desk.look() is None
@@ -303,6 +347,29 @@ def test_a_phase_that_is_another_now_has_todays_default_image():
     assert (desk.backend.images[-1], desk.status.phases[0].image) == ("trainer:2", "trainer:2")
 
 
+def test_runs_of_one_name_in_two_namespaces_have_folders_of_their_own():
+    desk = Desk(at("shared"))
+    desk.look(seen())
+    assert desk.status.folder == "ns.test"
+    assert desk.backend.folders == ["ns.test"]
+    desk.look(seen(job(RUN, "base")), at=1)
+    assert desk.status.folder == "ns.test"
+
+
+def test_a_run_that_began_before_folders_had_namespaces_stays_in_its_own():
+    """Its checkpoints and the models of its phases are there; a new operator reruns none and loses none."""
+    desk = Desk(at("shared"))
+    desk.look(seen())
+    assert desk.server.stored is not None
+    # As an operator of then has written it.
+    desk.server.store(status={k: v for k, v in desk.server.stored["status"].items() if k != "folder"})
+    failed = job(RUN, "base", 1, JobState.FAILED, failure=FailureClass.INFRASTRUCTURE, finished_at=after(5))
+    desk.look(seen(failed), at=10)
+    desk.look(seen(failed), at=500)
+    assert desk.status.folder == "test"
+    assert desk.backend.folders[1:] == ["test"]
+
+
 def test_what_is_remembered_is_no_reason_to_write():
     desk = Desk(Defaults(workspace=Workspace(claim_name="old"), image="trainer:1"))
     desk.look(seen())
@@ -325,3 +392,102 @@ def test_the_operators_queue_is_for_runs_that_name_none(operators: str | None, r
     assert (desk.status.condition("Admitted") is not None) == (used is not None)
     assert desk.server.stored is not None
     assert desk.server.stored["spec"].get("queueName") == runs, "the run's own document stays as it was written"
+
+
+class TestMemory:
+    """What is remembered may be old; what is told of us may be our own."""
+
+    def test_nothing_is_read_anew_but_for_a_start_and_an_end(self):
+        desk = Desk()
+        desk.look()
+        assert desk.backend.anew == 1, "the job is asked for of what there is now"
+        running = seen(job(RUN, "base", running_since=after(1)))
+        for second in (1, 2, 3):
+            desk.look(running, at=second)
+        assert desk.backend.anew == 1
+        desk.look(seen(results=results(RUN, "base")), at=4)
+        assert desk.backend.anew == 2
+
+    def test_what_we_wrote_is_there_at_once_and_wakes_nobody(self):
+        desk = Desk()
+        desk.look()
+        assert desk.server.stored is not None
+        assert desk.memory.event(RUNS, "MODIFIED", desk.server.stored) is None
+        desk.watched = False
+        assert desk.look(seen(job(RUN, "base")), at=1) == POLL
+        assert desk.server.said == ["status", "apply base-1", "status"]
+
+    def test_nothing_is_started_for_what_a_run_was_before_an_edit(self):
+        """The watch has not told of it yet, and no write would fail: the status says already that the job is asked for."""
+        desk = Desk()
+        desk.look()
+        desk.look(seen(), at=1)
+        desk.server.said.clear()
+        desk.look(seen(), at=2)
+        assert desk.server.said == ["apply base-1"]
+        desk.edit(suspend=True)
+        desk.watched = False
+        with pytest.raises(Conflict):
+            desk.look(seen(), at=3)
+        assert desk.server.said == ["apply base-1"]
+        desk.look(seen(), at=4)
+        assert desk.status.is_true("Suspended"), "what was found out is remembered"
+
+    def test_a_write_that_came_too_late_is_put_right_though_the_watch_is_silent(self):
+        desk = Desk()
+        desk.look()
+        desk.edit(suspend=True)
+        desk.watched = False
+        with pytest.raises(Conflict):
+            desk.look(seen(job(RUN, "base")), at=1)
+        desk.look(seen(job(RUN, "base")), at=2)
+        assert desk.server.said[-1] == "delete base-1"
+
+    def test_a_run_that_is_gone_is_left_alone_though_the_watch_is_silent(self):
+        desk = Desk()
+        desk.look()
+        desk.server.stored, desk.watched = None, False
+        with pytest.raises(ApiError):
+            desk.look(seen(), at=1)
+        assert desk.server.said == ["status", "apply base-1"]
+
+
+def test_when_many_train_each_is_looked_at_less_often():
+    desk = Desk()
+    desk.look()
+    desk.reconciler._moving |= {Key("ns", str(i)) for i in range(1000)}
+    wait = desk.look(seen(job(RUN, "base")), at=1)
+    assert wait is not None
+    assert 20 < wait.total_seconds() < 60
+
+
+class TestCleaningUp:
+    DONE = after(0)
+
+    def ended(self) -> tuple[Desk, ObservedJob]:
+        desk = Desk(ttlSecondsAfterFinished=3600)
+        finished = job(RUN, "base", 1, JobState.SUCCEEDED, finished_at=self.DONE, uid="j")
+        desk.look(seen(job(RUN, "base")))
+        desk.look(seen(finished, results=results(RUN, "base")))
+        desk.server.said.clear()
+        return desk, finished
+
+    def test_jobs_of_a_finished_run_go_after_its_time(self):
+        desk, finished = self.ended()
+        assert desk.look(seen(finished), at=60) == timedelta(seconds=3540)
+        assert desk.server.said == []
+        desk.look(seen(finished), at=3600)
+        assert desk.server.said == ["delete base-1"]
+        assert desk.look(seen(), at=3601) is None
+
+    def test_what_is_on_its_way_out_is_not_deleted_again(self):
+        """Each of its pods tells of its end, and each time the job would be."""
+        desk, finished = self.ended()
+        asked = desk.backend.anew
+        desk.look(seen(replace(finished, leaving=True)), at=3600)
+        assert (desk.server.said, desk.backend.anew) == ([], asked)
+
+    def test_the_runs_own_time_counts(self):
+        desk = Desk(ttlSecondsAfterFinished=7)
+        desk.look(seen(results=results(RUN, "base")))
+        assert desk.look(seen(), at=2) == timedelta(seconds=5)

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from builders import after, artifact, dpo, job, make_run, results, seen, sft, started, stopped, with_status
+from builders import after, artifact, dpo, is_settled, job, make_run, results, seen, sft, started, stopped, with_status
 from stories import FAILED, INFRA, RUN, SUCCEEDED, attempt, condition, ends, one, phase, report, runs, story
 
 from controller.api import meta
 from controller.api.status import PhaseState, RunStatus
 from controller.operator import events
-from controller.plan.decide import Decision, decide, is_settled
+from controller.plan.decide import Decision, decide
 
 LACKING = ("spec.workspace: is not set",)
 """What an operator says whose default is gone."""

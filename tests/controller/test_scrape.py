@@ -12,9 +12,9 @@ from aiohttp import web
 from hostile import STEP, hostile_pods
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
+from controller.api.status import PhaseProgress
 from controller.backends.cluster.fetch import LIMIT, SECONDS, fetch
 from controller.backends.cluster.scrape import (
-    AHEAD,
     AT_ONCE,
     FORGET_AFTER,
     OF_A_NAMESPACE,
@@ -30,6 +30,11 @@ MIB = 1 << 20
 
 def target(number: int = 0, run: str = "run", namespace: str = "ns", address: str = HERE) -> Target:
     return Target(namespace, run, f"{namespace}/{run}/{number}", address, SINCE)
+
+
+def said(scraper: Scraper, pod: Target) -> PhaseProgress | None:
+    """Of a run with one pod."""
+    return scraper.progress(pod.namespace, pod.run, {"phase": pod}).get("phase")
 
 
 def page(step: int) -> str:
@@ -183,18 +188,18 @@ def test_a_report_is_read_beside_the_looks_and_again_after_some_time():
     async def go() -> None:
         runner, port = await serve(answer)
         scraper = Scraper(port, every=0.5, begun=lambda *run: begun.append(run))
-        assert scraper.progress(target()) is None, "nobody waits"
+        assert said(scraper, target()) is None, "nobody waits"
         await until(lambda: begun)
-        await until(lambda: scraper.progress(target()).step >= 3)
+        await until(lambda: len(asked) >= 3)
         await runner.cleanup()
         # The pod has gone quiet: what it said last stays.
         await asyncio.sleep(0.6)
-        assert scraper.progress(target()).step >= len(asked) - 1
+        assert said(scraper, target()).step >= len(asked) - 1
         await scraper.close()
 
     asyncio.run(go())
     assert begun == [("ns", "run")], "said once"
-    assert min(later - sooner for sooner, later in pairwise(asked)) >= AHEAD * 0.5, "no pod is asked at every look"
+    assert min(later - sooner for sooner, later in pairwise(asked)) >= 0.25, "no pod is asked at every look"
 
 
 def test_outcomes_are_told(places: Places):
@@ -202,7 +207,7 @@ def test_outcomes_are_told(places: Places):
         told: list[str] = []
         address, port = places[name]
         scraper = Scraper(port, told=told.append)
-        scraper.progress(target(address=address))
+        said(scraper, target(address=address))
         await until(lambda: told)
         await scraper.close()
         return told[0]
@@ -218,12 +223,12 @@ def test_runs_with_silent_pods_delay_nobody(places: Places):
         honest._turns = silent._turns  # pods have one port; here they are told apart by it
         started = time.monotonic()
         for run in range(8):
-            for number in range(64):
-                silent.progress(target(number, f"bad-{run}", address=places["silent"][0]))
+            pods = {str(number): target(number, f"bad-{run}", address=places["silent"][0]) for number in range(64)}
+            silent.progress("ns", f"bad-{run}", pods)
         assert time.monotonic() - started < 0.5, "looks do not wait"
         await asyncio.sleep(0.1)
         neighbours = [target(0, "good", namespace, places["honest"][0]) for namespace in ("ns", "other")]
-        waited = await until(lambda: all(list(map(honest.progress, neighbours))))
+        waited = await until(lambda: None not in [said(honest, pod) for pod in neighbours])
         assert waited < SECONDS - 1.0
         await asyncio.gather(silent.close(), honest.close())
 
@@ -241,8 +246,8 @@ def test_so_many_at_once_and_no_more(places: Places):
         before = forget_peak()
         for namespace in range(6):
             for run in range(20):
-                for number in range(4):
-                    scraper.progress(target(number, f"r{run}", f"n{namespace}", address))
+                pods = {str(number): target(number, f"r{run}", f"n{namespace}", address) for number in range(4)}
+                scraper.progress(f"n{namespace}", f"r{run}", pods)
         await until(turns._all.locked)
         await asyncio.sleep(1.0)
         for whose, share in turns._shares.items():
@@ -256,16 +261,41 @@ def test_so_many_at_once_and_no_more(places: Places):
     assert max(count for whose, count in open_now.items() if len(whose) == 1) == OF_A_NAMESPACE
 
 
-def test_pods_that_are_gone_are_forgotten():
-    async def go() -> tuple[int, int]:
+def test_pods_that_are_gone_are_asked_no_more():
+    asked: list[str] = []
+
+    async def answer(request):
+        asked.append(request.remote)
+        return web.Response(text=page(1))
+
+    async def go() -> None:
+        runner, port = await serve(answer)
+        scraper = Scraper(port, every=0.05)
+        first, second = target(1, address=HERE), target(2, address="127.0.0.2")
+        assert scraper.progress("ns", "run", {"a": first}) == {}
+        await until(lambda: len(asked) >= 2)
+        scraper.progress("ns", "run", {"b": second})
+        await asyncio.sleep(0.3)
+        assert len(scraper._runs) == 1
+        assert list(scraper._runs["ns", "run"].reports) == [second.uid]
+        scraper.progress("ns", "run", {})
+        await asyncio.sleep(0.1)
+        there = len(asked)
+        await asyncio.sleep(0.3)
+        assert (len(asked), scraper._runs, len(scraper._turns._shares)) == (there, {}, 0)
+        await asyncio.gather(scraper.close(), runner.cleanup())
+
+    asyncio.run(go())
+
+
+def test_runs_that_nobody_looks_at_are_forgotten():
+    async def go() -> int:
         scraper = Scraper(1, every=0.01)  # nobody listens at port 1
-        for number in range(50):
-            scraper.progress(target(number))
-            await asyncio.sleep(FORGET_AFTER * 0.01 / 5)
-        left = len(scraper._reports), len(scraper._turns._shares)
+        for number in range(20):
+            said(scraper, target(0, f"run-{number}"))
+        await asyncio.sleep(FORGET_AFTER * 0.01 + 1.0)
+        left = len(scraper._runs)
         await scraper.close()
         return left
 
-    reports, shares = asyncio.run(go())
-    assert reports < 30
-    assert shares <= 2, "one for the run, one for the namespace, and only while somebody is asked"
+    assert asyncio.run(go()) == 0

@@ -10,19 +10,28 @@ from hypothesis import strategies as st
 from virtual_time import run
 
 from controller.kube import PODS, RUNS, ApiError, Call, Resource
+from controller.memory import Key, Shelf
 from controller.operator.meter import OperatorMetrics
 from controller.operator.watchdog import Watch, Watchdog
 
 Listing = dict[str, str]
 
 
+def deliver(shelf: Shelf, kind: str, uid: str, version: str) -> None:
+    metadata = {"uid": uid, "resourceVersion": version, "namespace": "one", "name": uid}
+    if kind == "DELETED":
+        shelf.remove(uid, version)
+    else:
+        shelf.put({"metadata": metadata})
+
+
 def verdicts(*rounds: tuple[Listing, Listing]) -> list[bool]:
     """For each round: what the watch has delivered since the last one, and what is listed."""
-    watch = Watch(RUNS)
+    watch = Watch(Shelf(RUNS))
     answers = []
     for delivered, listed in rounds:
         for uid, version in delivered.items():
-            watch.event("MODIFIED", uid, version)
+            deliver(watch.shelf, "MODIFIED", uid, version)
         answers.append(watch.compare(listed))
     return answers
 
@@ -59,11 +68,11 @@ def test_a_dead_watch_stays_dead_until_it_delivers_again():
 
 
 def test_a_deleted_object_made_again_is_another():
-    watch = Watch(RUNS)
-    watch.event("ADDED", "a", "1")
-    watch.event("DELETED", "a", "2")
-    watch.event("ADDED", "b", "3")
-    assert watch.seen == {"b": "3"}
+    watch = Watch(Shelf(RUNS))
+    deliver(watch.shelf, "ADDED", "a", "1")
+    deliver(watch.shelf, "DELETED", "a", "2")
+    deliver(watch.shelf, "ADDED", "b", "3")
+    assert {uid: record.version for uid, record in watch.shelf.records.items()} == {"b": "3"}
     assert watch.compare({"b": "3"})
     assert watch.compare({"b": "3"})
 
@@ -71,7 +80,7 @@ def test_a_deleted_object_made_again_is_another():
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60), st.integers(1, 8))
 def test_one_that_delivers_within_a_round_is_never_called_dead(writes, every):
     """Half of the events have come when the comparison is made, the rest soon after it."""
-    watch, stored, born, late = Watch(RUNS), {}, dict.fromkeys("abc", 0), []
+    watch, stored, born, late = Watch(Shelf(RUNS)), {}, dict.fromkeys("abc", 0), []
     for number, (name, deleted) in enumerate(writes):
         uid, version = f"{name}{born[name]}", str(number)
         if deleted and uid in stored:
@@ -83,10 +92,10 @@ def test_one_that_delivers_within_a_round_is_never_called_dead(writes, every):
             late.append(("MODIFIED", uid, version))
         if number % every == 0:
             for event in late[: len(late) // 2]:
-                watch.event(*event)
+                deliver(watch.shelf, *event)
             assert watch.compare(dict(stored))
             for event in late[len(late) // 2 :]:
-                watch.event(*event)
+                deliver(watch.shelf, *event)
             late = []
 
 
@@ -112,7 +121,7 @@ class Lister:
 def test_a_deleted_namespace_does_not_hide_a_dead_watch_in_the_others():
     async def go():
         api = Lister(forbidden="gone")
-        dog = Watchdog(api, [Watch(RUNS), Watch(PODS)], ["gone", "two"], every=60)  # type: ignore[arg-type]
+        dog = Watchdog(api, [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], ["gone", "two"], every=60)  # type: ignore[arg-type]
         guard = asyncio.create_task(dog.guard())
         api.versions["pods"]["p"] = "1"
         await asyncio.sleep(150)
@@ -125,7 +134,7 @@ def test_a_deleted_namespace_does_not_hide_a_dead_watch_in_the_others():
 def test_the_guard_names_the_dead_and_takes_it_back():
     async def go():
         api, measured = Lister(), OperatorMetrics()
-        watches, places = [Watch(RUNS), Watch(PODS)], ["one", "two"]
+        watches, places = [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], ["one", "two"]
         dog = Watchdog(api, watches, places, every=60, told=measured.watches)  # type: ignore[arg-type]
         guard = asyncio.create_task(dog.guard())
         api.versions["pods"]["p"] = "1"
@@ -139,7 +148,7 @@ def test_the_guard_names_the_dead_and_takes_it_back():
         await asyncio.sleep(120)
         assert dog.dead == ("pods",), "nothing is known while the API server is away"
         api.away = False
-        dog.event("pods", "ADDED", "p", "1")
+        deliver(watches[1].shelf, "ADDED", "p", "1")
         await asyncio.sleep(60)
         assert dog.dead == ()
         assert served(measured, "pods") == 0
@@ -155,11 +164,88 @@ def served(measured: OperatorMetrics, resource: str) -> float | None:
 def test_an_api_server_that_is_away_is_not_the_watches_fault():
     async def go():
         api = Lister(away=True)
-        dog = Watchdog(api, [Watch(RUNS)], [None], every=60)  # type: ignore[arg-type]
+        dog = Watchdog(api, [Watch(Shelf(RUNS))], [None], every=60)  # type: ignore[arg-type]
         guard = asyncio.create_task(dog.guard())
         await asyncio.sleep(600)
         assert dog.dead == ()
         assert not guard.done()
         guard.cancel()
+
+    run(go())
+
+
+def test_what_is_gone_without_a_word_is_forgotten_and_its_run_looked_at():
+    """kopf lists anew when it has lost its place, and does not tell of what was deleted meanwhile."""
+
+    async def go():
+        api, again = Lister(), []
+        watch = Watch(Shelf(RUNS))
+        deliver(watch.shelf, "ADDED", "ghost", "1")
+        deliver(watch.shelf, "ADDED", "there", "2")
+        api.versions["alignmentruns"] = {"there": "2"}
+        dog = Watchdog(api, [watch], [None], every=60, look_again=again.append)  # type: ignore[arg-type]
+        guard = asyncio.create_task(dog.guard())
+        await asyncio.sleep(90)
+        assert again == [], "the watch may be about to tell"
+        await asyncio.sleep(60)
+        guard.cancel()
+        return again, list(watch.shelf.records), dog.dead
+
+    assert run(go()) == ([Key("one", "ghost")], ["there"], ())
+
+
+def test_what_cannot_be_listed_is_not_taken_for_gone():
+    async def go():
+        api = Lister(forbidden="one")
+        watch = Watch(Shelf(RUNS))
+        deliver(watch.shelf, "ADDED", "a", "1")
+        dog = Watchdog(api, [watch], ["one", "two"], every=60)  # type: ignore[arg-type]
+        guard = asyncio.create_task(dog.guard())
+        await asyncio.sleep(300)
+        guard.cancel()
+        return list(watch.shelf.records)
+
+    assert run(go()) == ["a"]
+
+
+def test_work_begins_when_all_that_is_there_is_known():
+    """A look before that would find jobs without their pods."""
+
+    async def go():
+        api = Lister(away=True)
+        watch = Watch(Shelf(PODS))
+        api.versions["pods"] = {"a": "3", "b": "4"}
+        dog = Watchdog(api, [watch], [None])  # type: ignore[arg-type]
+        known = asyncio.create_task(dog.until_known([PODS]))
+        await asyncio.sleep(10)
+        api.away = False
+        deliver(watch.shelf, "ADDED", "a", "3")
+        deliver(watch.shelf, "ADDED", "b", "2")
+        await asyncio.sleep(10)
+        assert not known.done()
+        deliver(watch.shelf, "DELETED", "b", "5")
+        await asyncio.sleep(1)
+        return known.done()
+
+    assert run(go())
+
+
+def test_work_begins_though_everything_changes_all_the_time():
+    """And though something was deleted before the watch began."""
+
+    async def go():
+        api, watch = Lister(), Watch(Shelf(PODS))
+        api.versions["pods"] = {"a": "0", "gone": "1"}
+        dog = Watchdog(api, [watch], [None])  # type: ignore[arg-type]
+
+        async def change():
+            for version in range(1, 1000):
+                deliver(watch.shelf, "MODIFIED", "a", str(2 * version))
+                api.versions["pods"] = {"a": str(2 * version + 2)} | ({"gone": "1"} if version < 5 else {})
+                await asyncio.sleep(1)
+
+        changes = asyncio.create_task(change())
+        await asyncio.wait_for(dog.until_known([PODS]), 60)
+        changes.cancel()
 
     run(go())

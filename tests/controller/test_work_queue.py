@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import now, run
 
-from controller.operator.queue import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, Key, WorkQueue
+from controller.memory import Key
+from controller.operator.queue import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, WorkQueue
 
 A, B, C = (Key("ns", name) for name in "abc")
 
@@ -37,6 +38,22 @@ def test_each_key_once_in_order_of_arrival():
             queue.add(key)
         assert len(queue) == 3
         assert await taken(queue) == [B, A, C]
+
+    run(go())
+
+
+def test_namespaces_take_turns():
+    """The runs of one, however many, do not keep another's waiting."""
+
+    async def go():
+        queue = WorkQueue(now)
+        for key in (A, B, C, Key("other", "x"), Key("third", "y"), Key("other", "z")):
+            queue.add(key)
+        assert len(queue) == 6
+        found = await taken(queue)
+        assert [(key.namespace, key.name) for key in found] == [
+            ("ns", "a"), ("other", "x"), ("third", "y"), ("ns", "b"), ("other", "z"), ("ns", "c"),
+        ]  # fmt: skip
 
     run(go())
 

@@ -128,7 +128,7 @@ def test_the_whole_pipeline(place: Runs) -> None:
         place.cluster.apply(json.dumps(run), place.namespace)
         status = place.until_succeeded("quickstart", 1800)
     assert status["progress"] == "12/12 (100%)"
-    assert "quickstart" in (place.workspace / "quickstart/package/report.html").read_text()
+    assert "quickstart" in (place.folder("quickstart") / "package/report.html").read_text()
 
 
 @pytest.mark.parametrize(("user", "group"), [(1000, 1000), (1000660000, 0)], ids=["1000", "any"])

@@ -202,7 +202,7 @@ def test_trained_figures_are_those_of_the_runs_own_files(observed: Observed):
     """Every value scraped is a line of metrics.jsonl, for every gauge that is made from them."""
     seen = set()
     for phase in observed.runs.status("quickstart")["phases"]:
-        path = observed.runs.workspace / "quickstart" / phase["name"] / "metrics.jsonl"
+        path = observed.runs.folder("quickstart") / phase["name"] / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for word, name in trainer_metrics.GAUGES_FROM_LOG.items():
             margin = word == "reward" and phase["type"] in trainer_metrics.PAIRWISE

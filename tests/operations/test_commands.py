@@ -21,6 +21,7 @@ NOT_RUN = {
         "no replica has been restarted",
     "kubectl align stop": "words of an explanation: the run has ended, and tests/controller stops one",
     "kubectl align stop --run RUN -n NAMESPACE": "the same",
+    "kubectl align rerun RUN -n NAMESPACE": "it would compute what the test shows is computed once; tests/operator reruns",
     "alignctl runs --workspace DIR": "words of an explanation; tests/controller/test_holdings.py does it",
     "alignctl history --workspace DIR": "the same",
     "kubectl apply --server-side -k": "the README's command, with its folder; tests/cluster installs so",
@@ -97,7 +98,7 @@ def about_the_run(command: str) -> str:
 def test_every_command_does_what_the_page_says(desk: Path):
     """Those with placeholders, and the runbooks', where the page has come to its own about trouble."""
     loose = [c for text in sections().values() for c in inline(text)] + runbook_commands()
-    result = desk / "workspace/minimal/sft/result.json"
+    result = desk / "workspace/team-a.minimal/sft/result.json"
     finished, count = b"", 0
     for heading, text in sections().items():
         for block in blocks("bash", text):

@@ -1,6 +1,7 @@
 """Plays the kubelet where no node runs pods: writes what it would write. Everything else in these tests is real."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -64,6 +65,14 @@ class Driver:
         """Replace one phase, as a user who edits the file and applies it again."""
         phases = self.run(run)["spec"]["phases"]
         self.patch(run, {"phases": [phase if p["name"] == phase["name"] else p for p in phases]})
+
+    def no_more_jobs(self) -> None:
+        """By a quota `none`."""
+        quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
+                 "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}}  # fmt: skip
+        self.cluster.apply(quota, self.namespace)
+        held = ("resourcequota", "none", "-n", self.namespace)
+        self.cluster.wait(lambda: self.cluster.get(*held).get("status", {}).get("hard"), 30, "the quota holds")
 
     # -- what is there
 
@@ -208,9 +217,15 @@ class OperatorProcess:
         except OSError as error:
             return 0, str(error)
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples; ``name`` may have labels."""
-        _, page = self.get("metrics")
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples; ``name`` may have labels, all of them in their order, and ``labels`` are some.
+
+        0 while nobody answers. One that does not exist is an error: a test would be true of its silence.
+        """
+        code, page = self.get("metrics")
+        known = re.sub("_(count|sum|bucket)$", "", name.partition("{")[0])
+        assert code != 200 or f"# HELP {known} " in page, f"there is no metric {known}"
         wanted = name if "{" in name else f"{name}{{"
         lines = [line for line in page.splitlines() if line.startswith(wanted) or line.split(" ")[0] == name]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+        found = [line for line in lines if all(f'{key}="{value}"' in line for key, value in labels.items())]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)

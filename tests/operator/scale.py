@@ -1,47 +1,66 @@
-"""Many runs at once on fake nodes, and what the operator spends on them."""
+"""Many runs at once on fake nodes, and what the operator spends on them, beside a kopf that does nothing."""
 
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
 from cluster.client import Cluster
-from driver import MODEL, OperatorProcess, dpo, manifest, sft
+from driver import MODEL, ROOT, OperatorProcess, dpo, manifest, sft
+from ends import Ends, share, watched_ends
 
 from controller.api.run import AlignmentRun
 from controller.plan.resolve import resolve
 from trainers.contract import phase_digest
 
 BATCH = 100
+PREFIX = "alignment_operator_"
 
 
 @dataclass(frozen=True)
 class Figures:
     runs: int
+    phases: int
+    """Of each run."""
     jobs: int
     seconds: float
     """From the first apply to the last run's end."""
-    status_writes_per_run: float
-    reads_per_run: float
-    reconcile_mean_ms: float
-    queue_wait_mean_ms: float
+    gaps: list[float]
+    """Seconds from a job's end to the next one's creation."""
+    status_writes: float
+    """Per phase."""
+    reads: float
+    """Per phase."""
+    look_ms: float
+    wait_ms: float
     cpu_seconds: float
     rss_mb: float
+    bare: str
 
     def __str__(self) -> str:
         return (
-            f"{self.runs} runs of two phases, {self.jobs} jobs: {self.seconds:.0f} s; "
-            f"{self.status_writes_per_run:.1f} status writes and {self.reads_per_run:.1f} reads a run; "
-            f"a look takes {self.reconcile_mean_ms:.0f} ms after {self.queue_wait_mean_ms:.0f} ms in the queue; "
-            f"operator: {self.cpu_seconds:.1f} CPU-s, {self.rss_mb:.0f} MB"
+            f"{self.runs} runs of {self.phases} phases, {self.jobs} jobs: {self.seconds:.0f} s; "
+            f"from a job's end to the next one's creation {1000 * share(self.gaps, 0.5):.0f} ms, "
+            f"of a hundred 99 within {1000 * share(self.gaps, 0.99):.0f} ms; "
+            f"a phase: {self.status_writes:.1f} status writes, {self.reads:.1f} reads, "
+            f"{1000 * self.cpu_seconds / self.jobs:.1f} ms of CPU; "
+            f"a look takes {self.look_ms:.1f} ms after {self.wait_ms:.0f} ms in the queue; "
+            f"operator: {self.cpu_seconds:.1f} CPU-s, {self.rss_mb:.0f} MB{self.bare}"
         )
 
 
-def scripted(name: str) -> dict[str, Any]:
-    """A run whose pods end with the words of phases that have succeeded."""
-    run = manifest(name, sft(), dpo())
+def scripted(name: str, phases: int = 2) -> dict[str, Any]:
+    """A run whose phases follow one another, and whose pods end with the words of phases that have succeeded."""
+    names = ["sft", *(f"dpo{i}" if i else "dpo" for i in range(phases - 1))]
+    entries = [sft(), *(dpo(after, on) for on, after in pairwise(names))]
+    run = manifest(name, *entries)
     parsed = AlignmentRun.model_validate({**run, "spec": {**run["spec"], "model": MODEL}})
     known: dict[str, str] = {}
     for phase, entry in zip(resolve(parsed), run["spec"]["phases"], strict=True):
@@ -52,43 +71,78 @@ def scripted(name: str) -> dict[str, Any]:
     return run
 
 
-def run_many(cluster: Cluster, operator: OperatorProcess, namespace: str, count: int, timeout: float = 300) -> Figures:
-    """Apply so many runs and wait for all to succeed."""
+def run_many(
+    cluster: Cluster, operator: OperatorProcess, namespace: str, count: int, phases: int = 2, timeout: float = 300,
+    beside: Path | None = None,
+) -> Figures:  # fmt: skip
+    """Apply so many runs and wait for all to succeed; with a kopf that does nothing ``beside``, which leaves its notes there."""
     assert operator.process is not None
     process = psutil.Process(operator.process.pid)
-    cpu, before = sum(process.cpu_times()[:2]), _counters(operator)
-    started = time.monotonic()
-    runs = [scripted(f"run-{i}") for i in range(count)]
-    for first in range(0, count, BATCH):  # one call of kubectl has a minute
-        cluster.apply(runs[first : first + BATCH], namespace)
-    cluster.wait(lambda: _succeeded(cluster, namespace) == count, timeout, f"{count} runs succeed", every=1.0)
-    seconds = time.monotonic() - started
-    spent = {name: after - before[name] for name, after in _counters(operator).items()}
-    return Figures(
-        runs=count,
-        jobs=len(cluster.items("pytorchjobs", "-n", namespace)),
-        seconds=seconds,
-        status_writes_per_run=spent["writes"] / count,
-        reads_per_run=spent["reads"] / count,
-        reconcile_mean_ms=1000 * spent["look_seconds"] / spent["looks"],
-        queue_wait_mean_ms=1000 * spent["wait_seconds"] / spent["looks"],
-        cpu_seconds=sum(process.cpu_times()[:2]) - cpu,
-        rss_mb=process.memory_info().rss / 2**20,
-    )
+    with watched_ends(cluster, namespace) as ends, _bare(operator.kubeconfig, beside) as told:
+        cpu, before = sum(process.cpu_times()[:2]), counters(operator)
+        started = time.monotonic()
+        apply(cluster, [scripted(f"run-{i}", phases) for i in range(count)], namespace)
+        cluster.wait(lambda: _succeeded(cluster, namespace) == count, timeout, f"{count} runs succeed", every=1.0)
+        seconds = time.monotonic() - started
+        spent = {name: after - before[name] for name, after in counters(operator).items()}
+        return Figures(
+            runs=count,
+            phases=phases,
+            jobs=len(ends.ended),
+            seconds=seconds,
+            gaps=ends.gaps(),
+            status_writes=spent["writes"] / count / phases,
+            reads=spent["reads"] / count / phases,
+            look_ms=1000 * spent["look_seconds"] / spent["looks"],
+            wait_ms=1000 * spent["wait_seconds"] / spent["looks"],
+            cpu_seconds=sum(process.cpu_times()[:2]) - cpu,
+            rss_mb=process.memory_info().rss / 2**20,
+            bare=told(ends),
+        )
 
 
-def _counters(operator: OperatorProcess) -> dict[str, float]:
-    prefix = "alignment_operator_"
-    read: Callable[[str], float] = operator.metric
+def apply(cluster: Cluster, documents: list[dict[str, Any]], namespace: str) -> None:
+    for first in range(0, len(documents), BATCH):  # one call of kubectl has a minute
+        cluster.apply(documents[first : first + BATCH], namespace)
+
+
+@contextmanager
+def _bare(kubeconfig: Path, notes: Path | None) -> Iterator[Callable[[Ends], str]]:
+    """A bare kopf. Yields what tells, at the end, what it has cost."""
+    if notes is None:
+        yield lambda ends: ""
+        return
+    command = [sys.executable, str(Path(__file__).with_name("bare_kopf.py")), str(kubeconfig), str(notes)]
+    with notes.with_suffix(".log").open("wb") as log:
+        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    process = psutil.Process(running.pid)
+
+    def told(ends: Ends) -> str:
+        times = [line.split() for line in notes.read_text().splitlines()]
+        lags = [float(at) - ends.ended[name] for name, at in times if name in ends.ended]
+        return (
+            f"; a bare kopf: told of an end after {1000 * share(lags, 0.5):.0f} ms, of a hundred 99 within "
+            f"{1000 * share(lags, 0.99):.0f} ms; {sum(process.cpu_times()[:2]):.1f} CPU-s, "
+            f"{process.memory_info().rss / 2**20:.0f} MB"
+        )
+
+    try:
+        yield told
+    finally:
+        running.kill()
+        running.wait()
+
+
+def counters(operator: OperatorProcess) -> dict[str, float]:
+    """Calls to the API server with their outcomes, and looks."""
+    calls = f"{PREFIX}api_requests_total"
+    asked = [operator.metric(calls, verb=verb) for verb in ("get", "list")]
     return {
-        "writes": read(f'{prefix}api_requests_total{{code="200",resource="alignmentruns/status",verb="update"}}'),
-        "reads": sum(
-            read(f'{prefix}api_requests_total{{code="200",resource="{resource}",verb="{verb}"}}')
-            for resource, verb in (("alignmentruns", "get"), ("pytorchjobs", "list"), ("pods", "list"))
-        ),
-        "looks": read(f"{prefix}reconcile_seconds_count"),
-        "look_seconds": read(f"{prefix}reconcile_seconds_sum"),
-        "wait_seconds": read(f"{prefix}queue_wait_seconds_sum"),
+        "writes": operator.metric(calls, resource="alignmentruns/status", code="200"),
+        "reads": sum(asked) - operator.metric(calls, resource="leases", verb="get"),
+        "looks": operator.metric(f"{PREFIX}reconcile_seconds_count"),
+        "look_seconds": operator.metric(f"{PREFIX}reconcile_seconds_sum"),
+        "wait_seconds": operator.metric(f"{PREFIX}workqueue_wait_seconds_sum"),
     }
 
 

@@ -84,7 +84,7 @@ def test_a_whole_run_on_two_nodes(runs: Runs, strategy: str):
         name = job["metadata"]["name"]
         nodes = {runs.pod(name, index)["spec"]["nodeName"] for index in (0, 1)}
         assert nodes == {"node-1", "node-2"}, name
-    assert (runs.workspace / strategy / "package" / "report.html").stat().st_size > 10_000
+    assert (runs.folder(strategy) / "package" / "report.html").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_node_loses_power_and_the_other_goes_on_alone(runs: Runs, strategy: st
     finally:
         runs.cluster.start_node("node-2")
         runs.cluster.kubectl("wait", "node/node-2", "--for=condition=Ready", "--timeout=90s", timeout=100)
-    check(runs.workspace / "cut/sft", undisturbed, saved)
+    check(runs.folder("cut") / "sft", undisturbed, saved)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -145,7 +145,7 @@ def test_one_node_has_room_at_first_and_later_both(runs: Runs, strategy: str, un
     runs.until_succeeded("size", 900)
     assert [a["nodes"] for a in runs.phase("size", "sft")["attempts"]] == [2]
     assert {runs.pod("size-sft-3", index)["spec"]["nodeName"] for index in (0, 1)} == {"node-1", "node-2"}
-    check(runs.workspace / "size/sft", undisturbed, saved)
+    check(runs.folder("size") / "sft", undisturbed, saved)
 
 
 def check(phase: Path, undisturbed: Losses, saved: int) -> None:

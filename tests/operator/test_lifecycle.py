@@ -21,7 +21,9 @@ def test_phases_run_in_order_to_success(driver: Driver):
     dependent = next(job for job in driver.jobs() if job["metadata"]["name"] == "run-dpo-1")
     template = dependent["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     file = json.loads(template["metadata"]["annotations"]["alignment.dev/phase-file"])
-    assert file["inputs"]["sft"] == {"path": "/workspace/run/sft", "digest": "artifact-of-run-sft-1"}
+    folder = f"{driver.namespace}.run"
+    assert status["folder"] == folder
+    assert file["inputs"]["sft"] == {"path": f"/workspace/{folder}/sft", "digest": "artifact-of-run-sft-1"}
 
 
 def test_independent_phases_run_side_by_side(driver: Driver):
@@ -83,6 +85,51 @@ def test_raising_the_budget_lets_a_failed_run_go_on(driver: Driver):
     driver.patch("run", {"failurePolicy": {"retries": {"internal": 1}}})
     driver.succeed("run-sft-2")
     driver.until_condition("run", "Succeeded")
+
+
+def annotated(driver: Driver, text: str) -> None:
+    name = f"alignment.dev/retry={text}"
+    driver.cluster.kubectl("annotate", "--overwrite", "arun/run", name, "-n", driver.namespace)
+
+
+def test_a_failed_run_tries_again_without_an_edit(driver: Driver):
+    driver.apply(manifest("run", sft(), dpo()))
+    driver.fail("run-sft-1", "BadInput", "no such file")
+    driver.until_condition("run", "Failed")
+    generation = driver.run("run")["metadata"]["generation"]
+    annotated(driver, "5")
+    driver.fail("run-sft-2", "BadInput", "no such file")
+    driver.until_condition("run", "Failed")
+    # One that was obeyed, or is older, comes back: by a tool that keeps manifests, say.
+    annotated(driver, "4 sft")
+    annotated(driver, "5")
+    annotated(driver, "nonsense")
+    driver.cluster.wait(lambda: "refused" in driver.status("run").get("retry", {}), 30, "the nonsense is told")
+    assert len(driver.events("RetryRefused")) == 1
+    assert driver.job_names() == ["run-sft-1", "run-sft-2"]
+    annotated(driver, "6")
+    driver.succeed("run-sft-3")
+    driver.succeed("run-dpo-1")
+    driver.until_condition("run", "Succeeded")
+    assert driver.run("run")["metadata"]["generation"] == generation
+    assert driver.status("run")["retry"] == {"number": 6}
+
+
+def test_what_has_finished_runs_anew_when_asked_to(driver: Driver):
+    driver.apply(manifest("run", sft(), dpo("a"), dpo("b", beta=0.2)))
+    for job in ("run-sft-1", "run-a-1", "run-b-1"):
+        driver.succeed(job)
+    driver.until_condition("run", "Succeeded")
+    before = driver.phase("run", "a")["digest"]
+    annotated(driver, "1 a")
+    driver.start("run-a-2")
+    driver.until_phase("run", "a", "Running")
+    assert driver.condition("run", "Succeeded")["status"] == "False"
+    driver.succeed("run-a-2")
+    driver.until_condition("run", "Succeeded")
+    assert driver.phase("run", "a")["digest"] != before
+    assert driver.job_names() == ["run-a-1", "run-a-2", "run-b-1", "run-sft-1"]
+    assert [e["message"] for e in driver.events("PhaseChanged")] == ["phase a: it was asked to, so it runs again"]
 
 
 def test_a_job_that_someone_deletes_is_a_failure_and_the_next_attempt_follows(driver: Driver):
@@ -226,6 +273,23 @@ class TestEnds:
         assert driver.phase("run", "sft")["metrics"] == {"loss": 2}
         assert driver.condition("run", "Succeeded")["status"] == "True"
 
+    def test_jobs_of_attempts_go_while_the_run_goes_on(self, driver: Driver):
+        driver.apply(manifest("run", sft(), dpo(), ttlSecondsAfterFinished=3))
+        driver.succeed("run-sft-1")
+        driver.start("run-dpo-1")
+        driver.cluster.wait(lambda: driver.job_names() == ["run-dpo-1"], 40, "the first phase's job is gone")
+        driver.succeed("run-dpo-1")
+        driver.until_condition("run", "Succeeded")
+        driver.cluster.wait(lambda: driver.status("run").get("jobsDeleted"), 30, "nothing is left, and it is known")
+
+    def test_the_run_goes_if_it_says_so(self, driver: Driver):
+        driver.apply(manifest("run", sft(), runTtlSecondsAfterFinished=2))
+        driver.succeed("run-sft-1")
+        driver.until_condition("run", "Succeeded")
+        runs = ("get", "arun", "-n", driver.namespace, "-o", "name")
+        driver.cluster.wait(lambda: not driver.cluster.kubectl(*runs).strip(), 30, "the run is gone")
+        driver.cluster.wait(lambda: not driver.jobs(), 30, "and its job")
+
     def test_nothing_keeps_a_namespace(self, driver: Driver):
         driver.apply(manifest("run", sft()))
         job = driver.until_job("run-sft-1")
@@ -257,13 +321,7 @@ class TestStart:
 
     def test_a_full_quota_is_waited_for(self, driver: Driver):
         """It ended runs once, after 380 seconds."""
-        quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
-                 "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}}  # fmt: skip
-        driver.cluster.apply(quota, driver.namespace)
-        driver.cluster.wait(
-            lambda: driver.cluster.get("resourcequota", "none", "-n", driver.namespace).get("status", {}).get("hard"),
-            30, "the quota holds",
-        )  # fmt: skip
+        driver.no_more_jobs()
         driver.apply(manifest("run", sft(), failurePolicy={**FAST, "retries": {"infrastructure": 0}}))
         waits = driver.until_condition("run", "Progressing", reason="JobForbidden")
         assert "exceeded quota: none" in waits["message"]

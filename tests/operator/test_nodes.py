@@ -75,7 +75,7 @@ def test_two_pods_on_two_nodes_train_models_that_are_split_over_them(runs: Runs,
     local(tmp_path, TRAINING | {"phases": [{"name": "sft", "sft": sft}, {"name": "dpo", "dpo": dpo}]})
     for phase in ("sft", "dpo"):
         alone = losses(tmp_path / "runs/local" / phase)
-        assert losses(runs.workspace / "two" / phase) == pytest.approx(alone, rel=1e-4), phase
+        assert losses(runs.folder("two") / phase) == pytest.approx(alone, rel=1e-4), phase
 
 
 def losses(phase: Path) -> dict[int, float]:

@@ -61,6 +61,9 @@ class TestRights:
         # One that is gone is asked for by its name, and another is made.
         driver.cluster.kubectl("delete", "pytorchjob", "waiting-sft-1", "-n", driver.namespace)
         driver.until_job("waiting-sft-2")
+        # One that may not be made is asked for again and again, each time of the run as it is.
+        driver.no_more_jobs()
+        driver.apply(manifest("barred", sft()))
         granted = {
             (v, r["apiGroups"][0], r["resources"][0])
             for r in rules((*CALLS, *WALL_CALLS, *LEASE_CALLS))
@@ -71,7 +74,7 @@ class TestRights:
             return granted - {asked(e) for e in by_operator(driver.cluster)}
 
         try:
-            driver.cluster.wait(lambda: not unused(), 40, "all rights are used")
+            driver.cluster.wait(lambda: not unused(), 60, "all rights are used")
         except TimeoutError:
             raise AssertionError(f"never used: {unused()}") from None
 

@@ -175,8 +175,8 @@ class TestSamplesRun:
         self.apply(runs, ROOT / "manifests/samples/object-store.yaml")
         runs.until_succeeded("object-store")
         keys = _python_pod(runs, "list", "import s3fs; print(*s3fs.S3FileSystem().find('alignment'), sep='\\n')")
-        assert "runs/object-store/sft/result.json" in keys
-        assert "runs/object-store/dpo/model/model.safetensors" in keys
+        assert f"runs/{runs.namespace}.object-store/sft/result.json" in keys
+        assert f"runs/{runs.namespace}.object-store/dpo/model/model.safetensors" in keys
         assert runs.checkpoints("object-store", "sft") == []  # nothing went to the claim
 
     def test_in_an_object_store_that_does_not_let_us_in(self, runs: Runs, store: str):

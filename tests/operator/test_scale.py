@@ -1,13 +1,16 @@
 """Many runs at once: everything is done once, and the API server is asked no more than it has to be."""
 
 import os
+from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
+from sweep import claim
 
 RUNS = int(os.environ.get("RUNS", "30"))
+PHASES = int(os.environ.get("PHASES", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +25,21 @@ def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
     operator.stop()
 
 
-def claims(cluster: Cluster, namespace: str) -> None:
-    """Fake pods mount nothing, but the scheduler looks for their claims."""
-    spec = {"accessModes": ["ReadWriteMany"], "storageClassName": "", "resources": {"requests": {"storage": "1Gi"}}}
-    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": namespace},
-              "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteMany"], "hostPath": {"path": "/nowhere"},
-                       "storageClassName": "", "claimRef": {"namespace": namespace, "name": "work"}}}  # fmt: skip
-    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "work", "namespace": namespace},
-             "spec": {**spec, "volumeName": namespace}}  # fmt: skip
-    cluster.apply([volume, claim])
-
-
 @pytest.fixture
 def namespace(kwok_cluster: Cluster, fake: OperatorProcess) -> str:
     name = kwok_cluster.namespace("many")
-    claims(kwok_cluster, name)
+    kwok_cluster.apply(claim(name))
     return name
 
 
 @pytest.mark.slow
-def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
-    figures = run_many(kwok_cluster, fake, namespace, RUNS, timeout=60 + 5 * RUNS)
+def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path):
+    beside = tmp_path / "bare" if "RUNS" in os.environ else None
+    figures = run_many(kwok_cluster, fake, namespace, RUNS, PHASES, 60 + 3 * RUNS * PHASES, beside)
     print(figures)
-    assert figures.jobs == 2 * RUNS
-    # Two starts, two ends, two that are seen running, and what the pods wait for meanwhile.
-    assert figures.status_writes_per_run < 14
+    assert figures.jobs == PHASES * RUNS
+    # A start with the end before it, that it is seen running, and what the pods wait for meanwhile.
+    assert figures.status_writes < 7
     assert fake.metric('alignment_operator_reconcile_seconds_count{outcome="bug"}') == 0
     driver = Driver(kwok_cluster, namespace)
     assert all(len(p["attempts"]) == 1 for i in range(RUNS) for p in driver.status(f"run-{i}")["phases"])

@@ -12,6 +12,7 @@ from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.scrape import Scraper
 from controller.backends.cluster.settings import Settings
 from controller.kube import PYTORCHJOBS, Api
+from controller.memory import Memory
 from controller.operator.login import login_of
 from controller.plan.attempts import DELETED
 from controller.plan.decide import Apply, decide
@@ -163,7 +164,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
 
     async def made_and_deleted() -> tuple[ObservedJob, ...]:
         api = Api(login_of(driver.cluster.kubeconfig))
-        backend = ClusterBackend(api, Scraper(), Settings())
+        backend = ClusterBackend(api, Memory(api), Scraper(), Settings())
         document = driver.run("run")
         spec = {**document["spec"], "suspend": False}
         run = AlignmentRun.model_validate({**document, "spec": spec, "status": None})

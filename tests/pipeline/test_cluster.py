@@ -37,7 +37,7 @@ def test_the_quickstart_succeeds_with_the_local_runs_results(observed: Observed,
         assert told.items() <= figures(here).items()
         if here["artifacts"].keys() & {"model", "reward-model", "traces"}:
             assert digests(there) == digests(here), phase["name"]
-    report = runs.workspace / "quickstart/package/report.html"
+    report = runs.folder("quickstart") / "package/report.html"
     assert "quickstart" in report.read_text()
     jobs = runs.cluster.items("pytorchjobs", "-n", runs.namespace, "-l", f"{LABEL_RUN}=quickstart")
     assert len(jobs) == 12

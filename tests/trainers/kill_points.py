@@ -1,10 +1,11 @@
-"""Processes that are killed at one of the things they do to files, whichever it is: before it, behind it, half-way through."""
+"""Processes that are killed, or frozen, at one of the things they do to files, whichever: before it, behind it, half-way."""
 
 import builtins
 import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,19 @@ def killed(work: Callable[[Path], Any], folder: Path, at: int) -> None:
     assert status == signal.SIGKILL, f"it ended by itself: {status}"
 
 
+def frozen(work: Callable[[Path], Any], folder: Path, at: int, meanwhile: Callable[[], None]) -> int:
+    """Stop a process at this operation, do something else, and let it go on. Its wait status."""
+    child = os.fork()
+    if child == 0:
+        os._exit(_watched(work, folder, at, os.open(os.devnull, os.O_WRONLY), signal.SIGSTOP))
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        meanwhile()
+        os.kill(child, signal.SIGCONT)
+        _, status = os.waitpid(child, 0)
+    return status
+
+
 def _forked(work: Callable[[Path], Any], folder: Path, at: int | None) -> tuple[int, list[str]]:
     reading, writing = os.pipe()
     child = os.fork()
@@ -41,9 +55,11 @@ def _forked(work: Callable[[Path], Any], folder: Path, at: int | None) -> tuple[
     return os.waitpid(child, 0)[1], seen
 
 
-def _watched(work: Callable[[Path], Any], folder: Path, at: int | None, writing: int) -> int:
+def _watched(
+    work: Callable[[Path], Any], folder: Path, at: int | None, writing: int, sign: int = signal.SIGKILL
+) -> int:
     try:
-        points = _Points(folder, at)
+        points = _Points(folder, at, sign)
         work(folder)
         os.write(writing, "\n".join(points.seen).encode())
     except BaseException:
@@ -53,10 +69,10 @@ def _watched(work: Callable[[Path], Any], folder: Path, at: int | None, writing:
 
 
 class _Points:
-    """This process's operations, one of which it does not survive."""
+    """This process's operations, at one of which it gets a signal."""
 
-    def __init__(self, folder: Path, at: int | None) -> None:
-        self._folder, self._at, self._busy = str(folder), at, False
+    def __init__(self, folder: Path, at: int | None, sign: int) -> None:
+        self._folder, self._at, self._sign, self._busy = str(folder), at, sign, False
         self.seen: list[str] = []
         sys.addaudithook(self._before)
         for owner, name in CALLS:
@@ -81,14 +97,17 @@ class _Points:
         return call
 
     def _point(self, what: str, path: Any) -> None:
-        # Reports of progress come by the clock: with them an operation would have another number each time.
-        if self._busy or not str(path).startswith(self._folder) or "progress.json" in str(path):
+        # Reports and signs of life come by the clock: with them an operation would have another number each time.
+        timed = "progress.json" in str(path) or (threading.current_thread().name == "lease")
+        if self._busy or timed or not str(path).startswith(self._folder):
             return
         self._busy = True
         self.seen.append(f"{what} {path}")
         if self._at is not None and len(self.seen) > self._at:
+            self._at = None
             # What has another name too was put on disk under that one before.
-            if what == "within fsync" and os.path.isfile(path) and os.stat(path).st_nlink == 1:
+            torn = self._sign == signal.SIGKILL and what == "within fsync" and os.path.isfile(path)
+            if torn and os.stat(path).st_nlink == 1:
                 os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._sign)
         self._busy = False

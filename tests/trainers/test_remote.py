@@ -278,7 +278,10 @@ def test_missing_credentials_are_bad_input(in_pod, bucket, tiny_model_dir, monke
 @pytest.mark.parametrize(
     ("remote", "said"),
     [
-        ("s3://no-such-bucket/ws", "s3://no-such-bucket/ws/run/sft: The specified bucket does not exist. Create it"),
+        (
+            "s3://no-such-bucket/ws",
+            "s3://no-such-bucket/ws/run/.writers/sft.json: The specified bucket does not exist.",
+        ),
         ("gs://bucket/ws", "pip install gcsfs"),
         ("nfs://bucket/ws", "Protocol not known: nfs"),
         ("s3://b_/ws", "s3://b_/ws"),
@@ -334,7 +337,7 @@ def test_interrupted_work_that_cannot_be_uploaded_is_not_called_saved(
     def fails(self, name, content):
         raise Infrastructure(f"{self.address(name)}: gone")
 
-    monkeypatch.setattr(Store, "write", lambda self, *args: fails(self, *args) if "step-" in args[0] else None)
+    monkeypatch.setattr(Store, "create", lambda self, *args: fails(self, *args) if "step-" in args[0] else None)
     with stop_after(1):
         code, _, _ = in_pod("sft", sft(tiny_model_dir))
     assert code == 75

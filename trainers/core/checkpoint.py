@@ -9,7 +9,6 @@ loaded. Names and shards say nothing of the strategy: any number of processes ca
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from trainers.core.saving.storage import Folder, State, read_folder, read_state
 from trainers.core.saving.writer import Writer
 from trainers.core.tensors import DamagedError
 from trainers.core.trainee import Trainee
+from trainers.files import discard
 from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")
@@ -180,13 +180,13 @@ class Checkpoints:
         kept = whole[-max(1, self.spec.keep_last) :]
         for step, path in steps:
             if step not in kept and step < whole[-1]:
-                shutil.rmtree(path)
+                discard(path)
         needed = {read_state(self._root / f"step-{step}").needs for step in kept}
         for _, path in _folders(self._root, BEST)[:-1]:  # the newest may be one that no checkpoint knows of yet
             if path.name not in needed:
-                shutil.rmtree(path)
+                discard(path)
         for leftover in self._root.glob(".*-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            discard(leftover)
 
     # -- the best weights
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from trainers.contract import Artifact, BadInput, DataRecord, Interrupted, Origins, PhaseFile, PhaseType
 from trainers.core.hub import hub_name, model_files
 from trainers.core.parallel import Workers
+from trainers.lease import Lease
 from trainers.meter import Meter
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
 from trainers.workspace import PhaseDir
@@ -50,6 +51,8 @@ class PhaseContext:
     """On rank 0, if the workspace is a mirror of an object store."""
     stored: "StoredCheckpoints | None" = None
     """In each node's first process, if it is."""
+    lease: Lease | None = None
+    """What lets this process write. With a workspace on an object store rank 0 has it alone."""
     stop_signal: int | None = None
 
     @property
@@ -117,6 +120,8 @@ class PhaseContext:
         """From now on SIGTERM and SIGINT only ask; the loop answers with :meth:`stop_if_asked`."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        if self.lease is not None:
+            self.lease.when_lost = lambda: self._on_signal(signal.SIGTERM, None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
@@ -141,6 +146,8 @@ class PhaseContext:
                 self.uploads.flush()
         finally:
             self.workers.barrier()
+        if self.lease is not None:
+            self.lease.check()
         raise Interrupted(message)
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from trainers.contract import BadInput
 from trainers.core.head_losses import LogitsFn
-from trainers.files import write_atomic
+from trainers.files import discard, write_atomic
 
 FOLDER = "top-k"
 """Beside ``traces.jsonl``."""
@@ -109,7 +109,7 @@ def drop_others(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     named = {row[KEY]["file"] for row in rows if KEY in row}
     for path in folder.glob("*.safetensors"):
         if path.name not in named:
-            path.unlink()
+            discard(path)
 
 
 def _check(path: Path) -> None:

@@ -37,7 +37,7 @@ class StoredCheckpoints:
         if self.uploads is not None:
             self.uploads.send_metrics()
         content = Manifest(identity=self.phase.identity.mark, files=dict(marks)).model_dump_json(by_alias=True)
-        self.store.write(f"{self.phase.name_of(folder)}/{MANIFEST}", content.encode())
+        self.store.create(f"{self.phase.name_of(folder)}/{MANIFEST}", content.encode())
 
     def fetch(self, folder: Path) -> None:
         """Bring what this node lacks of a whole folder."""

@@ -19,9 +19,11 @@ import psutil
 
 from trainers.contract import BadInput, Identity, PhaseFile, PhaseType, Result, canonical_json, sha256_text
 from trainers.files import write_atomic
+from trainers.lease import WRITERS, this_process
 from trainers.origins import difference, origins_of
 from trainers.pins import hub_names, pinned_spec, pins_folder
 from trainers.remote.checkpoints import StoredCheckpoints
+from trainers.remote.lease import StoreLease
 from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
@@ -49,8 +51,15 @@ class Remote:
         self.file = localised(file, spec, self.workspace)
         """The phase file with local paths in the place of addresses."""
         self.phase = RemotePhase(Store(file.remote), self.workspace, self.dir, digest) if file.remote else None
+        self.lease = self._lease() if self.phase is not None and is_main() else None
+        """What lets rank 0 write there."""
         self.identity = Identity(digest=digest)
         """Known once :meth:`find_finished` has fetched the data."""
+
+    def _lease(self) -> StoreLease:
+        assert self.phase is not None
+        name = self.phase.name_of(self.dir.root.parent / WRITERS / self.dir.root.name)
+        return StoreLease(self.phase.store, f"{name}.json", this_process(self.file.run))
 
     def find_finished(self) -> Result | None:
         """Fetch the data; then a result of this identity from anywhere in the remote workspace.

@@ -4,8 +4,10 @@ Any store that fsspec knows will do (`s3://`, `gs://`, …). Credentials and the
 store's own library reads them, and are never printed. What goes wrong ends as one line that names the address.
 """
 
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +25,8 @@ PACKAGES = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
+CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "404", "409", "412")
+"""A store's words for an object that is not what a condition says."""
 AT_ONCE = 2
 """Files under way side by side. On S3 with four parts of 50 MiB each: large uploads take up to 0.8 GiB of memory."""
 S3_OPTIONS = {
@@ -55,6 +59,8 @@ class Store:
         with errors_of(self.uri):
             self._fs, root = _open(self.uri)
         self._root = root.rstrip("/")
+        self.guard: Callable[[], None] | None = None
+        """Raises if this process may write no more (:mod:`trainers.remote.lease`); called before anything is changed."""
 
     def address(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
@@ -79,7 +85,54 @@ class Store:
             except FileNotFoundError:
                 return None
 
+    def tag(self, name: str) -> str | None:
+        """What tells an object's content from any that it had before; None if there is no object."""
+        with errors_of(self.address(name)):
+            try:
+                info = self._fs.info(self._path(name))
+            except FileNotFoundError:
+                return None
+        if info["type"] != "file":
+            return None
+        return str(info.get("ETag") or info.get("etag") or hashlib.sha256(self.read(name) or b"").hexdigest())
+
+    def swap(self, name: str, content: bytes, tag: str | None) -> str | None:
+        """Write an object if it still has this tag, or if there is none. Its new tag, or None if it is another by now.
+
+        Of stores other than S3 the condition is looked at before, and not by the store.
+        """
+        is_s3 = self.uri.startswith(("s3://", "s3a://"))
+        if (written := (self._put_if if is_s3 else self._put_after_a_look)(name, content, tag)) is not None:
+            return written
+        found = self.tag(name)
+        return found if self.read(name) == content else None  # the library asks again when an answer is lost
+
+    def _put_if(self, name: str, content: bytes, tag: str | None) -> str | None:
+        condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
+        with errors_of(self.address(name)):
+            try:
+                return str(self._fs.pipe_file(self._path(name), content, **condition)["ETag"])
+            except OSError as error:
+                if _code(error) not in CHANGED:
+                    raise
+        return None
+
+    def _put_after_a_look(self, name: str, content: bytes, tag: str | None) -> str | None:
+        if self.tag(name) != tag:
+            return None
+        with errors_of(self.address(name)):
+            self._fs.pipe_file(self._path(name), content)
+        return self.tag(name)
+
+    def create(self, name: str, content: bytes) -> None:
+        """Write an object that is not there. Raises Infrastructure if it is."""
+        self._check()
+        if self.swap(name, content, None) is None:
+            self._check()
+            raise Infrastructure(f"{self.address(name)}: somebody else has written it")
+
     def write(self, name: str, content: bytes) -> None:
+        self._check()
         with errors_of(self.address(name)):
             self._fs.pipe_file(self._path(name), content)
 
@@ -87,6 +140,7 @@ class Store:
         """Local files by the names they get. An object is seen whole or not at all."""
         if not files:
             return
+        self._check()
         with errors_of(self.uri):
             targets = [self._path(name) for name in files]
             self._fs.put([str(path) for path in files.values()], targets, batch_size=AT_ONCE)
@@ -96,12 +150,18 @@ class Store:
         wanted = {name: path for name, path in files.items() if not _is_same(path, objects[name])}
         if not wanted:
             return
-        parts = {name: path.with_name(f".{path.name}.{os.getpid()}.part") for name, path in wanted.items()}
+        mark = secrets.token_hex(4)  # in containers all processes have the same number
+        parts = {name: path.with_name(f".{path.name}.{mark}.part") for name, path in wanted.items()}
         for path in wanted.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        with errors_of(self.uri):
-            sources = [self._path(name) for name in wanted]
-            self._fs.get(sources, [str(part) for part in parts.values()], batch_size=AT_ONCE)
+        try:
+            with errors_of(self.uri):
+                sources = [self._path(name) for name in wanted]
+                self._fs.get(sources, [str(part) for part in parts.values()], batch_size=AT_ONCE)
+        except BaseException:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+            raise
         for name, part in parts.items():
             if objects[name].modified:
                 os.utime(part, (objects[name].modified, objects[name].modified))
@@ -111,6 +171,7 @@ class Store:
         """Copy inside the store, without a way through this machine."""
         if not names:
             return
+        self._check()
         with errors_of(self.uri):
             self._fs.copy(
                 [self._path(name) for name in names], [self._path(name) for name in names.values()], batch_size=AT_ONCE
@@ -118,9 +179,14 @@ class Store:
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects in this order. One by one: deleting many at once tells nothing of those that stayed."""
+        self._check()
         for name in names:
             with errors_of(self.address(name)):
                 self._fs.rm_file(self._path(name))
+
+    def _check(self) -> None:
+        if self.guard is not None:
+            self.guard()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

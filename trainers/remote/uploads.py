@@ -73,7 +73,7 @@ class Uploads:
         self._upload(list(self._files()))
         self._drop_leftovers()
         self.phase.mark(self.phase.digest, self.phase.name)
-        self.store.upload({f"{self.phase.name}/result.json": self.dir.result})
+        self.store.create(f"{self.phase.name}/result.json", self.dir.result.read_bytes())
 
     def wait(self) -> None:
         """Wait for what is under way. Raises what it failed with."""

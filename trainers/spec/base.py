@@ -1,7 +1,9 @@
 """What every setting of a run is: strict keys, immutable, documented; and walks over nested ones."""
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self, TypeVar
+from datetime import datetime
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.alias_generators import to_camel
@@ -76,9 +78,25 @@ T = TypeVar("T", bound=SpecModel)
 
 def find_models(root: SpecModel, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]:
     """Depth-first walk over a spec, yielding (dotted camelCase path, model) for every instance of ``kind``."""
-    for name, field in type(root).model_fields.items():
-        alias = field.alias or name
+    for name, alias in _nesting(type(root)):
         yield from _find_in(getattr(root, name), kind, f"{path}.{alias}" if path else alias)
+
+
+@functools.cache
+def _nesting(model: type[SpecModel]) -> tuple[tuple[str, str], ...]:
+    """Fields that may hold models, with their names in YAML: a walk over all of them is most of what a look at a run costs."""
+    fields = model.model_fields.items()
+    return tuple((name, field.alias or name) for name, field in fields if not _is_plain(field.annotation))
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether no value of this type can be or hold a model."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal or annotation in (None, type(None), Ellipsis):
+        return True
+    if inner:
+        return all(map(_is_plain, inner))
+    return isinstance(annotation, type) and issubclass(annotation, str | int | float | datetime)
 
 
 def _find_in(value: object, kind: type[T], path: str) -> Iterator[tuple[str, T]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import PhaseProgress, QueueStatus
+from controller.api.status import PhaseProgress, QueueState, QueueStatus
 from controller.backends.cluster import belongings, evidence, observe, ownership, pytorchjob
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
@@ -15,9 +15,11 @@ from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
 from controller.kube import Api, ApiError, Conflict
+from controller.memory import Anew, Memory
 from controller.plan import attempts as history
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
+from controller.plan.place import folder_of
 from trainers.contract import FailureClass
 
 Object = dict[str, Any]
@@ -37,10 +39,11 @@ WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 class ClusterBackend:
     def __init__(
-        self, api: Api, scraper: Scraper, settings: Settings, now: Callable[[], datetime] = seconds_now
+        self, api: Api, memory: Memory, scraper: Scraper, settings: Settings, now: Callable[[], datetime] = seconds_now
     ) -> None:
         self.now = now
         self.api = api
+        self.memory = memory
         self.scraper = scraper
         self.settings = settings
         self.kind: JobKind = pytorchjob
@@ -53,16 +56,17 @@ class ClusterBackend:
 
     # -- the three methods
 
-    async def observe(self, run: AlignmentRun) -> Observed:
-        """Always what the API server holds now, never a cache: two calls per look, three for queued runs.
+    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
+        """From memory, or what the API server holds now: two calls. For each live job in a queue one more.
 
-        One more for each attempt whose job is not where it should be.
+        And one for each attempt whose job is not where it should be, either way.
         """
         now = self.now()
-        found = await belongings.gather(self.api, self.kind, run, now)
+        source = Anew(self.api, self.memory) if anew else self.memory
+        found = await belongings.gather(source, self.kind, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
-        queues = await self._queues(namespace, jobs, now)
+        queues = await self._queues(namespace, jobs, {} if anew else _admitted(run), now)
         seen = [
             await self._explained(
                 observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
@@ -83,7 +87,7 @@ class ClusterBackend:
             progress=self._progress(run, seen, pods),
             taken=found.taken,
             held=found.held,
-            barred=self._barred.pop(run.metadata.uid or "", {}),
+            barred=self._why_barred(run.metadata.uid or "", anew),
             problems=tuple(self._problems(run)),
         )
 
@@ -95,7 +99,8 @@ class ClusterBackend:
             return
         try:
             settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
-            await self.api.create_job(self.kind.RESOURCE, self.kind.render(job, _owner(run), settings))
+            made = await self.api.create_job(self.kind.RESOURCE, self.kind.render(job, _owner(run), settings))
+            self.memory.saw(self.kind.RESOURCE, [made])
         except Conflict:
             return
         except ApiError as error:
@@ -118,6 +123,10 @@ class ClusterBackend:
 
     def _bar(self, run: AlignmentRun, job: PhaseJob, why: str) -> None:
         self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = why
+
+    def _why_barred(self, uid: str, anew: bool) -> dict[ownership.Attempted, str]:
+        """What asks for a job again is decided anew: until then it is remembered."""
+        return self._barred.pop(uid, {}) if anew else self._barred.get(uid, {})
 
     def _missing(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Jobs of this run that should be there, and of whose end its status does not know yet."""
@@ -157,10 +166,15 @@ class ClusterBackend:
                 )
         return found
 
-    async def _queues(self, namespace: str, jobs: Sequence[Object], now: datetime) -> dict[str, QueueStatus]:
+    async def _queues(
+        self, namespace: str, jobs: Sequence[Object], known: Mapping[str, QueueStatus], now: datetime
+    ) -> dict[str, QueueStatus]:
+        """``known``: what is said of jobs that were let go. Their queue suspends them before it says anything else."""
         statuses: dict[str, QueueStatus] = {}
         for job in jobs:
-            if observe.is_queued(job) and not observe.ended(job):
+            if _name(job) in known and not observe.is_suspended(job):
+                statuses[_name(job)] = known[_name(job)]
+            elif observe.is_queued(job) and not observe.ended(job):
                 found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
                 workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
                 status = observe.queue_status(job, workload, found is not None, now)
@@ -175,8 +189,7 @@ class ClusterBackend:
         live = [job for job in jobs if job.state == JobState.LIVE]
         firsts = [(job.phase, pod) for job in live for pod in pods.get(job.name, ()) if evidence.index(pod) == 0]
         targets = [(phase, target) for phase, pod in firsts if (target := _target(run, pod)) is not None]
-        reports = {phase: self.scraper.progress(target) for phase, target in targets}
-        return {phase: report for phase, report in reports.items() if report is not None}
+        return self.scraper.progress(run.metadata.namespace or "default", run.name, dict(targets))
 
 
 def _target(run: AlignmentRun, pod: Object) -> Target | None:
@@ -194,6 +207,13 @@ def begun_with(run: AlignmentRun, job: PhaseJob) -> str:
     return known.image if known is not None and known.digest == job.digest else ""
 
 
+def _admitted(run: AlignmentRun) -> dict[str, QueueStatus]:
+    """By the names of their jobs."""
+    phases = [phase for phase in (run.status.phases if run.status else ()) if phase.attempts]
+    queues = {phase.attempts[-1].job: phase.queue for phase in phases if phase.queue is not None}
+    return {name: queue for name, queue in queues.items() if name and queue.state == QueueState.ADMITTED}
+
+
 def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
     return ObservedJob(job.phase, job.attempt, job.digest, JobState.FAILED, failure, why, name=job.name)
 
@@ -206,7 +226,7 @@ def _result(job: ObservedJob, pods: Sequence[Object], outlived: bool) -> Observe
 
 def _owner(run: AlignmentRun) -> Owner:
     assert run.metadata.uid is not None, "runs in a cluster have one"
-    return Owner(run.metadata.namespace or "default", run.name, run.metadata.uid)
+    return Owner(run.metadata.namespace or "default", run.name, run.metadata.uid, folder_of(run))
 
 
 def _name(job: Object) -> str:

@@ -10,7 +10,7 @@ from controller.backends.cluster import evidence, observe, ownership
 from controller.backends.cluster.kind import JobKind
 from controller.backends.cluster.ownership import Attempted, Object
 from controller.backends.cluster.references import controller_of
-from controller.kube import Api
+from controller.memory import Reads
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,29 @@ class Belongings:
     """By phase, what an earlier run has left that may still write to its folder."""
 
 
-async def gather(api: Api, kind: JobKind, run: AlignmentRun, now: datetime) -> Belongings:
+async def gather(source: Reads, kind: JobKind, run: AlignmentRun, now: datetime) -> Belongings:
     namespace = run.metadata.namespace or "default"
     labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
-    listed, known = await api.list_jobs(kind.RESOURCE, namespace, labels), ownership.names(run)
+    listed, known = await source.list_jobs(kind.RESOURCE, namespace, labels), ownership.names(run)
     own = [found for job in listed if ownership.is_ours(job, run) if (found := ownership.identified(job, known))]
     others = [job for job in listed if not ownership.is_ours(job, run)]
-    unlabelled, taken = await _by_name(api, kind, run, own)
+    unlabelled, taken = await _by_name(source, kind, run, own)
     jobs = [*own, *unlabelled]
-    ordered = sorted(await api.list_pods(namespace, labels), key=evidence.index)
+    ordered = sorted(await source.list_pods(namespace, labels), key=evidence.index)
     pods, left = ownership.by_job(ordered, [*jobs, *others])
-    writing = _still_writing(await _without_job(api, kind, namespace, left), now)
+    writing = _still_writing(await _without_job(source, kind, namespace, left), now)
     return Belongings(jobs, pods, taken, writing | _held(run, others, pods, now))
 
 
 async def _by_name(
-    api: Api, kind: JobKind, run: AlignmentRun, own: Sequence[Object]
+    source: Reads, kind: JobKind, run: AlignmentRun, own: Sequence[Object]
 ) -> tuple[list[Object], dict[Attempted, str]]:
     """Jobs of attempts that should be there and do not have our labels: the run's without them, and somebody else's."""
     namespace, there = run.metadata.namespace or "default", {job["metadata"]["name"] for job in own}
     found: list[Object] = []
     taken: dict[Attempted, str] = {}
     for which, name in ownership.going(run).items():
-        job = await api.get_job(kind.RESOURCE, namespace, name) if name not in there else None
+        job = await source.get_job(kind.RESOURCE, namespace, name) if name not in there else None
         if job is not None and not ownership.is_ours(job, run):
             taken[which] = ownership.told(job)
         elif job is not None and (again := ownership.identified(job, {name: which})) is not None:
@@ -55,10 +55,10 @@ async def _by_name(
     return found, taken
 
 
-async def _without_job(api: Api, kind: JobKind, namespace: str, pods: Sequence[Object]) -> list[Object]:
+async def _without_job(source: Reads, kind: JobKind, namespace: str, pods: Sequence[Object]) -> list[Object]:
     """Those whose job is gone; with labels like ours, a job of somebody else's may have pods, too."""
     names = {controller_of(pod)["name"] for pod in pods}
-    there = [job for name in names if (job := await api.get_job(kind.RESOURCE, namespace, name)) is not None]
+    there = [job for name in names if (job := await source.get_job(kind.RESOURCE, namespace, name)) is not None]
     uids = {job["metadata"]["uid"] for job in there}
     return [pod for pod in pods if controller_of(pod)["uid"] not in uids]
 

@@ -19,6 +19,8 @@ class Owner:
     namespace: str
     name: str
     uid: str
+    folder: str
+    """In its workspace."""
 
 
 class JobKind(Protocol):

@@ -42,6 +42,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         uid=meta_["uid"],
         started_at=_not_before(job, first_start(pods)),
         queue=queue,
+        leaving=meta_.get("deletionTimestamp") is not None,
     )
     if is_suspended(job):
         return base

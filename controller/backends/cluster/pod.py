@@ -12,7 +12,14 @@ from controller.backends.cluster.references import reference
 from controller.backends.cluster.settings import Settings
 from controller.backends.cluster.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
-from trainers.contract import DEFAULT_METRICS_PORT, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, PhaseFile
+from trainers.contract import (
+    ATTEMPT_VARIABLE,
+    DEFAULT_METRICS_PORT,
+    METRICS_PORT_VARIABLE,
+    RUN_UID_VARIABLE,
+    TERMINATION_VARIABLE,
+    PhaseFile,
+)
 
 Object = dict[str, Any]
 
@@ -42,7 +49,7 @@ def _queue_labels(job: PhaseJob) -> dict[str, str]:
     return {meta.LABEL_QUEUE: job.queue_name, **priority}
 
 
-def template(job: PhaseJob, settings: Settings, container: str, rendezvous: list[Object]) -> Object:
+def template(job: PhaseJob, owner: Owner, settings: Settings, container: str, rendezvous: list[Object]) -> Object:
     """A PodTemplateSpec. ``container`` is what the one that trains is called, ``rendezvous`` the variables by which pods meet."""
     return {
         "metadata": {
@@ -51,7 +58,7 @@ def template(job: PhaseJob, settings: Settings, container: str, rendezvous: list
                 # A sidecar has to be asked for: pods of several nodes would not meet through it.
                 "sidecar.istio.io/inject": "false",
                 **(job.template.annotations or {}),
-                meta.ANNOTATION_PHASE_FILE: phase_file(job),
+                meta.ANNOTATION_PHASE_FILE: phase_file(job, owner),
             },
         },
         "spec": {
@@ -60,7 +67,7 @@ def template(job: PhaseJob, settings: Settings, container: str, rendezvous: list
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
             "securityContext": _security_context(job.template, settings.user),
-            "containers": [_container(job, settings.image, container, rendezvous)],
+            "containers": [_container(job, owner, settings.image, container, rendezvous)],
             "volumes": volumes(job),
             **_pulling(job.template),
             **_devices(job.template),
@@ -95,23 +102,23 @@ def _workspace(job: PhaseJob) -> Workspace:
     return job.workspace
 
 
-def phase_file(job: PhaseJob) -> str:
+def phase_file(job: PhaseJob, owner: Owner) -> str:
     """What the phase program reads, as JSON."""
-    file: PhaseFile = job.phase_file(WORKSPACE, WORKSPACE)
+    file: PhaseFile = job.phase_file(WORKSPACE, WORKSPACE, owner.folder)
     uri = _workspace(job).uri
     if uri is not None:
         file = file.model_copy(update={"remote": uri.rstrip("/")})
     return file.model_dump_json(by_alias=True, exclude_unset=True)
 
 
-def _container(job: PhaseJob, image: str | None, name: str, rendezvous: list[Object]) -> Object:
+def _container(job: PhaseJob, owner: Owner, image: str | None, name: str, rendezvous: list[Object]) -> Object:
     policy = job.template.image_pull_policy
     return {
         "name": name,
         "image": job.image or image,
         **({"imagePullPolicy": policy} if policy else {}),
         "command": _command(job),
-        "env": _environment(job) + rendezvous,
+        "env": _environment(job, owner) + rendezvous,
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
         "resources": _resources(job.template),
@@ -147,7 +154,7 @@ def _command(job: PhaseJob) -> list[str]:
     return ["python", *(["-m", "trainers.agent"] if many else []), *program]
 
 
-def _environment(job: PhaseJob) -> list[Object]:
+def _environment(job: PhaseJob, owner: Owner) -> list[Object]:
     defaults = {
         # The root file system is read-only, and the user may be unknown to the image.
         "HOME": TMP,
@@ -163,6 +170,8 @@ def _environment(job: PhaseJob) -> list[Object]:
         **{item.name: item.value for item in job.template.env},
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
+        RUN_UID_VARIABLE: owner.uid,
+        ATTEMPT_VARIABLE: str(job.attempt),
     }
     return [{"name": name, "value": value} for name, value in defaults.items()]
 

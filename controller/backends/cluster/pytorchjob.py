@@ -32,7 +32,7 @@ RANK = "metadata.labels['training.kubeflow.org/replica-index']"
 def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
     """The PyTorchJob for one attempt. The Training Operator adds PET_NNODES and PET_NPROC_PER_NODE."""
     address = f"{job.name}-worker-0"
-    template = pod.template(job, settings, CONTAINER, pod.rendezvous(job, address, RANK))
+    template = pod.template(job, owner, settings, CONTAINER, pod.rendezvous(job, address, RANK))
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": KIND,

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from weakref import WeakValueDictionary
 
@@ -15,11 +15,9 @@ from controller.clock import seconds_now
 from trainers.contract import DEFAULT_METRICS_PORT
 
 EVERY_SECONDS = 15.0
-"""Between two looks at the same run, for its progress."""
-AHEAD = 0.8
-"""A pod is asked when this share of the time to the next look has passed, so that the look finds news."""
-FORGET_AFTER = 10
-"""Reports that nobody has asked for during so many intervals are dropped."""
+"""Between two questions to a pod, however often its run is looked at."""
+FORGET_AFTER = 40
+"""Pods of a run that nobody has looked at during so many intervals are asked no more."""
 
 AT_ONCE = 128
 OF_A_NAMESPACE = 32
@@ -41,11 +39,23 @@ class Target:
 
 @dataclass
 class Report:
+    asking: asyncio.Task[None]
     progress: PhaseProgress | None = None
-    wanted_at: float = 0.0
+
+
+@dataclass
+class Pods:
+    """Of one run, by UID."""
+
+    wanted_at: float
     """On the monotonic clock."""
-    asked: bool = False
-    asking: asyncio.Task[None] | None = None
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def stop(self, uids: Iterable[str]) -> list[asyncio.Task[None]]:
+        tasks = [self.reports.pop(uid).asking for uid in uids]
+        for task in tasks:
+            task.cancel()
+        return tasks
 
 
 Outcome = str
@@ -67,45 +77,52 @@ class Scraper:
         self.begun = begun
         self.told = told
         self.now = now
-        self._reports: dict[str, Report] = {}
+        self._runs: dict[tuple[str, str], Pods] = {}
         self._turns = Turns()
 
     async def close(self) -> None:
-        tasks = [report.asking for report in self._reports.values() if report.asking is not None]
-        for task in tasks:
-            task.cancel()
+        tasks = [task for pods in self._runs.values() for task in pods.stop(list(pods.reports))]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def progress(self, pod: Target) -> PhaseProgress | None:
-        """What the pod said last, and see that it is asked again before the next look."""
-        report = self._reports.get(pod.uid)
-        if report is None:
-            self._forget()
-            report = self._reports[pod.uid] = Report()
-        report.wanted_at = time.monotonic()
-        if report.asking is None:
-            wait = AHEAD * self.every if report.asked else 0.0
-            report.asking = asyncio.get_running_loop().create_task(self._ask(report, pod, wait))
-        return report.progress
+    def progress(self, namespace: str, run: str, pods: Mapping[str, Target]) -> dict[str, PhaseProgress]:
+        """What they said last, by their keys. From now on these are asked again and again, and no others of this run."""
+        if not pods:
+            self._stop((namespace, run))
+            return {}
+        asked = self._runs.setdefault((namespace, run), Pods(0.0))
+        asked.wanted_at = time.monotonic()
+        wanted = {pod.uid: pod for pod in pods.values()}
+        asked.stop(asked.reports.keys() - wanted.keys())
+        for uid in wanted.keys() - asked.reports.keys():
+            asked.reports[uid] = self._begin(asked, wanted[uid])
+        found = {key: asked.reports[pod.uid].progress for key, pod in pods.items()}
+        return {key: progress for key, progress in found.items() if progress is not None}
 
-    async def _ask(self, report: Report, pod: Target, wait: float) -> None:
-        try:
+    def _begin(self, asked: Pods, pod: Target) -> Report:
+        return Report(asyncio.get_running_loop().create_task(self._ask_on(asked, pod)))
+
+    async def _ask_on(self, asked: Pods, pod: Target) -> None:
+        # After a start of the operator all pods are asked at once; the second time they are not.
+        wait = self.every * (1 + hash(pod.uid) % 100 / 100) / 2
+        while time.monotonic() - asked.wanted_at <= FORGET_AFTER * self.every:
+            await self._ask(asked.reports[pod.uid], pod)
             await asyncio.sleep(wait)
-            async with self._turns.of(pod):
-                page = await fetch(pod.address, self.port)
-            found = progress_of(page, pod.since, self.now()) if page is not None else None
-            self.told(PROGRESS if found else FAILED if page is None else EMPTY)
-            begins = found is not None and report.progress is None
-            report.progress = found or report.progress
-            if begins:
-                self.begun(pod.namespace, pod.run)
-        finally:
-            report.asked, report.asking = True, None
+            wait = self.every
+        self._stop((pod.namespace, pod.run))
 
-    def _forget(self) -> None:
-        """Drop the reports of pods that are gone."""
-        old = time.monotonic() - FORGET_AFTER * self.every
-        self._reports = {uid: r for uid, r in self._reports.items() if r.asking is not None or r.wanted_at > old}
+    async def _ask(self, report: Report, pod: Target) -> None:
+        async with self._turns.of(pod):
+            page = await fetch(pod.address, self.port)
+        found = progress_of(page, pod.since, self.now()) if page is not None else None
+        self.told(PROGRESS if found else FAILED if page is None else EMPTY)
+        begins = found is not None and report.progress is None
+        report.progress = found or report.progress
+        if begins:
+            self.begun(pod.namespace, pod.run)
+
+    def _stop(self, run: tuple[str, str]) -> None:
+        if (pods := self._runs.pop(run, None)) is not None:
+            pods.stop(list(pods.reports))
 
 
 class Turns:

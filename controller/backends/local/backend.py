@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from controller.plan.observed import JobState, Observed, ObservedJob, ObservedRe
 from controller.plan.resolve import resolve
 from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, Identity
 from trainers.files import write_atomic
+from trainers.lease import FolderLease, Held, this_process
 from trainers.origins import difference
 from trainers.phases import phase_type
 from trainers.workspace import PhaseDir, adopt, set_aside
@@ -88,13 +90,14 @@ class LocalBackend:
         found = self.results.finished(root, job.digest, kind, spec)
         if found == root:
             return
-        if found is not None:
-            _take_over(found, root)
+        if found is not None and _take_over(found, root, run.name):
             return
         gpus = self.machine.free_gpus(self._taken_gpus(), job.procs_per_node)
         if gpus is None:
             return
-        _make_room(root, self.results.identity(job.digest, kind, spec) or Identity(digest=job.digest))
+        identity = self.results.identity(job.digest, kind, spec) or Identity(digest=job.digest)
+        with suppress(Held):  # by a process of another machine: the phase waits for it, and makes room itself
+            _make_room(root, identity, run.name)
         self._start(job, root, gpus)
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None = None) -> None:
@@ -224,20 +227,26 @@ def _tree(live: Live) -> list[psutil.Process]:
         return []
 
 
-def _take_over(found: Path, root: Path) -> None:
-    root.parent.mkdir(parents=True, exist_ok=True)
-    set_aside(root)
-    adopt(found, root)
-    process.job_file(root).unlink(missing_ok=True)
+def _take_over(found: Path, root: Path, run: str) -> bool:
+    """Whether the phase is done with that. It is not if a process of another machine has the folder: the phase waits for it."""
+    try:
+        with FolderLease(root, this_process(run), patience=0):
+            set_aside(root)
+            adopt(found, root)
+            process.job_file(root).unlink(missing_ok=True)
+    except Held:
+        return False
+    return True
 
 
-def _make_room(root: Path, identity: Identity) -> None:
+def _make_room(root: Path, identity: Identity, run: str) -> None:
     """Leave only unfinished work of this identity in the phase's directory. Logs go with the work they belong to."""
     directory = PhaseDir(root)
     then = directory.read_identity()
     other = directory.holds_work and (then is None or difference(identity, then) is not None)
     if other or directory.result.exists():
-        set_aside(root)
+        with FolderLease(root, this_process(run), patience=0):
+            set_aside(root)
     root.mkdir(parents=True, exist_ok=True)
 
 

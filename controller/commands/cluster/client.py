@@ -19,6 +19,7 @@ SECONDS = (10.0, 60.0)
 SILENCE_SECONDS = (10.0, 300.0)
 """A followed log may be silent; one that is for so long is asked for again, in case the connection is dead."""
 MERGE = "application/merge-patch+json"
+CONFLICT = 409
 
 
 class Cluster:
@@ -60,6 +61,22 @@ class Cluster:
                 *self._kind, name, {"spec": {"suspend": wanted}}, _content_type=MERGE, _request_timeout=SECONDS
             )
         )
+
+    def annotate(self, run: ClusterRun, name: str, value: str) -> bool:
+        """False if the run has changed since it was read."""
+        found = run.document["metadata"]
+        patch = {"metadata": {"resourceVersion": found["resourceVersion"], "annotations": {name: value}}}
+        try:
+            self._call(
+                lambda: self._objects.patch_namespaced_custom_object(
+                    *self._kind, run.name, patch, _content_type=MERGE, _request_timeout=SECONDS
+                )
+            )
+        except ClusterError as error:
+            if error.code != CONFLICT:
+                raise
+            return False
+        return True
 
     def pods(self, run: str, phase: str) -> list[Pod]:
         selector = f"{meta.LABEL_RUN}={run},{meta.LABEL_PHASE}={phase}"

@@ -10,7 +10,9 @@ from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
 from controller.api.status import PhaseState, RunStatus
 from controller.commands.find import named
+from controller.plan import again
 from controller.plan.decide import is_terminal
+from controller.plan.refusal import is_refused
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,16 @@ class ClusterRun:
     @property
     def settled(self) -> bool:
         """The operator has seen the run as it is now."""
-        return (
-            bool(self.status.conditions) and self.status.observed_generation == self.document["metadata"]["generation"]
-        )
+        seen = self.status.observed_generation == self.document["metadata"]["generation"]
+        # A refused run takes note of nothing but its edits.
+        asked = not is_refused(self.status) and again.is_news(self.asked_again, self.status)
+        return bool(self.status.conditions) and seen and not asked
+
+    @property
+    def asked_again(self) -> str | None:
+        """What somebody has asked to try again, whether or not the operator has seen it."""
+        found: Mapping[str, str] = self.document["metadata"].get("annotations") or {}
+        return found.get(meta.ANNOTATION_RETRY)
 
     @property
     def ended(self) -> bool:

@@ -21,7 +21,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.presence import PATIENCE
 from trainers.core.saving.staging import Staged, StagedPlanner
 from trainers.core.saving.storage import Index, ShardWriter, State, first_failure, write_json
-from trainers.files import commit_directory
+from trainers.files import commit_directory, draft_directory
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Writer:
 
     def _write(self, folder: Path, staged: Staged, state: State, after: Callable[[], None]) -> float:
         begin = time.monotonic()
-        temporary = folder.with_name(f".{folder.name}.tmp")
+        temporary = draft_directory(folder)
         try:
             index = self._shards(temporary, staged)
             self._together(lambda: self._commit(temporary, folder, state, index))

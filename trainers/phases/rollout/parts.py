@@ -7,7 +7,7 @@ from typing import Any
 
 from trainers import jsonl
 from trainers.contract import BadInput
-from trainers.files import write_atomic
+from trainers.files import discard, write_atomic
 
 NAME = re.compile(r"part-(\d+)-(\d+)\.jsonl")
 
@@ -30,7 +30,7 @@ class Parts:
             if first == last and self._is_whole(path):
                 last = behind
             else:
-                path.unlink()
+                discard(path)
         return last
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,67 @@
+"""`alignctl retry` and `rerun` of a run in a cluster."""
+
+import time
+from collections.abc import Sequence
+
+import typer
+
+from controller.api import meta
+from controller.api.problems import InvalidRun, Problem, nearest
+from controller.api.status import PhaseStatus
+from controller.commands.cluster.client import Cluster
+from controller.commands.cluster.errors import ClusterError
+from controller.commands.cluster.patience import patiently
+from controller.commands.cluster.run import ClusterRun, newest
+from controller.commands.cluster.status import existing
+from controller.commands.where import Place
+from controller.plan import again
+from trainers.contract import FailureClass
+
+TRIES = 10
+"""Between reading a run and writing to it, the operator may write its status."""
+
+
+def cluster_retry(place: Place, name: str, phases: Sequence[str]) -> int:
+    """Ask the operator to try failed phases again, or to run these, and what builds on them, anew."""
+    cluster = Cluster(place)
+    run = newest(patiently(cluster, cluster.runs, known=False), name, cluster.namespace)
+    _check(run, phases)
+    tried = [phase.name for phase in run.status.phases if again.can_try_again(phase)]
+    if not phases and not tried:
+        return _say_nothing_failed(run, place)
+    _ask(cluster, run, phases)
+    whole = again.ALL in phases
+    what = "all phases run anew" if whole else f"{', '.join(phases)} and what builds on it: run anew" if phases else ""
+    typer.echo(f"run {name}: {what or ', '.join(tried) + ' tries again'}")
+    follow = f"watch it with: {place.command('status --watch', name)}"
+    typer.echo(f"it is stopped, and begins with: {place.command('resume', name)}" if run.asked_to_stop else follow)
+    return 0
+
+
+def _check(run: ClusterRun, phases: Sequence[str]) -> None:
+    for name in phases:
+        if name not in (*run.phases, again.ALL):
+            known = f"phases are: {', '.join(run.phases)}{nearest(name, run.phases)}"
+            raise InvalidRun([Problem("--from", f'"{name}" is not a phase of run {run.name}; {known}')])
+
+
+def _say_nothing_failed(run: ClusterRun, place: Place) -> int:
+    typer.echo(f"run {run.name} has no phase to try again: {run.state}")
+    for phase in filter(_missed, run.status.phases):
+        typer.echo(f"phase {phase.name} has finished and missed its gate: --from {phase.name} runs it anew")
+    return 0
+
+
+def _missed(phase: PhaseStatus) -> bool:
+    return phase.failure == FailureClass.GATE_FAILED
+
+
+def _ask(cluster: Cluster, run: ClusterRun, phases: Sequence[str]) -> None:
+    """With a number that nobody has used, larger than all before it; whoever asks at the same moment has another."""
+    for _ in range(TRIES):
+        number = max(int(time.time()), again.last(run.status) + 1, again.number_of(run.asked_again) + 1)
+        asked, text = run, " ".join([str(number), *phases])
+        if patiently(cluster, lambda: cluster.annotate(asked, meta.ANNOTATION_RETRY, text)):  # noqa: B023
+            return
+        run = existing(cluster, run.name)
+    raise ClusterError(f"run {run.name} was written by others each time: try again")
