@@ -154,6 +154,8 @@ def _join(place: str, path: str) -> str:
 def _data_problems(path: str, source: DataSource, base_dir: Path) -> Iterator[Problem]:
     if source.files is not None:
         yield from _missing_files(f"{path}.files", source.files, base_dir)
+    if source.hub is not None:
+        yield from _place_problems(f"{path}.hub.name", source.hub.name, base_dir)
     if source.synthetic is not None:
         yield from _synthetic_problems(f"{path}.synthetic", source.synthetic)
 
@@ -209,10 +211,19 @@ def _model_problems(path: str, source: str, base_dir: Path) -> Iterator[Problem]
             )
         elif (problem := model_problem(folder)) is not None:
             yield Problem(path, f'"{source}" holds no model that can be loaded: {problem}')
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        yield Problem(path, f"{shown(source)} is not there: {folder.absolute()} does not exist")
-    elif not HUB_ID.fullmatch(source):
-        yield Problem(path, f"{shown(source)} is no folder, and no hub id, which is `name` or `owner/name`")
+    else:
+        yield from _place_problems(path, source, base_dir)
+
+
+def _place_problems(path: str, name: str, base_dir: Path) -> Iterator[Problem]:
+    """Of a folder, or of a hub id, which is left to the phase that loads it."""
+    folder = base_dir / name
+    if folder.is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        yield Problem(path, f"{shown(name)} is not there: {folder.absolute()} does not exist")
+    elif not HUB_ID.fullmatch(name):
+        yield Problem(path, f"{shown(name)} is no folder, and no hub id, which is `name` or `owner/name`")
 
 
 def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:

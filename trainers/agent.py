@@ -68,8 +68,9 @@ def _lost(node: int) -> None:
 
 def _of_signal(number: int, who: str, seen: bool) -> int:
     failure, message = of_signal(number)
-    print(f"{failure}: {who}{message}", file=sys.stderr)
-    terminate(Termination(failure=failure, message=f"{who}{message}", seen=seen))
+    said = Termination(failure=failure, message=f"{who}{message}", seen=seen)
+    if terminate(said):  # else a process has said more: that it has saved its work, for example
+        print(f"{failure}: {said.message}", file=sys.stderr)
     return exit_status(failure)
 
 

@@ -143,11 +143,14 @@ def no_room(error: BaseException, folder: Path | None) -> str:
     return f"no space left to write{wanted} in {place}: {usage.free:,} of {usage.total:,} bytes are free{quota}"
 
 
-def terminate(termination: Termination) -> None:
-    """Leave the termination message. Of several ranks' words that of the root cause stands, within a class the first one."""
+def terminate(termination: Termination) -> bool:
+    """Leave the termination message. Of several ranks' words that of the root cause stands, within a class the first one.
+
+    False if one that stands already is kept.
+    """
     path = os.environ.get(TERMINATION_VARIABLE)
     if path is None:
-        return
+        return True
     # The exit status still tells the class. In a pod this path is a mounted file, which cannot be replaced.
     with suppress(OSError), open(path, "a+") as file:
         with suppress(OSError):  # there are file systems without locks
@@ -155,6 +158,9 @@ def terminate(termination: Termination) -> None:
         if _outweighs(termination, _said_before(file)):
             file.truncate(0)
             file.write(termination_json(termination))
+            return True
+        return False
+    return True
 
 
 def _said_before(file: TextIO) -> Termination | None:

@@ -53,14 +53,23 @@ def fingerprint(source: DataSource, base_dir: Path) -> str:
     if source.files is not None:
         return files_fingerprint(source_files(source.files, base_dir))
     content = _generator_code(source.synthetic.task) if source.synthetic else ""
-    if source.hub is not None and is_folder(source.hub):
-        content = folder_fingerprint(Path(source.hub.name))
-    return sha256_text(canonical_json([source.document(exclude={"epochs", "weight"}), content]))
+    asked = source.document(exclude={"epochs", "weight"})
+    if source.hub is not None and (folder := hub_folder(source.hub, base_dir)) is not None:
+        content = folder_fingerprint(folder)
+        asked["hub"]["name"] = _below(folder, base_dir)
+    return sha256_text(canonical_json([asked, content]))
 
 
-def is_folder(data: HubDataset) -> bool:
-    """Whether it is a local folder, which `datasets` loads by the same key."""
-    return os.path.isdir(data.name)
+def hub_folder(data: HubDataset, base_dir: Path) -> Path | None:
+    """The local folder that it names, from ``base_dir`` on: `datasets` loads it by the same key."""
+    folder = base_dir / data.name
+    return folder if folder.is_dir() else None
+
+
+def _below(folder: Path, base_dir: Path) -> str:
+    """As a file of a run names it: its rows are the same wherever both lie."""
+    given, base = os.path.abspath(folder), os.path.abspath(base_dir)
+    return os.path.relpath(given, base) if given.startswith(f"{base}/") else given
 
 
 def _generator_code(task: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from trainers.contract import Identity, Origins, PhaseType
-from trainers.fingerprints import files_fingerprint, fingerprint, folder_fingerprint, is_folder, package_version
+from trainers.fingerprints import files_fingerprint, fingerprint, folder_fingerprint, hub_folder, package_version
 from trainers.program import program_identity
 from trainers.spec import ChatSettings, ModelRef, PhaseSpec, RewardModelRef, find_models, is_address
 
@@ -41,7 +41,9 @@ def difference(now: Identity, then: Identity) -> str | None:
 def _data(spec: PhaseSpec, base_dir: Path) -> Iterator[tuple[str, str]]:
     for path, source in spec.data_sources():
         in_a_store = source.files is not None and is_address(source.files)
-        undecided = source.hub is not None and not is_folder(source.hub) and not _is_commit(source.hub.revision)
+        undecided = (
+            source.hub is not None and hub_folder(source.hub, base_dir) is None and not _is_commit(source.hub.revision)
+        )
         if not in_a_store and not undecided:
             yield path, fingerprint(source, base_dir)
 

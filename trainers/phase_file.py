@@ -56,6 +56,8 @@ def _first_problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
+    if not first["loc"]:  # of settings that do not go together: the message has all that matters
+        return first["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']} (got {str(first['input'])[:80]!r})"
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from trainers.contract import PhaseFile
 from trainers.core.hub import RepoType, hub_name, resolve
+from trainers.fingerprints import hub_folder
 from trainers.phase_file import set_at
 from trainers.spec import HubDataset, ModelRef, PhaseSpec, RewardModelRef, find_models
 
@@ -28,15 +29,19 @@ class HubName(NamedTuple):
 
 
 def pinned_spec(spec: S, file: PhaseFile, elsewhere: Collection[str] = ()) -> S:
-    """The spec with a commit as the revision of everything that is read from the hub.
+    """The spec with a commit as the revision of everything that is read from the hub, and whole paths of folders in its place.
 
     ``elsewhere`` has sources of models that lie somewhere else, and are not on this machine yet. Raises BadInput for a
     name or revision that is not there, Infrastructure if the hub does not answer.
     """
     names = list(hub_names(spec, Path(file.base_dir), elsewhere))
-    if not names:
+    folders = {path: hub_folder(data, Path(file.base_dir)) for path, data in find_models(spec, HubDataset)}
+    if not names and not any(folders.values()):
         return spec
     document = spec.document()
+    for path, folder in folders.items():
+        if folder is not None:
+            set_at(document, f"{path}.name", os.path.abspath(folder))
     for found in names:
         set_at(document, f"{found.path}.revision", _pin(found, pins_folder(file)))
     return type(spec).model_validate(document)
@@ -57,7 +62,7 @@ def hub_names(spec: PhaseSpec, base_dir: Path, elsewhere: Collection[str] = ()) 
         if (name := hub_name(ref.source, base_dir)) is not None:
             yield HubName(path, "model", name, ref.revision)
     for path, data in find_models(spec, HubDataset):
-        if not os.path.exists(data.name):  # `datasets` loads local folders by the same key
+        if hub_folder(data, base_dir) is None:
             yield HubName(path, "dataset", data.name, data.revision)
 
 

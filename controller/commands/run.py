@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import sys
 import time
 from collections.abc import Collection
@@ -137,7 +138,7 @@ def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Col
         outcome = asyncio.run(runner.drive())
     status = runner.run.status or RunStatus()
     if outcome == Outcome.INTERRUPTED:
-        typer.echo(f"stopped. The same command continues where it was: alignctl run {_again(request)}")
+        typer.echo(f"stopped. The same command continues where it was: alignctl run {continuing(request)}")
     elif outcome == Outcome.SUSPENDED:
         typer.echo("suspended: " + ", ".join(p.name for p in status.phases if p.state == PhaseState.SUSPENDED))
     report_rows(run, request.workspace)
@@ -147,10 +148,17 @@ def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Col
     return outcome.exit_status
 
 
-def _again(request: Request) -> str:
-    return " ".join(
-        [str(request.file), *(f"-f {path}" for path in request.fragments), *(f"--set {s}" for s in request.settings)]
-    )
+def continuing(request: Request) -> str:
+    """The arguments of the same command; what was to run anew stays so by itself."""
+    repeated = {"-f": request.fragments, "--set": request.settings, "--only": request.only, "--from": request.start}
+    words = [str(request.file)] + [
+        str(word) for name, values in repeated.items() for one in values for word in (name, one)
+    ]
+    if request.workspace != workspace.DEFAULT:
+        words += ["--workspace", str(request.workspace)]
+    if request.jobs is not None:
+        words += ["--jobs", str(request.jobs)]
+    return shlex.join(words)
 
 
 def report_rows(run: AlignmentRun, root: Path) -> None:

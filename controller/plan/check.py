@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from pydantic import ValidationError
+
 from controller.api.problems import Problem, nearest
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
@@ -16,6 +18,7 @@ from trainers.spec import ArtifactRef
 
 SHOWN_METRICS = 12
 
+GPU = "nvidia.com/gpu"
 LEAST_GPU = 2**30
 """Bytes."""
 
@@ -27,6 +30,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
+        problems += [*_inherited_problems(run), *_share_problems(run)]
     return [*problems, *_gpu_problems(run), *_mount_problems(run)]
 
 
@@ -53,6 +57,20 @@ def _model_problems(run: AlignmentRun) -> Iterator[Problem]:
         if model is None and "model" in type(entry.spec).model_fields and getattr(entry.spec, "model") is None:  # noqa: B009
             path = f"spec.phases[{entry.name}].{entry.type.name}.model"
             yield Problem(path, "is not set, and spec.model, which would stand in for it, is not set either")
+
+
+def _inherited_problems(run: AlignmentRun) -> Iterator[Problem]:
+    """A phase's own settings were looked at alone; some do not go with the model that the run says for it."""
+    own = {entry.name: entry.spec for entry in run.phases}
+    for phase in resolve(run):
+        if getattr(own[phase.name], "model", None) is getattr(phase.spec, "model", None):
+            continue
+        try:
+            type(phase.spec).model_validate(phase.spec.document(exclude_unset=True))
+        except ValidationError as error:
+            for found in error.errors():
+                path = ".".join([f"spec.phases[{phase.name}].{phase.type.name}", *map(str, found["loc"])])
+                yield Problem(path, found["msg"].removeprefix("Value error, "))
 
 
 def _gate_problems(run: AlignmentRun) -> Iterator[Problem]:
@@ -93,6 +111,16 @@ def _gpu_problems(run: AlignmentRun) -> Iterator[Problem]:
         if template.gpu_memory is not None and byte_count(template.gpu_memory) < LEAST_GPU:
             said = f'"{template.gpu_memory}" is less than any GPU has; with its unit: 80Gi'
             yield Problem(f"{path}.template.gpuMemory", said)
+
+
+def _share_problems(run: AlignmentRun) -> Iterator[Problem]:
+    for phase in resolve(run):
+        limits = phase.template.resources.limits if phase.template.resources else {}
+        if GPU in limits and phase.procs_per_node > byte_count(limits[GPU]):
+            said = (
+                f"{phase.procs_per_node} processes on {limits[GPU]} GPU (resources.limits): each takes one of its own"
+            )
+            yield Problem(f"spec.phases[{phase.name}].template.procsPerNode", said)
 
 
 def _mount_problems(run: AlignmentRun) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ import yaml
 from builders import document, dpo, reward, sft
 
 from controller.backends.local.process import processes_under
+from controller.commands.run import Request, continuing
 
 ALIGNCTL = [sys.executable, str(Path(__file__).with_name("fake_alignctl.py"))]
 
@@ -117,13 +118,19 @@ def test_ctrl_c_saves_and_the_next_run_continues(bench: Bench) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output
-    assert "continues where it was: alignctl run run.yaml" in output
+    assert "continues where it was: alignctl run run.yaml\n" in output
     assert bench.survivors() == []
     assert "interrupted" in bench.run("status")[1]
     done = steps_of(bench, "base")
     assert f"continue  from the checkpoint of step {done}" in bench.run("plan", "run.yaml")[1]
     assert bench.run(FAKE_STEPS="60", FAKE_STEP_SECONDS="0")[0] == 0
     assert f"base from step {done}" in bench.log("base", 2)
+
+
+def test_the_command_that_continues_says_all_that_was_asked_for() -> None:
+    asked = Request(Path("a run.yaml"), (Path("f.yaml"),), ("x=1",), ("sft",), (), Path("/ws"), jobs=2)
+    said = "'a run.yaml' -f f.yaml --set x=1 --only sft --workspace /ws --jobs 2"
+    assert continuing(asked) == said
 
 
 def test_a_second_ctrl_c_kills(bench: Bench) -> None:

@@ -95,6 +95,19 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         document({"name": "a", "sft": {"data": DATA}}),
         "spec.phases[a].sft.model: is not set, and spec.model, which would stand in for it, is not set either",
     ),
+    "settings that do not go with the run's model": (
+        document({"name": "a", "sft": {"data": DATA, "lora": {"quantization": "nf4"}}}, model=SCRATCH),
+        "spec.phases[a].sft: lora.quantization nf4 is made while a model's files are read: model.scratch has none; "
+        "set model.source or model.phase",
+    ),
+    "more processes than GPUs": (
+        document(BASE, template={"procsPerNode": 2, "resources": {"limits": {"nvidia.com/gpu": 1}}}),
+        "spec.phases[base].template.procsPerNode: 2 processes on 1 GPU (resources.limits): each takes one of its own",
+    ),
+    "a folder of data that is not there": (
+        document(edit(BASE, {"sft": {"data": {"train": [{"hub": {"name": "./nope"}}]}}})),
+        'spec.phases[base].sft.data.train[0].hub.name: "./nope" is not there: HERE/nope does not exist',
+    ),
     "the run's model is a phase": (
         document(BASE, model={"phase": "base"}),
         "spec.model.phase: \"base\": the run's own model is a source or scratch; name phases in the phases",

@@ -1,5 +1,6 @@
 """Data sets that are not held in memory: encoded as they are reached, kept on disk, the same to every step and process."""
 
+import gzip
 import json
 import os
 import shutil
@@ -378,3 +379,15 @@ def opened_elsewhere(tmp_path, chat, rows):
     folder.mkdir()
     write(folder / "d.jsonl", rows)
     return opened(context(folder), chat)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_told_before_the_first_step(tmp_path, chat):
+    """It was told if a step happened to draw the row at which it breaks off."""
+    write(tmp_path / "d.jsonl", [row(i) for i in range(20 * ROWS)])
+    whole = gzip.compress((tmp_path / "d.jsonl").read_bytes())
+    (tmp_path / "d.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    torn = DataSource(files="d.jsonl.gz")
+    with pytest.raises(BadInput, match=r"d\.jsonl\.gz:\d+: cannot be read"):
+        opened(context(tmp_path), chat, [torn])
+    opened(context(tmp_path), chat, [torn.model_copy(update={"limit": ROWS})])  # does not reach so far
+    opened(context(tmp_path), chat, [torn], on_malformed="skip")

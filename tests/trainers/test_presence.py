@@ -8,6 +8,7 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
+from trainers.contract import Infrastructure
 from trainers.core import presence
 from trainers.core.presence import Presence
 
@@ -132,3 +133,23 @@ def wait_until(true):
     while not true():
         assert time.monotonic() < until
         time.sleep(EVERY / 10)
+
+
+def launched(port: int) -> dict[str, str]:
+    return {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_processes_whose_launcher_died_before_they_met_end_soon(monkeypatch):
+    """They tried to reach its store for six hours."""
+    monkeypatch.setattr(presence, "MEETING_SECONDS", 0.3)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    presence.find_store(launched(store.port))
+    port = store.port
+    del store
+    with pytest.raises(Infrastructure, match=f"torchrun is gone: nobody answers at 127.0.0.1:{port}"):
+        presence.find_store(launched(port))
+
+
+def test_whose_store_one_of_them_holds_is_waited_for(monkeypatch):
+    monkeypatch.setattr(presence, "MEETING_SECONDS", 0.0)
+    presence.find_store({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})

@@ -28,7 +28,7 @@ from trainers.core.order import BatchOrder, Mixture, Part
 from trainers.core.records import unpacked
 from trainers.core.row_store import Fate, RowStore
 from trainers.core.rows import Item, check_share, encode_sources, read_rows
-from trainers.core.sources import RowSource, hold_source, open_source, raw_rows
+from trainers.core.sources import Joined, RowSource, hold_source, open_source, raw_rows
 from trainers.fingerprints import fingerprint
 from trainers.spec import DataSource, MixedSource, RowPolicy
 
@@ -277,7 +277,10 @@ class _Stored(Examples[T]):
         self._fates: list[Counter[int]] = [Counter() for _ in sources]
 
     def _encoder(self, source: DataSource, folder: Path, root: Path) -> Encoder:
-        rows = _limited(open_source(source, self._ctx.base_dir, root), source.limit)
+        found = open_source(source, self._ctx.base_dir, root)
+        rows = _limited(found, source.limit)
+        if self._policy.on_malformed == "stop" and isinstance(found, Joined) and (why := found.damage(len(rows))):
+            raise BadInput(why)  # whether or not a step would ever reach it
         store = RowStore(folder, len(rows))
         return Encoder(rows, store, source, self._encoding.schema, self._encoding.encode)
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from trainers.contract import BadInput, Interrupted
-from trainers.core.presence import PATIENCE, Presence, end_process
+from trainers.core.presence import PATIENCE, Presence, end_process, find_store
 from trainers.core.sharding import sharding_for
 from trainers.spec import DeepSpeed, Parallel
 from trainers.zero_config import zero_config
@@ -38,6 +38,7 @@ class Workers:
             _be_a_group()
         self.zero = _zero(parallel, base_dir)
         """DeepSpeed's configuration, if that is the strategy."""
+        find_store(os.environ)
         # torch's CUDA build reports NCCL as available on machines without a GPU, so the backend is named here.
         # A single process gets none: accelerate would take a named backend for an initialised process group.
         backend = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=PATIENCE)

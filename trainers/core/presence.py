@@ -8,16 +8,18 @@ the count of the next one: whatever its main thread does, for however long, goes
 import faulthandler
 import itertools
 import os
+import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from trainers.contract import FailureClass, Termination, exit_status
+from trainers.contract import FailureClass, Infrastructure, Termination, exit_status
 from trainers.failures import terminate
 
 EVERY_SECONDS = 5.0
@@ -38,8 +40,28 @@ PATIENCE = timedelta(hours=6)
 uploading. torch's 10 minutes for NCCL are not. A process of which the main thread alone hangs ends the others then;
 sooner than that `failurePolicy.stallTimeoutSeconds` does."""
 
+MEETING_SECONDS = 30.0
+"""Until the launcher's store has to answer: it was there before the processes were."""
+
 _groups = itertools.count()
 """Of one process, which may carry out several phases."""
+
+
+def find_store(environ: Mapping[str, str]) -> None:
+    """Raise Infrastructure if torchrun, which holds the store of its processes, is gone before they have met.
+
+    Else each would try to reach it for as long as collectives may take.
+    """
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    place, deadline = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"])), time.monotonic() + MEETING_SECONDS
+    while True:
+        try:
+            return socket.create_connection(place, timeout=EVERY_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Infrastructure(f"torchrun is gone: nobody answers at {place[0]}:{place[1]} ({error})") from error
+            time.sleep(min(1.0, MEETING_SECONDS / 10))
 
 
 class Presence:

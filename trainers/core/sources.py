@@ -46,7 +46,7 @@ def open_source(source: DataSource, base_dir: Path, folder: Path) -> RowSource:
     """The source's rows by number. ``folder`` keeps what is worth finding out only once about its files."""
     if source.files is not None:
         paths = source_files(source.files, base_dir)
-        return _Joined([indexed(path, _index_of(path, folder)) for path in paths])
+        return Joined([indexed(path, _index_of(path, folder)) for path in paths])
     if source.hub is not None:
         return Streamed(source.hub, source.limit or 0, folder) if source.is_stream else _Table(source.hub)
     return list(_made(source))
@@ -79,7 +79,7 @@ def _made(source: DataSource) -> Iterator[tuple[str, Row]]:
         raise BadInput(str(error)) from error
 
 
-class _Joined:
+class Joined:
     """Several sources, one behind the other."""
 
     def __init__(self, parts: Sequence[RowSource]) -> None:
@@ -92,6 +92,13 @@ class _Joined:
     def __getitem__(self, row: int) -> tuple[str, Raw]:
         part = bisect_right(self._ends, row)
         return self._parts[part][row - (self._ends[part - 1] if part else 0)]
+
+    def damage(self, within: int) -> str:
+        """Which file cannot be read to its end, and why, if that is among the first so many rows: behind its last one."""
+        lasts = [
+            part[len(part) - 1] for end, part in zip(self._ends, self._parts, strict=True) if part and end <= within
+        ]
+        return next((f"{place}: {raw}" for place, raw in lasts if isinstance(raw, json_text.Damaged)), "")
 
 
 class _Table:
