@@ -59,7 +59,9 @@ def watched_ends(cluster: Cluster, namespace: str = "") -> Iterator[Ends]:
     def watch() -> None:
         for line in stream(cluster, path):
             event = json.loads(line)
-            if event["type"] in ("ADDED", "MODIFIED"):
+            # Other tests' jobs are of no run.
+            of_a_run = "alignment.dev/run" in event["object"]["metadata"].get("labels", {})
+            if of_a_run and event["type"] in ("ADDED", "MODIFIED"):
                 ends.event(event["object"])
 
     # A daemon: it reads until the process, or the API server, ends.
