@@ -118,6 +118,8 @@ def _finished(
     again = before.state == state and before.digest == digest
     records, stop = stopping(records, jobs, keep=None)
     last = records[-1] if records else None
+    # One that ended between two looks was never seen at work.
+    started = (before.started_at if before.digest == digest else None) or (last.started_at if last else None)
     status = PhaseStatus(
         name=phase.name,
         type=phase.type.name,
@@ -128,7 +130,7 @@ def _finished(
         artifact_digest=result.artifact_digest,
         metrics=finite_metrics(result.metrics),
         attempts=history.prune(records, digest),
-        started_at=before.started_at if before.digest == digest else (last.started_at if last else None),
+        started_at=started,
         finished_at=before.finished_at if again else (last.finished_at if last else None) or now,
     )
     live = any(job.state == JobState.LIVE for job in jobs)

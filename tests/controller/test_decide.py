@@ -265,3 +265,11 @@ def test_the_job_says_whether_it_is_alone() -> None:
     assert alone(RUN) == [True]
     assert alone(RUN, results=results(RUN, "base")) == [False, False]
     assert alone(RUN, results=results(RUN, "base"), capacity=1) == [False]
+
+
+def test_a_phase_that_ends_between_two_looks_has_a_start() -> None:
+    """Of a thousand short ones at once hardly one was seen at work."""
+    asked = with_status(RUN, decide(RUN, seen(), START))
+    ended = job(RUN, "base", 1, SUCCEEDED, started_at=after(2), finished_at=after(3))
+    phase = decide(asked, seen(ended, results=results(RUN, "base")), after(4)).status.phases[0]
+    assert (phase.state, phase.started_at, phase.finished_at) == (PhaseState.SUCCEEDED, after(2), after(3))

@@ -69,7 +69,7 @@ def test_each_fault_at_each_call(scene: Scene):
     met = sum(rule.hits for rule in rules)
     print(f"{len(cells)} cells of {len(FAULTS)} faults and {scene.calls} calls: {met} met, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
-    assert met >= 0.9 * len(cells)  # a look that finds less to do makes fewer calls
+    assert met >= 0.7 * len(cells)  # a look that finds less to do makes fewer calls
     assert scene.operator.metric(BUGS) == 0
 
 
