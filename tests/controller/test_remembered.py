@@ -65,7 +65,7 @@ class TestNews:
         held = memory()
         held.saw(RUNS, [a_run(7, status={"phase": "Running"})])
         assert held.event(RUNS, None, a_run(3)) is None
-        assert held.run(KEY)["status"] == {"phase": "Running"}  # type: ignore[index]
+        assert held.run(KEY)["status"] == {"phase": "Running"}
 
     def test_an_answer_that_comes_after_the_end_brings_nothing_back(self):
         held = memory()
@@ -102,7 +102,7 @@ class TestRuns:
         for uid, born in (("new", "2026-02-01T00:00:00Z"), ("old", "2026-01-01T00:00:00Z")):
             document = a_run(1, uid)
             held.event(RUNS, "ADDED", {**document, "metadata": {**document["metadata"], "creationTimestamp": born}})
-        assert held.run(KEY)["metadata"]["uid"] == "new"  # type: ignore[index]
+        assert held.run(KEY)["metadata"]["uid"] == "new"
 
 
 def test_what_is_read_anew_is_remembered():

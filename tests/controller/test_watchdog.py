@@ -121,7 +121,7 @@ class Lister:
 def test_a_deleted_namespace_does_not_hide_a_dead_watch_in_the_others():
     async def go():
         api = Lister(forbidden="gone")
-        dog = Watchdog(api, [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], ["gone", "two"], every=60)  # type: ignore[arg-type]
+        dog = Watchdog(api, [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], ["gone", "two"], every=60)
         guard = asyncio.create_task(dog.guard())
         api.versions["pods"]["p"] = "1"
         await asyncio.sleep(150)
@@ -135,7 +135,7 @@ def test_the_guard_names_the_dead_and_takes_it_back():
     async def go():
         api, measured = Lister(), OperatorMetrics()
         watches, places = [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], ["one", "two"]
-        dog = Watchdog(api, watches, places, every=60, told=measured.watches)  # type: ignore[arg-type]
+        dog = Watchdog(api, watches, places, every=60, told=measured.watches)
         guard = asyncio.create_task(dog.guard())
         api.versions["pods"]["p"] = "1"
         await asyncio.sleep(90)
@@ -164,7 +164,7 @@ def served(measured: OperatorMetrics, resource: str) -> float | None:
 def test_an_api_server_that_is_away_is_not_the_watches_fault():
     async def go():
         api = Lister(away=True)
-        dog = Watchdog(api, [Watch(Shelf(RUNS))], [None], every=60)  # type: ignore[arg-type]
+        dog = Watchdog(api, [Watch(Shelf(RUNS))], [None], every=60)
         guard = asyncio.create_task(dog.guard())
         await asyncio.sleep(600)
         assert dog.dead == ()
@@ -183,7 +183,7 @@ def test_what_is_gone_without_a_word_is_forgotten_and_its_run_looked_at():
         deliver(watch.shelf, "ADDED", "ghost", "1")
         deliver(watch.shelf, "ADDED", "there", "2")
         api.versions["alignmentruns"] = {"there": "2"}
-        dog = Watchdog(api, [watch], [None], every=60, look_again=again.append)  # type: ignore[arg-type]
+        dog = Watchdog(api, [watch], [None], every=60, look_again=again.append)
         guard = asyncio.create_task(dog.guard())
         await asyncio.sleep(90)
         assert again == [], "the watch may be about to tell"
@@ -199,7 +199,7 @@ def test_what_cannot_be_listed_is_not_taken_for_gone():
         api = Lister(forbidden="one")
         watch = Watch(Shelf(RUNS))
         deliver(watch.shelf, "ADDED", "a", "1")
-        dog = Watchdog(api, [watch], ["one", "two"], every=60)  # type: ignore[arg-type]
+        dog = Watchdog(api, [watch], ["one", "two"], every=60)
         guard = asyncio.create_task(dog.guard())
         await asyncio.sleep(300)
         guard.cancel()
@@ -215,7 +215,7 @@ def test_work_begins_when_all_that_is_there_is_known():
         api = Lister(away=True)
         watch = Watch(Shelf(PODS))
         api.versions["pods"] = {"a": "3", "b": "4"}
-        dog = Watchdog(api, [watch], [None])  # type: ignore[arg-type]
+        dog = Watchdog(api, [watch], [None])
         known = asyncio.create_task(dog.until_known([PODS]))
         await asyncio.sleep(10)
         api.away = False
@@ -236,7 +236,7 @@ def test_work_begins_though_everything_changes_all_the_time():
     async def go():
         api, watch = Lister(), Watch(Shelf(PODS))
         api.versions["pods"] = {"a": "0", "gone": "1"}
-        dog = Watchdog(api, [watch], [None])  # type: ignore[arg-type]
+        dog = Watchdog(api, [watch], [None])
 
         async def change():
             for version in range(1, 1000):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import typer
 
@@ -60,8 +61,8 @@ def _ask(cluster: Cluster, run: ClusterRun, phases: Sequence[str]) -> None:
     """With a number that nobody has used, larger than all before it; whoever asks at the same moment has another."""
     for _ in range(TRIES):
         number = max(int(time.time()), again.last(run.status) + 1, again.number_of(run.asked_again) + 1)
-        asked, text = run, " ".join([str(number), *phases])
-        if patiently(cluster, lambda: cluster.annotate(asked, meta.ANNOTATION_RETRY, text)):  # noqa: B023
+        text = " ".join([str(number), *phases])
+        if patiently(cluster, partial(cluster.annotate, run, meta.ANNOTATION_RETRY, text)):
             return
         run = existing(cluster, run.name)
     raise ClusterError(f"run {run.name} was written by others each time: try again")
