@@ -124,6 +124,7 @@ def hand_on(folder: Path, strategy: str, number: int) -> None:
     else:
         assert found == 10 + number - 1, found
         assert attempt.sums() == json.loads(kept.read_text())
+    attempt.workers.barrier()  # the others still read what the first is about to write anew
     sums = attempt.sums()
     if attempt.workers.is_main:
         kept.write_text(json.dumps(sums))
