@@ -95,13 +95,13 @@ lint: $(VENV)/.dev ## Style, types, import layers
 	$(BIN)/lint-imports --no-cache
 
 gen: $(VENV)/.dev ## Write the files generated from the models: CRD, JSON schema, reference
-	$(BIN)/alignctl gen
+	PYTHONPATH=helm $(BIN)/python -m generate
 
 manifests: $(VENV)/.dev ## Write what manifests/ has from the chart
 	PYTHONPATH=tests $(BIN)/python -m chart.manifests
 
 verify: $(VENV)/.dev ## Fail if a generated file is out of date
-	$(BIN)/alignctl gen --check
+	PYTHONPATH=helm $(BIN)/python -m generate --check
 
 lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	printf 'torch==$(TORCH_VERSION)\n' | $(COMPILE) -o requirements/torch.lock -

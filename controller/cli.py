@@ -408,16 +408,6 @@ def import_(
     raise typer.Exit(import_command(name, source, target, column, skip))
 
 
-@app.command()
-def gen(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,
-) -> None:
-    """Write the files that are generated from the models (for developers of this project)."""
-    from controller.gen.files import gen_command
-
-    raise typer.Exit(gen_command(check))
-
-
 def main() -> None:
     """Bad input ends with one line per problem and exit status 2; a cluster that cannot help, with one line and 1."""
     try:

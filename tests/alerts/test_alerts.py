@@ -12,8 +12,8 @@ from monitoring.prometheus import promtool
 
 from alerts import operators, quickstart, runs, train
 from alerts.scenario import Scenario
-from controller.gen.alerts import ALERTS, OPERATOR_NAMESPACE, alerts_yaml
 from controller.operator.metrics import METRICS as OPERATOR
+from generate.alerts import ALERTS, OPERATOR_NAMESPACE, alerts_yaml
 from trainers.metrics import COMMON_LABELS
 from trainers.metrics import METRICS as TRAINERS
 

@@ -15,10 +15,10 @@ from cluster.assets import locate
 from chart.helm import CHART, NAME, NAMESPACE, HelmError, Object, helm, one, template
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.gen.alerts import OPERATOR_NAMESPACE
-from controller.gen.crd import crd
-from controller.gen.rbac import granted
 from controller.preflight import load_run
+from generate.alerts import OPERATOR_NAMESPACE
+from generate.crd import crd
+from generate.rbac import granted
 from trainers import __version__
 
 KUBERNETES = ("1.32", "1.33", "1.34", "1.35", "1.36")

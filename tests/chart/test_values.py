@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from chart.helm import CHART, NAME, HelmError, Object, helm, template
-from controller.gen.chart import Undocumented, Value, read_values, values_schema
+from generate.chart import Undocumented, Value, read_values, values_schema
 from trainers import __version__
 
 ON = {"enabled": True}
@@ -82,7 +82,7 @@ def test_every_value_is_described_in_the_readme(value: Value) -> None:
 def test_a_value_without_a_description_or_a_type_is_an_error() -> None:
     with pytest.raises(Undocumented, match=r"line 1: a has no description above it"):
         read_values("a: 1\n")
-    with pytest.raises(Undocumented, match=r"a.b needs an entry in controller.gen.chart.RULES"):
+    with pytest.raises(Undocumented, match=r"a.b needs an entry in generate.chart.RULES"):
         values_schema(read_values("# A.\na:\n  # B.\n  b: []\n"))
 
 

@@ -9,7 +9,7 @@ from builders import document, dpo, reward, sft
 from cluster.client import Cluster
 
 from controller import cli
-from controller.gen.files import ROOT
+from generate.files import ROOT
 
 PROGRAM = "from controller.cli import main; main()"
 CREATED = "2026-01-01T00:00:00Z"

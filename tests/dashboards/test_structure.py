@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from controller.gen.dashboards import dashboard_files
 from controller.operator.metrics import METRICS as OPERATOR_METRICS
 from dashboards.boards import BOARDS, ROOT, VARIABLE, panels, queries
+from generate.dashboards import dashboard_files
 from trainers.metrics import METRICS as TRAINER_METRICS
 
 EACH = pytest.mark.parametrize("name", sorted(BOARDS))

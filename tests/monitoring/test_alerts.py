@@ -1,6 +1,6 @@
 """The rules in a Prometheus that saw real runs, as the Prometheus Operator handed them to it."""
 
-from controller.gen.alerts import ALERTS
+from generate.alerts import ALERTS
 from monitoring.observed import Observed
 
 

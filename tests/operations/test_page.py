@@ -10,8 +10,8 @@ from chart import helm
 
 from controller.api import meta
 from controller.api.status import QueueState
-from controller.gen.alerts import ALERTS
-from controller.gen.rbac import granted
+from generate.alerts import ALERTS
+from generate.rbac import granted
 from operations.page import PAGE, ROOT, files, rows
 from trainers.contract import FAILURES
 

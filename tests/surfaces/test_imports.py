@@ -62,7 +62,7 @@ def test_packages_import_from_any_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "validate", "plan", "status", "logs", "stop", "resume", "retry", "runs", "history", "gen"]
+    "command", ["run", "validate", "plan", "status", "logs", "stop", "resume", "retry", "runs", "history"]
 )
 def test_commands(command: str) -> None:
     """Frozen: scripts rely on these."""

@@ -1,8 +1,8 @@
 """*Compare*: several runs side by side. Training is drawn over progress, so that runs need not have run at one time."""
 
-from controller.gen.dashboards.board import COMPARE, FLEET, annotation, dashboard, link_to, variable
-from controller.gen.dashboards.fleet import run_address
-from controller.gen.dashboards.panels import (
+from generate.dashboards.board import COMPARE, FLEET, annotation, dashboard, link_to, variable
+from generate.dashboards.fleet import run_address
+from generate.dashboards.panels import (
     BLUE,
     BY_NAME,
     GREEN,
@@ -19,7 +19,7 @@ from controller.gen.dashboards.panels import (
     table,
     trend,
 )
-from controller.gen.dashboards.query import (
+from generate.dashboards.query import (
     Object,
     gpu_hours,
     latest,
@@ -31,7 +31,7 @@ from controller.gen.dashboards.query import (
     rows,
     trainer,
 )
-from controller.gen.dashboards.states import RUN_TEXTS
+from generate.dashboards.states import RUN_TEXTS
 
 RUNS = 'namespace=~"$namespace", run=~"$run"'
 PHASE = f'{RUNS}, phase="$phase"'

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from controller.gen.dashboards.query import DATASOURCE, Object
+from generate.dashboards.query import DATASOURCE, Object
 
 AT_END, OVER_PROGRESS = 200, 2000
 """Points within the time range that a query may look at, where Grafana's default, one per pixel, is not right."""

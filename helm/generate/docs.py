@@ -10,8 +10,8 @@ from pydantic.fields import FieldInfo
 from controller.api.quantities import Quantity
 from controller.api.run import AlignmentRun, FailurePolicy, ObjectMeta, PhaseEntry, RunSpec
 from controller.api.template import Template
-from controller.gen import NOTICE
 from controller.operator import metrics as operator_metrics
+from generate import NOTICE
 from trainers.metrics import METRICS, MetricDef
 from trainers.phases import REGISTRY
 from trainers.spec import PhaseSpec, SpecModel

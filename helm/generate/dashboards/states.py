@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from controller.api.status import PhaseState
-from controller.gen.dashboards.panels import override
-from controller.gen.dashboards.query import Object, operator
 from controller.operator.metrics import RUN_STATES
+from generate.dashboards.panels import override
+from generate.dashboards.query import Object, operator
 
 COLORS = {
     "Waiting": "#6e7687",

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from controller.gen import NOTICE
+from generate import NOTICE
 
 Object = dict[str, Any]
 

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import typer
-
-from controller.gen import COMMAND
-from controller.gen.alerts import alerts_yaml
-from controller.gen.chart import chart_files
-from controller.gen.crd import crd_yaml
-from controller.gen.dashboards import dashboard_files
-from controller.gen.docs import metrics_page, run_page
-from controller.gen.rbac import rbac_yaml
-from controller.gen.schema import fragment_schema, run_schema, schema_json
+from generate.alerts import alerts_yaml
+from generate.chart import chart_files
+from generate.crd import crd_yaml
+from generate.dashboards import dashboard_files
+from generate.docs import metrics_page, run_page
+from generate.rbac import rbac_yaml
+from generate.schema import fragment_schema, run_schema, schema_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = "helm/alignment-operator"
@@ -38,16 +35,3 @@ def drift(root: Path) -> list[str]:
     return [
         path for path, text in generated().items() if not (root / path).exists() or (root / path).read_text() != text
     ]
-
-
-def gen_command(check: bool) -> int:
-    stale = drift(ROOT)
-    if check:
-        for path in stale:
-            typer.echo(f"{path} is out of date: run `{COMMAND}`", err=True)
-        return 1 if stale else 0
-    for path in stale:
-        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / path).write_text(generated()[path])
-        typer.echo(f"wrote {path}")
-    return 0

@@ -7,9 +7,9 @@ import yaml
 from controller.api import meta
 from controller.api.run import RunSpec
 from controller.api.status import RunStatus
-from controller.gen import NOTICE
-from controller.gen.rules import one_member_rule, reference_paths, reference_rules, self_reference_rules, tighten
-from controller.gen.structural import DETAILS, Schema, structural_schema
+from generate import NOTICE
+from generate.rules import one_member_rule, reference_paths, reference_rules, self_reference_rules, tighten
+from generate.structural import DETAILS, Schema, structural_schema
 
 COLUMNS = (
     ("Phase", ".status.phase", "Running phases, or how the run ended"),

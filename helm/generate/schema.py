@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from controller.api.run import AlignmentRun
-from controller.gen import NOTICE
+from generate import NOTICE
 
 Schema = dict[str, Any]
 

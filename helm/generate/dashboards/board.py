@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from controller.gen.dashboards.query import DATASOURCE, Object
+from generate.dashboards.query import DATASOURCE, Object
 
 SCHEMA_VERSION = 41
 """Of Grafana 11.6 and 12; newer ones migrate it when they read it."""

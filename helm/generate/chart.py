@@ -10,7 +10,7 @@ import yaml
 
 from controller.api.quantities import QUANTITY
 from controller.api.template import LARGEST_ID
-from controller.gen import NOTICE
+from generate import NOTICE
 
 Schema = dict[str, Any]
 

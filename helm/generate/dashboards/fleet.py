@@ -1,8 +1,9 @@
 """*Fleet*: all runs of a cluster, what they use, what fails, and the operator itself."""
 
 from controller.api.status import PhaseState
-from controller.gen.dashboards.board import FLEET, RUN, address, annotation, choice, dashboard, text_box, variable
-from controller.gen.dashboards.panels import (
+from controller.operator.metrics import RUN_STATES
+from generate.dashboards.board import FLEET, RUN, address, annotation, choice, dashboard, text_box, variable
+from generate.dashboards.panels import (
     BLUE,
     GREEN,
     GREY,
@@ -20,7 +21,7 @@ from controller.gen.dashboards.panels import (
     timeline,
     transform,
 )
-from controller.gen.dashboards.query import (
+from generate.dashboards.query import (
     Object,
     counts,
     gpu_hours,
@@ -34,8 +35,7 @@ from controller.gen.dashboards.query import (
     rows,
     trainer,
 )
-from controller.gen.dashboards.states import COLORS, RUN_TEXTS, colored
-from controller.operator.metrics import RUN_STATES
+from generate.dashboards.states import COLORS, RUN_TEXTS, colored
 
 LIMIT = 100
 """Rows of the table of runs."""

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from controller.api import meta
-from controller.gen import NOTICE
 from controller.kube import CALLS, LEASE_CALLS, SMOKE_CALLS, WALL_CALLS, Call
+from generate import NOTICE
 
 Object = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Grafana's dashboards, made from the tables of metrics: *Fleet*, *Run* and *Compare*."""
 
-from controller.gen.dashboards import compare, fleet, run
-from controller.gen.dashboards.board import as_json
+from generate.dashboards import compare, fleet, run
+from generate.dashboards.board import as_json
 
 FOLDER = "helm/alignment-operator/files/dashboards"
 

@@ -1,7 +1,7 @@
 """*Run*: one run, from its phases' states to the figures of its models."""
 
-from controller.gen.dashboards.board import COMPARE, FLEET, RUN, annotation, dashboard, link_to, variable
-from controller.gen.dashboards.panels import (
+from generate.dashboards.board import COMPARE, FLEET, RUN, annotation, dashboard, link_to, variable
+from generate.dashboards.panels import (
     BLUE,
     GREEN,
     GREY,
@@ -19,7 +19,7 @@ from controller.gen.dashboards.panels import (
     timeline,
     transform,
 )
-from controller.gen.dashboards.query import (
+from generate.dashboards.query import (
     Object,
     gpu_hours,
     latest,
@@ -31,7 +31,7 @@ from controller.gen.dashboards.query import (
     rows,
     trainer,
 )
-from controller.gen.dashboards.states import PHASE_NUMBERS, PHASE_TEXTS, RUN_NUMBERS, numbered, state_of
+from generate.dashboards.states import PHASE_NUMBERS, PHASE_TEXTS, RUN_NUMBERS, numbered, state_of
 
 IN_NAMESPACE = 'namespace="$namespace"'
 ONE = 'namespace="$namespace", run="$run"'
