@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.problems import InvalidRun
 from controller.commands import where
 from controller.commands.cluster.errors import ClusterError
@@ -86,7 +86,7 @@ LocalWorkspace = Annotated[
     typer.Option(
         "--workspace",
         metavar="DIR",
-        help=f"Folder of a run on this machine; {workspace.DEFAULT} unless given.",
+        help=f"Folder of a run on this machine; {runs_folder.DEFAULT} unless given.",
         show_default=False,
     ),
 ]
@@ -147,7 +147,7 @@ def run(
     only: Only,
     start: From,
     anew: Anew,
-    root: Workspace = workspace.DEFAULT,
+    root: Workspace = runs_folder.DEFAULT,
     jobs: Jobs = None,
 ) -> None:
     """Run a pipeline on this machine. Finished phases are reused, unfinished ones continue."""
@@ -186,7 +186,7 @@ def plan(
     only: Only,
     start: From,
     anew: Anew,
-    root: Workspace = workspace.DEFAULT,
+    root: Workspace = runs_folder.DEFAULT,
 ) -> None:
     """Say what `run` would run, what it would reuse, and why."""
     from controller.commands.plan import plan_command
@@ -359,7 +359,7 @@ def runs(
     name: Annotated[
         str | None, typer.Argument(metavar="RUN", help="Show this run's phases.", show_default=False)
     ] = None,
-    root: Holding = str(workspace.DEFAULT),
+    root: Holding = str(runs_folder.DEFAULT),
 ) -> None:
     """List what a workspace holds, also of runs that were deleted."""
     from controller.commands.runs import runs_command
@@ -368,7 +368,7 @@ def runs(
 
 
 @app.command()
-def history(root: Holding = str(workspace.DEFAULT)) -> None:
+def history(root: Holding = str(runs_folder.DEFAULT)) -> None:
     """Write a page for people about what a workspace holds: history.html in the workspace."""
     from controller.commands.history import history_command
 
@@ -416,7 +416,7 @@ def main() -> None:
         for problem in error.problems:
             _say_error(problem)
         raise SystemExit(BAD_INPUT) from None
-    except (workspace.Busy, workspace.Unusable) as error:
+    except (runs_folder.Busy, runs_folder.Unusable) as error:
         _say_error(error)
         raise SystemExit(BAD_INPUT) from None
     except ClusterError as error:

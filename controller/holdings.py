@@ -12,9 +12,9 @@ from typing import Protocol, TypeVar
 
 from controller.api.status import PhaseStatus, RunStatus
 from trainers.contract import Progress, Result
+from trainers.phase_dir import HISTORY
 from trainers.remote.store import Store
 from trainers.spec import SpecModel
-from trainers.workspace import HISTORY
 
 M = TypeVar("M", bound=SpecModel)
 

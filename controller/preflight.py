@@ -13,7 +13,7 @@ from controller.chat_problems import end_token_problems, template_problems
 from controller.compose import Document
 from controller.first_rows import row_problems
 from controller.plan.check import check_entries, check_run
-from controller.plan.lineage import model_pairs, root
+from controller.plan.tokenizers import model_pairs, root
 from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
 from trainers.model_files import model_problem

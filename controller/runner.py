@@ -1,4 +1,4 @@
-"""The driver of local runs: the same reconcile step in a loop until the run ends or someone says stop."""
+"""The driver of local runs: observe, decide, save, act in a loop until the run ends or someone says stop."""
 
 import asyncio
 import enum
@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from controller import workspace
+from controller import runs_folder
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
+from controller.backends.act import act
 from controller.backends.local.backend import LocalBackend
-from controller.plan.decide import Decision, is_terminal
-from controller.reconcile import reconcile
+from controller.plan.decide import Decision, decide, is_terminal
 from trainers.failures import is_disk_full, no_room
 
 POLL_SECONDS = 0.2
@@ -89,7 +89,7 @@ class Runner:
     async def _reconciled(self) -> Decision | None:
         """One turn; None if there is no room to write what it comes to, which the next one tries again."""
         try:
-            decision = await reconcile(self.run, self.backend, datetime.now(UTC), self._save, self.only)
+            decision = await self._turn()
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -100,8 +100,14 @@ class Runner:
         self._full = False
         return decision
 
-    async def _save(self, status: RunStatus) -> None:
-        workspace.write_status(self.root, self.run.name, status)
+    async def _turn(self) -> Decision:
+        """The status is saved before anything is done: a crash in between asks again, and never forgets a failure."""
+        observed = await self.backend.observe(self.run)
+        decision = decide(self.run, observed, datetime.now(UTC), self.only)
+        if decision.status != self.run.status:
+            runs_folder.write_status(self.root, self.run.name, decision.status)
+        await act(self.backend, self.run, decision.actions, observed)
+        return decision
 
     async def _sleep(self) -> None:
         try:

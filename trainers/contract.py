@@ -1,6 +1,6 @@
 """The contract between a phase program and whatever started it. Imports no torch.
 
-A phase reads one file (:class:`PhaseFile`), works in one directory (:class:`trainers.workspace.PhaseDir`) and ends in
+A phase reads one file (:class:`PhaseFile`), works in one directory (:class:`trainers.phase_dir.PhaseDir`) and ends in
 one of the ways listed in :data:`FAILURES`, or with ``result.json``, which is written last and is the only sign of
 success.
 """

@@ -29,12 +29,12 @@ from trainers.gates import check_gates, check_metrics
 from trainers.launched import as_launched
 from trainers.lease import FolderLease, Lease, this_process
 from trainers.origins import origins_of
+from trainers.phase_dir import PhaseDir, open_directory
 from trainers.phase_file import parse_spec, read_phase_file
 from trainers.phases import phase_type
 from trainers.pins import commits, pinned_spec
 from trainers.reuse import find_finished_result, finished_here
 from trainers.spec import PhaseSpec, addresses
-from trainers.workspace import PhaseDir, open_directory
 
 if TYPE_CHECKING:
     from trainers.core.context import PhaseContext

@@ -20,9 +20,9 @@ from trainers import __version__, jsonl
 from trainers.contract import Progress
 from trainers.files import begin_file, write_atomic
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, PREFIX
+from trainers.phase_dir import PhaseDir
 from trainers.spec import Tracking
 from trainers.tracker import Tracker
-from trainers.workspace import PhaseDir
 
 
 class Meter:

@@ -18,7 +18,7 @@ CARRIERS = frozenset(
     {
         "trainers.contract", "trainers.failures", "trainers.files", "trainers.fingerprints", "trainers.lease",
         "trainers.meter", "trainers.metrics", "trainers.origins", "trainers.phase_file", "trainers.program", "trainers.remote",
-        "trainers.tracker", "trainers.workspace", "trainers.core.flops",
+        "trainers.tracker", "trainers.phase_dir", "trainers.core.flops",
     }
 )  # fmt: skip
 """Modules that start, store and report a phase's work and have no part in it, nor has what only they import."""

@@ -6,7 +6,7 @@ from trainers.contract import Identity, PhaseFile, Result
 from trainers.failures import rank
 from trainers.lease import FolderLease, this_process
 from trainers.origins import difference
-from trainers.workspace import PhaseDir, adopt, find_finished, intact
+from trainers.phase_dir import PhaseDir, adopt, find_finished, intact
 
 
 def find_finished_result(file: PhaseFile, identity: Identity) -> Result | None:

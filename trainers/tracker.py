@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainers.files import write_atomic
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 TIMEOUT_SECONDS = 20.0
 """How long a server may take to answer before the phase begins without it."""

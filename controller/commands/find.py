@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.problems import InvalidRun, Problem, nearest
 from controller.api.status import PhaseState, RunStatus
 
 
 def find_run(root: Path, run: str | None) -> str:
     """The run that is meant: the named one, else the one touched last."""
-    names = workspace.run_names(root)
+    names = runs_folder.run_names(root)
     if not names:
         raise InvalidRun(
             [Problem(str(root), "no run has been started in this workspace (another one: --workspace DIR)")]

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import typer
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.text import plain
 from controller.commands.runs import bytes_text, cost, reading, state
 from controller.holdings import Bucket, Files, Folder, HeldPhase, HeldRun, holdings
@@ -45,7 +45,7 @@ def _write(files: Files, text: str) -> str:
         try:
             write_atomic(files.root / PAGE, text)
         except OSError as error:
-            raise workspace.Unusable(f"{files.root / PAGE}: cannot be written ({error.strerror})") from error
+            raise runs_folder.Unusable(f"{files.root / PAGE}: cannot be written ({error.strerror})") from error
         return str(files.root / PAGE)
     assert isinstance(files, Bucket)
     files.store.write(PAGE, text.encode())

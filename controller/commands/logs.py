@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.problems import InvalidRun, Problem
 from controller.api.status import RunStatus
 from controller.api.text import for_terminal
@@ -16,7 +16,7 @@ from controller.commands.find import find_run, interesting_phase
 
 def logs_command(root: Path, run: str | None, phase: str | None, attempt: int | None, follow: bool) -> int:
     name = find_run(root, run)
-    phase = phase or interesting_phase(workspace.read_status(root, name) or RunStatus(), name)
+    phase = phase or interesting_phase(runs_folder.read_status(root, name) or RunStatus(), name)
     directory = root / name / phase
     numbers = process.attempt_numbers(directory)
     if not numbers:
@@ -43,7 +43,7 @@ def follow_lines(root: Path, directory: Path, attempt: int | None = None, poll: 
     number, file = 0, None
     try:
         while True:
-            active = workspace.holder(root) is not None
+            active = runs_folder.holder(root) is not None
             newest = attempt or process.attempt_numbers(directory)[-1]
             if newest != number:
                 if file is not None:

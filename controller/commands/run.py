@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from controller import workspace
+from controller import runs_folder
 from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
 from controller.api.run import AlignmentRun, ObjectMeta
@@ -28,7 +28,7 @@ from controller.plan.explain import explain, select, unmet_inputs
 from controller.plan.resolve import merge_templates, resolve
 from controller.preflight import load_run
 from controller.runner import Outcome, Runner
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 LOG_LINES = 15
 
@@ -42,7 +42,7 @@ class Request:
     settings: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     start: tuple[str, ...] = ()
-    workspace: Path = workspace.DEFAULT
+    workspace: Path = runs_folder.DEFAULT
     jobs: int | None = None
     anew: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ class Request:
 
         All else is on disk, or is begun afresh: that is what starting the command again is for.
         """
-        known = workspace.read_status(self.workspace, run.name) or RunStatus()
+        known = runs_folder.read_status(self.workspace, run.name) or RunStatus()
         phases = (PhaseStatus(name=p.name, type=p.type, again=p.again) for p in known.phases if p.again)
         kept = RunStatus(phases=tuple(phases), retry=known.retry)
         if not self.anew:
@@ -107,10 +107,10 @@ def run_command(request: Request, command: Command = phase_command) -> int:
     only = request.selection(run)
     backend = local_backend(request, run, command)
     _check_gpus(backend.machine, _procs(run))
-    with workspace.locked(request.workspace):
+    with runs_folder.locked(request.workspace):
         _settle(request.workspace, run.name, backend.grace)
         asyncio.run(_check_inputs(run, backend, only))
-        workspace.write_run(request.workspace, run, request.document())
+        runs_folder.write_run(request.workspace, run, request.document())
         return _drive(run, backend, request, only)
 
 
@@ -154,7 +154,7 @@ def continuing(request: Request) -> str:
     words = [str(request.file)] + [
         str(word) for name, values in repeated.items() for one in values for word in (name, one)
     ]
-    if request.workspace != workspace.DEFAULT:
+    if request.workspace != runs_folder.DEFAULT:
         words += ["--workspace", str(request.workspace)]
     if request.jobs is not None:
         words += ["--jobs", str(request.jobs)]

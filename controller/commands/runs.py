@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.text import plain
 from controller.commands.find import named
 from controller.holdings import Bucket, Files, Folder, HeldPhase, HeldRun, holdings
@@ -40,13 +40,13 @@ def reading(root: str) -> Iterator[Files]:
     """A folder, or an address in an object store. What is wrong with it is one line."""
     if not is_address(root):
         if not Path(root).is_dir():
-            raise workspace.Unusable(f"--workspace {root}: is no folder, and no address such as s3://bucket/prefix")
+            raise runs_folder.Unusable(f"--workspace {root}: is no folder, and no address such as s3://bucket/prefix")
         yield Folder(Path(root))
         return
     try:
         yield Bucket(Store(root))
     except PhaseError as error:
-        raise workspace.Unusable(f"--workspace {error}") from error
+        raise runs_folder.Unusable(f"--workspace {error}") from error
 
 
 def run_row(run: HeldRun) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from controller import workspace
+from controller import runs_folder
 from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
@@ -31,8 +31,8 @@ def status_command(root: Path, run: str | None, watch: bool) -> int:
 
 def _read(root: Path, name: str) -> tuple[RunStatus, bool]:
     # Asked before the status is read: what a runner wrote last is then seen.
-    active = workspace.holder(root) is not None and workspace.run_names(root)[:1] == [name]
-    status = workspace.read_status(root, name)
+    active = runs_folder.holder(root) is not None and runs_folder.run_names(root)[:1] == [name]
+    status = runs_folder.read_status(root, name)
     if status is None:
         raise InvalidRun([Problem(str(root / name), "no status.json: this run has not been started")])
     return (status if active or is_terminal(status) else _at_rest(status)), active

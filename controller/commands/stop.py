@@ -7,13 +7,13 @@ from pathlib import Path
 
 import typer
 
-from controller import workspace
+from controller import runs_folder
 from controller.backends.local import process
 
 
 def stop_command(root: Path, timeout: float) -> int:
     """Ask the runner to stop, as Ctrl-C would, and wait; end what a killed runner left."""
-    pid = workspace.holder(root)
+    pid = runs_folder.holder(root)
     if pid:
         os.kill(pid, signal.SIGTERM)
         typer.echo(f"stopping process {pid}: unfinished work is being saved")
@@ -31,7 +31,7 @@ def stop_command(root: Path, timeout: float) -> int:
 def _released(root: Path, timeout: float) -> bool:
     """Wait for the lock and not for the process: a process whose parent does not look stays as a zombie."""
     end = time.monotonic() + timeout
-    while workspace.holder(root) is not None:
+    while runs_folder.holder(root) is not None:
         if time.monotonic() > end:
             return False
         time.sleep(0.1)

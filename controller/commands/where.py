@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.problems import InvalidRun, Problem
 
 ALIGNCTL = "alignctl"
@@ -46,7 +46,7 @@ def choose(root: Path | None, context: str | None, namespace: str | None, kubeco
         raise InvalidRun([Problem("--workspace", text)])
     if flags or (root is None and program() == PLUGIN):
         return Place(context, namespace, kubeconfig)
-    return root or workspace.DEFAULT
+    return root or runs_folder.DEFAULT
 
 
 def only_in_a_cluster(option: str, value: object) -> None:

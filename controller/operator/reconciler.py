@@ -17,6 +17,7 @@ from controller.api import meta
 from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
 from controller.api.status import AttemptState, RunStatus
+from controller.backends.act import act
 from controller.backends.base import Backend
 from controller.clock import seconds_now
 from controller.kube import RUNS, Api, ApiError, Call, Conflict, Object
@@ -41,7 +42,6 @@ from controller.plan.leftovers import next_chore
 from controller.plan.observed import Observed
 from controller.plan.refusal import Refusal
 from controller.plan.shapes import Configs
-from controller.reconcile import act
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.api.volumes import mount_problems
 from controller.plan.graph import cycle, edges
-from controller.plan.lineage import tokenizer_problems
 from controller.plan.once import of_spec
 from controller.plan.resolve import merge_templates, resolve
+from controller.plan.tokenizers import tokenizer_problems
 from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
 

@@ -73,7 +73,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     if is_final(before, generation) and obeyed.phases == before.phases:
         return _at_rest(run, obeyed, observed, now)
     phases = resolve(run)
-    started = _started(run, before, now)
+    started = _run_started(run, before, now)
     before = _time_anew(obeyed) if is_terminal(before) else obeyed
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
@@ -121,7 +121,7 @@ def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: date
     return Decision(status, actions, requeue_after=end - now if end else None)
 
 
-def _started(run: AlignmentRun, before: RunStatus, now: datetime) -> datetime:
+def _run_started(run: AlignmentRun, before: RunStatus, now: datetime) -> datetime:
     """A run that goes on after its end, because it was edited, or after a suspension, has its time anew."""
     suspension = before.condition(meta.SUSPENDED)
     slept = suspension is not None and suspension.status == "True" and suspension.reason == meta.RUN_SUSPENDED

@@ -142,7 +142,7 @@ def _unfinished(
     digest: str | None, at: Situation,
 ) -> Step:  # fmt: skip
     mine = [a for a in records if a.digest == digest]
-    started = _started(phase, before, mine, digest)
+    started = _phase_started(phase, before, mine, digest)
     failures = history.failed(records, digest, phase.settings)
     verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
     late = _late(started, at) and not _rests(phase, before)
@@ -291,7 +291,9 @@ def _next_number(records: tuple[Attempt, ...], jobs: list[ObservedJob]) -> int:
     return max([0, *(a.number for a in records), *(job.attempt for job in jobs)]) + 1
 
 
-def _started(phase: ResolvedPhase, before: PhaseStatus, mine: list[Attempt], digest: str | None) -> datetime | None:
+def _phase_started(
+    phase: ResolvedPhase, before: PhaseStatus, mine: list[Attempt], digest: str | None
+) -> datetime | None:
     """Since when the phase is at work. Its time begins anew when it goes on after a suspension, as that of a Job does."""
     if before.digest == digest and before.started_at is not None and not _resumes(phase, before):
         return before.started_at

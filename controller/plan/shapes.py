@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from controller.api.run import AlignmentRun, PhaseEntry
-from controller.plan.lineage import STARTS_FROM
+from controller.plan.tokenizers import STARTS_FROM
 from trainers.sizing.phases import some_layers
 from trainers.sizing.shapes import ModelShape, UnknownSize, scratch_shape, shape_of
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef

@@ -27,8 +27,8 @@ from trainers.contract import (
 )
 from trainers.files import write_atomic
 from trainers.origins import origins_of
+from trainers.phase_dir import PhaseDir
 from trainers.phases import phase_type
-from trainers.workspace import PhaseDir
 
 type_name, path = sys.argv[1], Path(sys.argv[3])
 file = PhaseFile.model_validate_json(path.read_text())

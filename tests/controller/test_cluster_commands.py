@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controller import cli, workspace
+from controller import cli, runs_folder
 from controller.api.problems import InvalidRun
 from controller.commands import where
 from controller.commands.cluster import patience
@@ -16,7 +16,7 @@ from controller.commands.where import Place
 # ---------------------------------------------------------------- where to look
 
 PLACES: dict[str, tuple[str, dict[str, Any], object]] = {
-    "the workspace unless told": ("alignctl", {}, workspace.DEFAULT),
+    "the workspace unless told": ("alignctl", {}, runs_folder.DEFAULT),
     "another workspace": ("alignctl", {"root": Path("x")}, Path("x")),
     "a context is a cluster": ("alignctl", {"context": "a"}, Place("a")),
     "a namespace is one of the current context's cluster": ("alignctl", {"namespace": "n"}, Place(namespace="n")),

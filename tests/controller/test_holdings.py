@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from controller import workspace
+from controller import runs_folder
 from controller.api.problems import InvalidRun
 from controller.commands.history import PAGE, history_command
 from controller.commands.runs import bytes_text, runs_command
@@ -113,7 +113,7 @@ def test_an_object_store(root: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_is_no_workspace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for root in (str(tmp_path / "none"), "nonsense://bucket"):
-        with pytest.raises(workspace.Unusable, match=r"--workspace") as error:
+        with pytest.raises(runs_folder.Unusable, match=r"--workspace") as error:
             runs_command(root, None)
         assert "\n" not in str(error.value)
     assert runs_command(str(tmp_path), None) == 0

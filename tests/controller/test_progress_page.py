@@ -14,8 +14,8 @@ from controller.backends.cluster.fetch import LIMIT
 from controller.backends.cluster.page import LARGEST, LONGEST_SECONDS, MOST_STEPS, WANTED, progress_of
 from trainers.meter import Meter
 from trainers.metrics import METRICS, PREFIX
+from trainers.phase_dir import PhaseDir
 from trainers.spec import Tracking
-from trainers.workspace import PhaseDir
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 NOW = SINCE + timedelta(hours=1)

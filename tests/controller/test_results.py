@@ -13,7 +13,7 @@ from controller.plan.resolve import ResolvedPhase, resolve
 from trainers.contract import Identity, Result, phase_digest
 from trainers.files import write_atomic
 from trainers.origins import origins_of
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 
 @pytest.fixture

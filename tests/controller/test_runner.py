@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from builders import diamond, results, seen
 
-from controller import runner, workspace
+from controller import runner, runs_folder
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
 from controller.plan.observed import Observed
@@ -42,14 +42,14 @@ class Said:
 
 def drive(monkeypatch: pytest.MonkeyPatch, root: Path, errors: list[OSError]) -> tuple[Outcome, list[str]]:
     """The outcome of a run whose status cannot be written at first."""
-    write = workspace.write_status
+    write = runs_folder.write_status
 
     def failing(*args: Any) -> None:
         if errors:
             raise errors.pop()
         write(*args)
 
-    monkeypatch.setattr(workspace, "write_status", failing)
+    monkeypatch.setattr(runs_folder, "write_status", failing)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     said = Said()
     backend: Any = Finished()
@@ -62,7 +62,7 @@ def test_a_run_waits_for_room_to_write_and_says_so_once(monkeypatch: pytest.Monk
     assert outcome == Outcome.SUCCEEDED
     assert line.startswith(f"no space left to write in {tmp_path}: ")
     assert line.endswith("bytes are free; the run goes on when there is room")
-    assert workspace.read_status(tmp_path, RUN.name) is not None
+    assert runs_folder.read_status(tmp_path, RUN.name) is not None
 
 
 def test_another_error_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from controller.backends.local.backend import _make_room, _take_over
 from trainers.contract import Identity
 from trainers.lease import FolderLease, Held, this_process
-from trainers.workspace import PhaseDir, history_dir, open_directory
+from trainers.phase_dir import PhaseDir, history_dir, open_directory
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def run_phase() -> RunPhase:
     above ``output``, so give every run a folder of its own: ``tmp_path / "run" / "phase"``.
     """
     from trainers import launch
-    from trainers.workspace import PhaseDir
+    from trainers.phase_dir import PhaseDir
 
     def run(
         kind: str, spec: dict[str, Any], inputs: dict[str, Path] | None, output: Path, **file: Any
@@ -130,7 +130,7 @@ def _check_metrics(kind: str, spec: dict[str, Any], result: Any) -> None:
 
 
 def _inputs(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
-    from trainers.workspace import PhaseDir
+    from trainers.phase_dir import PhaseDir
 
     found = {}
     for name, directory in directories.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 from trainers.contract import Origins, PhaseFile
 from trainers.core.context import PhaseContext
+from trainers.phase_dir import PhaseDir
 from trainers.phases import phase_type
-from trainers.workspace import PhaseDir
 
 
 def saving_context(workers: Any, folder: Path) -> PhaseContext:

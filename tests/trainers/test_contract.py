@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import contract, files, workspace
+from trainers import contract, files, phase_dir
 from trainers.contract import FAILURES, FailureClass, Result, Termination
 from trainers.gates import check_gates
+from trainers.phase_dir import PhaseDir
 from trainers.phases import REGISTRY
 from trainers.phases.dpo.spec import DpoSpec
-from trainers.workspace import PhaseDir
 
 
 def dpo(**changes):
@@ -71,39 +71,39 @@ class TestHistory:
     def test_an_edit_displaces_and_never_deletes(self, tmp_path):
         root = tmp_path / "run" / "sft"
         finished(root, "d1", "first")
-        assert workspace.set_aside(root) == workspace.history_dir(root, "d1")
+        assert phase_dir.set_aside(root) == phase_dir.history_dir(root, "d1")
         assert not root.exists()
-        assert (workspace.history_dir(root, "d1") / "model" / "w").read_text() == "first"
+        assert (phase_dir.history_dir(root, "d1") / "model" / "w").read_text() == "first"
 
     def test_displacing_the_same_digest_twice_keeps_both(self, tmp_path):
         root = tmp_path / "run" / "sft"
         for _ in range(2):
             finished(root, "d1")
-            workspace.set_aside(root)
-        assert len(list((tmp_path / "run" / workspace.HISTORY).iterdir())) == 2
+            phase_dir.set_aside(root)
+        assert len(list((tmp_path / "run" / phase_dir.HISTORY).iterdir())) == 2
 
     def test_a_result_is_found_in_other_runs_and_in_the_history(self, tmp_path):
         finished(tmp_path / "other" / "sft", "d1")
         root = tmp_path / "run" / "sft"
         finished(root, "d2")
-        workspace.set_aside(root)
-        assert list(workspace.find_finished(tmp_path, "d1")) == [tmp_path / "other" / "sft"]
-        assert list(workspace.find_finished(tmp_path, "d2")) == [workspace.history_dir(root, "d2")]
-        assert list(workspace.find_finished(tmp_path, "d3")) == []
+        phase_dir.set_aside(root)
+        assert list(phase_dir.find_finished(tmp_path, "d1")) == [tmp_path / "other" / "sft"]
+        assert list(phase_dir.find_finished(tmp_path, "d2")) == [phase_dir.history_dir(root, "d2")]
+        assert list(phase_dir.find_finished(tmp_path, "d3")) == []
 
     def test_adopting_leaves_the_source_and_sets_the_old_content_aside(self, tmp_path):
         source = finished(tmp_path / "other" / "sft", "d1", "good").root
         root = tmp_path / "run" / "sft"
         finished(root, "d2", "old")
-        workspace.adopt(source, root)
+        phase_dir.adopt(source, root)
         assert PhaseDir(root).read_result().digest == "d1"
         assert (root / "model" / "w").read_text() == (source / "model" / "w").read_text() == "good"
-        assert (workspace.history_dir(root, "d2") / "model" / "w").read_text() == "old"
+        assert (phase_dir.history_dir(root, "d2") / "model" / "w").read_text() == "old"
 
     def test_a_damaged_result_without_a_digest_can_be_set_aside(self, tmp_path):
         (tmp_path / "run" / "sft").mkdir(parents=True)
         (tmp_path / "run" / "sft" / "result.json").write_text("{")
-        assert workspace.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
+        assert phase_dir.set_aside(tmp_path / "run" / "sft").name == "sft-damaged"
 
     @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"run": 1}', b"\xff\xfe\x00"])
     def test_damaged_files_count_as_absent(self, tmp_path, content):

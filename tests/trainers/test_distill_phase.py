@@ -13,7 +13,7 @@ from finished import assert_same, lines, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
 

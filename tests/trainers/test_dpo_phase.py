@@ -15,9 +15,9 @@ from finished import difference, lines, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainers.phase_dir import HISTORY
 from trainers.phases.dpo import reference as reference_module
 from trainers.synthetic import generate
-from trainers.workspace import HISTORY
 
 PAIRS = {"synthetic": {"task": "letters", "split": "preferences", "count": 48}}
 HELD_OUT = {"synthetic": {"task": "letters", "split": "preference-test", "count": 24}}

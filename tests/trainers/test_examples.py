@@ -26,8 +26,8 @@ from trainers.core.records import packed, unpacked
 from trainers.core.row_store import Fate, Record, RowStore
 from trainers.core.rows import read_rows
 from trainers.core.scratch import scratch_tokenizer
+from trainers.phase_dir import PhaseDir
 from trainers.spec import DataSource, MixedSource, RowPolicy, ScratchTokenizer
-from trainers.workspace import PhaseDir
 
 ROWS = 60
 

@@ -19,7 +19,7 @@ from trainers import failures
 from trainers.contract import BadInput, FailureClass, Infrastructure, Termination
 from trainers.failures import classify, no_room, terminate
 from trainers.files import write_atomic
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 FORK = multiprocessing.get_context("fork")
 OUT_OF_MEMORY = [

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from trainers import fingerprints, program
 from trainers.contract import Identity, Origins, phase_digest
 from trainers.origins import difference, origins_of
+from trainers.phase_dir import HISTORY, PhaseDir, adopt, open_directory
 from trainers.phases import phase_type
 from trainers.spec import PhaseSpec, identifying, shrunk
-from trainers.workspace import HISTORY, PhaseDir, adopt, open_directory
 
 SFT = {
     "data": {"train": [{"files": "rows.jsonl"}], "maxLength": 64},

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from trainers import json_text, jsonl
 from trainers.contract import BadInput
 from trainers.meter import Meter
+from trainers.phase_dir import PhaseDir
 from trainers.spec import Tracking
-from trainers.workspace import PhaseDir
 
 ENDS_OF_LINES = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 """All that ``str.splitlines`` splits at."""

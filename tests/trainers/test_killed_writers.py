@@ -19,8 +19,8 @@ from trainers.core.row_store import Fate, Record, RowStore
 from trainers.core.streams import Streamed
 from trainers.files import new_directory, write_atomic
 from trainers.formats.importer import import_rows
+from trainers.phase_dir import PhaseDir, adopt, find_finished, history_dir, open_directory
 from trainers.spec import HubDataset
-from trainers.workspace import PhaseDir, adopt, find_finished, history_dir, open_directory
 
 ROWS = [{"prompt": f"p{i}", "response": "a \u2028" * (i + 1)} for i in range(40)]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -14,9 +14,9 @@ from trainers import __version__
 from trainers.core.device import GpuSensors, sensors
 from trainers.meter import Meter
 from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PREFIX
+from trainers.phase_dir import PhaseDir
 from trainers.phases import REGISTRY
 from trainers.spec import Tracking
-from trainers.workspace import PhaseDir
 
 LABELS = {"run": "r", "phase": "p", "type": "sft", "rank": "0"}
 

@@ -17,7 +17,7 @@ from trainers import files, lease
 from trainers.contract import ATTEMPT_VARIABLE, RUN_UID_VARIABLE, FailureClass, Identity, Interrupted
 from trainers.failures import classify
 from trainers.lease import FolderLease, Held, Owner, Superseded, this_process
-from trainers.workspace import PhaseDir, open_directory
+from trainers.phase_dir import PhaseDir, open_directory
 
 FIRST = int(os.environ.get("SEED", "0")) % 3
 """Of the operations at which processes are stopped: ``SEED`` chooses others."""

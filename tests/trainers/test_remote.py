@@ -13,10 +13,10 @@ from cluster.processes import free_ports
 from remote_store import serve, sft, start, steps, use, wait_for, weights
 
 from trainers.contract import Result
+from trainers.phase_dir import PhaseDir
 from trainers.remote.checkpoints import StoredCheckpoints
 from trainers.remote.phase import RemotePhase
 from trainers.remote.store import Store
-from trainers.workspace import PhaseDir
 
 # Fixtures.
 server, bucket, in_pod = remote_store.server, remote_store.bucket, remote_store.in_pod

@@ -9,9 +9,9 @@ from remote_store import sft, start, steps, wait_for, weights
 from trainers import lease
 from trainers.contract import ATTEMPT_VARIABLE, RUN_UID_VARIABLE, Infrastructure
 from trainers.lease import Held, Superseded, this_process
+from trainers.phase_dir import PhaseDir
 from trainers.remote.lease import StoreLease
 from trainers.remote.store import Store
-from trainers.workspace import PhaseDir
 
 server, bucket, in_pod = remote_store.server, remote_store.bucket, remote_store.in_pod
 

@@ -12,7 +12,7 @@ import remote_store
 from cluster.processes import free_ports
 from remote_store import ROWS, sft, start, wait_for, weights
 
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 # Fixtures.
 server, bucket, in_pod = remote_store.server, remote_store.bucket, remote_store.in_pod

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.meter import Meter
-from trainers.workspace import PhaseDir
+from trainers.phase_dir import PhaseDir
 
 DEMONSTRATIONS = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 48}}
 

@@ -10,8 +10,8 @@ import pytest
 
 from trainers.contract import Identity, Origins
 from trainers.meter import Meter
+from trainers.phase_dir import PhaseDir, open_directory
 from trainers.spec import Tracking
-from trainers.workspace import PhaseDir, open_directory
 
 LABELS = {"run": "r", "phase": "p", "type": "sft", "rank": "0"}
 

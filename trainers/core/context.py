@@ -11,8 +11,8 @@ from trainers.core.hub import hub_name, model_files
 from trainers.core.parallel import Workers
 from trainers.lease import Lease
 from trainers.meter import Meter
+from trainers.phase_dir import PhaseDir
 from trainers.spec import ArtifactRef, ModelRef, RewardModelRef
-from trainers.workspace import PhaseDir
 
 if TYPE_CHECKING:
     from trainers.remote.checkpoints import StoredCheckpoints

@@ -21,6 +21,7 @@ from trainers.contract import BadInput, Identity, PhaseFile, PhaseType, Result, 
 from trainers.files import write_atomic
 from trainers.lease import WRITERS, this_process
 from trainers.origins import difference, origins_of
+from trainers.phase_dir import PhaseDir, open_directory
 from trainers.pins import hub_names, pinned_spec, pins_folder
 from trainers.remote.checkpoints import StoredCheckpoints
 from trainers.remote.lease import StoreLease
@@ -28,7 +29,6 @@ from trainers.remote.phase import Objects, RemotePhase
 from trainers.remote.store import Store
 from trainers.remote.uploads import Uploads
 from trainers.spec import PhaseSpec, SpecModel, addresses, is_address, model_sources
-from trainers.workspace import PhaseDir, open_directory
 
 ADDRESSES = ".objects"
 """Folder of the local workspace for data and models that a spec gives by address."""

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from trainers.contract import Artifact, BadInput, Identity, Result
 from trainers.files import commit_directory, tree_digest, write_atomic
+from trainers.phase_dir import PhaseDir, history_dir
 from trainers.remote.store import Damaged, Object, Store
 from trainers.spec import SpecModel
-from trainers.workspace import PhaseDir, history_dir
 
 INDEX = ".index"
 MANIFEST = ".manifest.json"

@@ -24,8 +24,8 @@ from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, Ident
 from trainers.files import write_atomic
 from trainers.lease import FolderLease, Held, this_process
 from trainers.origins import difference
+from trainers.phase_dir import PhaseDir, adopt, set_aside
 from trainers.phases import phase_type
-from trainers.workspace import PhaseDir, adopt, set_aside
 
 Command = Callable[[PhaseJob, Path], Sequence[str]]
 """What to execute for a job and its phase file."""
@@ -55,7 +55,7 @@ class Live:
 
 
 class LocalBackend:
-    """Holds the processes of one invocation; the workspace is locked while it does (:mod:`controller.workspace`)."""
+    """Holds the processes of one invocation; the workspace is locked while it does (:mod:`controller.runs_folder`)."""
 
     def __init__(
         self, workspace: Path, base_dir: Path, machine: Machine, jobs: int, environ: Mapping[str, str],

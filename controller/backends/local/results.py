@@ -9,8 +9,8 @@ from controller.plan.observed import ObservedResult, Unfinished
 from controller.plan.resolve import ResolvedPhase
 from trainers.contract import BadInput, Identity, Origins, PhaseType, Result
 from trainers.origins import difference, origins_of
+from trainers.phase_dir import PhaseDir, finished_phases, intact
 from trainers.spec import PhaseSpec, identifying
-from trainers.workspace import PhaseDir, finished_phases, intact
 
 
 class Results:

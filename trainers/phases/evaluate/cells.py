@@ -14,7 +14,7 @@ from typing import Any
 
 from trainers.contract import canonical_json, sha256_text
 from trainers.files import write_atomic
-from trainers.workspace import HISTORY
+from trainers.phase_dir import HISTORY
 
 FOLDER = "cells"
 

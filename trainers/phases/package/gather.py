@@ -8,9 +8,9 @@ from typing import Any
 from trainers import json_text, jsonl
 from trainers.contract import BadInput, Result
 from trainers.core.context import PhaseContext
+from trainers.phase_dir import PhaseDir
 from trainers.phases.package.spec import PackageSpec
 from trainers.spec import NamedModel, shown_labels
-from trainers.workspace import PhaseDir
 
 STARTS = ("policy", "student", "model")
 """Roles of the model that a phase starts from."""

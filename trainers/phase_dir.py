@@ -1,4 +1,4 @@
-"""The workspace: names of the files in a phase's directory, and the results that lie beside. Imports no torch."""
+"""A phase's directory in the workspace: the names of its files, and the results that lie beside. Imports no torch."""
 
 import json
 import os
