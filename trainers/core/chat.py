@@ -275,14 +275,19 @@ def chat_format(tokenizer: Any, model: Any = None) -> ChatFormat:
     A classifier has no such settings; its config may name several end tokens. Raises BadInput for a tokenizer without
     end token, and for a template that does not show what is said.
     """
+    settings = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    embedded = model.get_input_embeddings().weight.shape[0] if model is not None else None
+    return format_of(tokenizer, settings, embedded)
+
+
+def format_of(tokenizer: Any, settings: Any, embedded: int | None) -> ChatFormat:
+    """The same of a model whose weights are not here. ``settings`` may name end tokens; ``embedded``: how many ids it knows."""
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no end-of-sequence token, so no response could end")
     stop = {int(tokenizer.eos_token_id)}
-    settings = getattr(model, "generation_config", None) or getattr(model, "config", None)
     more = getattr(settings, "eos_token_id", None)
     if more is not None:
         stop |= set(more if isinstance(more, list) else [more])
-    embedded = model.get_input_embeddings().weight.shape[0] if model is not None else None
     chat = ChatFormat(tokenizer, frozenset(stop), embedded)
     end = _end_of_turn(chat)
     return chat if end is None else replace(chat, stop_ids=chat.stop_ids | {end})

@@ -42,6 +42,8 @@ class Response:
     """Whether it stopped by itself rather than at the length limit."""
     times: list[float] = field(default_factory=list)
     """Seconds from the start to each token."""
+    logprobs: list[float] | None = None
+    """Of each token, at temperature 1, where whoever generated it has told."""
 
 
 @torch.no_grad()

@@ -46,6 +46,11 @@ class LoadedModel:
     """How several sequences can share a row without seeing each other; the start-up check finds out."""
 
     @property
+    def positions(self) -> int:
+        """Tokens that the model was made for."""
+        return context_length(self.model)
+
+    @property
     def num_parameters(self) -> int:
         """Of what is saved: adapters are merged into the weights, and a trained head replaces the one it copies."""
         gone = ("lora_", "original_module")

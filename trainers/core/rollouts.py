@@ -15,11 +15,12 @@ from trainers.core.context import PhaseContext
 from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.examples import Encoding, Examples, open_examples
 from trainers.core.gathering import gathered
-from trainers.core.generate import generate
+from trainers.core.generate import Response, generate
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
 from trainers.core.rows import Row
+from trainers.core.served.model import ServedModel
 from trainers.core.shares import in_order
 from trainers.core.slots import fits_slots
 from trainers.core.templates import Messages
@@ -55,6 +56,8 @@ class Sample:
     ended: bool
     """Whether it stopped by itself rather than at the length limit."""
     reward: float = 0.0
+    logprobs: list[float] | None = None
+    """Of each token, at temperature 1, if a server has told them."""
 
 
 def open_prompts(
@@ -71,20 +74,22 @@ def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
     return [Prompt(asked, ids)] if len(ids) <= longest else []
 
 
-def check_room(loaded: LoadedModel, prompts: List[Prompt], sampling: Sampling) -> None:
+def check_room(speaker: LoadedModel | ServedModel, prompts: List[Prompt], sampling: Sampling) -> None:
     """Raise BadInput if the longest prompt and response do not fit the model's positions."""
     longest = max((len(p.ids) for p in prompts), default=0)
-    limit = context_length(loaded.model)
+    limit = speaker.positions
     if longest + sampling.max_new_tokens > limit:
         raise BadInput(
             f"a prompt of {longest} tokens and sampling.maxNewTokens {sampling.max_new_tokens} do not fit the model's "
             f"{limit} positions: lower maxNewTokens or maxPromptLength"
         )
+    if isinstance(speaker, ServedModel):
+        speaker.wire.check_length(longest + sampling.max_new_tokens)
 
 
 def respond(
     workers: Workers,
-    loaded: LoadedModel,
+    speaker: LoadedModel | ServedModel,
     prompts: List[Prompt],
     sampling: Sampling,
     keys: List[tuple[int, ...]],
@@ -96,29 +101,35 @@ def respond(
     ``keys[i]`` (seed, step, index, …) is all that response i's randomness comes from, so it is the same for any number
     of processes. Rewards are 0 without a reward model. Raises Diverged when a reward is not finite.
     """
-
-    def work(mine: List[int]) -> list[Sample]:
-        with workers.autocast():
-            responses = generate(
-                loaded.model,
-                [prompts[i].ids for i in mine],
-                sampling,
-                loaded.chat.stop_ids,
-                pad_id=loaded.tokenizer.pad_token_id,
-                uniforms=_uniforms([keys[i] for i in mine], sampling.max_new_tokens),
-                num_known=loaded.num_known,
-            )
-        return [
-            Sample(prompts[i], r.ids, loaded.chat.text(r.ids), r.ended) for i, r in zip(mine, responses, strict=True)
-        ]
-
     mine = range(len(prompts))[workers.rank :: workers.world]
+    asked, of_mine = [prompts[i].ids for i in mine], [keys[i] for i in mine]
+    if isinstance(speaker, ServedModel):
+        found = speaker.responses(asked, sampling, of_mine)
+    else:
+        found = _own_responses(workers, speaker, asked, sampling, of_mine)
+    made = [
+        Sample(prompts[i], r.ids, speaker.chat.text(r.ids), r.ended, logprobs=r.logprobs)
+        for i, r in zip(mine, found, strict=True)
+    ]
+    samples = in_order(workers, mine, made)
+    return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
+
+
+def _own_responses(
+    workers: Workers, loaded: LoadedModel, prompts: list[list[int]], sampling: Sampling, keys: list[tuple[int, ...]]
+) -> list[Response]:
     if workers.is_main and not fits_slots(loaded.model):
         _say_padded(loaded.model.config.model_type)
-    with gathered(loaded.model):
-        found = work(mine)
-    samples = in_order(workers, mine, found)
-    return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
+    with gathered(loaded.model), workers.autocast():
+        return generate(
+            loaded.model,
+            prompts,
+            sampling,
+            loaded.chat.stop_ids,
+            pad_id=loaded.tokenizer.pad_token_id,
+            uniforms=_uniforms(keys, sampling.max_new_tokens),
+            num_known=loaded.num_known,
+        )
 
 
 @cache

@@ -89,6 +89,12 @@ def read_config(folder: str | Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def read_tokenizer(folder: str | Path, trust_remote_code: bool) -> Any:
+    """A model's tokenizer alone. Raises as :func:`read_model` does."""
+    with _readable(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 @contextmanager
 def _readable(folder: str | Path) -> Iterator[None]:
     try:

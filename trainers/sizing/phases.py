@@ -171,10 +171,12 @@ def _ppo(spec: PpoSpec, tally: _Tally) -> None:
 
 
 def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
-    shape = tally.freeze("policy", spec.policy)
-    held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
-    many = spec.sampling.batch_size * tally.place.world
-    tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)
+    if spec.policy.check_weights:  # a served one is here while the server is checked by it
+        shape = tally.freeze("policy", spec.policy)
+    if spec.policy.url is None:
+        held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
+        many = spec.sampling.batch_size * tally.place.world
+        tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)
     if spec.reward_model is not None:
         row = spec.data.max_prompt_length + spec.sampling.max_new_tokens
         tally.score(tally.freeze("rewardModel", spec.reward_model), _pass_tokens(spec, row), row)
@@ -230,6 +232,8 @@ def _evaluated(spec: EvaluateSpec, tally: _Tally, shape: ModelShape, held: int) 
         data, settings = entry.settings.data or spec.data, entry.settings
         if isinstance(settings, SampledSpec) and data is not None:
             sampling = settings.sampling or spec.sampling
+            if sampling.engine != "own":
+                continue
             many = sampling.batch_size * tally.place.world
             tally.generate(shape, held, sampling, many, data.max_prompt_length, split)
     row = min(shape.positions, spec.parallel.micro_batch_tokens)

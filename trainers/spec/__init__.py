@@ -24,6 +24,7 @@ from trainers.spec.models import (
     Dtype,
     ModelRef,
     NamedModel,
+    RespondingModel,
     RewardModelRef,
     ScratchModel,
     ScratchTokenizer,
@@ -41,8 +42,10 @@ from trainers.spec.phase import (
     Tracking,
     TrainingSpec,
     addresses,
+    check_engine,
     model_sources,
 )
+from trainers.spec.served import Served
 from trainers.spec.training import Duration, Lora, Optim
 
 __all__ = [
@@ -69,11 +72,13 @@ __all__ = [
     "Parallel",
     "PhaseSpec",
     "PromptData",
+    "RespondingModel",
     "RewardModelRef",
     "RowPolicy",
     "Sampling",
     "ScratchModel",
     "ScratchTokenizer",
+    "Served",
     "SpecModel",
     "SyntheticData",
     "TracesRef",
@@ -81,6 +86,7 @@ __all__ = [
     "TrainData",
     "TrainingSpec",
     "addresses",
+    "check_engine",
     "check_mixture",
     "find_models",
     "identifying",

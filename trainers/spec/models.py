@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from trainers.spec.base import SpecModel
 from trainers.spec.data import MAX_SOURCES, DataSource
+from trainers.spec.served import Served
 
 ArtifactKind = Literal["model", "reward-model", "traces", "evaluation", "package"]
 
@@ -144,7 +145,24 @@ class TracesRef(ArtifactRef):
     """Share of the traces that must be usable; with fewer the phase fails."""
 
 
-class NamedModel(ModelRef):
+class RespondingModel(ModelRef, Served):
+    """A model whose responses may come from a server (`sampling.engine: vllm`)."""
+
+    NOT_IDENTITY = Served.NOT_IDENTITY | {"check_weights"}
+
+    check_weights: bool = True
+    """Compare the server's log-probabilities with those of the model's weights, which are loaded once for that; without it another model of the same vocabulary goes unnoticed."""
+
+    @model_validator(mode="after")
+    def _is_served(self) -> Self:
+        if self.url is not None and self.scratch is not None:
+            raise ValueError("url: a scratch model is made by the phase itself, and no server has it")
+        if self.url is None and not self.check_weights:
+            raise ValueError("checkWeights is of a server: set url, or leave checkWeights out")
+        return self
+
+
+class NamedModel(RespondingModel):
     """A model with the name it has in tables and reports."""
 
     name: str | None = Field(default=None, min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")

@@ -1,14 +1,14 @@
 """What phases have in common."""
 
-from collections.abc import Iterator, Mapping
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from trainers.spec.base import SpecModel, find_models, is_address
 from trainers.spec.data import DataSource
-from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RewardModelRef
+from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RespondingModel, RewardModelRef
 from trainers.spec.parallel import Parallel
 from trainers.spec.training import Duration, Optim
 
@@ -59,6 +59,8 @@ class Sampling(SpecModel):
     NOT_IDENTITY = frozenset({"batch_size"})
     SHRINKS = frozenset({"batch_size"})
 
+    engine: Literal["own", "vllm"] = "own"
+    """Who generates them: `own` is this program; `vllm` the server that the model's `url` names, for rollout and evaluate."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
@@ -68,7 +70,7 @@ class Sampling(SpecModel):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is all."""
     batch_size: int = Field(default=64, ge=1)
-    """Responses generated side by side on one device."""
+    """Responses generated side by side on one device, or asked of a server by one process."""
 
     @model_validator(mode="after")
     def _logits_stay_numbers(self) -> Self:
@@ -76,7 +78,26 @@ class Sampling(SpecModel):
             raise ValueError(
                 f"temperature {self.temperature:g} makes logits overflow: set 0, which is greedy, or 0.001 and more"
             )
+        if self.engine == "vllm" and 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature {self.temperature:g}: vLLM takes 0, which is greedy, or 0.01 and more")
         return self
+
+    def check_own(self, whose: str) -> None:
+        """Raise ValueError for an engine that ``whose`` responses cannot come from."""
+        if self.engine != "own":
+            raise ValueError(
+                f"sampling.engine {self.engine}: {whose} change at every step, which no server follows yet: leave engine out"
+            )
+
+
+def check_engine(samplings: Iterable[Sampling], models: Iterable[tuple[str, RespondingModel]]) -> None:
+    """Raise ValueError unless models have servers where responses are to come from one, and only there."""
+    served = any(sampling.engine == "vllm" for sampling in samplings)
+    for path, model in models:
+        if served and model.url is None:
+            raise ValueError(f"sampling.engine vllm: {path} has no server: set {path}.url, or leave engine out")
+        if not served and model.url is not None:
+            raise ValueError(f"{path}.url is of no use to sampling.engine own: set engine: vllm, or leave url out")
 
 
 class Gate(SpecModel):

@@ -119,6 +119,7 @@ class DistillSpec(TrainingSpec):
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
+        self.sampling.check_own("the student's weights")
         if self.evaluation != Evaluation():
             raise ValueError(
                 "evaluation has no effect here, distillation has no held-out rows: leave it out and use an evaluate phase"

@@ -16,6 +16,7 @@ import torch
 from trainers.contract import BadInput, canonical_json, sha256_text
 from trainers.core.batch import Batch
 from trainers.core.batch import Sequence as Tokens
+from trainers.core.chat import ChatFormat
 from trainers.core.checked_rows import CheckedRows
 from trainers.core.encode import conversation, joined, prompt_ids, prompt_messages
 from trainers.core.models import LoadedModel, context_length, load_causal_lm
@@ -23,6 +24,7 @@ from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
+from trainers.core.served.model import ServedModel, served_model
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_ids
 from trainers.phases.evaluate.divergence import divergence_sums
@@ -43,6 +45,7 @@ class Bench:
         self.label = ref.label
         self.baseline = baseline
         self._loaded: LoadedModel | None = None
+        self._served: ServedModel | None = None
 
     @property
     def has_reward_model(self) -> bool:
@@ -58,13 +61,22 @@ class Bench:
             ctx.meter.stage("")
         return self._loaded
 
+    def speaker(self, sampling: Sampling) -> LoadedModel | ServedModel:
+        """Who responds: the model here, or the server that has it."""
+        if sampling.engine == "own":
+            return self.loaded
+        if self._served is None:
+            weights = self.loaded if self.ref.check_weights else None
+            self._served = served_model(self.laboratory.ctx, f"models ({self.label})", self.ref, weights)
+        return self._served
+
     @property
     def digest(self) -> str:
         return self.laboratory.digest(self.ref)
 
     def release(self) -> None:
         """Make room for the next model."""
-        self._loaded = None
+        self._loaded = self._served = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -153,11 +165,12 @@ class Bench:
     def _respond(self, rows: CheckedRows, first: int, sampling: Sampling, limit: int) -> list[dict[str, Any]]:
         ctx, block = self.laboratory.ctx, rows[first : first + BLOCK]
         with ctx.meter.part("rollout"):
-            room = self._room(sampling.max_new_tokens)
-            whole = [self._prompt(row, partial(rows.place, first + i)) for i, row in enumerate(block)]
+            speaker = self.speaker(sampling)
+            room = check_room(self.label, speaker.positions, sampling.max_new_tokens)
+            whole = [self._prompt(speaker.chat, row, partial(rows.place, first + i)) for i, row in enumerate(block)]
             prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(block, whole, strict=True)]
             keys = [(ctx.seed, first + i) for i in range(len(block))]
-            samples = respond(ctx.workers, self.loaded, prompts, sampling, keys)
+            samples = respond(ctx.workers, speaker, prompts, sampling, keys)
             mine = samples[ctx.workers.rank :: ctx.workers.world]
             ctx.meter.count(sum(len(s.ids) for s in mine), len(mine))
         lost = [len(ids) - len(prompt.ids) for ids, prompt in zip(whole, prompts, strict=True)]
@@ -178,7 +191,7 @@ class Bench:
             )
 
     def _diverge(self, answered: list[tuple[Row, Reply]], limit: int, new_tokens: int) -> list[list[float]]:
-        limit = min(limit, self._room(new_tokens))
+        limit = min(limit, check_room(self.label, self.loaded.positions, new_tokens))
         found = [
             joined(prompt_ids(self.loaded.chat, row), reply.ids, limit + len(reply.ids)) for row, reply in answered
         ]
@@ -212,10 +225,10 @@ class Bench:
 
     # -- tokens
 
-    def _prompt(self, row: Row, place: Callable[[], str]) -> list[int]:
+    def _prompt(self, chat: ChatFormat, row: Row, place: Callable[[], str]) -> list[int]:
         """The prompt's tokens. Raises BadInput for what the template refuses."""
         with self._at(place):
-            return prompt_ids(self.loaded.chat, row)
+            return prompt_ids(chat, row)
 
     @contextmanager
     def _at(self, place: Callable[[], str]) -> Iterator[None]:
@@ -241,9 +254,6 @@ class Bench:
 
     def _answer(self, row: Row) -> tuple[list[int], list[int]]:
         return self.loaded.chat.taught(prompt_messages(row), row["response"])
-
-    def _room(self, new_tokens: int) -> int:
-        return check_room(self.label, context_length(self.loaded.model), new_tokens)
 
     def _other_tokens(self, reference: str) -> str | None:
         key = {"kind": "tokens", "model": self.digest, "reference": reference}

@@ -16,7 +16,7 @@ from trainers.core.weights import read_config
 from trainers.phases.evaluate.cells import Cells, not_finite
 from trainers.phases.evaluate.settings import BenchmarkRows, SampledSpec
 from trainers.phases.evaluate.spec import EntryBase, EvaluateSpec
-from trainers.spec import ModelRef, NamedModel, RewardModelRef, find_models
+from trainers.spec import ModelRef, NamedModel, RewardModelRef, find_models, identifying
 
 
 def check_room(label: str, positions: int, new_tokens: int) -> int:
@@ -107,7 +107,7 @@ class Laboratory:
         """Identity of a model: what it is, and how it is read (its type of weights, its template, …)."""
         name = canonical_json(ref.document(exclude={"name"}))
         if name not in self._digests:
-            reading = ref.document(exclude={"name", "phase", "source"})
+            reading = identifying(ref).document(exclude={"name", "phase", "source"})
             self._digests[name] = sha256_text(canonical_json([self._content(ref), reading]))
         return self._digests[name]
 

@@ -108,6 +108,8 @@ def _attempt(entry: Any, bench: Bench) -> Any:
 
 
 def _latency(spec: EvaluateSpec, bench: Bench) -> dict[str, Any]:
+    if bench.ref.url is not None:
+        raise NotComparable("a server has it: latency is measured of models that are loaded here")
     workers = bench.laboratory.ctx.workers
     key = {"kind": LATENCY, "model": bench.digest, "settings": spec.latency.document(), **device(workers)}
 

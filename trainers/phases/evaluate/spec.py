@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 
 from trainers.phases.evaluate.benchmark import Benchmark
 from trainers.phases.evaluate.benchmarks import REGISTRY
-from trainers.phases.evaluate.settings import BenchmarkRows, BenchmarkSpec
+from trainers.phases.evaluate.settings import BenchmarkRows, BenchmarkSpec, SampledSpec
 from trainers.spec import (
     ModelRef,
     NamedModel,
@@ -15,6 +15,7 @@ from trainers.spec import (
     RewardModelRef,
     Sampling,
     SpecModel,
+    check_engine,
     require_one,
     shown_labels,
 )
@@ -121,6 +122,15 @@ class EvaluateSpec(PhaseSpec):
                 raise ValueError(f"{place} needs rewardModel")
             if kind.needs_reference and self.reference is None and self.baseline is None:
                 raise ValueError(f"{place} needs reference, or baseline")
+        return self
+
+    @model_validator(mode="after")
+    def _engines(self) -> Self:
+        sampled = [entry.settings for entry in self.benchmarks if isinstance(entry.settings, SampledSpec)]
+        found = [settings.sampling or self.sampling for settings in sampled] or [self.sampling]
+        if any(sampling.engine == "vllm" for sampling in found) and not self.models:
+            raise ValueError("sampling.engine vllm: list the models, each with the url of its server")
+        check_engine(found, ((f"models[{i}]", model) for i, model in enumerate(self.models)))
         return self
 
     def row_schemas(self) -> Mapping[str, str]:

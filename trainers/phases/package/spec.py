@@ -19,7 +19,11 @@ class PackageSpec(PhaseSpec):
 
     @model_validator(mode="after")
     def _labels(self) -> Self:
-        shown_labels(self.models)
+        for label, model in zip(shown_labels(self.models), self.models, strict=True):
+            if model.url is not None:
+                raise ValueError(
+                    f"models: {label!r} is exported from its phase's files, no server is asked: leave url out"
+                )
         return self
 
     def final_metrics(self) -> tuple[str, ...]:

@@ -21,9 +21,13 @@ from trainers.core.context import ARTIFACT_NAMES, Outcome, PhaseContext
 from trainers.core.encode import joined
 from trainers.core.examples import Examples, InOrder
 from trainers.core.models import LoadedModel, load_causal_lm
+from trainers.core.parallel import Workers
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring
+from trainers.core.served.model import ServedModel, served_model
+from trainers.core.served.server import side_by_side
+from trainers.core.shares import in_order
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_tokens
 from trainers.files import replaced
@@ -36,12 +40,12 @@ Row = dict[str, Any]
 
 def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
-    loaded = load_causal_lm(ctx, spec.policy, frozen=True)
+    policy = _policy(spec, ctx)
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
-    room = partial(check_room, loaded, sampling=spec.sampling)
-    data = open_prompts(ctx, spec.data, loaded.chat, "data", room)
-    _check_top_k(spec, ctx, loaded)
-    checked = _token_check(loaded, reward_model, data) if spec.sampling.max_new_tokens == 1 else {}
+    room = partial(check_room, policy, sampling=spec.sampling)
+    data = open_prompts(ctx, spec.data, policy.chat, "data", room)
+    _check_top_k(spec, ctx, policy)
+    checked = _token_check(policy, reward_model, data) if spec.sampling.max_new_tokens == 1 else {}
     parts = Parts(ctx.dir.checkpoints, partial(top_k.check_shards, ctx.dir.root / top_k.FOLDER))
     # One process reads for all: with a folder per node the others may lack some.
     first = ctx.workers.from_main(parts.done)
@@ -66,9 +70,9 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
             keys = [(ctx.seed, number) for number, _ in chosen]
             asked = [prompt for _, prompt in chosen]
             samples = respond(
-                ctx.workers, loaded, asked, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
+                ctx.workers, policy, asked, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
             )
-            done = _with_scores(spec, ctx, loaded, first, samples)
+            done = _with_scores(spec, ctx, policy, first, samples)
         step = -(-last // size)
         if ctx.workers.is_main:
             with ctx.meter.part("checkpoint"):
@@ -97,6 +101,14 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     return Outcome(summary | checked, data.all_records(), total_steps)
 
 
+def _policy(spec: RolloutSpec, ctx: PhaseContext) -> LoadedModel | ServedModel:
+    """Who responds. Weights that a server has are here only while it is checked by them."""
+    if spec.policy.url is None:
+        return load_causal_lm(ctx, spec.policy, frozen=True)
+    weights = load_causal_lm(ctx, spec.policy, frozen=True) if spec.policy.check_weights else None
+    return served_model(ctx, "policy", spec.policy, weights)
+
+
 def _asked(prompts: InOrder[Prompt], responses: range, each: int) -> list[tuple[int, Prompt]]:
     """(number of the response, prompt to respond to) of these responses; none to a prompt that cannot be used."""
     numbers = range(responses.start // each, -(-responses.stop // each))
@@ -104,34 +116,57 @@ def _asked(prompts: InOrder[Prompt], responses: range, each: int) -> list[tuple[
     return [(i, prompt) for i in responses for prompt in found[i // each]]
 
 
-def _check_top_k(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel) -> None:
+def _check_top_k(spec: RolloutSpec, ctx: PhaseContext, policy: LoadedModel | ServedModel) -> None:
     """Raise BadInput if the policy cannot be scored, or does not know as many tokens as are to be kept."""
     if spec.teacher_top_k is None:
         return
-    check_scoring(loaded, ctx.workers)
-    if loaded.num_known is not None and spec.teacher_top_k > loaded.num_known:
-        raise BadInput(f"teacherTopK {spec.teacher_top_k}: the policy knows {loaded.num_known} tokens")
+    if isinstance(policy, LoadedModel):
+        check_scoring(policy, ctx.workers)
+    if policy.num_known is not None and spec.teacher_top_k > policy.num_known:
+        raise BadInput(f"teacherTopK {spec.teacher_top_k}: the policy knows {policy.num_known} tokens")
 
 
 def _with_scores(
-    spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel, first: int, samples: list[Sample]
+    spec: RolloutSpec, ctx: PhaseContext, policy: LoadedModel | ServedModel, first: int, samples: list[Sample]
 ) -> list[Row]:
     """Rows of a batch, with the place of what the policy says of their tokens if that is kept: it is on disk then."""
     rows = [_row(sample) for sample in samples]
     if spec.teacher_top_k is None:
         return rows
-    found = _scores(spec, ctx, loaded, samples)
+    found = _scores(spec, ctx, policy, samples)
     if ctx.workers.is_main:
-        known = loaded.num_known or loaded.model.get_output_embeddings().weight.shape[0]
-        vocabulary = top_k.vocabulary_digest(loaded.tokenizer)
+        assert policy.num_known is not None, "a policy has a tokenizer"
+        known, vocabulary = policy.num_known, top_k.vocabulary_digest(policy.tokenizer)
         shard = top_k.write_shard(ctx.dir.root / top_k.FOLDER, first, found, known, vocabulary)
         ctx.keep(shard)
         return [row | {top_k.KEY: {"file": shard.name, "row": i}} for i, row in enumerate(rows)]
     return rows
 
 
-def _scores(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel, samples: list[Sample]) -> list[top_k.Scored]:
+def _scores(
+    spec: RolloutSpec, ctx: PhaseContext, policy: LoadedModel | ServedModel, samples: list[Sample]
+) -> list[top_k.Scored]:
     """By a second pass over the tokens as they were sampled; generation has logits of the sampling's temperature alone."""
+    assert spec.teacher_top_k is not None
+    if isinstance(policy, ServedModel):
+        found = _served_scores(policy, ctx.workers, samples, spec.teacher_top_k, spec.sampling.batch_size)
+    else:
+        found = _own_scores(spec, ctx, policy, samples)
+    return [top_k.Scored(s.prompt.ids, s.ids, part) for s, part in zip(samples, found, strict=True)]
+
+
+def _served_scores(
+    policy: ServedModel, workers: Workers, samples: list[Sample], k: int, width: int
+) -> list[np.ndarray]:
+    def ask(sample: Sample) -> np.ndarray:
+        whole, first = sample.prompt.ids + sample.ids, len(sample.prompt.ids)
+        return policy.wire.likeliest(whole, first, k, policy.num_known)
+
+    mine = range(len(samples))[workers.rank :: workers.world]
+    return in_order(workers, mine, side_by_side(ask, [samples[i] for i in mine], width))
+
+
+def _own_scores(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel, samples: list[Sample]) -> list[np.ndarray]:
     assert spec.teacher_top_k is not None
     keep = top_k.likeliest(spec.teacher_top_k, loaded.num_known)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, loaded.packs)
@@ -142,8 +177,7 @@ def _scores(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel, samples: 
         assert isinstance(found, torch.Tensor)
         return [part.cpu().numpy() for part in found.split(batch.counts().tolist())][: len(some)]
 
-    found = scored(ctx.workers, layout, samples, score)
-    return [top_k.Scored(s.prompt.ids, s.ids, part) for s, part in zip(samples, found, strict=True)]
+    return scored(ctx.workers, layout, samples, score)
 
 
 def _sequences(sample: Sample) -> list[Sequence]:
@@ -172,11 +206,13 @@ def _summary(rows: Iterable[Row]) -> dict[str, float]:
     }
 
 
-def _token_check(loaded: LoadedModel, reward_model: RewardModel | None, data: Examples[Prompt]) -> dict[str, float]:
+def _token_check(
+    policy: LoadedModel | ServedModel, reward_model: RewardModel | None, data: Examples[Prompt]
+) -> dict[str, float]:
     """What ``--max-new-tokens 1`` is for. Raises BadInput when prompts do not become sane tokens."""
-    metrics = check_tokens(loaded.chat, data.each(), "policy")
+    metrics = check_tokens(policy.chat, data.each(), "policy")
     if reward_model is not None:
-        difference = same_tokens(reward_model.tokenizer, loaded.tokenizer)
+        difference = same_tokens(reward_model.tokenizer, policy.tokenizer)
         metrics["rewardModelSameTokens"] = float(difference is None)
         if difference is not None:
             print(f"the reward model reads responses as text, its tokens are others: {difference}")

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import ModelRef, PhaseSpec, PromptData, RewardModelRef, Sampling
+from trainers.spec import PhaseSpec, PromptData, RespondingModel, RewardModelRef, Sampling, check_engine
 
 
 class RolloutSpec(PhaseSpec):
@@ -14,7 +14,7 @@ class RolloutSpec(PhaseSpec):
     Every finished batch of responses is saved, so there is nothing to set about checkpoints.
     """
 
-    policy: ModelRef
+    policy: RespondingModel
     """Model that responds."""
     reward_model: RewardModelRef | None = None
     """Scores the responses; without it every reward is 0."""
@@ -34,6 +34,7 @@ class RolloutSpec(PhaseSpec):
                 raise ValueError(
                     f"data.prompts[{i}]: every prompt is answered samplesPerPrompt times: no weight, no epochs"
                 )
+        check_engine([self.sampling], [("policy", self.policy)])
         return self
 
     def row_schemas(self) -> Mapping[str, str]:

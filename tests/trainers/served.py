@@ -1,0 +1,177 @@
+"""A server that speaks vLLM's wire and computes with transformers: real HTTP, a real model, and faults on demand."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},127.0.0.1"
+
+
+@dataclass
+class VllmLike:
+    """What the server has, how it behaves, and what it was asked."""
+
+    folder: Path
+    name: str = "tiny"
+    key: str | None = None
+    max_model_len: int = 512
+    max_logprobs: int = 64
+    failures: list[int] = field(default_factory=list)
+    """Statuses that the next completions get instead of an answer; 0 breaks the connection off."""
+    delay: float = 0.0
+    """Seconds that an answer takes."""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    """Completions' bodies."""
+    at_once: int = 0
+    most_at_once: int = 0
+    url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @property
+    def rows(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @torch.no_grad()
+    def log_probs(self, ids: list[int]) -> torch.Tensor:
+        with self.lock:
+            return self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    def answer(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": self.name, "max_model_len": self.max_model_len, "parent": None}]}
+        if path == "/tokenize" and body is not None:
+            return 200, {"tokens": self.tokenize(body)}
+        if path != "/v1/completions" or body is None:
+            return 404, {"detail": "Not Found"}
+        if problem := self.problem(body):
+            return 400, {"error": {"message": problem, "type": "BadRequestError", "code": 400}}
+        return 200, {"choices": [self.choice(body)]}
+
+    def tokenize(self, body: dict[str, Any]) -> list[int]:
+        if "messages" in body:
+            text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
+
+    def problem(self, body: dict[str, Any]) -> str | None:
+        if body["model"] != self.name:
+            return f"The model `{body['model']}` does not exist."
+        if (worst := max(body["prompt"])) > max(self.rows, len(self.tokenizer)) - 1:
+            return f"Token id {worst} is out of vocabulary"
+        if body.get("prompt_logprobs", 0) > self.max_logprobs:
+            return f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+        if len(body["prompt"]) >= self.max_model_len:
+            return f"This model's maximum context length is {self.max_model_len} tokens."
+        return None
+
+    def choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt, stops = body["prompt"], body.get("stop_token_ids", [])
+        ids, logs = list(prompt), []
+        random = np.random.default_rng(body.get("seed"))
+        while len(logs) < body["max_tokens"] and len(ids) < self.max_model_len:
+            raw = self.log_probs(ids)[-1]
+            token = self.chosen(raw, body, random)
+            ids.append(token)
+            logs.append(float(raw[token]))
+            if token in stops:
+                break
+        found: dict[str, Any] = {"text": "", "finish_reason": "length", "stop_reason": None}
+        if body.get("return_token_ids"):
+            found["token_ids"] = ids[len(prompt) :]
+        if "logprobs" in body:
+            found["logprobs"] = {"token_logprobs": logs}
+        if "prompt_logprobs" in body:
+            found["prompt_logprobs"] = self.prompt_logprobs(prompt, body["prompt_logprobs"])
+        return found
+
+    def chosen(self, raw: torch.Tensor, body: dict[str, Any], random: np.random.Generator) -> int:
+        logits = raw.clone()
+        for token, bias in body.get("logit_bias", {}).items():
+            logits[int(token)] += bias
+        if body["temperature"] == 0:
+            return int(logits.argmax())
+        weights = (logits / body["temperature"]).softmax(-1).double().numpy()
+        return int(random.choice(len(weights), p=weights / weights.sum()))
+
+    def prompt_logprobs(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
+        found: list[dict[str, Any] | None] = [None]
+        for row, token in zip(self.log_probs(prompt), prompt[1:], strict=False):
+            top = [token, *row.topk(k).indices.tolist()]  # the token that stands there comes first, as vLLM has it
+            found.append({str(t): {"logprob": float(row[t]), "rank": int((row > row[t]).sum()) + 1} for t in top})
+        return found
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[VllmLike]:
+    with started(VllmLike(folder, **settings)) as vllm:
+        yield vllm
+
+
+@contextmanager
+def started(vllm: VllmLike, port: int = 0) -> Iterator[VllmLike]:
+    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(vllm))
+    vllm.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield vllm
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _handler(vllm: VllmLike) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(None)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with vllm.lock:
+                vllm.asked.append(body)
+                failure = vllm.failures.pop(0) if vllm.failures else None
+                vllm.at_once += 1
+                vllm.most_at_once = max(vllm.most_at_once, vllm.at_once)
+            try:
+                if failure == 0:
+                    self.connection.close()
+                elif failure is not None:
+                    self.say(failure, {"error": {"message": "overloaded"}})
+                else:
+                    time.sleep(vllm.delay)
+                    self.reply(body)
+            finally:
+                with vllm.lock:
+                    vllm.at_once -= 1
+
+        def reply(self, body: dict[str, Any] | None) -> None:
+            if vllm.key is not None and self.headers["Authorization"] != f"Bearer {vllm.key}":
+                self.say(401, {"error": "Unauthorized"})
+            else:
+                self.say(*vllm.answer(self.path, body))
+
+        def say(self, status: int, document: Any) -> None:
+            text = json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    return Handler

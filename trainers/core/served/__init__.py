@@ -1,0 +1,1 @@
+"""Models behind a vLLM server: tokens go there and come back, text never does."""

@@ -1,0 +1,165 @@
+"""Calls of a server over HTTP: tried again while it does not answer, and told apart by whose fault a failure is.
+
+What a server that is down, busy or on its way back says is Infrastructure, which is retried; what it refuses is
+BadInput, in its own words. Imports no torch.
+"""
+
+import http.client
+import json
+import os
+import random
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from trainers.contract import BadInput, Infrastructure, Interrupted
+from trainers.spec import Served
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+ANSWER_SECONDS = 600.0
+"""How long one answer may take."""
+
+PATIENCE_SECONDS = 120.0
+"""How long a call is tried again; after that the attempt ends, and the next one has waits of its own."""
+
+LONGEST_WAIT = 15.0
+
+BUSY = (408, 425, 429)
+"""Statuses below 500 that say: ask again later."""
+
+REFUSED = (401, 403)
+
+
+class _Unanswered(Exception):
+    """No answer, or one that says to ask again."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key must not go to another host, nor a question become one without its tokens."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+class Server:
+    """A server that a field of the spec names. Safe to be called by several threads."""
+
+    def __init__(
+        self,
+        field: str,
+        at: Served,
+        stopping: Callable[[], bool] = lambda: False,
+        patience: float | None = None,
+        timeout: float = ANSWER_SECONDS,
+    ) -> None:
+        """``stopping``: whether this process was asked to stop, so that no call is tried again."""
+        assert at.url is not None
+        self.field, self.timeout, self._stopping = field, timeout, stopping
+        self.patience = PATIENCE_SECONDS if patience is None else patience
+        self.url = at.url.rstrip("/").removesuffix("/v1")
+        self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
+        self._open = urllib.request.build_opener(_NoRedirect).open
+        self._gone = threading.Event()
+        """Set once a call has been given up: the others need not find out for themselves."""
+
+    def get(self, path: str) -> Any:
+        return self._call(path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._call(path, json.dumps(body, separators=(",", ":")).encode())
+
+    def _call(self, path: str, body: bytes | None) -> Any:
+        wait, until = 0.25, None
+        while True:
+            try:
+                return self._once(path, body)
+            except _Unanswered as problem:
+                now = time.monotonic()
+                until = until or now + self.patience
+                if now + wait > until or self._gone.is_set():
+                    self._gone.set()
+                    raise Infrastructure(f"{self.field}: {self.url} does not answer ({problem})") from problem
+            if self._stopping():
+                raise Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
+            self._gone.wait(wait * random.uniform(0.5, 1))
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _once(self, path: str, body: bytes | None) -> Any:
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})  # noqa: S310 - http, as the spec has seen to
+        if self._key is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        try:
+            with self._open(request, timeout=self.timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise self._refusal(path, error) from None  # whose own words are in it
+        except ValueError as error:
+            raise BadInput(f"{self.field}: {self.url}{path} answers with no JSON: is it a vLLM server?") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise self._silence(error) from error
+
+    def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
+        said = _said(error)
+        if error.code >= 500 or error.code in BUSY:
+            return _Unanswered(f"{error.code} {said}")
+        if error.code in REFUSED:
+            return BadInput(f"{self.field}: {self.url} refuses the key ({error.code}): {self._key_hint()}")
+        if error.code < 400:
+            return BadInput(f"{self.field}: {self.url} sends to another place ({error.code}): set url to that")
+        return BadInput(f"{self.field}: {self.url}{path} says {error.code}: {said}")
+
+    def _silence(self, error: Exception) -> Exception:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            why = f"its certificate is not trusted ({reason.verify_message}): set SSL_CERT_FILE to its authority's"
+            return BadInput(f"{self.field}: {self.url}: {why}")
+        return _Unanswered(str(reason) or type(reason).__name__)
+
+    def _key_hint(self) -> str:
+        if self._key_variable is None:
+            return "set keyVariable to the environment variable that holds it"
+        return f"it is not the one in {self._key_variable}"
+
+
+def side_by_side(work: Callable[[A], B], items: list[A], width: int) -> list[B]:
+    """``work`` of every item, in order, at most ``width`` at a time; the first failure ends it."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(min(width, len(items)), thread_name_prefix="served") as pool:
+        waiting = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _key(field: str, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise BadInput(f"{field}.keyVariable: the environment has no {variable}: bring it in by template.secretRefs")
+    if not key.isascii() or not key.isprintable():
+        raise BadInput(f"{field}.keyVariable: what {variable} holds cannot be sent as a key")
+    return key
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The server's own reason, one line of it."""
+    text = ""
+    with suppress(OSError, http.client.HTTPException, ValueError):
+        text = error.read(1 << 16).decode(errors="replace")
+        document = json.loads(text)
+        found = document.get("error", document) if isinstance(document, dict) else document
+        text = found.get("message") or found.get("detail") or text if isinstance(found, dict) else found
+    lines = str(text).strip().splitlines() or [str(error.reason)]
+    return lines[0][:300]
