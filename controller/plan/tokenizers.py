@@ -38,7 +38,7 @@ def root(
     if getattr(ref, "teacher_layers", None) is not None:
         ref = entry.spec.teacher  # type: ignore[attr-defined]
     if ref.phase is None:
-        return ref
+        return ref if ref.source is not None or ref.scratch is not None else None  # a server has it
     before = entries[ref.phase]
     start = next((getattr(before.spec, f) for f in STARTS_FROM if getattr(before.spec, f, None) is not None), default)
     return root(start, before, entries, default) if isinstance(start, ModelRef) else None

@@ -137,8 +137,10 @@ def started(vllm: VllmLike, port: int = 0) -> Iterator[VllmLike]:
 
 def _handler(vllm: VllmLike) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True
+
         def do_GET(self) -> None:
-            self.reply(None)
+            self.say(*self.answer(None))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -147,23 +149,19 @@ def _handler(vllm: VllmLike) -> type[BaseHTTPRequestHandler]:
                 failure = vllm.failures.pop(0) if vllm.failures else None
                 vllm.at_once += 1
                 vllm.most_at_once = max(vllm.most_at_once, vllm.at_once)
-            try:
-                if failure == 0:
-                    self.connection.close()
-                elif failure is not None:
-                    self.say(failure, {"error": {"message": "overloaded"}})
-                else:
-                    time.sleep(vllm.delay)
-                    self.reply(body)
-            finally:
-                with vllm.lock:
-                    vllm.at_once -= 1
-
-        def reply(self, body: dict[str, Any] | None) -> None:
-            if vllm.key is not None and self.headers["Authorization"] != f"Bearer {vllm.key}":
-                self.say(401, {"error": "Unauthorized"})
+            time.sleep(vllm.delay)
+            answer = self.answer(body) if failure is None else (failure, {"error": {"message": "overloaded"}})
+            with vllm.lock:
+                vllm.at_once -= 1  # before the answer, upon which the next question comes
+            if failure == 0:
+                self.connection.close()
             else:
-                self.say(*vllm.answer(self.path, body))
+                self.say(*answer)
+
+        def answer(self, body: dict[str, Any] | None) -> tuple[int, Any]:
+            if vllm.key is not None and self.headers["Authorization"] != f"Bearer {vllm.key}":
+                return 401, {"error": "Unauthorized"}
+            return vllm.answer(self.path, body)
 
         def say(self, status: int, document: Any) -> None:
             text = json.dumps(document).encode()

@@ -9,6 +9,7 @@ from trainers.phases import phase_type
 PROMPTS = {"prompts": [{"files": "p.jsonl"}]}
 URL = "http://vllm.team:8000"
 VLLM = {"engine": "vllm"}
+SERVED = {"url": URL, "servedAs": "big", "topK": 32}
 EVALUATION = {"data": {"rows": [{"files": "t.jsonl"}]}, "benchmarks": [{"name": "length", "length": {}}]}
 
 
@@ -23,6 +24,11 @@ def rollout(policy=None, sampling=None):
 
 def evaluation(models, sampling=None, **changes):
     return spec_of("evaluate", models=models, sampling=sampling or {}, **{**EVALUATION, **changes})
+
+
+def distill(teacher, **changes):
+    base = {"student": {"source": "s"}, "prompts": PROMPTS, "onPolicyFraction": 1}
+    return spec_of("distill", teacher=teacher, **{**base, **changes})
 
 
 def said(make) -> str:
@@ -86,6 +92,16 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
             ),
             "the student's weights change at every step",
         ),
+        (lambda: distill({"url": URL}), "servedAs: name the model"),
+        (lambda: distill({"url": "vllm", "servedAs": "big"}), "is not of http or https"),
+        (lambda: distill({"phase": "a", "url": URL, "servedAs": "big"}), "exactly one of phase, source, scratch, url"),
+        (lambda: distill({"phase": "a", "topK": 8}), "topK is of a served teacher"),
+        (lambda: distill({"source": "x", "concurrency": 2}), "concurrency is of a served teacher"),
+        (lambda: distill({"source": "x", "servedAs": "big"}), "servedAs big is of a server"),
+        (lambda: distill({**SERVED, "chatTemplate": "{{ x }}"}), "chatTemplate has no effect on a served teacher"),
+        (lambda: distill({**SERVED, "dtype": "bf16"}), "dtype has no effect"),
+        (lambda: distill(SERVED, temperature=2.0), "temperature 2 needs a teacher that is loaded here"),
+        (lambda: distill(SERVED, student={"teacherLayers": [0]}), "student.teacherLayers needs a teacher that is loaded"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together(make, reason):
@@ -106,3 +122,16 @@ def test_an_address_is_no_identity_and_what_it_serves_is():
     assert digest() != digest(servedAs="dpo-2")
     own = rollout({"phase": "dpo"}, {})
     assert digest() != phase_digest("rollout", own, "", {"dpo": "0"})
+
+
+def test_a_served_teacher_is_its_name_and_its_number_of_tokens():
+    def digest(**teacher):
+        return phase_digest("distill", distill({**SERVED, **teacher}), "", {})
+
+    assert digest() == digest(url="https://elsewhere", keyVariable="K", concurrency=64)
+    assert len({digest(), digest(servedAs="bigger"), digest(topK=64)}) == 3
+
+
+def test_only_a_teacher_that_is_loaded_has_a_size():
+    assert "teacherParameters" in distill({"source": "x"}).final_metrics()
+    assert "teacherParameters" not in distill(SERVED).final_metrics()

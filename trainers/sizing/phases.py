@@ -183,9 +183,9 @@ def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
 
 
 def _distill(spec: DistillSpec, tally: _Tally) -> None:
-    # Without a teacher its log-probabilities are read from files.
+    # Without a teacher its log-probabilities are read from files, or a server tells them.
     teacher, beside = None, 0
-    if spec.teacher is not None:
+    if spec.teacher is not None and spec.loads_teacher:
         teacher = tally.freeze("teacher", spec.teacher)
         beside = head_copy(teacher, tally.held(spec.teacher, trained=False))
     shape = _student(spec.student, teacher, tally)

@@ -28,6 +28,7 @@ from trainers.spec.models import (
     RewardModelRef,
     ScratchModel,
     ScratchTokenizer,
+    TeacherRef,
     TracesRef,
     shown_labels,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "Served",
     "SpecModel",
     "SyntheticData",
+    "TeacherRef",
     "TracesRef",
     "Tracking",
     "TrainData",

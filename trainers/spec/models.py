@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from trainers.spec.base import SpecModel
 from trainers.spec.data import MAX_SOURCES, DataSource
@@ -116,6 +117,34 @@ class ModelRef(ArtifactRef, ChatSettings):
     """A new model with random weights."""
     dtype: Dtype = "auto"
     """How its weights are held: `auto` is `fp32` if they are trained, else the type of the arithmetic. `bf16` halves them and their gradients, and rounds each step at random."""
+
+
+class TeacherRef(ModelRef, Served):
+    """The model to learn from: exactly one of `phase`, `source`, `scratch`, or the `url` of a vLLM server that has it."""
+
+    NOT_IDENTITY = Served.NOT_IDENTITY | {"concurrency"}
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch", "url")
+
+    top_k: int = Field(default=64, ge=1, le=4096)
+    """With `url`: so many likeliest next tokens are told apart, and all others count as one."""
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    """With `url`: requests that each process has open at a time."""
+
+    @model_validator(mode="after")
+    def _goes_with_url(self) -> Self:
+        beside: tuple[str, ...] = ("top_k", "concurrency")
+        why = "is of a served teacher: set url, or leave it out"
+        if self.url is not None:
+            beside = (*ChatSettings.model_fields, "revision", "trust_remote_code", "dtype")
+            why = "has no effect on a served teacher, which reads the student's tokens: leave it out"
+        for name in beside:
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(f"{to_camel(name)} {why}")
+        if self.url is not None and self.served_as is None:
+            raise ValueError(
+                "servedAs: name the model that url serves, for an address does not say what a result is of"
+            )
+        return self
 
 
 class RewardModelRef(ArtifactRef, ChatSettings):

@@ -103,6 +103,21 @@ class Wire:
             raise
         return True
 
+    def tokens(self, text: str) -> list[int] | None:
+        """Of a text as it stands; None from a server that does not tell."""
+        return self._tokenized({"prompt": text, "add_special_tokens": False})
+
+    def conversation_tokens(self, messages: List[Mapping[str, Any]]) -> list[int] | None:
+        """Of what the server's own template makes of a conversation; None if it has none, or does not tell."""
+        return self._tokenized({"messages": list(messages), "add_generation_prompt": True})
+
+    def _tokenized(self, body: dict[str, Any]) -> list[int] | None:
+        try:
+            found = self.server.post("/tokenize", {"model": self.name, **body})
+        except BadInput:
+            return None
+        return found.get("tokens") if isinstance(found, dict) else None
+
     def _scored(self, ids: List[int], k: int) -> list[dict[str, dict[str, Any]]]:
         try:
             found = self._complete(ids, max_tokens=1, temperature=0, prompt_logprobs=k)

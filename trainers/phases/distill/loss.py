@@ -43,6 +43,7 @@ def top_k_divergence(ids: torch.Tensor, log_probs: torch.Tensor, known: int, bet
 
     def fn(logits: torch.Tensor, at: slice) -> torch.Tensor:
         ours, theirs = bucket_logits(logits[:, :known], ids[at]), log_probs[at]
+        ours = ours.masked_fill(theirs == -torch.inf, -torch.inf)  # places that a teacher had no token for
         loss, kl = jsd_and_kl(ours, theirs, beta)
         masses = [1 - some.detach().softmax(-1)[:, -1] for some in (ours, theirs)]
         return torch.stack([loss, kl, *masses], dim=-1)

@@ -14,6 +14,7 @@ from trainers.spec import (
     RewardModelRef,
     Sampling,
     SpecModel,
+    TeacherRef,
     TracesRef,
     TrainingSpec,
 )
@@ -61,8 +62,8 @@ class RewardWeighting(SpecModel):
 class DistillSpec(TrainingSpec):
     """Distillation of a teacher into a student on stored teacher traces and the student's own samples."""
 
-    teacher: ModelRef | None = None
-    """Model to learn from. It may be left out where traces hold its log-probabilities (`teacherTopK` of the rollout that made them), and is not in memory then."""
+    teacher: TeacherRef | None = None
+    """Model to learn from, here or on a server. It may be left out where traces hold its log-probabilities (`teacherTopK` of the rollout that made them), and is not in memory then."""
     student: StudentRef
     """Model to train."""
     traces: TracesRef | None = None
@@ -99,7 +100,9 @@ class DistillSpec(TrainingSpec):
                 f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0"
             )
         if self.teacher is None:
-            self._check_without_teacher()
+            self._check_without("a teacher: set teacher", self.on_policy_fraction > 0)
+        elif self.teacher.url is not None:
+            self._check_without("a teacher that is loaded here: set teacher.phase or teacher.source", False)
         weighed = self.weighting.mode != "none" and self.weighting.own_samples != "equal"
         if self.on_policy_fraction > 0 and weighed and self.reward_model is None:
             raise ValueError(
@@ -107,15 +110,15 @@ class DistillSpec(TrainingSpec):
             )
         return self
 
-    def _check_without_teacher(self) -> None:
-        """Raise ValueError for what stored log-probabilities cannot answer."""
+    def _check_without(self, what: str, samples: bool) -> None:
+        """Raise ValueError for what log-probabilities of some tokens cannot answer; ``samples``: nor of the student's samples."""
         for name, needed, instead in (
-            (f"onPolicyFraction {self.on_policy_fraction:g}", self.on_policy_fraction > 0, "onPolicyFraction: 0"),
-            (f"temperature {self.temperature:g}", self.temperature != 1, "temperature: 1, which traces hold"),
+            (f"onPolicyFraction {self.on_policy_fraction:g}", samples, "onPolicyFraction: 0"),
+            (f"temperature {self.temperature:g}", self.temperature != 1, "temperature: 1, which they are of"),
             ("student.teacherLayers", self.student.teacher_layers is not None, "another student"),
         ):
             if needed:
-                raise ValueError(f"{name} needs a teacher: set teacher, or {instead}")
+                raise ValueError(f"{name} needs {what}, or {instead}")
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
@@ -130,6 +133,10 @@ class DistillSpec(TrainingSpec):
             )
         return self
 
+    @property
+    def loads_teacher(self) -> bool:
+        return self.teacher is not None and self.teacher.url is None
+
     def data_sources(self) -> Iterator[tuple[str, DataSource]]:
         """The traces too when they are files, so that they are checked, and a change of their content is noticed."""
         yield from super().data_sources()
@@ -142,4 +149,4 @@ class DistillSpec(TrainingSpec):
     def final_metrics(self) -> tuple[str, ...]:
         streams = {"offPolicy": self.on_policy_fraction < 1, "onPolicy": self.on_policy_fraction > 0}
         last = [f"{stream}{figure}Last" for stream, runs in streams.items() if runs for figure in ("Kl", "Reward")]
-        return (*last, "parameters", *(["teacherParameters"] if self.teacher is not None else []))
+        return (*last, "parameters", *(["teacherParameters"] if self.loads_teacher else []))

@@ -8,6 +8,7 @@ what is trained on: counting the loader's instead is wrong on-policy, where resp
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,11 +31,14 @@ from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
+from trainers.core.served.teacher import ServedTeacher, served_teacher
+from trainers.core.sharding import whole_shape
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.top_k import FOLDER, NOWHERE, Place, shards_in, vocabulary_digest
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest, same_tokens
 from trainers.fingerprints import source_files
+from trainers.phases.distill.ahead import Ahead
 from trainers.phases.distill.loss import jsd_and_kl, shared, top_k_divergence
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
@@ -63,11 +67,18 @@ class Example:
 
 
 def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
+    with ExitStack() as held:  # however it ends, nobody waits for what a server has been asked ahead
+        return _distill(spec, ctx, held)
+
+
+def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     # ---- set up
     teacher, student = _models(spec, ctx)
+    served = _served(spec, ctx, student, held)
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
     streams = Streams(spec.on_policy_fraction)
-    traces, prompts, total_steps = _data(spec, ctx, teacher, student, streams)
+    known = served.known if served is not None else teacher.num_known if teacher is not None else None
+    traces, prompts, total_steps = _data(spec, ctx, known, student, streams)
     _check_streams(spec, ctx, streams, total_steps)
     packing = spec.packing and min(student.packs, teacher.packs if teacher is not None else student.packs)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
@@ -75,7 +86,15 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
     checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
     beside = [some.model for some in (teacher, reward_model) if some is not None]
     print_memory(ctx, [(trainee, student.model)], beside, None if packing else spec.max_length)
-    compared = _comparison(spec, ctx, teacher)
+    compared = _comparison(spec, ctx, teacher, served)
+
+    def ask(batch: List[Example]) -> None:
+        """In the order of this process's passes."""
+        assert served is not None
+        for some in layout.plan(ctx.workers, list(batch), trainee.flops):
+            served.ask(batch[i].sequence for i in some)
+
+    ahead = Ahead(streams, traces, total_steps, None if served is None else ask)
     first = checkpoints.restore()
     ctx.meter.begin(first, total_steps, spec.document())
 
@@ -85,8 +104,11 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
         if on_policy:
             with ctx.meter.part("rollout"):
                 batch = _own_samples(spec, ctx, student, reward_model, prompts.batch(index), step)
+            if served is not None:
+                ask(batch)
         else:
-            batch = traces.batch(index)
+            batch = ahead.batch(step)
+        ahead.prepare(step + 1)
         weigh = own_sample_weights if on_policy else reward_weights
         weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
         batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
@@ -115,6 +137,7 @@ def main(spec: DistillSpec, ctx: PhaseContext) -> Outcome:
             ess_share=weights.effective_size / len(weights.values),
             weights_clipped=weights.clipped,
             weight_length_correlation=correlation(weights.values, lengths),
+            **({} if served is None else {"teacher_wait": served.waited()}),
             **update,
         )
         stream = "onPolicy" if on_policy else "offPolicy"
@@ -146,10 +169,17 @@ def divergence(beta: float, temperature: float) -> LogitsFn:
 
 
 def _comparison(
-    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None
+    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, served: ServedTeacher | None
 ) -> Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]:
     """What a pass's student is compared by, and with: a teacher, or what one has said before."""
     beta = spec.divergence_beta
+    if served is not None:
+
+        def with_served(some: list[Example], batch: Batch) -> tuple[LogitsFn, Beside | None]:
+            scores = served.scores([e.sequence for e in some], batch.segment.device)
+            return top_k_divergence(*scores, beta), None
+
+        return with_served
     if teacher is None:
         shards = shards_in(_shard_folders(spec, ctx))
 
@@ -184,7 +214,7 @@ def _check_streams(spec: DistillSpec, ctx: PhaseContext, streams: Streams, total
 
 def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel | None, LoadedModel]:
     """Teacher, if it is needed, and student. Raises BadInput when the same token id means different things to them."""
-    if spec.teacher is None:
+    if spec.teacher is None or spec.teacher.url is not None:
         student = load_causal_lm(ctx, spec.student, spec.lora)
         check_scoring(student, ctx.workers)
         return None, student
@@ -206,11 +236,25 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel | None, L
     return teacher, student
 
 
+def _served(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, held: ExitStack) -> ServedTeacher | None:
+    """The teacher that a server has. The student then says nothing that it does not know."""
+    if spec.teacher is None or spec.teacher.url is None:
+        return None
+    rows = int(whole_shape(student.model.get_output_embeddings().weight)[0])
+    served = served_teacher(ctx, spec.teacher, student.chat, rows, length_limit(student, spec.max_length))
+    held.callback(served.close)
+    student.num_known = lowest(student.num_known, served.known)
+    return served
+
+
 def _data(
-    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, student: LoadedModel, streams: Streams
+    spec: DistillSpec, ctx: PhaseContext, known: int | None, student: LoadedModel, streams: Streams
 ) -> tuple[Steps[Example], Steps[Prompt], int]:
-    """Steps on traces and on prompts, and how many there are of both. What the fraction leaves out has none."""
-    traces, prompts = _traces(spec, ctx, student, teacher), _prompts(spec, ctx, student, teacher)
+    """Steps on traces and on prompts, and how many there are of both. What the fraction leaves out has none.
+
+    ``known``: ids below this are what the teacher knows, if it is there to be asked.
+    """
+    traces, prompts = _traces(spec, ctx, student, known), _prompts(spec, ctx, student, known)
     leading = prompts if traces is None else traces
     assert leading is not None, "the spec asks for one of them"
     duration = spec.duration
@@ -226,23 +270,20 @@ def _data(
     )
 
 
-def _traces(
-    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel | None
-) -> Examples[Example] | None:
+def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: int | None) -> Examples[Example] | None:
     if spec.traces is None or spec.on_policy_fraction == 1:
         return None
     files = _trace_files(spec, ctx)
     longest = length_limit(student, spec.max_length)
 
     def check(examples: list[Example]) -> None:
-        known = None if teacher is None else teacher.num_known
         check_known((e.sequence.ids for e in examples), known, student.tokenizer, "traces", "teacher")
 
     # A teacher may say things that cannot be learned, such as its end token's text: no reason to stop.
     encode = partial(_examples, student.chat, longest)
-    if teacher is None:
-        known = (vocabulary_digest(student.tokenizer), student.num_known or 0)
-        encode = partial(_scored_examples, _shard_folders(spec, ctx), *known, student.chat, longest)
+    if spec.teacher is None:
+        vocabulary = (vocabulary_digest(student.tokenizer), student.num_known or 0)
+        encode = partial(_scored_examples, _shard_folders(spec, ctx), *vocabulary, student.chat, longest)
     encoding = Encoding("traces", encode, Example, check, skips=True)
     policy = RowPolicy(min_rows=spec.traces.min_rows)
     return open_examples(ctx, (DataSource(files=files),), encoding, policy, "traces")
@@ -285,9 +326,7 @@ def _scored_examples(
     return [] if sequence is None else [Example(sequence, float(row["reward"]), scores=place)]
 
 
-def _prompts(
-    spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, teacher: LoadedModel | None
-) -> Examples[Prompt] | None:
+def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: int | None) -> Examples[Prompt] | None:
     if spec.prompts is None or spec.on_policy_fraction == 0:
         return None
     # A sample that did not fit maxLength would be trained behind another prompt than it was sampled from.
@@ -296,7 +335,6 @@ def _prompts(
 
     def check(prompts: list[Prompt]) -> None:
         check_room(student, prompts, spec.sampling)
-        known = None if teacher is None else teacher.num_known
         check_known((p.ids for p in prompts), known, student.tokenizer, "prompts", "teacher")
 
     return open_prompts(ctx, data, student.chat, "prompts", check)

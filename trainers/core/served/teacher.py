@@ -1,0 +1,128 @@
+"""A teacher behind a server: what it says of sequences, asked while the student does something else.
+
+Names: K scored positions of several sequences, k likeliest next tokens.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from collections.abc import Sequence as List
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from trainers.contract import BadInput
+from trainers.core.batch import Sequence
+from trainers.core.chat import ChatFormat
+from trainers.core.context import PhaseContext
+from trainers.core.served.server import Server
+from trainers.core.served.wire import Wire, connected
+from trainers.core.top_k import Stored
+from trainers.core.vocabulary import PROBES
+from trainers.spec import TeacherRef
+
+SCORE_SECONDS = 180.0
+"""How long one answer may take. One that takes longer is asked for again."""
+
+
+class ServedTeacher:
+    """Answers are asked for ahead of when they are needed, a bounded number at a time."""
+
+    def __init__(self, wire: Wire, k: int, known: int, concurrency: int) -> None:
+        self.wire, self.k, self.known = wire, k, known
+        """``known``: ids below this are what both models can say."""
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher")
+        self._asked: dict[bytes, deque[Future[np.ndarray]]] = defaultdict(deque)
+        self._waited = 0.0
+
+    def ask(self, sequences: Iterable[Sequence]) -> None:
+        """Have sequences scored, each for one later :meth:`scores`."""
+        for sequence in sequences:
+            self._asked[_key(sequence)].append(self._pool.submit(self._scored, sequence))
+
+    def scores(self, sequences: List[Sequence], device: torch.device) -> Stored:
+        """Of the sequences' scored positions, one behind the other, as stored scores are. Waits for what is not there yet."""
+        if not sequences:
+            return torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 2, device=device), self.known
+        began = time.perf_counter()
+        found = np.concatenate([self._answer(sequence) for sequence in sequences])
+        self._waited += time.perf_counter() - began
+        ids, log_probs = found[:, : self.k].astype(np.int64), found[:, self.k :].astype(np.float32)
+        return torch.from_numpy(ids).to(device), torch.from_numpy(log_probs).to(device), self.known
+
+    def waited(self) -> float:
+        """Seconds that :meth:`scores` has taken since this was asked last."""
+        found, self._waited = self._waited, 0.0
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, sequence: Sequence) -> np.ndarray:
+        asked = self._asked[_key(sequence)]
+        if not asked:
+            self.ask([sequence])
+        answer = asked.popleft()
+        if not asked:
+            del self._asked[_key(sequence)]
+        return answer.result()
+
+    def _scored(self, sequence: Sequence) -> np.ndarray:
+        scored = np.array(sequence.scored)
+        scored[0] = False
+        first = int(scored.argmax())
+        return self.wire.likeliest(sequence.ids.tolist(), first, self.k, self.known)[scored[first:]]
+
+
+def served_teacher(ctx: PhaseContext, at: TeacherRef, chat: ChatFormat, rows: int, longest: int) -> ServedTeacher:
+    """The teacher of a student that has so many rows of tokens and learns on sequences of ``longest`` tokens at most.
+
+    Raises BadInput for a server that does not take what it would be asked, or reads text as other tokens.
+    """
+    ctx.meter.stage(f"asking {at.url}")
+    wire = connected(Server("teacher", at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS), at.served_as)
+    wire.check_length(longest + 1)  # a server adds a token to whatever it scores
+    check_tokens(wire, chat)
+    known = known_to(wire, rows)
+    if at.top_k > known:
+        raise BadInput(f"teacher.topK {at.top_k}: the teacher and the student share {known} tokens")
+    wire.likeliest([0, 0], 1, at.top_k, known)
+    ctx.meter.stage("")
+    return ServedTeacher(wire, at.top_k, known, at.concurrency)
+
+
+def _key(sequence: Sequence) -> bytes:
+    return sequence.ids.tobytes() + sequence.scored.tobytes()
+
+
+def known_to(wire: Wire, rows: int) -> int:
+    """How many of a student's ids the server's model takes, by asking."""
+    low, high = 1, rows
+    while low < high:
+        middle = (low + high + 1) // 2 if high < rows else high
+        low, high = (middle, high) if wire.takes(middle - 1) else (low, middle - 1)
+    return low
+
+
+def check_tokens(wire: Wire, chat: ChatFormat) -> None:
+    """Raise BadInput if text is other tokens to the server's model than to the student. Templates that differ are told."""
+    for messages in PROBES:
+        try:
+            text, ours = chat.prompt_text(messages), chat.prompt(messages)
+        except BadInput:  # a template without a system's turn, say
+            continue
+        theirs = wire.tokens(text)
+        if theirs is None:
+            print(f"teacher: {wire.server.url} makes no tokens of text, so whether they are the student's is not known")
+            return
+        plain = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if theirs != plain:
+            at = next((i for i, (a, b) in enumerate(zip(theirs, plain, strict=False)) if a != b), 0)
+            raise BadInput(
+                f"teacher: {wire.server.url} has another tokenizer than the student: from token {at} on {text[:40]!r} is "
+                f"{theirs[at : at + 4]} and not {plain[at : at + 4]}; use models of one family"
+            )
+        if wire.conversation_tokens(messages) not in (None, ours):
+            print("teacher: its server's chat template is another than the student's, by which it is asked")
+            return
