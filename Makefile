@@ -42,7 +42,7 @@ test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they a
 	$(BIN)/pytest -m "(node or pipeline) and not distributed"
 
 test-api: $(VENV)/.dev ## The tests against an API server
-	$(BIN)/pytest -m "(api or kwok) and not node"
+	$(BIN)/pytest -m "(api or kwok) and not (node or soak)"
 
 test-unit: $(VENV)/.dev ## The tests that need no cluster
 	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled or vllm)"
@@ -72,9 +72,9 @@ bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' genera
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, on fake nodes
 	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) $(BIN)/pytest -q -s tests/operator/test_scale.py::test_many_runs_at_once
 
-soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie: an hour
+soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie, whole clusters that break: an hour
 	bash tests/system-packages.sh
-	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py
+	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py

@@ -123,6 +123,18 @@ class Cluster:
         """Into every node, and into those started later. Pods need a tag other than latest."""
         self._ask("load", str(archive))
 
+    def restart_server(self, name: str) -> None:
+        """kill -9 of `etcd`, `kube-apiserver`, `training-operator`, `kueue`, `kwok` …, which then begins again."""
+        self._ask("restart", name)
+
+    def save(self, label: str) -> None:
+        """A backup of the whole cluster's state."""
+        self._ask("save", label)
+
+    def restore(self, label: str) -> None:
+        """It is again what it was at that backup, whatever has happened since."""
+        self._ask("restore", label)
+
     def _ask(self, action: str, argument: str) -> None:
         if not (self.state / keeper.CONTROL).exists():
             pytest.skip(f"{action} needs a cluster of the tests' own")

@@ -7,6 +7,7 @@ get one made here that is good for 127.0.0.1 as well, and the API server calls t
 import json
 import os
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import manifests, pki
@@ -23,8 +24,8 @@ _SERVICES = ["training-operator.kubeflow.svc", "kueue-webhook-service.kueue-syst
 _MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")
 
 
-def start(place: Place, assets: Assets, children: Children, fast: bool) -> None:
-    """``fast`` lifts the Training Operator's client limits (20 requests a second as shipped)."""
+def start(place: Place, assets: Assets, children: Children, fast: bool) -> dict[str, Callable[[], bool]]:
+    """Returns what tells of each that it is ready. ``fast`` lifts the Training Operator's limit of 20 requests a second."""
     certificates = _make_certificates(place)
     operator_port, operator_health, kueue_port, kueue_health = free_ports(4)
     documents = [
@@ -36,9 +37,14 @@ def start(place: Place, assets: Assets, children: Children, fast: bool) -> None:
     apply(place, assets, documents)
     _start_operator(place, assets, children, operator_port, operator_health, fast)
     _start_kueue(place, assets, children, kueue_port, kueue_health)
-    children.wait_for(lambda: _marked_ready(place, operator_health), 120, "the Training Operator is ready")
-    children.wait_for(lambda: _is_ready(place, kueue_health), 120, "Kueue is ready")
-    _unmark()
+    ready = {
+        "training-operator": lambda: _marked_ready(place, operator_health),
+        "kueue": lambda: _is_ready(place, kueue_health),
+    }
+    for name, is_ready in ready.items():
+        children.wait_for(is_ready, 120, f"{name} is ready")
+    unmark()
+    return ready
 
 
 def _make_certificates(place: Place) -> dict[str, str]:
@@ -93,7 +99,7 @@ def _marked_ready(place: Place, port: int) -> bool:
     return _is_ready(place, port)
 
 
-def _unmark() -> None:
+def unmark() -> None:
     _MARKER.unlink(missing_ok=True)
     for folder in (_MARKER.parent, _MARKER.parent.parent):
         try:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import ssl
 import subprocess
 from collections.abc import Sequence
@@ -97,12 +98,33 @@ def start(place: Place, assets: Assets, children: Children, scheduler: bool) -> 
     """Returns when the API server is ready; the others follow by themselves."""
     children.start("etcd", [*place.enter, assets.binary("etcd"), *_etcd(place)])
     children.start("kube-apiserver", [*place.enter, assets.binary("kube-apiserver"), *_apiserver(place)])
-    children.wait_for(lambda: _ready(place), 120, "the API server answers /readyz")
+    children.wait_for(lambda: is_ready(place), 120, "the API server answers /readyz")
     children.start(
         "kube-controller-manager", [*place.enter, assets.binary("kube-controller-manager"), *_manager(place)]
     )
     if scheduler:
         children.start("kube-scheduler", [*place.enter, assets.binary("kube-scheduler"), *_scheduler(place)])
+
+
+def save(place: Place, children: Children, label: str) -> None:
+    """A backup of etcd, as it is now."""
+    children.end("etcd")
+    shutil.copytree(place.state / "etcd", place.state / f"etcd-{label}")
+    children.again("etcd")
+    children.wait_for(lambda: is_ready(place), 120, "the API server answers /readyz")
+
+
+def restore(place: Place, children: Children, label: str) -> None:
+    """Etcd is again what it was at a backup; whoever else talks to it is the caller's to end before, and to start again.
+
+    The harsher kind: revisions are counted from the backup's on, so that there are two different states of one revision.
+    """
+    children.kill("etcd")
+    shutil.rmtree(place.state / "etcd")
+    shutil.copytree(place.state / f"etcd-{label}", place.state / "etcd")
+    children.again("etcd")
+    children.again("kube-apiserver")
+    children.wait_for(lambda: is_ready(place), 120, "the API server answers /readyz")
 
 
 def _etcd(place: Place) -> list[str]:
@@ -158,7 +180,7 @@ def _scheduler(place: Place) -> list[str]:
     return [f"--kubeconfig={place.component_kubeconfig('scheduler')}", "--secure-port=0", "--leader-elect=false"]
 
 
-def _ready(place: Place) -> bool:
+def is_ready(place: Place) -> bool:
     context = ssl.create_default_context(cafile=place.keys / "ca.crt")
     context.load_cert_chain(place.keys / "admin.crt", place.keys / "admin.key")
     connection = http.client.HTTPSConnection(place.address, place.api_port, context=context, timeout=5)

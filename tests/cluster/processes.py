@@ -32,8 +32,10 @@ class Children:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, tuple[Sequence[str | Path], Mapping[str, str] | None]] = {}
 
     def start(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> int:
+        self._started[name] = (command, env)
         with (self.logs / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [str(part) for part in command],
@@ -46,6 +48,16 @@ class Children:
         child = self.running.pop(name)
         child.kill()
         child.wait()
+
+    def end(self, name: str) -> None:
+        """As an orderly stop, of one that heeds SIGTERM."""
+        child = self.running.pop(name)
+        child.terminate()
+        child.wait(30)
+
+    def again(self, name: str) -> None:
+        """One that was killed or ended, with the command that it had."""
+        self.start(name, *self._started[name])
 
     def ended(self) -> list[str]:
         return [name for name, child in self.running.items() if child.poll() is not None]

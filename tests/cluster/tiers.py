@@ -1,5 +1,7 @@
 """What each tier starts, in the keeper's process, and the requests it serves while it runs."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,38 @@ class ApiTier:
     def start(self) -> None:
         self.authority = controlplane.make_keys(self.place)
         controlplane.start(self.place, self.assets, self.children, self.scheduler)
-        controllers.start(self.place, self.assets, self.children, self.fast)
+        servers = dict.fromkeys(("etcd", "kube-apiserver"), lambda: controlplane.is_ready(self.place))
+        self.ready = servers | controllers.start(self.place, self.assets, self.children, self.fast)
 
     def describe(self) -> dict[str, Any]:
         return {"kubeconfig": str(self.place.kubeconfig), "audit_log": str(self.place.audit_log), "nodes": []}
 
     def serve(self, request: dict[str, str]) -> None:
-        raise ValueError(f"this tier serves no request: {request}")
+        """Raises KeyError for what this tier cannot do."""
+        self.actions()[request["action"]](request["argument"])
+
+    def actions(self) -> dict[str, Callable[[str], None]]:
+        save = partial(controlplane.save, self.place, self.children)
+        return {"restart": self._restart, "save": save, "restore": self._restore}
+
+    def _restart(self, *names: str) -> None:
+        """Killed, and started with what is on their disks."""
+        for name in names:
+            if name in self.children.running:
+                self.children.kill(name)
+        for name in names:
+            self.children.again(name)
+        for name in {*names} & {*self.ready}:
+            self.children.wait_for(self.ready[name], 120, f"{name} is ready")
+        controllers.unmark()
+
+    def _restore(self, label: str) -> None:
+        """With all that have read of what is no more."""
+        names = [name for name in self.children.running if name not in ("etcd", "kube-apiserver")]
+        for name in [*names, "kube-apiserver"]:
+            self.children.kill(name)
+        controlplane.restore(self.place, self.children, label)
+        self._restart(*names)
 
     def _place(self, state: Path) -> Place:
         api, client, peer = free_ports(3)
@@ -67,9 +94,9 @@ class NodeTier(ApiTier):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"nodes": self.machines.names}
 
-    def serve(self, request: dict[str, str]) -> None:
-        actions = {"kill": self.machines.kill, "start": self.machines.start, "load": self.machines.load_image}
-        actions[request["action"]](request["argument"])
+    def actions(self) -> dict[str, Callable[[str], None]]:
+        machines = {"kill": self.machines.kill, "start": self.machines.start, "load": self.machines.load_image}
+        return super().actions() | machines
 
     def _place(self, state: Path) -> Place:
         network = Network(self.spec["slot"])

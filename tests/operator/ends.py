@@ -1,10 +1,11 @@
 """When jobs end and when the next ones of their runs are made, as a watch of its own sees both."""
 
+import http.client
 import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -34,6 +35,12 @@ class Ends:
         """In their order; twice what was made twice."""
         return list(self.uids.get(run, {}).values())
 
+    def told(self, event: Object) -> None:
+        # Other tests' jobs are of no run.
+        of_a_run = "alignment.dev/run" in event["object"]["metadata"].get("labels", {})
+        if of_a_run and event["type"] in ("ADDED", "MODIFIED"):
+            self.event(event["object"])
+
     def event(self, job: Object) -> None:
         now, metadata = time.time(), job["metadata"]
         self.uids.setdefault(metadata["labels"]["alignment.dev/run"], {})[metadata["uid"]] = metadata["name"]
@@ -57,12 +64,11 @@ def watched_ends(cluster: Cluster, namespace: str = "") -> Iterator[Ends]:
     ends, path = Ends(), f"/apis/kubeflow.org/v1/{scope}pytorchjobs?watch=1"
 
     def watch() -> None:
-        for line in stream(cluster, path):
-            event = json.loads(line)
-            # Other tests' jobs are of no run.
-            of_a_run = "alignment.dev/run" in event["object"]["metadata"].get("labels", {})
-            if of_a_run and event["type"] in ("ADDED", "MODIFIED"):
-                ends.event(event["object"])
+        while True:
+            with suppress(OSError, http.client.HTTPException, ValueError):  # the API server is restarted, in mid-line
+                for line in stream(cluster, path):
+                    ends.told(json.loads(line))
+            time.sleep(0.2)
 
     # A daemon: it reads until the process, or the API server, ends.
     threading.Thread(target=watch, daemon=True).start()

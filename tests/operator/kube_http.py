@@ -28,10 +28,13 @@ def connect(cluster: Cluster) -> http.client.HTTPSConnection:
 
 
 def stream(cluster: Cluster, path: str) -> Iterator[bytes]:
-    """The lines of an answer, as they come."""
+    """The lines of an answer, as they come. Raises OSError or HTTPException where the server is gone or has none."""
     connection = connect(cluster)
     connection.request("GET", path)
-    yield from connection.getresponse()
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise ConnectionError(f"GET {path}: {answer.status}")
+    yield from answer
 
 
 def call(connection: http.client.HTTPSConnection, method: str, path: str, body: Object) -> Object:
