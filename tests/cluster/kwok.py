@@ -20,6 +20,8 @@ def start(place: Place, assets: Assets, children: Children, count: int) -> list[
     command: list[str | Path] = [
         assets.binary("kwok"), f"--kubeconfig={place.kubeconfig}", f"--config={config}", "--manage-all-nodes=false",
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--node-lease-duration-seconds=40",
+        # Pods are asked for their metrics, and what a test asks must not leave the machine.
+        "--cidr=127.1.0.0/16",
     ]  # fmt: skip
     children.start("kwok", command)
     names = [f"fake-{number}" for number in range(1, count + 1)]

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
+from crowds import add_ended, spent, started, train, trainers
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
 from sweep import claim
 
 RUNS = int(os.environ.get("RUNS", "30"))
 PHASES = int(os.environ.get("PHASES", "2"))
+ENDED = int(os.environ.get("ENDED", "40"))
+TRAINING = int(os.environ.get("TRAINING", "10"))
+SECONDS = 60 if "ENDED" in os.environ else 20
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,33 @@ def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespa
     assert fake.metric('alignment_operator_reconcile_seconds_count{outcome="bug"}') == 0
     driver = Driver(kwok_cluster, namespace)
     assert all(len(p["attempts"]) == 1 for i in range(RUNS) for p in driver.status(f"run-{i}")["phases"])
+
+
+@pytest.mark.slow
+def test_runs_that_have_ended_cost_nothing(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
+    kwok_cluster.apply(scripted("model"), namespace)
+    Driver(kwok_cluster, namespace).until_condition("model", "Succeeded", timeout=60)
+    add_ended(kwok_cluster, namespace, kwok_cluster.get("arun", "model", "-n", namespace), ENDED)
+    seconds, cpu = started(kwok_cluster, fake, namespace, ENDED)
+    rest = spent(fake, SECONDS)
+    print(
+        f"{ENDED} runs that have ended: looked at {seconds:.1f} s after the operator's start ({cpu:.1f} CPU-s); at rest {rest}"
+    )
+    assert rest.status_writes == 0
+    assert rest.reads <= 2  # other tests' runs, at most
+
+
+@pytest.mark.slow
+def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
+    with trainers():
+        train(kwok_cluster, fake, namespace, TRAINING)
+        going = spent(fake, SECONDS)
+        print(f"{TRAINING} runs that train: {going}")
+        driver = Driver(kwok_cluster, namespace)
+        assert all(driver.status(f"train-{i}")["step"].endswith("/100000") for i in range(min(TRAINING, 10)))
+    # Their progress, every 15 seconds; some have only begun.
+    assert 0 < going.status_writes <= TRAINING * (SECONDS // 15 + 2)
+    assert going.reads <= TRAINING
 
 
 @pytest.mark.slow
