@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, StringConstraints, WithJsonSchema
 
-QUANTITY = r"^[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE]|[eE][0-9]+)?$"
+QUANTITY = r"^[0-9]{1,19}(\.[0-9]{0,9})?([KMGTPE]i|[numkMGTPE]|[eE][0-9]{1,2})?$"
+"""Bounded, since strangers write them: 1e999999999 would be a number that fills the operator's memory."""
 
 
 def _written(value: object) -> object:
@@ -28,9 +29,15 @@ SUFFIXES |= {suffix: Fraction(1000**i) for i, suffix in enumerate("kMGTPE", star
 SUFFIXES |= {f"{suffix}i": Fraction(1024**i) for i, suffix in enumerate("KMGTPE", start=1)}
 
 
-def byte_count(quantity: str) -> int:
-    """`80Gi`, `1.5G`, `128974848`, `1e9`: whole bytes, rounded down. Raises ValueError for what is no quantity."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)([numkMGTPE]?|[KMGTPE]i)", quantity)
-    if found is None:
+def number(quantity: str) -> Fraction:
+    """`8`, `500m`, `80Gi`, `1e9`, exactly. Raises ValueError for what is no quantity."""
+    if re.fullmatch(QUANTITY, quantity) is None:
         raise ValueError(f"{quantity!r} is not a quantity, such as 80Gi")
-    return int(Fraction(found[1]) * SUFFIXES[found[2]])
+    found = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)(.*)", quantity)
+    assert found is not None
+    return Fraction(found[1]) * SUFFIXES[found[2]]
+
+
+def byte_count(quantity: str) -> int:
+    """Rounded down. Raises ValueError for what is no quantity."""
+    return int(number(quantity))

@@ -132,7 +132,8 @@ class TestRender:
         assert container(document)["envFrom"] == [{"secretRef": {"name": "hub"}}, {"secretRef": {"name": "s3"}}]
 
     @pytest.mark.parametrize(
-        ("cpu", "procs", "threads"), [("8", 2, "4"), ("500m", 1, "1"), (3, 2, "1"), (None, 1, None)]
+        ("cpu", "procs", "threads"),
+        [("8", 2, "4"), ("500m", 1, "1"), (3, 2, "1"), ("2500000u", 1, "2"), ("1e1", 1, "10"), (None, 1, None)],
     )
     def test_threads_are_the_pods_share_of_cores(self, cpu, procs, threads):
         resources = {"limits": {"cpu": cpu}} if cpu else {}

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from controller.api import meta
+from controller.api.quantities import number
 from controller.api.template import Template
 from controller.api.workspace import Workspace
 from controller.backends.cluster.kind import Owner
@@ -182,8 +183,7 @@ def _threads(job: PhaseJob) -> dict[str, str]:
     cpu = (resources.limits.get("cpu") or resources.requests.get("cpu")) if resources else None
     if cpu is None:
         return {}
-    cores = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu)
-    return {"OMP_NUM_THREADS": str(max(1, math.floor(cores / job.procs_per_node)))}
+    return {"OMP_NUM_THREADS": str(max(1, math.floor(number(cpu) / job.procs_per_node)))}
 
 
 def rendezvous(job: PhaseJob, address: str, rank: str) -> list[Object]:
