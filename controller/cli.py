@@ -1,6 +1,7 @@
 """`alignctl`: one resource, run on one machine or applied to a cluster."""
 
 import shlex
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -213,7 +214,9 @@ def status(
 
     place = where.choose(root, context, namespace, kubeconfig)
     if isinstance(place, where.Place):
+        _shows(watch)
         raise typer.Exit(cluster_status(place, name, watch))
+    _shows(watch)
     raise typer.Exit(status_command(place, name, watch))
 
 
@@ -243,8 +246,10 @@ def logs(
 
     place = where.choose(root, context, namespace, kubeconfig)
     if isinstance(place, where.Place):
+        _shows(follow)
         raise typer.Exit(cluster_logs(place, name, phase, attempt, pod, follow))
     where.only_in_a_cluster("--pod", pod)
+    _shows(follow)
     raise typer.Exit(logs_command(place, name, phase, attempt, follow))
 
 
@@ -406,6 +411,12 @@ def import_(
     from controller.commands.import_rows import import_command
 
     raise typer.Exit(import_command(name, source, target, column, skip))
+
+
+def _shows(until_ctrl_c: bool) -> None:
+    """What is shown until a Ctrl-C gives the terminal back as it was: from here on that is an exception."""
+    if until_ctrl_c:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main() -> None:
