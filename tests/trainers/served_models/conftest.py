@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from served_key import KEY
 
 LETTERS = {"synthetic": {"task": "letters", "split": "preferences", "count": 64}}
-KEY = "sesame-of-the-team"
 
 
 def made(directory: Path, seed: int, spare_rows: int = 0) -> Path:

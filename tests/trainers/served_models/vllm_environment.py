@@ -23,6 +23,9 @@ HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align
 WHOLE = "whole"
 """A file that is there once all packages are."""
 
+START_SECONDS = 1200
+"""It takes about 80 of a processor, which others may want too."""
+
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1",
@@ -92,13 +95,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while process.poll() is None:
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
         try:
             with opener.open(f"{url}/health", timeout=10):
                 return
         except (OSError, urllib.error.URLError):
             time.sleep(0.5)
-    raise AssertionError(f"vLLM ended before it answered: {log.read_text(errors='replace')[-3000:]}")
+    raise AssertionError(f"vLLM did not come to answer: {log.read_text(errors='replace')[-3000:]}")
 
 
 def _free_port() -> int:

@@ -1,0 +1,3 @@
+"""What the servers of these tests want to hear."""
+
+KEY = "sesame-of-the-team"
