@@ -31,6 +31,11 @@ def distill(teacher, **changes):
     return spec_of("distill", teacher=teacher, **{**base, **changes})
 
 
+def several(*changes, **of_spec):
+    teachers = [{**SERVED, "name": "ab"[i], **change} for i, change in enumerate(changes)]
+    return distill(of_spec.pop("teacher", None), teachers=teachers, **of_spec)
+
+
 def said(make) -> str:
     with pytest.raises(ValidationError) as caught:
         make()
@@ -100,6 +105,12 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         (lambda: distill({"source": "x", "servedAs": "big"}), "servedAs big is of a server"),
         (lambda: distill({**SERVED, "chatTemplate": "{{ x }}"}), "chatTemplate has no effect on a served teacher"),
         (lambda: distill({**SERVED, "dtype": "bf16"}), "dtype has no effect"),
+        (lambda: several({}, {"name": "a"}), "the name 'a' is used more than once"),
+        (lambda: several({}, {"topK": 8}), "topK is 8 and 32: set the same"),
+        (lambda: several({}, {"url": None, "servedAs": None}), "'b' has no url"),
+        (lambda: several({}, {"weight": 0}), "greater than 0"),
+        (lambda: several({}, teacher=SERVED), "teacher and teachers: set one of them"),
+        (lambda: several({}, temperature=2.0), "temperature 2 needs a teacher that is loaded here"),
         (lambda: distill(SERVED, temperature=2.0), "temperature 2 needs a teacher that is loaded here"),
         (lambda: distill(SERVED, student={"teacherLayers": [0]}), "student.teacherLayers needs a teacher that is loaded"),
     ],

@@ -70,7 +70,7 @@ def open_prompts(
 
 def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
     ids = prompt_ids(chat, row)
-    asked: Row = {key: row[key] for key in ("prompt", "messages", "tools") if key in row}
+    asked: Row = {key: row[key] for key in ("prompt", "messages", "tools", "teacher") if key in row}
     return [Prompt(asked, ids)] if len(ids) <= longest else []
 
 

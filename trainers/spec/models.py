@@ -119,16 +119,30 @@ class ModelRef(ArtifactRef, ChatSettings):
     """How its weights are held: `auto` is `fp32` if they are trained, else the type of the arithmetic. `bf16` halves them and their gradients, and rounds each step at random."""
 
 
-class TeacherRef(ModelRef, Served):
-    """The model to learn from: exactly one of `phase`, `source`, `scratch`, or the `url` of a vLLM server that has it."""
+class Teaching(Served):
+    """A teacher that a server has."""
 
     NOT_IDENTITY = Served.NOT_IDENTITY | {"concurrency"}
-    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch", "url")
 
     top_k: int = Field(default=64, ge=1, le=4096)
     """With `url`: so many likeliest next tokens are told apart, and all others count as one."""
     concurrency: int = Field(default=16, ge=1, le=1024)
     """With `url`: requests that each process has open at a time."""
+
+    @model_validator(mode="after")
+    def _says_what_is_served(self) -> Self:
+        if self.url is not None and self.served_as is None:
+            raise ValueError(
+                "servedAs: name the model that url serves, for an address does not say what a result is of"
+            )
+        return self
+
+
+class TeacherRef(ModelRef, Teaching):
+    """The model to learn from: exactly one of `phase`, `source`, `scratch`, or the `url` of a vLLM server that has it."""
+
+    NOT_IDENTITY = Teaching.NOT_IDENTITY
+    one_of: ClassVar[tuple[str, ...]] = ("phase", "source", "scratch", "url")
 
     @model_validator(mode="after")
     def _goes_with_url(self) -> Self:
@@ -140,10 +154,21 @@ class TeacherRef(ModelRef, Served):
         for name in beside:
             if getattr(self, name) != type(self).model_fields[name].get_default():
                 raise ValueError(f"{to_camel(name)} {why}")
-        if self.url is not None and self.served_as is None:
-            raise ValueError(
-                "servedAs: name the model that url serves, for an address does not say what a result is of"
-            )
+        return self
+
+
+class NamedTeacher(Teaching):
+    """One of several served teachers: rows name theirs."""
+
+    name: str = Field(min_length=1, max_length=100)
+    """What rows that it teaches have as `teacher`."""
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    """How much a response that it teaches counts beside the others'."""
+
+    @model_validator(mode="after")
+    def _is_served(self) -> Self:
+        if self.url is None:
+            raise ValueError(f"teachers: {self.name!r} has no url: several teachers are served")
         return self
 
 

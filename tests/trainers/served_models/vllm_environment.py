@@ -23,8 +23,8 @@ HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align
 WHOLE = "whole"
 """A file that is there once all packages are."""
 
-START_SECONDS = 1200
-"""It takes about 80 of a processor, which others may want too."""
+START_SECONDS = 3600
+"""It takes about 80 of a processor, which others may want too, and one that hangs is to end some day."""
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

@@ -5,7 +5,7 @@ Names: K scored positions of several sequences, k likeliest next tokens.
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -20,7 +20,7 @@ from trainers.core.served.server import Server
 from trainers.core.served.wire import Wire, connected
 from trainers.core.top_k import Stored
 from trainers.core.vocabulary import PROBES
-from trainers.spec import TeacherRef
+from trainers.spec import Teaching
 
 SCORE_SECONDS = 180.0
 """How long one answer may take. One that takes longer is asked for again."""
@@ -75,18 +75,50 @@ class ServedTeacher:
         return self.wire.likeliest(sequence.ids.tolist(), first, self.k, self.known)[scored[first:]]
 
 
-def served_teacher(ctx: PhaseContext, at: TeacherRef, chat: ChatFormat, rows: int, longest: int) -> ServedTeacher:
+class Teachers:
+    """Served teachers by the names that rows have for them."""
+
+    def __init__(self, by_name: Mapping[str, ServedTeacher]) -> None:
+        self.by_name = by_name
+        self.known = min(teacher.known for teacher in by_name.values())
+        for teacher in by_name.values():
+            teacher.known = self.known  # what only some can say is among the rest
+
+    def ask(self, taught: Iterable[tuple[str, Sequence]]) -> None:
+        """Have sequences scored, each by its teacher and for one later :meth:`scores`."""
+        for name, sequence in taught:
+            self.by_name[name].ask([sequence])
+
+    def scores(self, taught: List[tuple[str, Sequence]], device: torch.device) -> Stored:
+        """See :meth:`ServedTeacher.scores`."""
+        found = [self.by_name[name].scores([sequence], device) for name, sequence in taught]
+        if not found:
+            return next(iter(self.by_name.values())).scores([], device)
+        return torch.cat([ids for ids, _, _ in found]), torch.cat([logs for _, logs, _ in found]), self.known
+
+    def waited(self) -> float:
+        """Seconds that answers were waited for since this was asked last."""
+        return sum(teacher.waited() for teacher in self.by_name.values())
+
+    def close(self) -> None:
+        for teacher in self.by_name.values():
+            teacher.close()
+
+
+def served_teacher(
+    ctx: PhaseContext, field: str, at: Teaching, chat: ChatFormat, rows: int, longest: int
+) -> ServedTeacher:
     """The teacher of a student that has so many rows of tokens and learns on sequences of ``longest`` tokens at most.
 
     Raises BadInput for a server that does not take what it would be asked, or reads text as other tokens.
     """
     ctx.meter.stage(f"asking {at.url}")
-    wire = connected(Server("teacher", at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS), at.served_as)
+    wire = connected(Server(field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS), at.served_as)
     wire.check_length(longest + 1)  # a server adds a token to whatever it scores
     check_tokens(wire, chat)
     known = known_to(wire, rows)
     if at.top_k > known:
-        raise BadInput(f"teacher.topK {at.top_k}: the teacher and the student share {known} tokens")
+        raise BadInput(f"{field}.topK {at.top_k}: the teacher and the student share {known} tokens")
     wire.likeliest([0, 0], 1, at.top_k, known)
     ctx.meter.stage("")
     return ServedTeacher(wire, at.top_k, known, at.concurrency)
@@ -114,15 +146,19 @@ def check_tokens(wire: Wire, chat: ChatFormat) -> None:
             continue
         theirs = wire.tokens(text)
         if theirs is None:
-            print(f"teacher: {wire.server.url} makes no tokens of text, so whether they are the student's is not known")
+            print(
+                f"{wire.server.field}: {wire.server.url} makes no tokens of text, so whether they are the student's is not known"
+            )
             return
         plain = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
         if theirs != plain:
             at = next((i for i, (a, b) in enumerate(zip(theirs, plain, strict=False)) if a != b), 0)
             raise BadInput(
-                f"teacher: {wire.server.url} has another tokenizer than the student: from token {at} on {text[:40]!r} is "
-                f"{theirs[at : at + 4]} and not {plain[at : at + 4]}; use models of one family"
+                f"{wire.server.field}: {wire.server.url} has another tokenizer than the student: from token {at} on "
+                f"{text[:40]!r} is {theirs[at : at + 4]} and not {plain[at : at + 4]}; use models of one family"
             )
         if wire.conversation_tokens(messages) not in (None, ours):
-            print("teacher: its server's chat template is another than the student's, by which it is asked")
+            print(
+                f"{wire.server.field}: its server's chat template is another than the student's, by which it is asked"
+            )
             return

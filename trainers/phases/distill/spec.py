@@ -10,6 +10,7 @@ from trainers.spec import (
     Evaluation,
     Lora,
     ModelRef,
+    NamedTeacher,
     PromptData,
     RewardModelRef,
     Sampling,
@@ -64,6 +65,8 @@ class DistillSpec(TrainingSpec):
 
     teacher: TeacherRef | None = None
     """Model to learn from, here or on a server. It may be left out where traces hold its log-probabilities (`teacherTopK` of the rollout that made them), and is not in memory then."""
+    teachers: tuple[NamedTeacher, ...] = Field(default=(), max_length=16)
+    """Several teachers on servers, in place of `teacher`: a row is learned from the one that its `teacher` names (`columns` can say another key)."""
     student: StudentRef
     """Model to train."""
     traces: TracesRef | None = None
@@ -99,9 +102,9 @@ class DistillSpec(TrainingSpec):
             raise ValueError(
                 f"onPolicyFraction {self.on_policy_fraction} needs prompts for the student: set prompts, or onPolicyFraction: 0"
             )
-        if self.teacher is None:
+        if self.reads_scores:
             self._check_without("a teacher: set teacher", self.on_policy_fraction > 0)
-        elif self.teacher.url is not None:
+        elif not self.loads_teacher:
             self._check_without("a teacher that is loaded here: set teacher.phase or teacher.source", False)
         weighed = self.weighting.mode != "none" and self.weighting.own_samples != "equal"
         if self.on_policy_fraction > 0 and weighed and self.reward_model is None:
@@ -133,9 +136,26 @@ class DistillSpec(TrainingSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_differ(self) -> Self:
+        if self.teachers and self.teacher is not None:
+            raise ValueError("teacher and teachers: set one of them")
+        names = [teacher.name for teacher in self.teachers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"teachers: the name {name!r} is used more than once")
+        if len(kept := {teacher.top_k for teacher in self.teachers}) > 1:
+            raise ValueError(f"teachers: topK is {' and '.join(map(str, sorted(kept)))}: set the same for all")
+        return self
+
     @property
     def loads_teacher(self) -> bool:
         return self.teacher is not None and self.teacher.url is None
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether traces hold what a teacher says."""
+        return self.teacher is None and not self.teachers
 
     def data_sources(self) -> Iterator[tuple[str, DataSource]]:
         """The traces too when they are files, so that they are checked, and a change of their content is noticed."""

@@ -31,7 +31,7 @@ from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
-from trainers.core.served.teacher import ServedTeacher, served_teacher
+from trainers.core.served.teacher import Teachers, served_teacher
 from trainers.core.sharding import whole_shape
 from trainers.core.step import Layout, Measures, accumulate
 from trainers.core.top_k import FOLDER, NOWHERE, Place, shards_in, vocabulary_digest
@@ -43,7 +43,7 @@ from trainers.phases.distill.loss import jsd_and_kl, shared, top_k_divergence
 from trainers.phases.distill.spec import DistillSpec
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import correlation, own_sample_weights, reward_weights
-from trainers.spec import DataSource, RowPolicy
+from trainers.spec import DataSource, RowPolicy, Teaching
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Example:
     weight: float = 1.0
     scores: Place = NOWHERE
     """Where the teacher's log-probabilities of the response are, if it is not in memory."""
+    teacher: str = ""
+    """Its name, if there are several."""
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +94,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         """In the order of this process's passes."""
         assert served is not None
         for some in layout.plan(ctx.workers, list(batch), trainee.flops):
-            served.ask(batch[i].sequence for i in some)
+            served.ask((batch[i].teacher, batch[i].sequence) for i in some)
 
     ahead = Ahead(streams, traces, total_steps, None if served is None else ask)
     first = checkpoints.restore()
@@ -111,7 +113,11 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         ahead.prepare(step + 1)
         weigh = own_sample_weights if on_policy else reward_weights
         weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
-        batch = [replace(e, weight=weight) for e, weight in zip(batch, weights.values.tolist(), strict=True)]
+        of_teachers = {teacher.name: teacher.weight for teacher in spec.teachers}
+        batch = [
+            replace(e, weight=weight * of_teachers.get(e.teacher, 1.0))
+            for e, weight in zip(batch, weights.values.tolist(), strict=True)
+        ]
 
         def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
             compare, beside = compared(some, micro)
@@ -169,14 +175,14 @@ def divergence(beta: float, temperature: float) -> LogitsFn:
 
 
 def _comparison(
-    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, served: ServedTeacher | None
+    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, served: Teachers | None
 ) -> Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]:
     """What a pass's student is compared by, and with: a teacher, or what one has said before."""
     beta = spec.divergence_beta
     if served is not None:
 
         def with_served(some: list[Example], batch: Batch) -> tuple[LogitsFn, Beside | None]:
-            scores = served.scores([e.sequence for e in some], batch.segment.device)
+            scores = served.scores([(e.teacher, e.sequence) for e in some], batch.segment.device)
             return top_k_divergence(*scores, beta), None
 
         return with_served
@@ -214,7 +220,7 @@ def _check_streams(spec: DistillSpec, ctx: PhaseContext, streams: Streams, total
 
 def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel | None, LoadedModel]:
     """Teacher, if it is needed, and student. Raises BadInput when the same token id means different things to them."""
-    if spec.teacher is None or spec.teacher.url is not None:
+    if spec.teacher is None or not spec.loads_teacher:
         student = load_causal_lm(ctx, spec.student, spec.lora)
         check_scoring(student, ctx.workers)
         return None, student
@@ -236,12 +242,17 @@ def _models(spec: DistillSpec, ctx: PhaseContext) -> tuple[LoadedModel | None, L
     return teacher, student
 
 
-def _served(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, held: ExitStack) -> ServedTeacher | None:
-    """The teacher that a server has. The student then says nothing that it does not know."""
-    if spec.teacher is None or spec.teacher.url is None:
+def _served(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, held: ExitStack) -> Teachers | None:
+    """The teachers that servers have. The student then says nothing that one of them does not know."""
+    asked: dict[str, tuple[str, Teaching]] = {t.name: (f"teachers ({t.name})", t) for t in spec.teachers}
+    if spec.teacher is not None and spec.teacher.url is not None:
+        asked[""] = ("teacher", spec.teacher)
+    if not asked:
         return None
     rows = int(whole_shape(student.model.get_output_embeddings().weight)[0])
-    served = served_teacher(ctx, spec.teacher, student.chat, rows, length_limit(student, spec.max_length))
+    longest = length_limit(student, spec.max_length)
+    found = {name: served_teacher(ctx, *at, student.chat, rows, longest) for name, at in asked.items()}
+    served = Teachers(found)
     held.callback(served.close)
     student.num_known = lowest(student.num_known, served.known)
     return served
@@ -280,8 +291,8 @@ def _traces(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: i
         check_known((e.sequence.ids for e in examples), known, student.tokenizer, "traces", "teacher")
 
     # A teacher may say things that cannot be learned, such as its end token's text: no reason to stop.
-    encode = partial(_examples, student.chat, longest)
-    if spec.teacher is None:
+    encode = partial(_examples, student.chat, longest, tuple(teacher.name for teacher in spec.teachers))
+    if spec.reads_scores:
         vocabulary = (vocabulary_digest(student.tokenizer), student.num_known or 0)
         encode = partial(_scored_examples, _shard_folders(spec, ctx), *vocabulary, student.chat, longest)
     encoding = Encoding("traces", encode, Example, check, skips=True)
@@ -300,12 +311,24 @@ def _shard_folders(spec: DistillSpec, ctx: PhaseContext) -> tuple[str, ...]:
     return tuple(sorted({str(path.resolve().parent / FOLDER) for path in files}))
 
 
-def _examples(chat: ChatFormat, max_length: int, row: Row) -> list[Example]:
+def _examples(chat: ChatFormat, max_length: int, teachers: tuple[str, ...], row: Row) -> list[Example]:
     if not math.isfinite(row["reward"]):
         raise BadInput(f"traces: the reward of {row['prompt'][:60]!r} is {row['reward']}")
     prompt, response = chat.taught(prompt_messages(row), row["teacher_response"], row.get("ended", True))
     sequence = joined(prompt, response, max_length) if response else None
-    return [] if sequence is None else [Example(sequence, float(row["reward"]))]
+    if sequence is None:
+        return []
+    return [Example(sequence, float(row["reward"]), teacher=_teacher_of(row, teachers))]
+
+
+def _teacher_of(row: Row, teachers: List[str]) -> str:
+    """Whom a row is learned from; nobody in particular where there is one teacher. Raises BadInput for a name of none."""
+    if not teachers:
+        return ""
+    name = row.get("teacher")
+    if name not in teachers:
+        raise BadInput(f"the row's teacher is {name!r}, which is none of teachers ({', '.join(teachers)})")
+    return str(name)
 
 
 def _scored_examples(
@@ -332,9 +355,12 @@ def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: 
     # A sample that did not fit maxLength would be trained behind another prompt than it was sampled from.
     longest = min(spec.prompts.max_prompt_length, spec.max_length - spec.sampling.max_new_tokens)
     data = spec.prompts.model_copy(update={"max_prompt_length": longest})
+    teachers = [teacher.name for teacher in spec.teachers]
 
     def check(prompts: list[Prompt]) -> None:
         check_room(student, prompts, spec.sampling)
+        for prompt in prompts:
+            _teacher_of(prompt.row, teachers)
         check_known((p.ids for p in prompts), known, student.tokenizer, "prompts", "teacher")
 
     return open_prompts(ctx, data, student.chat, "prompts", check)
@@ -352,5 +378,10 @@ def _own_samples(
     keys = [(ctx.seed, step, i) for i in range(len(prompts))]
     tokens = spec.parallel.micro_batch_tokens
     samples = respond(ctx.workers, student, prompts, spec.sampling, keys, reward_model, tokens)
-    found = [(joined(s.prompt.ids, s.ids, spec.max_length), s.reward) for s in samples]
-    return [Example(sequence, reward) for sequence, reward in found if sequence is not None]
+    teachers = [teacher.name for teacher in spec.teachers]
+    found = [(joined(s.prompt.ids, s.ids, spec.max_length), s) for s in samples]
+    return [
+        Example(sequence, s.reward, teacher=_teacher_of(s.prompt.row, teachers))
+        for sequence, s in found
+        if sequence is not None
+    ]

@@ -188,7 +188,7 @@ def _sequences(sample: Sample) -> list[Sequence]:
 
 
 def _row(sample: Sample) -> Row:
-    chat: Row = {key: sample.prompt.row[key] for key in ("messages", "tools") if key in sample.prompt.row}
+    chat: Row = {key: sample.prompt.row[key] for key in ("messages", "tools", "teacher") if key in sample.prompt.row}
     answer = {"prompt": sample.prompt.text, "teacher_response": sample.text, "reward": sample.reward}
     return {**answer, **chat, "ended": sample.ended, "tokens": len(sample.ids)}
 
