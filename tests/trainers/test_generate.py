@@ -9,11 +9,14 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from trainers.core.generate import generate
 from trainers.core.sampling import sample, warped
+from trainers.core.slots import fits_slots
 from trainers.spec import Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=20, batch_size=4)
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16], [9, 9], [20, 21, 22, 23], [30]]
 PAD = 0
+FP32_NATS = 1e-4
+"""How far the log-probability of a sampled token may be off."""
 
 
 def llama(vocab=40, layers=2, **config) -> LlamaForCausalLM:
@@ -140,7 +143,7 @@ def test_samples_follow_the_models_distribution(model):
 def test_no_token_of_probability_zero_is_chosen(uniform):
     logits = torch.full((1, 6), float("-inf"))
     logits[0, 2:4] = 1.0
-    token = sample(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))
+    token, _ = sample(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))
     assert token.item() == (2 if uniform < 0.5 else 3)
 
 
@@ -200,13 +203,13 @@ def test_ended_rows_make_room_for_new_prompts(model):
         sampling = Sampling(max_new_tokens=16, batch_size=size)
         return generate(model, [prompts[i] for i in some], sampling, stop, uniforms=uniforms[some])
 
-    alone = [answers([i], 1)[0] for i in range(30)]
-    assert len({len(r.ids) for r in alone}) > 8
+    alone = [answers([i], 1)[0].ids for i in range(30)]
+    assert len(set(map(len, alone))) > 8
     for size in (3, 10, 16):
         seen, found = passes(model, partial(answers, list(range(30)), size))
-        assert found == alone
+        assert [r.ids for r in found] == alone
         steps = [rows for rows, tokens in seen if tokens == 1 and rows > 1]
-        assert sum(steps) < 1.3 * sum(len(r.ids) for r in alone)
+        assert sum(steps) < 1.3 * sum(map(len, alone))
 
 
 def test_prompts_that_are_alike_are_read_once(model):
@@ -217,7 +220,7 @@ def test_prompts_that_are_alike_are_read_once(model):
     seen, found = passes(model, lambda: generate(model, prompts, sampling, stop, uniforms=uniforms))
     assert [shape for shape in seen if shape[1] > 1] == [(2, 5)]
     for prompt, row, response in zip(prompts, uniforms, found, strict=True):
-        assert generate(model, [prompt], sampling, stop, uniforms=row[None])[0] == response
+        assert generate(model, [prompt], sampling, stop, uniforms=row[None])[0].ids == response.ids
 
 
 def test_bfloat16_and_autocast(model):
@@ -247,3 +250,63 @@ def test_generators_of_either_device_work_on_a_gpu(tiny_model_dir):
     for device in ("cpu", "cuda"):
         responses = generate(model, [[3, 4], [5]], sampling, frozenset(), torch.Generator(device).manual_seed(0))
         assert all(len(r.ids) == 5 for r in responses)
+
+
+def slots(dtype=torch.float32):
+    return llama(vocab=300).to(dtype)
+
+
+def padded(dtype=torch.float32):
+    """Keys and values alone, too, but of a type that slots are not tried with."""
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return StableLmForCausalLM(StableLmConfig(vocab_size=300, num_hidden_layers=2, initializer_range=0.4, **shape)).to(
+        dtype
+    )
+
+
+HOW = [
+    Sampling(max_new_tokens=16, batch_size=9),
+    Sampling(max_new_tokens=16, batch_size=3, temperature=0),
+    Sampling(max_new_tokens=16, batch_size=4, temperature=0.6, top_k=40),
+    Sampling(max_new_tokens=16, batch_size=1, temperature=1.5, top_p=0.8),
+]
+
+
+def answers_with_logprobs(model, sampling):
+    """Of prompts of all lengths, some alike, with rows that end and others that come in: (prompt and response, found)."""
+    prompts = [*PROMPTS, PROMPTS[2], PROMPTS[2], [8] * 12]
+    stop = frozenset(range(0, 300, 12))
+    found = generate(model, prompts, sampling, stop, torch.Generator().manual_seed(1), PAD)
+    assert sampling.temperature == 0 or len({len(r.ids) for r in found}) > 3
+    assert all(len(r.logprobs) == len(r.ids) for r in found)
+    return zip(prompts, found, strict=True)
+
+
+def fresh_logprobs(model, prompt, response):
+    """transformers' own, of one sequence alone and without a cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1)[torch.arange(len(response)), response]
+
+
+@pytest.mark.parametrize("make", [slots, padded])
+@pytest.mark.parametrize("sampling", HOW)
+def test_log_probabilities_are_those_of_a_fresh_forward_pass(make, sampling):
+    model = make().eval()
+    assert fits_slots(model) is (make is slots)
+    for prompt, response in answers_with_logprobs(model, sampling):
+        off = (torch.tensor(response.logprobs) - fresh_logprobs(model, prompt, response.ids)).abs()
+        assert off.max() < FP32_NATS, off
+
+
+@pytest.mark.parametrize("make", [slots, padded])
+def test_log_probabilities_in_bf16_are_a_fresh_pass_but_for_the_rounding_of_eight_bits(make):
+    model = make(torch.bfloat16).eval()
+    off = [
+        abs(torch.tensor(response.logprobs) - fresh_logprobs(model, prompt, response.ids))
+        for prompt, response in answers_with_logprobs(model, HOW[0])
+    ]
+    assert torch.cat(off).mean() < 0.05 and torch.cat(off).max() < 0.25

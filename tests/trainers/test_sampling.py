@@ -41,8 +41,8 @@ def test_even_steps_of_the_uniform_number_give_every_token_its_share():
 def test_a_draw_depends_on_its_own_row_alone(sampling):
     logits = 3 * torch.randn(33, 1000, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    together = sample(logits, sampling, uniforms)
-    assert [int(sample(logits[[i]], sampling, uniforms[[i]])) for i in range(33)] == together.tolist()
+    together, _ = sample(logits, sampling, uniforms)
+    assert [int(sample(logits[[i]], sampling, uniforms[[i]])[0]) for i in range(33)] == together.tolist()
 
 
 def test_a_large_vocabulary_keeps_its_tail():
@@ -55,4 +55,29 @@ def test_a_large_vocabulary_keeps_its_tail():
 def test_what_is_no_number_gives_a_token_all_the_same(vocabulary):
     """Whoever samples says so at the end, and until then the token is read."""
     logits = torch.full((3, vocabulary), float("nan"))
-    assert (sample(logits, Sampling(), torch.rand(3, dtype=torch.float64)) < vocabulary).all()
+    token, logprobs = sample(logits, Sampling(), torch.rand(3, dtype=torch.float64))
+    assert (token < vocabulary).all() and not logprobs.isfinite().any()
+
+
+HOW = [
+    Sampling(),
+    Sampling(temperature=0),
+    Sampling(temperature=0.7),
+    Sampling(temperature=3.0),
+    Sampling(top_k=9),
+    Sampling(top_p=0.8),
+    Sampling(temperature=0.5, top_k=20, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("num_known", [None, 900])
+@pytest.mark.parametrize("sampling", HOW)
+def test_log_probabilities_are_the_models_own_however_it_was_sampled(sampling, num_known):
+    """Also where tokens that are never chosen are likelier than a sum in single precision can hold beside others."""
+    logits = 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    logits[:, 900:] += 120 if num_known else 0
+    uniforms = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    token, logprobs = sample(logits, sampling, uniforms, num_known)
+    wanted = logits.double().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    assert num_known is None or (token < num_known).all()
+    assert torch.allclose(logprobs.double(), wanted, rtol=1e-6, atol=3e-6)

@@ -48,7 +48,7 @@ def test_the_lowest_temperature_still_samples():
     from trainers.core.sampling import sample
 
     logits = torch.tensor([[200.0, 199.0, -200.0], [3.0, 3.0, 3.0]])
-    found = sample(logits, Sampling(temperature=0.001), torch.tensor([0.99, 0.99]))
+    found, _ = sample(logits, Sampling(temperature=0.001), torch.tensor([0.99, 0.99]))
     assert found.tolist() == [0, 2]
 
 

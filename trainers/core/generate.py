@@ -40,10 +40,10 @@ class Response:
     """Generated tokens, the end token included."""
     ended: bool
     """Whether it stopped by itself rather than at the length limit."""
+    logprobs: list[float]
+    """Of each token: the model's own, at temperature 1 and of its whole vocabulary, however it was sampled."""
     times: list[float] = field(default_factory=list)
     """Seconds from the start to each token."""
-    logprobs: list[float] | None = None
-    """Of each token, at temperature 1, where whoever generated it has told."""
 
 
 @torch.no_grad()
@@ -105,6 +105,7 @@ class _Run:
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i])))
         self.made = torch.full((len(prompts), sampling.max_new_tokens + 1), -1, device=self.device)
         """(N, T + 1) tokens; what rows that have ended go on to sample falls into the last column."""
+        self.logprobs = torch.zeros(self.made.shape, device=self.device)
         self.began = [0] * len(prompts)
         """Steps before each response's first."""
         self.times: list[float] = []
@@ -137,19 +138,22 @@ class _Run:
     def responses(self, keep_times: bool) -> list[Response]:
         found = []
         lengths = (self.made[:, :-1] >= 0).sum(-1).tolist()
-        for made, length, began in zip(self.made.tolist(), lengths, self.began, strict=True):
+        columns = (self.made.tolist(), self.logprobs.tolist(), lengths, self.began)
+        for made, logprobs, length, began in zip(*columns, strict=True):
             ids = made[:length]
-            times = self.times[began : began + len(ids)] if keep_times else []
-            found.append(Response(ids, ids[-1] in self.stop_ids, times))
+            times = self.times[began : began + length] if keep_times else []
+            found.append(Response(ids, ids[-1] in self.stop_ids, logprobs[:length], times))
         return found
 
     def _step(self) -> None:
         """One token more for every row."""
-        logits = self.batch.logits(self.token, self.position, self.width)[:, : self.num_known].float()
-        self.finite &= logits.amax(-1).isfinite().all()
+        logits = self.batch.logits(self.token, self.position, self.width).float()
         last = self.sampling.max_new_tokens - 1
-        self.token = sample(logits, self.sampling, self.uniforms[self.owner, self.count.clamp(max=last)])
-        self.made[self.owner, torch.where(self.going, self.count, last + 1)] = self.token
+        uniforms = self.uniforms[self.owner, self.count.clamp(max=last)]
+        self.token, logprobs = sample(logits, self.sampling, uniforms, self.num_known)
+        self.finite &= logprobs.isfinite().all()
+        place = self.owner, torch.where(self.going, self.count, last + 1)
+        self.made[place], self.logprobs[place] = self.token, logprobs
         self.going &= ~torch.isin(self.token, self.stops) & (self.count < last)
         self.position += self.going
         self.count += self.going

@@ -57,7 +57,7 @@ class Sample:
     """Whether it stopped by itself rather than at the length limit."""
     reward: float = 0.0
     logprobs: list[float] | None = None
-    """Of each token, at temperature 1, if a server has told them."""
+    """Of each token: the model's own, at temperature 1 and of its whole vocabulary, as whoever made it has told."""
 
 
 def open_prompts(

@@ -13,12 +13,24 @@ LIKELIEST = 256
 """Tokens among which a nucleus is looked for first."""
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
-    """Choose a token per row: logits (B, V) and uniforms (B,) in [0, 1) to ids (B,). Temperature 0 is greedy."""
+def sample(
+    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor, num_known: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a token per row: logits (B, V) in fp32 and uniforms (B,) in [0, 1) to ids and log-probabilities, (B,) each.
+
+    Temperature 0 is greedy, and only ids below ``num_known`` are chosen. Log-probabilities are the model's own: at
+    temperature 1, of all V, whatever was cut off before the draw. Logits that are no numbers give some that are none.
+    """
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    whole = weights.sum(-1).log()
+    known = logits if num_known is None else logits[:, :num_known]
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = warped(logits, sampling)
-    return drawn((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
+        token = known.argmax(-1)
+    else:
+        cut = warped(known, sampling)
+        token = drawn(weights if cut is logits else (cut - cut.amax(-1, keepdim=True)).exp_(), uniforms)
+    return token, (logits.gather(-1, token[:, None]) - top).squeeze(-1) - whole
 
 
 def drawn(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

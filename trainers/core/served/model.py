@@ -47,7 +47,7 @@ class ServedModel:
         found = side_by_side(ask, list(range(len(prompts))), sampling.batch_size)
         if not all(np.isfinite(answer.logprobs).all() for answer in found):
             raise Diverged("the log-probabilities of the server's responses are not finite: a weight is no number")
-        return [Response(a.ids, a.ids[-1] in self.chat.stop_ids, logprobs=a.logprobs) for a in found]
+        return [Response(a.ids, a.ids[-1] in self.chat.stop_ids, a.logprobs) for a in found]
 
 
 def seed_of(key: tuple[int, ...]) -> int:
