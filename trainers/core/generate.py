@@ -23,6 +23,7 @@ from trainers.contract import Diverged
 from trainers.core.attention import with_a_cache
 from trainers.core.compiling import uncompiled
 from trainers.core.lean import lean_layers
+from trainers.core.packed_linears import packed_linears
 from trainers.core.padded import Padded
 from trainers.core.sampling import sample
 from trainers.core.sharding import computes_on
@@ -69,7 +70,8 @@ def generate(
         uniforms = _draw(generator, len(prompts), sampling)
     if not prompts:
         return []
-    with with_a_cache(model), uncompiled(), in_eval_mode(model), lean_layers(model):
+    rows = min(len(prompts), sampling.batch_size)
+    with with_a_cache(model), uncompiled(), in_eval_mode(model), lean_layers(model), packed_linears(model, rows):
         run = _Run(model, prompts, sampling, stop_ids, uniforms, pad_id, num_known)
         run.to_the_end()
     return run.responses(keep_times)
