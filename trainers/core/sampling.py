@@ -39,7 +39,9 @@ def drawn(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     First a block of tokens is drawn, then a token of it: a running sum over the vocabulary, in doubles because its tail
     would be lost otherwise, takes ten times as long. A token without weight is never drawn.
     """
-    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    lacking = -weights.shape[-1] % BLOCK
+    whole = torch.nn.functional.pad(weights, (0, lacking)) if lacking else weights  # it copies where nothing lacks, too
+    blocks = whole.unflatten(-1, (-1, BLOCK))
     block, within = _first_above(blocks.sum(-1), uniforms)
     token, _ = _first_above(blocks[torch.arange(len(weights), device=weights.device), block], within)
     return (block * BLOCK + token).clamp(max=weights.shape[-1] - 1)  # weights that are no numbers get there

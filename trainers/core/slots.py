@@ -135,7 +135,7 @@ Place = tuple[torch.Tensor, torch.Tensor | slice]
 
 
 class _Layer(CacheLayerMixin):
-    """One layer's (S, positions, heads, width), made when the first keys come."""
+    """One layer's (S, heads, positions, width), made when the first keys come."""
 
     place: Place
     width: int
@@ -148,33 +148,33 @@ class _Layer(CacheLayerMixin):
         """Keep new keys and values; what attention looks at: a prompt at itself, a token at all of its row."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        if self.width > self.keys.shape[1]:
+        if self.width > self.keys.shape[2]:
             self._grow()
         rows, positions = self.place
         if isinstance(positions, slice):
             for kept, new in ((self.keys, keys), (self.values, values)):
-                kept[rows, positions] = new.transpose(1, 2).to(kept.dtype)
+                kept[rows, :, positions] = new.to(kept.dtype)
             return keys, values
-        at = rows * self.keys.shape[1] + positions
+        heads = torch.arange(keys.shape[1], device=rows.device)
+        at = ((rows[:, None] * len(heads) + heads) * self.keys.shape[2] + positions[:, None]).flatten()
         for kept, new in ((self.keys, keys), (self.values, values)):
-            kept.flatten(0, 1).index_copy_(0, at, new[:, :, 0].to(kept.dtype))
-        keys, values = (kept[: len(rows), : self.width].transpose(1, 2) for kept in (self.keys, self.values))
-        return keys, values
+            kept.flatten(0, 2).index_copy_(0, at, new.flatten(0, 2).to(kept.dtype))
+        return self.keys[: len(rows), :, : self.width], self.values[: len(rows), :, : self.width]
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """In the type that attention computes in: under autocast it would be made of all positions for every token."""
         kind = keys.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.keys, self.values = (
-            x.new_zeros(self.count, 0, x.shape[1], x.shape[3], dtype=dtype or x.dtype) for x in (keys, values)
+            x.new_zeros(self.count, x.shape[1], 0, x.shape[3], dtype=dtype or x.dtype) for x in (keys, values)
         )
         self.is_initialized = True
 
     def _grow(self) -> None:
         """With zeros: what a mask hides is multiplied by zero, and has to be a number."""
-        there = self.keys.shape[1]
+        there = self.keys.shape[2]
         more = min(max(GROWTH, there // 4, self.width - there), self.longest - there)
-        self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
+        self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
     def copy(self, targets: Any, sources: Any) -> None:
         if self.is_initialized:
