@@ -8,11 +8,8 @@ Both sample at temperature 1. Ours and theirs take turns; a figure is tokens per
 brackets), the median of the rounds. The roof is the products of linear layers alone: of the prompts' tokens, and of as many
 full steps as the tokens make. --split says where ours spends its time.
 
-What did not help, at this size on a CPU: one product for queries, keys and values, or for gate and up; weights transposed
-beforehand (6 % of the products, for a copy of them all); keys and values that lie by heads rather than by positions;
-attention as two batched products. What did: a mask of numbers (torch's attention takes three times as long with one of truth
-values, or without), a draw by blocks (a tenth of a running sum in doubles), a nucleus among the likeliest (a sixth of
-sorting all), and layers of few operations (7 % of a step of 64 rows). A single row is not faster than ``generate``.
+The roof is that of MKL, by which torch multiplies; ours multiplies by oneDNN, so it may come above it. Figures, and what did and
+did not help, are in docs/benchmarks.md.
 """
 
 import argparse

@@ -33,7 +33,12 @@ def test_layers_that_are_no_plain_ones_and_few_rows_stay_as_they_were():
         """Weights packed in bits are of such classes."""
 
     model = nn.ModuleDict(
-        {"plain": nn.Linear(8, 8), "rounded": nn.Linear(8, 8).bfloat16(), "other": Other(8, 8), "theirs": nn.Linear(8, 8)}
+        {
+            "plain": nn.Linear(8, 8),
+            "rounded": nn.Linear(8, 8).bfloat16(),
+            "other": Other(8, 8),
+            "theirs": nn.Linear(8, 8),
+        }
     )
     model["theirs"].forward = own = model["theirs"].forward
     assert changed(model) == {"plain", "theirs"}

@@ -86,7 +86,10 @@ def _attention(
 def _seen(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Attention; a prompt's first token, read alone, comes without a mask. On a processor two products take half as long as torch's kernel, which is made for many tokens a row."""
+    """Attention; a prompt's first token, read alone, comes without a mask.
+
+    On a processor two products take half as long as torch's kernel, which is made for many tokens a row.
+    """
     if keys.device.type != "cpu" or keys.dtype != torch.float32:
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
     scores = (keys @ (query * scale).transpose(-1, -2)).transpose(-1, -2)  # so the keys are read as they lie

@@ -22,7 +22,7 @@ ROWS = 64
 @contextmanager
 def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """A model's linear layers multiply so inside, where they can. Their weights must not change meanwhile."""
-    layers = [module for module in model.modules() if _can(module)] if rows >= FEWEST and _has_onednn() else []
+    layers: list[Any] = [module for module in model.modules() if _can(module)] if _pays(rows) else []
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
         layer.forward = partial(_product, weight, layer.bias)
@@ -47,7 +47,9 @@ def _can(module: Any) -> bool:
     return whole and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _has_onednn() -> bool:
-    """The operations are torch's own compiler's, so a version may lack them."""
+def _pays(rows: int) -> bool:
+    """Whether there are rows enough, and oneDNN: its operations are torch's own compiler's, so a version may lack them."""
+    if rows < FEWEST:
+        return False
     named = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     return named and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")

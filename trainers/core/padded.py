@@ -36,15 +36,19 @@ class Padded:
 
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
         """(B, V) of what follows the last token of each row."""
+        ids, mask = tokens[:, None], None
         if self.unread is not None:
-            ids, positions, self.unread = self.unread, (self.real.cumsum(-1) - 1).clamp(min=0), None
+            ids, mask, self.unread = self.unread, self.real, None
+            positions = (self.real.cumsum(-1) - 1).clamp(min=0)
         else:
-            ids, positions = tokens[:, None], positions[:, None]
+            positions = positions[:, None]
             self.real = torch.cat([self.real, self.real.new_ones(len(tokens), 1)], dim=-1)
+            if self.cache_name == "past_key_values":  # states alone have no positions for a mask to be of
+                mask = self.real
         out = self.model(
             input_ids=ids,
             # Without padding no mask is needed, and building one is a good part of a small model's time per token.
-            attention_mask=None if bool(self.real.all()) else self.real,
+            attention_mask=None if mask is None or bool(mask.all()) else mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,

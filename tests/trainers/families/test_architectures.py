@@ -14,6 +14,8 @@ from trainers.spec import Parallel, Sampling
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0, max_new_tokens=10, batch_size=8)
+NATS = {"zamba2": 5e-3}
+"""How far log-probabilities are off where a state step by step is not that of a whole sequence to the last digits."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -50,14 +52,18 @@ def test_packed_or_padded_is_alone_and_packing_is_off_where_it_is_not(family, ca
 
 
 def test_answers_side_by_side_are_transformers_own_alone(family):
-    """Prompts of all lengths, padded on the left, of which some end early and leave the cache."""
-    _, model = family
+    """Prompts of all lengths, padded on the left, of which some end early and leave the cache; log-probabilities too."""
+    name, model = family
     prompts = [s.ids.tolist() for s in sequences()]
     whole = [own_answer(model, prompt, frozenset()) for prompt in prompts]
     stop = frozenset({whole[0][2], whole[1][1]})
     for stops in (frozenset(), stop):
         found = generate(model, prompts, GREEDY, stops)
         assert [r.ids for r in found] == [own_answer(model, prompt, stops) for prompt in prompts]
+        for prompt, response in zip(prompts, found, strict=True):
+            logits = model(input_ids=torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1]
+            fresh = logits.detach().log_softmax(-1).gather(-1, torch.tensor(response.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(response.logprobs), fresh, atol=NATS.get(name, 1e-4), rtol=0)
 
 
 def own_answer(model, prompt: list[int], stop: frozenset[int]) -> list[int]:
