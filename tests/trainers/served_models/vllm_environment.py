@@ -56,7 +56,6 @@ def _build(folder: Path) -> None:
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     if uv is None:
         not_here("there is no uv to install vLLM with: make test-vllm has it")
-    print(f"Installing vLLM into {folder}, once: a download of about 600 MB beside torch, 6 GB on disk.")
     environment = {**os.environ, "VIRTUAL_ENV": str(folder), "UV_HTTP_TIMEOUT": "300"}
     shutil.rmtree(folder, ignore_errors=True)
     for command in (
