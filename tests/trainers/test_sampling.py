@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainers.core.sampling import drawn, sample
+from trainers.core.sampling import LIKELIEST, WIDENING, drawn, sample, warped
 from trainers.spec import Sampling
 
 
@@ -57,6 +57,21 @@ def test_what_is_no_number_gives_a_token_all_the_same(vocabulary):
     logits = torch.full((3, vocabulary), float("nan"))
     token, logprobs = sample(logits, Sampling(), torch.rand(3, dtype=torch.float64))
     assert (token < vocabulary).all() and not logprobs.isfinite().any()
+
+
+def test_a_nucleus_of_any_size_is_found_whatever_its_neighbours_are_like():
+    """Of a few tokens, of more than are looked at first, and of nearly all: against each row put in order alone."""
+    sharpness = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.1]).repeat(4)[:, None]
+    logits = sharpness * torch.randn(20, 5000, generator=torch.Generator().manual_seed(0))
+    found = warped(logits, Sampling(top_p=0.9))
+    sizes = set()
+    for row, kept in zip(logits, found, strict=True):
+        ordered = row.double().softmax(-1).sort(descending=True)
+        size = 1 + int((ordered.values.cumsum(-1) < 0.9).sum())
+        assert set(kept.isfinite().nonzero().flatten().tolist()) == set(ordered.indices[:size].tolist())
+        assert torch.equal(kept[kept.isfinite()], row[kept.isfinite()])
+        sizes.add(size > LIKELIEST and 1 + (size > LIKELIEST * WIDENING))
+    assert sizes == {0, 1, 2}
 
 
 HOW = [

@@ -11,6 +11,8 @@ BLOCK = 128
 """Tokens whose weights are summed before a running sum is made."""
 LIKELIEST = 256
 """Tokens among which a nucleus is looked for first."""
+WIDENING = 8
+"""Times as many are looked at next."""
 
 
 def sample(
@@ -72,14 +74,17 @@ def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens whose probability reaches ``top_p`` (at least one token).
 
-    Looked for among a few hundred: to put a whole vocabulary in order takes longer than a small model's step.
+    Looked for among a few hundred, then among more for the rows that lack some: to put a whole vocabulary in order takes
+    longer than a small model's step.
     """
     whole = logits.logsumexp(-1, keepdim=True)
-    for count in (min(LIKELIEST, logits.shape[-1]), logits.shape[-1]):
-        ordered, index = logits.topk(count)
-        probabilities = (ordered - whole).exp()
+    kept = torch.full_like(logits, float("-inf"))
+    rows, count = torch.arange(len(logits), device=logits.device), 0
+    while len(rows) and count < logits.shape[-1]:
+        count = min(WIDENING * count or LIKELIEST, logits.shape[-1])
+        ordered, index = logits[rows].topk(count)
+        probabilities = (ordered - whole[rows]).exp()
         outside = probabilities.cumsum(-1) - probabilities >= top_p
-        if outside[:, -1].all():
-            break
-    kept = ordered.masked_fill(outside, float("-inf"))
-    return torch.full_like(logits, float("-inf")).scatter(-1, index, kept)
+        kept[rows] = kept[rows].scatter(-1, index, ordered.masked_fill(outside, float("-inf")))
+        rows = rows[~outside[:, -1]]
+    return kept
