@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from trainers.core import packed_linears as module
 from trainers.core.packed_linears import FEWEST, packed_linears
+from trainers.sizing import memory
 
 
 def changed(model, rows=FEWEST):
@@ -53,3 +55,13 @@ def test_an_error_inside_puts_layers_back():
     with pytest.raises(ZeroDivisionError), packed_linears(layer, FEWEST):
         _ = 1 / 0
     assert "forward" not in layer.__dict__
+
+
+def test_copies_are_bounded_and_what_a_plan_says_of_them_is_true(monkeypatch):
+    layer = nn.Linear(64, 32)
+    monkeypatch.setattr(module, "LARGEST_COPY", 4 * 64 * 32)
+    assert changed(layer) == {""}
+    monkeypatch.setattr(module, "LARGEST_COPY", 4 * 64 * 32 - 1)
+    assert changed(layer) == set()
+    monkeypatch.undo()
+    assert (memory.FEWEST_ROWS, memory.LARGEST_COPY) == (FEWEST, module.LARGEST_COPY)

@@ -15,6 +15,9 @@ from torch import nn
 
 FEWEST = 8
 """Rows side by side for which it is worth a copy."""
+LARGEST_COPY = 2**30
+"""Bytes of all copies: a model whose copies take more is left as it is, since there may be no room. Not what is free at that
+moment: responses would then be others by rounding from one run to the next."""
 ROWS = 64
 """What the copies' order is best for; as good as any for other numbers, but for one row."""
 
@@ -22,7 +25,7 @@ ROWS = 64
 @contextmanager
 def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """A model's linear layers multiply so inside, where they can. Their weights must not change meanwhile."""
-    layers: list[Any] = [module for module in model.modules() if _can(module)] if _pays(rows) else []
+    layers: list[Any] = _layers(model) if _pays(rows) else []
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
         layer.forward = partial(_product, weight, layer.bias)
@@ -31,6 +34,12 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    layers: list[Any] = [module for module in model.modules() if _can(module)]
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    return layers if size <= LARGEST_COPY else []
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
