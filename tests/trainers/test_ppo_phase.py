@@ -59,6 +59,25 @@ def test_metrics(reference):
     assert result.metrics["klLast"] == last["kl"]
 
 
+def test_a_rounds_first_ratio_is_exactly_one_and_the_samplers_is_nearly(run_phase, spec_for, tmp_path, monkeypatch):
+    """Responses are scored by what the updates compute (docs/adr/0024); the sampler has seen the same but for rounding."""
+    from trainers.phases.ppo.experience import assess
+
+    rounds = []
+
+    def assessed(*given):
+        rounds.append(assess(*given))
+        return rounds[-1]
+
+    monkeypatch.setattr("trainers.phases.ppo.train.assess", assessed)
+    spec = spec_for(iterations=2, ppoEpochs=1, miniBatchSize=8, parallel={"precision": "fp32"})
+    assert run_phase("ppo", spec, None, tmp_path / "run" / "ppo")[0] == 0
+    assert [line["approx_kl"] for line in lines(tmp_path / "run" / "ppo")] == [0, 0]
+    for experience in rounds:
+        told = torch.cat([torch.tensor(sample.logprobs) for sample in experience.samples])
+        torch.testing.assert_close(told, experience.logprobs[experience.mask], atol=1e-4, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def models(tiny_model_dir, tiny_reward_dir):
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
