@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from controller.api.backend import BackendName
 from controller.api.workspace import Workspace
 from controller.backends.cluster.settings import USER, Settings
 
@@ -40,6 +41,10 @@ Claim = Annotated[
 Queue = Annotated[
     str | None,
     typer.Option(envvar="DEFAULT_QUEUE", help="Kueue LocalQueue of runs that name none.", show_default=False),
+]
+DefaultBackend = Annotated[
+    BackendName,
+    typer.Option(envvar="DEFAULT_BACKEND", help="Kind of job of runs that name none."),
 ]
 User = Annotated[
     int,
@@ -72,6 +77,7 @@ def operator(
     default_image: Image = None,
     default_claim: Claim = None,
     default_queue: Queue = None,
+    default_backend: DefaultBackend = BackendName.PYTORCHJOB,
     trainer_user: User = USER,
     metrics_readers: MetricsReaders = None,
     lease_namespace: LeaseNamespace = "default",
@@ -81,7 +87,7 @@ def operator(
     log_format: LogFormat = "json",
     log_level: LogLevel = "info",
 ) -> None:
-    """Watch AlignmentRuns and carry them out as PyTorchJobs."""
+    """Watch AlignmentRuns and carry them out as PyTorchJobs or TrainJobs."""
     from controller.operator.app import Options, main
     from controller.operator.defaults import Defaults
     from controller.operator.login import NoCredentials, login_of
@@ -100,7 +106,7 @@ def operator(
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
         pods=Settings(default_image or None, trainer_user or None, readers),
-        defaults=Defaults(workspace, default_queue or None, default_image or None),
+        defaults=Defaults(workspace, default_queue or None, default_image or None, default_backend),
         port=port,
         workers=workers,
         watchdog_seconds=watchdog_seconds,

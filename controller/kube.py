@@ -45,6 +45,10 @@ class Resource:
 RUNS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL)
 RUN_STATUS = Resource(meta.GROUP, meta.VERSION, meta.PLURAL, "status")
 PYTORCHJOBS = Resource("kubeflow.org", "v1", "pytorchjobs")
+TRAINJOBS = Resource("trainer.kubeflow.org", "v1alpha1", "trainjobs")
+TRAINING_RUNTIMES = Resource("trainer.kubeflow.org", "v1alpha1", "trainingruntimes")
+JOBSETS = Resource("jobset.x-k8s.io", "v1alpha2", "jobsets")
+BATCH_JOBS = Resource("batch", "v1", "jobs")
 PODS = Resource("", "v1", "pods")
 WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
 EVENTS = Resource("events.k8s.io", "v1", "events")
@@ -53,10 +57,12 @@ CORE_EVENTS = Resource("", "v1", "events")
 NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
-JOBS = (PYTORCHJOBS,)
+JOBS = (PYTORCHJOBS, TRAINJOBS)
 """What a phase can run as."""
-WATCHED = (RUNS, *JOBS, PODS)
-"""What kopf lists and watches for us."""
+BETWEEN = (JOBSETS, BATCH_JOBS)
+"""What is made of such a job before pods are."""
+WATCHED = (RUNS, *JOBS, *BETWEEN, PODS)
+"""What kopf lists and watches for us, where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ CALLS = (
     Call("delete", RUNS),
     Call("update", RUN_STATUS),
     *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "delete")),
+    *(Call("get", resource) for resource in BETWEEN),
+    *(Call(verb, TRAINING_RUNTIMES) for verb in ("get", "create", "update")),
     Call("list", WORKLOADS),
     Call("create", EVENTS),
     Call("list", CORE_EVENTS),
@@ -177,9 +185,24 @@ class Api:
         metadata = job["metadata"]
         return await self._call(Call("create", kind), metadata["namespace"], metadata["name"], job)
 
-    async def delete_job(self, kind: Resource, namespace: str, name: str, uid: str) -> None:
-        """The job stays visible until its pods have ended, so nobody starts their successors too early."""
-        await self._delete(Call("delete", kind), namespace, name, {"uid": uid}, propagationPolicy="Foreground")
+    async def delete_job(
+        self, kind: Resource, namespace: str, name: str, uid: str, propagation: str = "Foreground"
+    ) -> None:
+        """In the foreground the job stays visible until its pods have ended."""
+        await self._delete(Call("delete", kind), namespace, name, {"uid": uid}, propagationPolicy=propagation)
+
+    async def get_runtime(self, namespace: str, name: str) -> Object | None:
+        return await _absent_is_none(self._call(Call("get", TRAINING_RUNTIMES), namespace, name))
+
+    async def create_runtime(self, runtime: Object) -> Object:
+        """Raises Conflict if there is one of this name."""
+        metadata = runtime["metadata"]
+        return await self._call(Call("create", TRAINING_RUNTIMES), metadata["namespace"], metadata["name"], runtime)
+
+    async def update_runtime(self, runtime: Object) -> Object:
+        """Raises Conflict if it has changed since it was read."""
+        metadata = runtime["metadata"]
+        return await self._call(Call("update", TRAINING_RUNTIMES), metadata["namespace"], metadata["name"], runtime)
 
     async def get_network_policy(self, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self._call(Call("get", NETWORK_POLICIES), namespace, name))

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 from controller.api import meta
-from controller.kube import PODS, PYTORCHJOBS, RUNS, Resource
+from controller.kube import BETWEEN, PODS, PYTORCHJOBS, RUNS, TRAINJOBS, Resource
 
 Object = dict[str, Any]
 Shape = Any
@@ -34,6 +34,14 @@ PYTORCHJOB = {
     "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": {"replicas": True}}},
     "status": {"conditions": CONDITIONS, "completionTime": True, "startTime": True},
 }
+TRAINJOB = {
+    "kind": True,
+    "metadata": {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}},
+    "spec": {"suspend": True, "trainer": {"numNodes": True}},
+    "status": {"conditions": CONDITIONS},
+}
+WHOSE = {"metadata": IDENTITY}
+"""Of what is between a job and its pods."""
 POD = {
     "metadata": IDENTITY,
     "spec": {
@@ -46,7 +54,9 @@ POD = {
         "containerStatuses": [{"name": True, "state": True}],
     },
 }
-SHAPES: dict[Resource, Shape] = {RUNS: RUN, PYTORCHJOBS: PYTORCHJOB, PODS: POD}
+SHAPES: dict[Resource, Shape] = {
+    RUNS: RUN, PYTORCHJOBS: PYTORCHJOB, TRAINJOBS: TRAINJOB, PODS: POD, **dict.fromkeys(BETWEEN, WHOSE),
+}  # fmt: skip
 
 
 def project(found: Any, shape: Shape) -> Any:

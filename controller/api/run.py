@@ -10,6 +10,7 @@ from pydantic import (
     model_validator,
 )
 
+from controller.api.backend import BackendName
 from controller.api.meta import API_VERSION, DNS_LABEL, KIND, MAX_PHASES, PHASE_NAME_LENGTH, RUN_NAME_LENGTH
 from controller.api.status import RunStatus
 from controller.api.template import Template
@@ -154,6 +155,8 @@ class RunSpec(SpecModel):
     """Where artifacts are kept on a cluster."""
     template: Template = Template()
     """How processes run, for all phases."""
+    backend: BackendName | None = None
+    """Kind of job that phases run as on a cluster, PyTorchJob or TrainJob (Kubeflow Trainer v2); the operator's default unless set. A run keeps the one that it has begun with."""
     queue_name: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
     """Kueue queue (LocalQueue) that the run's jobs wait in; on a cluster the operator's default unless set, if it has one."""
     queue_priority: str | None = Field(default=None, max_length=63)

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from controller.api.backend import BackendName
 from controller.api.text import LONG_LIMIT, plain
 from controller.api.workspace import Workspace
 from trainers.contract import FailureClass
@@ -271,6 +272,8 @@ class RunStatus(StatusModel):
     """When the run ended."""
     jobs_deleted: bool | None = None
     """The run has ended, and nothing is left of its jobs (`ttlSecondsAfterFinished`)."""
+    backend: BackendName | None = None
+    """Kind of its jobs on a cluster, once work has begun: as the run says, or the operator's default at that time."""
     workspace: Workspace | None = None
     """Where its artifacts are, once work has begun: as the run says, or the operator's default at that time."""
     retry: RetryStatus | None = None

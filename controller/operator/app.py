@@ -13,11 +13,12 @@ import aiohttp
 import kopf
 
 from controller.api import meta
+from controller.backends.cluster import kinds
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.scrape import Scraper
 from controller.backends.cluster.settings import Settings
 from controller.clock import Clock
-from controller.kube import JOBS, PODS, PYTORCHJOBS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
+from controller.kube import PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
 from controller.memory import Key, Memory
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
@@ -25,7 +26,7 @@ from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 from controller.operator.login import Login
 from controller.operator.meter import OperatorMetrics
 from controller.operator.model_configs import ModelConfigs
-from controller.operator.namespaces import NamespaceIsBack, readable, until_back
+from controller.operator.namespaces import FORBIDDEN, NamespaceIsBack, readable, until_back
 from controller.operator.queue import WorkQueue
 from controller.operator.reconciler import POLL, Reconciler
 from controller.operator.watchdog import EVERY_SECONDS, Watch, Watchdog
@@ -34,10 +35,12 @@ logger = logging.getLogger(__name__)
 
 INSTALL = {
     RUNS: "apply manifests/base/crd.yaml",
-    PYTORCHJOBS: "install the Kubeflow Training Operator v1",
+    **{resource: f"install {kind.INSTALL}" for kind in kinds.KINDS.values() for resource in kind.MAKERS.values()},
     PODS: "this is no Kubernetes",
 }
 MISSING_SECONDS = 5.0
+OTHERS_SECONDS = 30.0
+"""Between two questions for a kind of job that is not the default and was not there at the start."""
 
 OURS = {meta.LABEL_MANAGED_BY: meta.PRODUCT}
 
@@ -59,6 +62,10 @@ class Options:
     watchdog_seconds: float = EVERY_SECONDS
 
 
+class KindIsServed(Exception):
+    """A kind of job that was not there at the start of the process, when watches begin."""
+
+
 class Operator:
     def __init__(self, options: Options, login: Login) -> None:
         self.options = options
@@ -76,10 +83,10 @@ class Operator:
             now=self.clock.now,
         )
         self.memory = Memory(self.api)
-        backend = ClusterBackend(self.api, self.memory, self.scraper, options.pods, self.clock.now)
+        self.backend = ClusterBackend(self.api, self.memory, self.scraper, options.pods, self.clock.now)
         self.configs = ModelConfigs(self.queue.add)
         self.reconciler = Reconciler(
-            self.api, self.memory, backend, self.metrics, options.identity, options.poll, self.clock.now,
+            self.api, self.memory, self.backend, self.metrics, options.identity, options.poll, self.clock.now,
             defaults=options.defaults, configs=self.configs.of,
         )  # fmt: skip
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
@@ -88,20 +95,26 @@ class Operator:
             self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches,
             look_again=self.queue.add,
         )  # fmt: skip
+        self._default = kinds.KINDS[options.defaults.backend]
+        self.served = asyncio.Event()
+        """It is known which kinds there are."""
         self.watching = asyncio.Event()
         self.missing: str | None = None
-        """A kind that is not installed."""
+        """A kind that is not installed, and has to be."""
         self.port = 0
 
     async def run(self) -> None:
-        """Until SIGTERM, or until something that must go on ends. Raises LeadershipLost, NamespaceIsBack."""
+        """Until SIGTERM, or until something that must go on ends. Raises LeadershipLost, NamespaceIsBack, KindIsServed."""
         server, self.port = await health.serve(self.options.port, self._unhealthy, self._unready, self.metrics.page)
         tasks: list[asyncio.Task[None]] = []
         try:
             namespaces = await readable(self.api, self.options.namespaces)
             self.watchdog.namespaces = namespaces or (None,)
             absent = [namespace for namespace in self.options.namespaces if namespace not in namespaces]
-            works = (self._watch(namespaces), self._act(), self.watchdog.guard(), until_back(self.api, absent))
+            works = (
+                self._watch(namespaces), self._act(), self.watchdog.guard(), until_back(self.api, absent),
+                self._until_others_are_served(namespaces[0] if namespaces else None),
+            )  # fmt: skip
             tasks = [asyncio.create_task(work) for work in works]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -117,9 +130,12 @@ class Operator:
 
     async def _watch(self, namespaces: Sequence[str]) -> None:
         """Ends on SIGTERM, which kopf listens for."""
-        await self._until_served(namespaces[0] if namespaces else None)
+        namespace = namespaces[0] if namespaces else None
+        await self._until_served(namespace)
+        await self._leave_out_absent(namespace)
+        self.served.set()
         await kopf.operator(
-            registry=handlers.registry(self._notify, self.login),
+            registry=handlers.registry([r for r in WATCHED if r not in self.backend.absent], self._notify, self.login),
             settings=handlers.settings(),
             clusterwide=not namespaces,
             namespaces=namespaces,
@@ -129,12 +145,41 @@ class Operator:
 
     async def _until_served(self, namespace: str | None) -> None:
         """kopf looks for kinds at its start only; those that are installed later would never be watched."""
-        for resource in WATCHED:
+        for resource in (RUNS, *self._default.MAKERS.values(), PODS):
             while not await self.api.serves(resource, namespace):
                 self.missing = f"the cluster has no {resource.plural}.{resource.group}: {INSTALL[resource]}"
                 logger.warning("%s", self.missing)
                 await asyncio.sleep(MISSING_SECONDS)
         self.missing = None
+
+    async def _leave_out_absent(self, namespace: str | None) -> None:
+        """Kinds of job that are not the default need not be there; what runs ask for them is told so."""
+        others = [resource for kind in kinds.KINDS.values() for resource in kind.MAKERS.values()]
+        absent = {resource for resource in others if not await self._may_be_read(resource, namespace)}
+        self.backend.absent = frozenset(absent)
+        self.watchdog.leave_out(absent)
+        for resource in absent:
+            logger.info(
+                "the cluster has no %s.%s that may be read: no run can have them", resource.plural, resource.group
+            )
+
+    async def _may_be_read(self, resource: Resource, namespace: str | None) -> bool:
+        try:
+            return await self.api.serves(resource, namespace)
+        except ApiError as error:
+            if error.status != FORBIDDEN:
+                raise
+            return False
+
+    async def _until_others_are_served(self, namespace: str | None) -> None:
+        """Raises KindIsServed."""
+        await self.served.wait()
+        while True:
+            await asyncio.sleep(OTHERS_SECONDS)
+            for resource in self.backend.absent:
+                with contextlib.suppress(ApiError, aiohttp.ClientError, TimeoutError, OSError):
+                    if await self.api.serves(resource, namespace):
+                        raise KindIsServed(f"{resource.plural}.{resource.group}")
 
     def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
         self.metrics.watched(resource.plural)
@@ -156,7 +201,7 @@ class Operator:
         await self.election.acquire()
         self.metrics.leads(True)
         # Without this a look right after the start would find running jobs without their pods, and say so.
-        known = asyncio.create_task(self.watchdog.until_known((*JOBS, PODS)))
+        known = asyncio.create_task(self._know())
         workers = [asyncio.create_task(self._work(known)) for _ in range(self.options.workers)]
         try:
             await self.election.hold()
@@ -165,6 +210,10 @@ class Operator:
             for task in (known, *workers):
                 task.cancel()
             await asyncio.gather(known, *workers, return_exceptions=True)
+
+    async def _know(self) -> None:
+        await self.served.wait()
+        await self.watchdog.until_known([resource for resource in self.watchdog.watches if resource != RUNS])
 
     async def _work(self, known: asyncio.Task[None]) -> None:
         await asyncio.shield(known)
@@ -210,6 +259,8 @@ async def main(options: Options, login: Login) -> int:
             return 1
         except NamespaceIsBack as error:
             logger.warning("namespace %s may be read now: ending, so that a new start watches it", error)
+        except KindIsServed as kind:
+            logger.warning("there are %s now: ending, so that a new start watches them", kind)
         except ApiError as error:
             logger.error("the API server refuses what the operator needs: %s", error)
             return 1

@@ -10,7 +10,7 @@ from typing import Any
 import kopf
 
 from controller.api import meta
-from controller.kube import JOBS, PODS, WATCHED, Resource
+from controller.kube import RUNS, WATCHED, Resource
 
 Notify = Callable[[Resource, str | None, Mapping[str, Any]], None]
 """Told of a resource, the kind of the event (None in the first listing) and the object."""
@@ -55,7 +55,9 @@ class NoProgress(kopf.ProgressStorage):
         return essence
 
 
-def registry(notify: Notify, login: Callable[[], kopf.ConnectionInfo]) -> kopf.OperatorRegistry:
+def registry(
+    resources: Iterable[Resource], notify: Notify, login: Callable[[], kopf.ConnectionInfo]
+) -> kopf.OperatorRegistry:
     """Everything that kopf is asked to do."""
     handlers = kopf.OperatorRegistry()
 
@@ -63,7 +65,7 @@ def registry(notify: Notify, login: Callable[[], kopf.ConnectionInfo]) -> kopf.O
     def _login(**_: Any) -> kopf.ConnectionInfo:
         return login()
 
-    for resource in WATCHED:
+    for resource in resources:
         _listen(handlers, resource, notify)
     return handlers
 
@@ -80,8 +82,9 @@ def settings() -> kopf.OperatorSettings:
     chosen.queueing.idle_timeout = IDLE_SECONDS
     chosen.persistence.diffbase_storage = NoDiffs()
     chosen.persistence.progress_storage = NoProgress()
-    for resource in (*JOBS, PODS):
-        chosen.watching.label_selectors[_selector(resource)] = OURS
+    for resource in WATCHED:
+        if resource != RUNS:
+            chosen.watching.label_selectors[_selector(resource)] = OURS
     chosen.watching.chunk_size = 500
     chosen.watching.server_timeout = 300
     chosen.watching.client_timeout = 330

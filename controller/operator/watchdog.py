@@ -8,7 +8,7 @@ of what is gone since.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -70,6 +70,11 @@ class Watchdog:
         self._told = told
         self.dead: tuple[str, ...] = ()
         """Watches that deliver nothing any more."""
+        self._tell()
+
+    def leave_out(self, resources: Collection[Resource]) -> None:
+        """Kinds that are not there."""
+        self.watches = {resource: watch for resource, watch in self.watches.items() if resource not in resources}
         self._tell()
 
     async def guard(self) -> None:

@@ -135,9 +135,9 @@ def _live(before: Attempt, job: ObservedJob, now: datetime) -> Attempt:
     if before.state == AttemptState.STOPPING:
         return before
     said: dict[str, object] = {"state": AttemptState.RUNNING}
-    if job.failure is not None:
+    if job.failure is not None and not _is_known_better(before, job):
         said |= {"failure": job.failure, "message": short(job.message), "finished_at": before.finished_at or now}
-    elif before.failure is None or _goes_on(job):
+    elif job.failure is None and (before.failure is None or _goes_on(job)):
         said |= {"failure": None, "message": short(job.message), "finished_at": None}
     return before.model_copy(update=said)
 
@@ -155,11 +155,15 @@ def _after_stopping(record: Attempt) -> AttemptState:
 
 def _reason(before: Attempt, job: ObservedJob) -> dict[str, object]:
     """The best that was ever known of why it failed: at its end, or while it was going down."""
+    if _is_known_better(before, job):
+        return {}
     if job.failure is not None:
         return {"failure": job.failure, "message": short(job.message)}
-    if before.failure is not None:
-        return {}
     return {"failure": FailureClass.INTERNAL, "message": short(job.message)}
+
+
+def _is_known_better(before: Attempt, job: ObservedJob) -> bool:
+    return before.failure is not None and (job.failure is None or job.guessed)
 
 
 def short(message: str) -> str:

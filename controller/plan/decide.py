@@ -278,6 +278,7 @@ def _status(
         workspace=before.workspace,
         retry=before.retry,
         folder=before.folder,
+        backend=before.backend,
         phases=phases,
         conditions=update(before.conditions, claims, generation, now),
     )

@@ -14,8 +14,8 @@ from trainers import __version__
 from trainers.contract import Input, PhaseFile
 from trainers.spec import shrunk
 
-NAME_LIMIT = 50
-"""Characters of a job's name. 63 is the limit of pods' services, which append `-worker-NNNN`."""
+NAME_LIMIT = 45
+"""Characters of a job's name. 63 is the limit of its pods' names, which append `-worker-NNNN`, or `-node-0-NNNN-xxxxx`."""
 MARK_BITS = 60
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 

@@ -31,6 +31,8 @@ class ObservedJob:
     """Of a live job: it is about to end, for this reason."""
     message: str = ""
     """Of a live job without a failure: what keeps it from running."""
+    guessed: bool = False
+    """Nothing is left that says why it failed: a reason that was seen before is the better one."""
     started_at: datetime | None = None
     finished_at: datetime | None = None
     name: str = ""

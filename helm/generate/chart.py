@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from controller.api.backend import BackendName
 from controller.api.quantities import QUANTITY
 from controller.api.template import LARGEST_ID
 from generate import NOTICE
@@ -110,6 +111,7 @@ RULES: dict[str, Schema] = {
     "digest": DIGEST,
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "watchNamespaces": {"type": "array", "uniqueItems": True, "items": LABEL_NAME},
+    "backend": {"enum": [str(name) for name in BackendName]},
     "logFormat": {"enum": ["json", "text"]},
     "logLevel": {"enum": ["debug", "info", "warning", "error"]},
     "workers": {"type": "integer", "minimum": 1},

@@ -64,6 +64,11 @@ def _resource_schema() -> Schema:
             "(!has(self.spec.workspace) || self.spec.workspace == oldSelf.spec.workspace))",
             "message": "spec.workspace cannot be changed once the run has begun: make a new run",
         },
+        {
+            "rule": "!has(oldSelf.status) || !has(oldSelf.status.backend) || !has(self.spec.backend) || "
+            "self.spec.backend == oldSelf.status.backend",
+            "message": "spec.backend cannot be changed once the run has begun: make a new run",
+        },
     ]
     return {
         "type": "object",

@@ -42,7 +42,7 @@ EVERYTHING: Object = {
             "queues": ["b"],
         },
     ],
-    "defaults": {"trainerImage": {"tag": "2.0"}, "workspaceClaim": "work", "queue": "gpus"},
+    "defaults": {"trainerImage": {"tag": "2.0"}, "workspaceClaim": "work", "queue": "gpus", "backend": "TrainJob"},
     "logFormat": "text",
     "logLevel": "debug",
     "workers": 16,
@@ -178,7 +178,7 @@ def test_the_operator_is_told_by_its_environment_what_its_options_are() -> None:
         "WATCH_NAMESPACES": "team-a team-b", "DEFAULT_WORKSPACE_CLAIM": "work", "DEFAULT_QUEUE": "gpus",
         "DEFAULT_TRAINER_IMAGE": "registry.example.com/mirror/alignment-trainer:2.0", "LOG_FORMAT": "text",
         "LOG_LEVEL": "debug", "WORKERS": "16", "WATCHDOG_SECONDS": "30.5", "TRAINER_USER": "1000",
-        "METRICS_READERS": found["METRICS_READERS"],
+        "DEFAULT_BACKEND": "TrainJob", "METRICS_READERS": found["METRICS_READERS"],
     }  # fmt: skip
     assert not {"WATCH_NAMESPACES", "DEFAULT_QUEUE", "DEFAULT_WORKSPACE_CLAIM"} & environment(template()).keys()
 
@@ -284,7 +284,8 @@ def test_pods_that_only_have_the_trainers_labels_are_not_scraped() -> None:
         "podMetricsEndpoints"
     ]
     kept = {tuple(r["sourceLabels"]): r["regex"] for r in endpoint["relabelings"] if r["action"] == "keep"}
-    assert kept["__meta_kubernetes_pod_controller_kind",] == "PyTorchJob"
+    regex = kept["__meta_kubernetes_pod_controller_kind",]
+    assert [bool(re.fullmatch(regex, kind)) for kind in ("PyTorchJob", "Job", "ReplicaSet")] == [True, True, False]
 
 
 def test_a_rename_does_not_change_who_is_selected_by_the_trainers_monitor() -> None:

@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {
     "topologySpreadConstraints": [],
     "limits": [{"name": "x", "namespaces": ["x"], "maxNodes": 1}],
     "pullPolicy": "Never", "digest": DIGEST, "logFormat": "text", "logLevel": "debug", "size": "9Gi",
-    "runbooks": "https://example.com", "apiServerPorts": [1], "watchNamespaces": ["a"], "run": {"seed": 7},
+    "backend": "TrainJob", "runbooks": "https://example.com", "apiServerPorts": [1], "watchNamespaces": ["a"], "run": {"seed": 7},
     "resources": {"limits": {"cpu": 1}}, "extraObjects": ["{kind: X, metadata: {name: x}}"],
 }  # fmt: skip
 """By the value's name; others are turned, counted up, or made `x`."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,13 @@ PINS = (
 FORMAT = b"1"  # raise it when build.py or manifests.py write something else for the same pins
 GIVEN = "ALIGNMENT_CLUSTER_ASSETS"
 
-API = ("etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "training-operator.v1", "kueue")
+LATER = dict.fromkeys(("jobset", "trainer-controller-manager"), ("trainer/go.mod", "trainer/go.sum"))
+"""Programs with pins of their own, by which their files are called: another version builds none of the others again."""
+
+API = (
+    "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "training-operator.v1", "kueue",
+    "jobset", "trainer-controller-manager",
+)  # fmt: skip
 BINARIES = {
     "api": API,
     "kwok": (*API, "kube-scheduler", "kwok"),
@@ -34,10 +41,10 @@ class Assets:
     given: bool = False
 
     def binary(self, name: str) -> Path:
-        return self.root / "bin" / name
+        return self.root / "bin" / f"{name}{mark(name)}"
 
     def manifest(self, name: str) -> Path:
-        return self.root / "manifests" / f"{name}.json"
+        return self.root / "manifests" / f"{name}{mark(name)}.json"
 
     def image(self, name: str) -> Path:
         return self.root / "images" / f"{name}.tar"
@@ -56,8 +63,17 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignment-cluster"
 
 
+def mark(program: str) -> str:
+    """What its files are called by beside its name; empty where the folder's name says it."""
+    return f"-{_digest(LATER[program])}" if program in LATER else ""
+
+
 def _key() -> str:
+    return _digest(PINS)
+
+
+def _digest(files: Iterable[str]) -> str:
     digest = hashlib.sha256(FORMAT)
-    for name in PINS:
+    for name in files:
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:12]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster import manifests
-from cluster.assets import BINARIES, HERE, Assets, locate
+from cluster.assets import BINARIES, HERE, Assets, locate, mark
 from cluster.locks import exclusive
 
 KUBERNETES = "v1.34.4"
@@ -25,13 +25,16 @@ _KUBE_FLAGS = (
 _COST = {
     "kube-apiserver": 450, "kubectl": 90, "etcd": 40, "training-operator.v1": 240, "kube-controller-manager": 150,
     "kueue": 490, "kube-scheduler": 40, "kwok": 240, "kubelet": 150, "kube-proxy": 30, "coredns": 300, "versitygw": 150,
-    "prometheus-operator": 200, "prometheus-discovery": 10, "helm": 310,
+    "prometheus-operator": 200, "prometheus-discovery": 10, "helm": 310, "jobset": 180, "trainer-controller-manager": 150,
 }  # fmt: skip
-# `go install` refuses these: one has no version list and a module unknown to the checksum database, one replaces modules.
+# `go install` refuses some: they have no version list and are unknown to the checksum database, or replace modules. Those of
+# one module share what they are built of.
 _OWN_MODULES = {
     "kueue": ("kueue", "sigs.k8s.io/kueue/cmd/kueue"),
     "prometheus-operator": ("prometheus-operator", "github.com/prometheus-operator/prometheus-operator/cmd/operator"),
     "prometheus-discovery": ("prometheus-operator", "./discovery"),
+    "jobset": ("trainer", "sigs.k8s.io/jobset"),
+    "trainer-controller-manager": ("trainer", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager"),
 }
 
 Say = Callable[[str], None]
@@ -100,13 +103,13 @@ def _command(assets: Assets, name: str, scratch: Path) -> list[str]:
         module, flags, package = "kube", "-s -w", "go.etcd.io/etcd/server/v3"
     else:
         module, flags, package = "kube", _KUBE_FLAGS, f"k8s.io/kubernetes/cmd/{name}"
-    at = ["-C", str(_module(assets, module))]
+    at = ["-C", str(_module(assets, module, name))]
     return [*at, "build", "-mod=mod", "-ldflags", flags, "-o", str(scratch / name), package]
 
 
-def _module(assets: Assets, name: str) -> Path:
+def _module(assets: Assets, name: str, program: str) -> Path:
     """A copy, because go may write to it and the checkout stays as it is."""
-    copy = assets.root / "modules" / name
+    copy = assets.root / "modules" / f"{name}{mark(program)}"
     if not copy.exists():
         shutil.copytree(HERE / name, copy)
     return copy
@@ -116,7 +119,7 @@ def _source(assets: Assets, name: str) -> Path:
     """The module's source in Go's module cache, for the manifests in it."""
     if name in _OWN_MODULES:
         module, package = _OWN_MODULES[name]
-        at = ["-C", str(_module(assets, module))]
+        at = ["-C", str(_module(assets, module, name))]
         output = _go(*at, "mod", "download", "-json", package.split("/cmd/")[0])
     else:
         package, version = _pins()["training-operator.v1" if name == "training-operator" else name].split("@")

@@ -1,14 +1,17 @@
-"""Training Operator and Kueue as processes beside the API server, with their real webhooks.
+"""The jobs' controllers as processes beside the API server, with their real webhooks: Training Operator, Trainer, JobSet, Kueue.
 
-Both bring a certificate rotator. It leaves alone a Secret that already holds a valid authority and certificate, so both
+All bring a certificate rotator. It leaves alone a Secret that already holds a valid authority and certificate, so all
 get one made here that is good for 127.0.0.1 as well, and the API server calls the webhooks there by URL.
 """
 
+import functools
 import json
 import os
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import manifests, pki
 from cluster.assets import Assets
@@ -17,30 +20,44 @@ from cluster.processes import Children, free_ports
 
 FRAMEWORKS = "ALIGNMENT_TEST_KUEUE_FRAMEWORKS"
 """Kueue's integrations, comma-separated: for a test of one that is switched off."""
+_FRAMEWORKS = "kubeflow.org/pytorchjob,trainer.kubeflow.org/trainjob"
+_SERVICES = {
+    "training-operator": "training-operator.kubeflow.svc",
+    "jobset": "jobset-webhook-service.jobset-system.svc",
+    "trainer-controller-manager": "kubeflow-trainer-controller-manager.kubeflow-system.svc",
+    "kueue": "kueue-webhook-service.kueue-system.svc",
+}
+"""By manifest, in the order of their starts: each wants the kinds of those before it."""
 # The rotators accept an authority only under their own name for it.
-_AUTHORITIES = ["training-operator-ca", "kueue-ca"]
-_SERVICES = ["training-operator.kubeflow.svc", "kueue-webhook-service.kueue-system.svc"]
-# The rotator of the Training Operator waits for this file, wherever the certificates really are.
+_AUTHORITIES = ["training-operator-ca", "jobset-ca", "kubeflow-trainer-ca", "kueue-ca"]
+# Some rotators wait for this file, wherever the certificates really are.
 _MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")
 
 
+@dataclass(frozen=True)
+class Ports:
+    webhook: int
+    health: int
+
+
 def start(place: Place, assets: Assets, children: Children, fast: bool) -> dict[str, Callable[[], bool]]:
-    """Returns what tells of each that it is ready. ``fast`` lifts the Training Operator's limit of 20 requests a second."""
+    """Returns what tells of each that it is ready.
+
+    ``fast`` lifts the limits of those that make pods (the Training Operator has 20 requests a second as shipped).
+    """
     certificates = _make_certificates(place)
-    operator_port, operator_health, kueue_port, kueue_health = free_ports(4)
-    documents = [
-        *manifests.for_process(
-            assets.manifest("training-operator"), f"https://127.0.0.1:{operator_port}", certificates
-        ),
-        *manifests.for_process(assets.manifest("kueue"), f"https://127.0.0.1:{kueue_port}", certificates),
-    ]
-    apply(place, assets, documents)
-    _start_operator(place, assets, children, operator_port, operator_health, fast)
-    _start_kueue(place, assets, children, kueue_port, kueue_health)
-    ready = {
-        "training-operator": lambda: _marked_ready(place, operator_health),
-        "kueue": lambda: _is_ready(place, kueue_health),
-    }
+    free = iter(free_ports(2 * len(_SERVICES)))
+    ports = {name: Ports(next(free), next(free)) for name in _SERVICES}
+    apply(
+        place, assets,
+        [document for name, port in ports.items() for document in
+         manifests.for_process(assets.manifest(name), f"https://127.0.0.1:{port.webhook}", certificates)],
+    )  # fmt: skip
+    _start_operator(place, assets, children, ports["training-operator"], fast)
+    _start_jobset(place, assets, children, ports["jobset"])
+    _start_trainer(place, assets, children, ports["trainer-controller-manager"], fast)
+    _start_kueue(place, assets, children, ports["kueue"])
+    ready = {name: functools.partial(_marked_ready, place, port.health) for name, port in ports.items()}
     for name, is_ready in ready.items():
         children.wait_for(is_ready, 120, f"{name} is ready")
     unmark()
@@ -50,7 +67,8 @@ def start(place: Place, assets: Assets, children: Children, fast: bool) -> dict[
 def _make_certificates(place: Place) -> dict[str, str]:
     folder = place.state / "webhooks"
     authority = pki.Authority(folder, rsa_for=_AUTHORITIES)
-    authority.sign("tls", f"/CN={_SERVICES[0]}", *(f"DNS:{name}" for name in _SERVICES), "IP:127.0.0.1")
+    names = list(_SERVICES.values())
+    authority.sign("tls", f"/CN={names[0]}", *(f"DNS:{name}" for name in names), "IP:127.0.0.1")
     # controller-runtime looks for its certificates under TMPDIR.
     served = folder / "k8s-webhook-server" / "serving-certs"
     served.mkdir(parents=True)
@@ -59,37 +77,72 @@ def _make_certificates(place: Place) -> dict[str, str]:
     return {name: pki.encoded(folder / name) for name in ("ca.crt", "ca.key", "tls.crt", "tls.key")}
 
 
-def _start_operator(place: Place, assets: Assets, children: Children, port: int, health: int, fast: bool) -> None:
+def _start_operator(place: Place, assets: Assets, children: Children, ports: Ports, fast: bool) -> None:
     limits = ["--kube-api-qps=200", "--kube-api-burst=300", "--controller-threads=4"] if fast else []
     command = [
         *place.enter, assets.binary("training-operator.v1"), f"--kubeconfig={place.kubeconfig}",
-        "--enable-scheme=pytorchjob", f"--webhook-server-port={port}", "--metrics-bind-address=0",
-        f"--health-probe-bind-address={place.address}:{health}", *limits,
+        "--enable-scheme=pytorchjob", f"--webhook-server-port={ports.webhook}", "--metrics-bind-address=0",
+        f"--health-probe-bind-address={place.address}:{ports.health}", *limits,
     ]  # fmt: skip
     children.start("training-operator", command, {"TMPDIR": str(place.state / "webhooks")})
 
 
-def _start_kueue(place: Place, assets: Assets, children: Children, port: int, health: int) -> None:
-    config = {
-        "apiVersion": "config.kueue.x-k8s.io/v1beta2", "kind": "Configuration", "namespace": "kueue-system",
-        "health": {"healthProbeBindAddress": f"{place.address}:{health}"},
-        "metrics": {"bindAddress": "0"},
-        "webhook": {
-            "host": "127.0.0.1", "port": port,
-            "certDir": str(place.state / "webhooks" / "k8s-webhook-server" / "serving-certs"),
+def _start_jobset(place: Place, assets: Assets, children: Children, ports: Ports) -> None:
+    settings = _settings(place, ports, "config.jobset.x-k8s.io/v1alpha1") | {
+        "internalCertManagement": {
+            "enable": True,
+            "webhookServiceName": "jobset-webhook-service", "webhookSecretName": "jobset-webhook-server-cert",
         },
-        "leaderElection": {"leaderElect": False},
+    }  # fmt: skip
+    _start(place, assets, children, "jobset", settings)
+
+
+def _start_trainer(place: Place, assets: Assets, children: Children, ports: Ports, fast: bool) -> None:
+    settings = _settings(place, ports, "config.trainer.kubeflow.org/v1alpha1") | {
+        "certManagement": {
+            "enable": True,
+            "webhookServiceName": "kubeflow-trainer-controller-manager",
+            "webhookSecretName": "kubeflow-trainer-webhook-cert",
+        },
+        **({"clientConnection": {"qps": 200, "burst": 300}} if fast else {}),
+    }  # fmt: skip
+    _start(place, assets, children, "trainer-controller-manager", settings)
+
+
+def _start_kueue(place: Place, assets: Assets, children: Children, ports: Ports) -> None:
+    settings = _settings(place, ports, "config.kueue.x-k8s.io/v1beta2") | {
+        "namespace": "kueue-system",
         "clientConnection": {"qps": 300, "burst": 500},
         "internalCertManagement": {
             "enable": True,
             "webhookServiceName": "kueue-webhook-service", "webhookSecretName": "kueue-webhook-server-cert",
         },
-        "integrations": {"frameworks": os.environ.get(FRAMEWORKS, "kubeflow.org/pytorchjob").split(",")},
+        "webhook": {
+            "host": "127.0.0.1", "port": ports.webhook,
+            "certDir": str(place.state / "webhooks" / "k8s-webhook-server" / "serving-certs"),
+        },
+        "integrations": {"frameworks": os.environ.get(FRAMEWORKS, _FRAMEWORKS).split(",")},
     }  # fmt: skip
-    path = place.state / "kueue.json"
-    path.write_text(json.dumps(config))
-    command = [*place.enter, assets.binary("kueue"), f"--config={path}", "--feature-gates=VisibilityOnDemand=false"]
-    children.start("kueue", command, {"KUBECONFIG": str(place.kubeconfig)})
+    _start(place, assets, children, "kueue", settings, "--feature-gates=VisibilityOnDemand=false")
+
+
+def _settings(place: Place, ports: Ports, version: str) -> dict[str, Any]:
+    return {
+        "apiVersion": version, "kind": "Configuration",
+        "health": {"healthProbeBindAddress": f"{place.address}:{ports.health}"},
+        "metrics": {"bindAddress": "0"},
+        "webhook": {"host": "127.0.0.1", "port": ports.webhook},
+        "leaderElection": {"leaderElect": False},
+    }  # fmt: skip
+
+
+def _start(
+    place: Place, assets: Assets, children: Children, name: str, settings: dict[str, Any], *flags: str
+) -> None:  # fmt: skip
+    path = place.state / f"{name}.json"
+    path.write_text(json.dumps(settings))
+    environment = {"KUBECONFIG": str(place.kubeconfig), "TMPDIR": str(place.state / "webhooks")}
+    children.start(name, [*place.enter, assets.binary(name), f"--config={path}", *flags], environment)
 
 
 def _marked_ready(place: Place, port: int) -> bool:

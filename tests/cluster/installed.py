@@ -13,6 +13,7 @@ from cluster import product
 from cluster.assets import locate
 from cluster.client import Cluster
 from cluster.demo import install_operator
+from cluster.jobs import KINDS
 
 Object = dict[str, Any]
 # How a sum is split over threads changes its last digits, and runs here are compared to the bit.
@@ -87,10 +88,16 @@ class Runs:
         return json.loads((self.folder(run) / phase / "result.json").read_text())
 
     def pod(self, job: str, index: int = 0) -> Object:
-        return self.cluster.get("pod", f"{job}-worker-{index}", "-n", self.namespace)
+        """Whatever kind of job it is. The newest in its place."""
+        found = [
+            pod
+            for kind in KINDS.values()
+            for pod in self.cluster.items("pods", "-n", self.namespace, "-l", kind.pod(job, index))
+        ]
+        return max(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def _scene(self) -> str:
-        return self.kubectl("get", "pytorchjobs,pods", "-o", "wide", check=False)
+        return self.kubectl("get", "pytorchjobs,trainjobs,jobsets,jobs,pods", "-o", "wide", check=False)
 
 
 def _true(status: Object) -> set[str]:

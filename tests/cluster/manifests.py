@@ -1,7 +1,9 @@
 """The controllers' own manifests, rendered once into the cache, and what changes where they run as plain processes."""
 
 import json
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,13 @@ import yaml
 
 from cluster.assets import Assets
 
-_FOLDERS = {"training-operator": "manifests/overlays/standalone", "kueue": "config/default"}
+_FOLDERS = {
+    "training-operator": "manifests/overlays/standalone", "kueue": "config/default", "jobset": "config/default",
+    "trainer-controller-manager": "manifests/overlays/manager",
+}  # fmt: skip
+_CONTROLLERS = list(_FOLDERS)
+# Trainer's manifests would fetch a release of JobSet's.
+_ELSEWHERE = "third-party/jobset"
 # The processes are not in pods and use the administrator's kubeconfig.
 _NOT_FOR_PROCESSES = {
     "Deployment", "Service", "ServiceAccount", "APIService", "ConfigMap",
@@ -36,7 +44,7 @@ _Loader.add_constructor("tag:yaml.org,2002:value", yaml.CSafeLoader.construct_ya
 
 def needed(tier: str) -> list[str]:
     alone = {"s3": [], "chart": [], "monitoring": ["prometheus-operator"]}
-    return alone.get(tier, ["training-operator", "kueue", *(["kwok"] if tier == "kwok" else [])])
+    return alone.get(tier, [*_CONTROLLERS, *(["kwok"] if tier == "kwok" else [])])
 
 
 def render(name: str, assets: Assets, source: Path) -> None:
@@ -45,14 +53,27 @@ def render(name: str, assets: Assets, source: Path) -> None:
         files = [file for pattern in _FILES[name] for file in sorted(source.glob(pattern))]
         text = "\n---\n".join(file.read_text() for file in files)
     else:
-        command = [str(assets.binary("kubectl")), "kustomize", str(source / _FOLDERS[name])]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _kustomized(assets, source, _FOLDERS[name])
     documents = [document for document in yaml.load_all(text, _Loader) if document]
     out = assets.manifest(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(documents))
     part.replace(out)
+
+
+def _kustomized(assets: Assets, source: Path, folder: str) -> str:
+    """From a copy of all around it, less what would be fetched from elsewhere."""
+    top = folder.split("/", maxsplit=1)[0]
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(source / top, Path(place) / top, copy_function=shutil.copyfile)
+        for path in [Path(place), *Path(place).rglob("*")]:
+            path.chmod(0o755)
+        listed = Path(place) / folder / "kustomization.yaml"
+        kept = [line for line in listed.read_text().splitlines() if _ELSEWHERE not in line]
+        listed.write_text("\n".join(kept))
+        command = [str(assets.binary("kubectl")), "kustomize", str(listed.parent)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def for_process(path: Path, url: str, certificates: dict[str, str]) -> list[Document]:

@@ -113,13 +113,24 @@ class TestReasonsSeenEarly:
         assert (started(decision), stopped(decision)) == ([], [])
         assert phase(decision).message == "Interrupted: evicted"
 
-    def test_the_reason_stays_when_the_pods_are_gone(self):
+    GUESS = {"failure": FailureClass.INFRASTRUCTURE, "message": "its pods are gone", "guessed": True}
+
+    @pytest.mark.parametrize("guess", [{}, GUESS], ids=["nothing", "a guess"])
+    def test_the_reason_stays_when_the_pods_are_gone(self, guess):
         run = first()
         run = with_status(run, decide(run, seen(job(run, "base", **self.DOOMED)), after(1)))
-        vague = job(run, "base", state=JobState.FAILED)
+        if guess:  # another pod of it is still on its way out
+            run = with_status(run, decide(run, seen(job(run, "base", **guess)), after(1.5)))
+        vague = job(run, "base", state=JobState.FAILED, **guess)
         decision = decide(run, seen(vague), after(2))
         failed = phase(decision).attempts[0]
         assert (failed.failure, failed.message, failed.node) == (FailureClass.INTERRUPTED, "evicted", "n1")
+
+    def test_a_guess_is_better_than_nothing(self):
+        run = first()
+        run = with_status(run, decide(run, seen(job(run, "base")), after(1)))
+        failed = phase(decide(run, seen(job(run, "base", state=JobState.FAILED, **self.GUESS)), after(2))).attempts[0]
+        assert (failed.failure, failed.message) == (FailureClass.INFRASTRUCTURE, "its pods are gone")
 
     def test_a_pod_that_was_made_again_in_time_has_not_failed(self):
         """The Training Operator replaces a pod that vanishes; the attempt goes on and succeeds."""

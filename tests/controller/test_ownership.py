@@ -45,7 +45,7 @@ class Shelf:
         self.asked.append(name)
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
 
-    async def delete_job(self, kind: Any, namespace: str, name: str, uid: str) -> None:
+    async def delete_job(self, kind: Any, namespace: str, name: str, uid: str, propagation: str) -> None:
         self.deleted.append((name, uid))
 
     async def list_workloads(self, namespace: str, labels: Object) -> list[Object]:

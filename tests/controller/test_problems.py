@@ -37,7 +37,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a field that is nothing like any": (
         document(BASE, zzz=1),
-        "spec.zzz: no such field; fields here are model, seed, workspace, template, queueName, queuePriority, "
+        "spec.zzz: no such field; fields here are model, seed, workspace, template, backend, queueName, queuePriority, "
         "failurePolicy, suspend, ttlSecondsAfterFinished, runTtlSecondsAfterFinished, phases",
     ),
     "a word for a number": (

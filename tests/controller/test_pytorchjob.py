@@ -204,6 +204,7 @@ class TestObserve:
         got = self.look(job("Failed"))
         assert (got.state, got.failure) == (JobState.FAILED, FailureClass.INFRASTRUCTURE)
         assert "its pods are gone" in got.message
+        assert got.guessed, "one that was seen before counts more"
 
     def test_a_pod_of_a_job_that_the_queue_stopped_has_not_failed(self):
         got = self.look(job("Suspended", suspend=True), pod(phase="Failed", terminated=terminated(143)))

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import pytest
@@ -249,3 +250,14 @@ def test_work_begins_though_everything_changes_all_the_time():
         changes.cancel()
 
     run(go())
+
+
+def test_kinds_that_are_not_there_are_asked_for_no_more():
+    told: list[tuple[list[str], list[str]]] = []
+    api: Any = None
+    watchdog = Watchdog(
+        api, [Watch(Shelf(RUNS)), Watch(Shelf(PODS))], (None,), told=lambda all_, dead: told.append(([*all_], [*dead]))
+    )
+    watchdog.leave_out({PODS})
+    assert list(watchdog.watches) == [RUNS]
+    assert told[-1] == (["alignmentruns"], [])

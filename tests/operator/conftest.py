@@ -1,4 +1,4 @@
-"""An operator with its own rights against a real API server, Training Operator and Kueue."""
+"""An operator with its own rights against a real API server, Training Operator, Trainer and Kueue."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +47,8 @@ def operator(operator_factory: Callable[..., OperatorProcess], prepared: Cluster
 
 
 @pytest.fixture
-def driver(prepared: Cluster, operator: OperatorProcess) -> Iterator[Driver]:
+def driver(request: pytest.FixtureRequest, prepared: Cluster, operator: OperatorProcess) -> Iterator[Driver]:
+    """Of PyTorchJobs; those of tests that are of ``both`` once of each kind."""
     namespace = prepared.namespace("op", restricted=True)
-    yield Driver(prepared, namespace)
+    yield Driver(prepared, namespace, getattr(request, "param", "PyTorchJob"))
     prepared.delete_namespace(namespace)

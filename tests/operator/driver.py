@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cluster.client import Cluster, KubectlError
+from cluster.jobs import KINDS, Kind
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,14 +49,26 @@ def manifest(name: str, *phases: Object, **spec: Any) -> Object:
     }
 
 
+both = pytest.mark.parametrize("driver", KINDS, indirect=True)
+"""For a test that is of every kind of job."""
+
+
 @dataclass
 class Driver:
     """One namespace, and the hands of its kubelet."""
 
     cluster: Cluster
     namespace: str
+    backend: str = "PyTorchJob"
+    """Of its runs."""
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.backend]
 
     def apply(self, run: Object) -> None:
+        if run["kind"] == "AlignmentRun" and self.backend != "PyTorchJob":
+            run = {**run, "spec": {"backend": self.backend, **run["spec"]}}
         self.cluster.apply(run, self.namespace)
 
     def patch(self, run: str, spec: Object) -> str:
@@ -69,7 +83,7 @@ class Driver:
     def no_more_jobs(self) -> None:
         """By a quota `none`."""
         quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
-                 "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}}  # fmt: skip
+                 "spec": {"hard": {f"count/{self.kind.plural}": "0"}}}  # fmt: skip
         self.cluster.apply(quota, self.namespace)
         held = ("resourcequota", "none", "-n", self.namespace)
         self.cluster.wait(lambda: self.cluster.get(*held).get("status", {}).get("hard"), 30, "the quota holds")
@@ -89,7 +103,7 @@ class Driver:
         return next((c for c in self.status(run).get("conditions", []) if c["type"] == kind), {})
 
     def jobs(self) -> list[Object]:
-        return self.cluster.items("pytorchjobs", "-n", self.namespace)
+        return self.cluster.items(self.kind.plural, "-n", self.namespace)
 
     def job_names(self) -> list[str]:
         return sorted(job["metadata"]["name"] for job in self.jobs())
@@ -106,9 +120,31 @@ class Driver:
 
     def _job(self, name: str) -> Object | None:
         try:
-            return self.cluster.get("pytorchjob", name, "-n", self.namespace)
+            return self.cluster.get(self.kind.plural, name, "-n", self.namespace)
         except KubectlError:
             return None
+
+    def delete_job(self, name: str) -> None:
+        self.cluster.kubectl("delete", self.kind.plural, name, "-n", self.namespace)
+
+    def template(self, job: str) -> Object:
+        """Of its pods."""
+        self.until_job(job)
+        if self.backend == "PyTorchJob":
+            return self.until_job(job)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+        runtime = self.cluster.get("trainingruntime", job, "-n", self.namespace)
+        return runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+    def until_pod_of(self, job: str, index: int = 0) -> Object:
+        """The newest in its place."""
+        chosen = ("-n", self.namespace, "-l", self.kind.pod(job, index))
+
+        def pod() -> Object | None:
+            found = self.cluster.items("pods", *chosen, "--sort-by=.metadata.creationTimestamp")
+            there = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+            return there[-1] if there else None
+
+        return self.cluster.wait(pod, 30, f"pod {index} of {job} ({self.namespace})")
 
     def until_pod(self, name: str) -> Object:
         def pod() -> Object | None:
@@ -145,8 +181,7 @@ class Driver:
     # -- the kubelet's hands
 
     def start(self, job: str, index: int = 0, address: str = "") -> None:
-        self.until_pod(f"{job}-worker-{index}")
-        self._write(job, index, "Running", {"running": {"startedAt": now()}}, address)
+        self.write(job, index, "Running", {"running": {"startedAt": now()}}, address)
 
     def succeed(self, job: str, artifact: str = "", metrics: Object | None = None, index: int = 0) -> None:
         digest = self.until_job(job)["metadata"]["annotations"]["alignment.dev/digest"]
@@ -157,15 +192,14 @@ class Driver:
         self.end(job, code, {"failure": failure, "message": message}, index=index)
 
     def end(self, job: str, code: int, said: Object | str, reason: str = "", index: int = 0) -> None:
-        self.until_pod(f"{job}-worker-{index}")
         text = said if isinstance(said, str) else json.dumps(said)
         state = {"exitCode": code, "message": text, "reason": reason or ("Completed" if code == 0 else "Error")}
         state |= {"startedAt": now(), "finishedAt": now()}
-        self._write(job, index, "Failed" if code else "Succeeded", {"terminated": state})
+        self.write(job, index, "Failed" if code else "Succeeded", {"terminated": state})
 
-    def _write(self, job: str, index: int, phase: str, state: Object, address: str = "") -> None:
+    def write(self, job: str, index: int, phase: str, state: Object, address: str = "") -> None:
         container = {
-            "name": "pytorch",
+            "name": self.kind.container,
             "image": "nothing:1",
             "imageID": "",
             "ready": phase == "Running",
@@ -173,7 +207,8 @@ class Driver:
         }
         status = {"phase": phase, "containerStatuses": [{**container, "state": state}]}
         status |= {"podIP": address, "podIPs": [{"ip": address}]} if address else {}
-        self.cluster.patch_status("pod", f"{job}-worker-{index}", self.namespace, status)
+        name = self.until_pod_of(job, index)["metadata"]["name"]
+        self.cluster.patch_status("pod", name, self.namespace, status)
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from cluster.client import Cluster
+from cluster.jobs import KINDS, Kind
 from kube_http import stream
 
 Object = dict[str, Any]
@@ -18,7 +19,7 @@ Object = dict[str, Any]
 
 def ended(job: Object) -> bool:
     conditions = job.get("status", {}).get("conditions") or []
-    return any(c["type"] in ("Succeeded", "Failed") and c["status"] == "True" for c in conditions)
+    return any(c["type"] in ("Succeeded", "Complete", "Failed") and c["status"] == "True" for c in conditions)
 
 
 @dataclass
@@ -58,10 +59,9 @@ class Ends:
 
 
 @contextmanager
-def watched_ends(cluster: Cluster, namespace: str = "") -> Iterator[Ends]:
+def watched_ends(cluster: Cluster, namespace: str = "", kind: Kind = KINDS["PyTorchJob"]) -> Iterator[Ends]:
     """Of one namespace, or of all."""
-    scope = f"namespaces/{namespace}/" if namespace else ""
-    ends, path = Ends(), f"/apis/kubeflow.org/v1/{scope}pytorchjobs?watch=1"
+    ends, path = Ends(), f"{kind.path(namespace)}?watch=1"
 
     def watch() -> None:
         while True:

@@ -51,6 +51,8 @@ class Scene:
     proxy: FaultProxy
     operator: OperatorProcess
     ends: Ends
+    backend: str = "PyTorchJob"
+    """What its runs have."""
     calls: int = 0
     """About a run that meets nothing."""
     calm: Object = field(default_factory=dict)
@@ -62,7 +64,7 @@ class Scene:
         apply(self.cluster, spaces, "")
         self.cluster.created.extend(names)
         apply(self.cluster, [part for name in names for part in claim(name)], "")
-        apply(self.cluster, [run_of(name) for name in names], "")
+        apply(self.cluster, [run_of(name, self.backend) for name in names], "")
 
     def statuses(self) -> dict[str, Object]:
         return {item["metadata"]["name"]: item.get("status", {}) for item in self.cluster.items("arun", "-A")}
@@ -119,9 +121,10 @@ def claim(namespace: str) -> list[Object]:
     ]  # fmt: skip
 
 
-def run_of(name: str) -> Object:
+def run_of(name: str, backend: str) -> Object:
     run = scripted(name)
     run["metadata"]["namespace"] = name
+    run["spec"]["backend"] = backend
     return run
 
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from cluster.client import KubectlError
-from driver import FAST, ROWS, Driver, dpo, manifest, sft
+from driver import FAST, ROWS, Driver, both, dpo, manifest, sft
 
 
+@both
 def test_phases_run_in_order_to_success(driver: Driver):
     driver.apply(manifest("run", sft(), dpo()))
     driver.start("run-sft-1")
@@ -18,9 +19,7 @@ def test_phases_run_in_order_to_success(driver: Driver):
     status = driver.status("run")
     assert (status["phase"], status["progress"], status["percent"]) == ("Succeeded", "2/2 (100%)", 100)
     assert driver.phase("run", "sft")["metrics"] == {"loss": 1.25}
-    dependent = next(job for job in driver.jobs() if job["metadata"]["name"] == "run-dpo-1")
-    template = dependent["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-    file = json.loads(template["metadata"]["annotations"]["alignment.dev/phase-file"])
+    file = json.loads(driver.template("run-dpo-1")["metadata"]["annotations"]["alignment.dev/phase-file"])
     folder = f"{driver.namespace}.run"
     assert status["folder"] == folder
     assert file["inputs"]["sft"] == {"path": f"/workspace/{folder}/sft", "digest": "artifact-of-run-sft-1"}
@@ -48,6 +47,7 @@ RETRIED = {
 }
 
 
+@both
 @pytest.mark.parametrize("failure", RETRIED)
 def test_a_failure_is_tried_again_within_its_classes_budget(driver: Driver, failure: str):
     budget, message = RETRIED[failure]
@@ -67,6 +67,7 @@ def test_a_failure_is_tried_again_within_its_classes_budget(driver: Driver, fail
     assert len(driver.events("PhaseFailed")) == 1
 
 
+@both
 @pytest.mark.parametrize("failure", ["BadInput", "GateFailed", "Diverged"])
 def test_what_another_attempt_cannot_mend_is_not_tried_again(driver: Driver, failure: str):
     driver.apply(manifest("run", sft(), dpo()))
@@ -115,6 +116,7 @@ def test_a_failed_run_tries_again_without_an_edit(driver: Driver):
     assert driver.status("run")["retry"] == {"number": 6}
 
 
+@both
 def test_what_has_finished_runs_anew_when_asked_to(driver: Driver):
     driver.apply(manifest("run", sft(), dpo("a"), dpo("b", beta=0.2)))
     for job in ("run-sft-1", "run-a-1", "run-b-1"):
@@ -132,14 +134,14 @@ def test_what_has_finished_runs_anew_when_asked_to(driver: Driver):
     assert [e["message"] for e in driver.events("PhaseChanged")] == ["phase a: it was asked to, so it runs again"]
 
 
+@both
 def test_a_job_that_someone_deletes_is_a_failure_and_the_next_attempt_follows(driver: Driver):
     driver.apply(manifest("run", sft()))
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")
-    driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
-    driver.cluster.kubectl(
-        "delete", "pod", "run-sft-1-worker-0", "-n", driver.namespace, "--force", "--ignore-not-found"
-    )
+    pod = driver.until_pod_of("run-sft-1")["metadata"]["name"]
+    driver.delete_job("run-sft-1")
+    driver.cluster.kubectl("delete", "pod", pod, "-n", driver.namespace, "--force", "--ignore-not-found")
     driver.succeed("run-sft-2")
     driver.until_condition("run", "Succeeded")
     [event] = driver.events("AttemptFailed")
@@ -148,6 +150,7 @@ def test_a_job_that_someone_deletes_is_a_failure_and_the_next_attempt_follows(dr
     assert driver.job_names() == ["run-sft-2"]
 
 
+@both
 class TestSuspension:
     def test_of_a_run(self, driver: Driver):
         driver.apply(manifest("run", sft(), dpo(), suspend=True))
@@ -182,9 +185,10 @@ class TestEdits:
         driver.start("run-sft-1")
         driver.edit_phase("run", dpo(beta=0.7))
         driver.succeed("run-sft-1")
-        template = driver.until_job("run-dpo-1")["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-        assert json.loads(template["metadata"]["annotations"]["alignment.dev/phase-file"])["spec"]["beta"] == 0.7
+        annotations = driver.template("run-dpo-1")["metadata"]["annotations"]
+        assert json.loads(annotations["alignment.dev/phase-file"])["spec"]["beta"] == 0.7
 
+    @both
     def test_of_a_finished_phase_reruns_it_and_what_depends_on_it(self, driver: Driver):
         driver.apply(manifest("run", sft(), dpo("a"), dpo("b", beta=0.2), dpo("c", on="a", beta=0.3)))
         for job in ("run-sft-1", "run-a-1", "run-b-1", "run-c-1"):
@@ -201,6 +205,7 @@ class TestEdits:
         assert "run-b-2" not in driver.job_names()
         assert "run-sft-2" not in driver.job_names()
 
+    @both
     def test_of_a_running_phase_ends_its_job_and_starts_anew(self, driver: Driver):
         driver.apply(manifest("run", sft()))
         driver.start("run-sft-1")
@@ -228,10 +233,11 @@ class TestEdits:
             driver.patch("run", {"workspace": {"claimName": "elsewhere"}})
 
 
+@both
 class TestEnds:
     def test_deleting_a_run_deletes_its_jobs_and_pods(self, driver: Driver):
         driver.apply(manifest("run", sft()))
-        driver.until_pod("run-sft-1-worker-0")
+        driver.until_pod_of("run-sft-1")
         driver.cluster.kubectl("delete", "arun", "run", "-n", driver.namespace)
         driver.cluster.wait(lambda: not driver.jobs(), 30, "no job is left")
         driver.cluster.wait(lambda: not driver.cluster.items("pods", "-n", driver.namespace), 30, "no pod is left")
@@ -299,13 +305,13 @@ class TestEnds:
             assert not [a for a in thing["metadata"].get("annotations", {}) if "kopf" in a]
 
 
+@both
 class TestStart:
     def test_pods_that_never_run_are_given_up(self, driver: Driver):
         policy = {**FAST, "startupTimeoutSeconds": 3, "retries": {"startupTimeout": 1}}
         driver.apply(manifest("run", sft(), failurePolicy=policy))
-        driver.until_pod("run-sft-1-worker-0")
         wait = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "nothing:1"'}
-        driver._write("run-sft-1", 0, "Pending", {"waiting": wait})
+        driver.write("run-sft-1", 0, "Pending", {"waiting": wait})
         phase = driver.until_phase("run", "sft", "Failed")
         assert phase["failure"] == "StartupTimeout"
         assert [a["failure"] for a in phase["attempts"]] == ["StartupTimeout", "StartupTimeout"]
@@ -313,10 +319,10 @@ class TestStart:
 
     def test_what_a_pod_waits_for_is_told_meanwhile(self, driver: Driver):
         driver.apply(manifest("run", sft()))
-        driver.until_pod("run-sft-1-worker-0")
+        pod = driver.until_pod_of("run-sft-1")["metadata"]["name"]
         status = {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
                                   "message": 'persistentvolumeclaim "work" not found'}]}  # fmt: skip
-        driver.cluster.patch_status("pod", "run-sft-1-worker-0", driver.namespace, status)
+        driver.cluster.patch_status("pod", pod, driver.namespace, status)
         told = 'Unschedulable: persistentvolumeclaim "work" not found'
         driver.cluster.wait(lambda: driver.phase("run", "sft").get("message") == told, 30, told)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chart.helm import template
 from cluster.client import Cluster
-from driver import Driver, manifest, sft
+from driver import Driver, both, manifest, sft
 
 Object = dict[str, Any]
 KINDS = ("ValidatingAdmissionPolicyBinding", "ValidatingAdmissionPolicy")
@@ -94,6 +94,7 @@ def test_what_is_not_allowed_is_refused_by_name(driver: Driver, limit: Callable[
     assert "created" in tried(driver.cluster, other, run({"image": "evil:1"})), "it is about one namespace"
 
 
+@both
 def test_what_is_allowed_is_carried_out(driver: Driver, limit: Callable[[str], None]):
     limit(driver.namespace)
     everything = {"serviceAccountName": "trainer", "secretRefs": ["hub"], "nodes": 4}
@@ -102,11 +103,12 @@ def test_what_is_allowed_is_carried_out(driver: Driver, limit: Callable[[str], N
     driver.until_job("run-sft-1")
 
 
+@both
 def test_a_run_that_was_there_before_gets_no_further_job(driver: Driver, limit: Callable[[str], None]):
     driver.apply(run({"image": "evil:1"}))
     driver.until_job("run-sft-1")
     limit(driver.namespace)
-    driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
+    driver.delete_job("run-sft-1")
     said = driver.until_condition(
         "run", "Progressing", reason="JobForbidden", message='image: "evil:1" is not allowed', timeout=60
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster import launch
 from cluster.client import Cluster
 from cluster.controllers import FRAMEWORKS
-from driver import ROOT, Driver, OperatorProcess, free_port, manifest, sft
+from driver import ROOT, Driver, OperatorProcess, both, free_port, manifest, sft
 from kueue import quota
 
 ONE_CPU = {"image": "nothing:1", "resources": {"requests": {"cpu": 1}}}
@@ -18,9 +18,11 @@ def queued(name: str, priority: str | None = None, **spec):
 
 
 def suspended(driver: Driver, job: str) -> bool:
-    return bool(driver.until_job(job)["spec"]["runPolicy"].get("suspend"))
+    spec = driver.until_job(job)["spec"]
+    return bool(spec.get("runPolicy", spec).get("suspend"))
 
 
+@both
 class TestQuota:
     def test_two_runs_compete_for_room_for_one(self, driver: Driver):
         driver.cluster.apply(quota(driver.namespace, "1"))
@@ -43,11 +45,12 @@ class TestQuota:
     def test_a_priority_that_does_not_exist_is_said(self, driver: Driver):
         """Kueue leaves the job suspended and makes no Workload: as if its integration were off, but then it would run."""
         driver.cluster.apply(quota(driver.namespace, "1"))
-        driver.apply(queued("run", "nobody-made-it"))
+        name = f"nobody-made-it-{driver.namespace}"
+        driver.apply(queued("run", name))
         told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
-        assert "WorkloadPriorityClass nobody-made-it does not exist" in told["message"]
+        assert f"WorkloadPriorityClass {name} does not exist" in told["message"]
         priority = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "value": 1}
-        driver.cluster.apply({**priority, "metadata": {"name": "nobody-made-it"}})
+        driver.cluster.apply({**priority, "metadata": {"name": name}})
         driver.until_condition("run", "Admitted", timeout=120)
 
     def test_waiting_in_a_queue_is_not_a_slow_start(self, driver: Driver):
@@ -62,14 +65,15 @@ class TestQuota:
         driver.apply(queued("low", "alignment-low"))
         driver.start("low-sft-1")
         driver.until_phase("low", "sft", "Running")
-        uid = driver.until_job("low-sft-1")["metadata"]["uid"]
+        uid, pod = (
+            driver.until_job("low-sft-1")["metadata"]["uid"],
+            driver.until_pod_of("low-sft-1")["metadata"]["name"],
+        )
         driver.apply(queued("high", "alignment-high"))
         told = driver.until_condition("low", "Admitted", "False", reason="Preempted", timeout=40)
         assert "Preempted to accommodate a workload" in told["message"]
         # The kubelet, which is not there, would end the pod.
-        driver.cluster.kubectl(
-            "delete", "pod", "low-sft-1-worker-0", "-n", driver.namespace, "--force", "--grace-period=0", check=False
-        )
+        driver.cluster.kubectl("delete", "pod", pod, "-n", driver.namespace, "--force", "--grace-period=0", check=False)
         driver.until_condition("high", "Admitted", timeout=40)
         assert suspended(driver, "low-sft-1")
         driver.succeed("high-sft-1")

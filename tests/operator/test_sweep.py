@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cluster.client import Cluster
+from cluster.jobs import KINDS
 from cluster.proxy import FaultProxy, Rule
 from driver import ROOT, OperatorProcess, free_port
 from ends import watched_ends
@@ -19,22 +20,29 @@ WHOLE = bool(os.environ.get("SOAK"))
 BUGS = 'alignment_operator_reconcile_seconds_count{outcome="bug"}'
 
 
+swept = pytest.mark.parametrize("scene", KINDS if WHOLE else ["PyTorchJob"], indirect=True)
+"""By the kinds of job that a test is about."""
+
+
 @pytest.fixture(scope="module")
-def scene(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(
+    request: pytest.FixtureRequest, kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
     kwok_cluster.define(ROOT / "manifests/base/crd.yaml")
     for name in ("namespace", "rbac"):
         kwok_cluster.apply(ROOT / f"manifests/base/{name}.yaml")
     mine = kwok_cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
-    with FaultProxy(mine) as proxy, watched_ends(kwok_cluster) as ends:
+    with FaultProxy(mine) as proxy, watched_ends(kwok_cluster, kind=KINDS[request.param]) as ends:
         operator = OperatorProcess(proxy.kubeconfig, free_port(), tmp_path_factory.mktemp("swept") / "log").start()
         leads(kwok_cluster, operator)
-        scene = Scene(kwok_cluster, proxy, operator, ends)
-        scene.begin(["calm"])
-        scene.finish(["calm"], 60)
-        scene.finish(["calm", "none"], 2)  # the last event is told after the last write
-        scene.calm = plain(scene.statuses()["calm"], "calm")
-        scene.calls = len(proxy.seen(path=calls_of("calm")))
-        assert scene.over(["calm"])
+        scene = Scene(kwok_cluster, proxy, operator, ends, request.param)
+        calm = f"calm-{request.param.lower()}"
+        scene.begin([calm])
+        scene.finish([calm], 60)
+        scene.finish([calm, "none"], 2)  # the last event is told after the last write
+        scene.calm = plain(scene.statuses()[calm], calm)
+        scene.calls = len(proxy.seen(path=calls_of(calm)))
+        assert scene.over([calm])
         yield scene
         scene.operator.stop("kill")
 
@@ -60,8 +68,9 @@ def chosen(calls: int) -> list[tuple[str, int]]:
     return [(faults[i % len(faults)], i % calls) for i in range(max(len(faults), calls))]
 
 
+@pytest.mark.parametrize("scene", KINDS, indirect=True)
 def test_each_fault_at_each_call(scene: Scene):
-    cells = {f"cell-{i}": cell for i, cell in enumerate(chosen(scene.calls))}
+    cells = {f"{scene.backend.lower()}-{i}": cell for i, cell in enumerate(chosen(scene.calls))}
     rules = [FAULTS[fault](scene.proxy, calls_of(name), k) for name, (fault, k) in cells.items()]
     scene.begin(list(cells))
     scene.finish(list(cells), 180 + len(cells))
@@ -77,12 +86,13 @@ def where(calls: int) -> range:
     return range(calls) if WHOLE else range(calls // 2, calls // 2 + 1)
 
 
+@swept
 @pytest.mark.parametrize("carried_out", [False, True], ids=["before", "after"])
 def test_killed_at_each_call(scene: Scene, carried_out: bool):
     """kill -9 in the middle of a call that the API server has, or has not, carried out; then another one begins."""
     cells = {}
     for k in where(scene.calls):
-        name = f"killed-{carried_out:d}-{k}"
+        name = f"killed-{scene.backend.lower()}-{carried_out:d}-{k}"
         cells[name] = f"kill -9 at call {k}"
         process = running(scene.operator)
         rule = scene.proxy.interrupt(process.kill, carried_out=carried_out, path=calls_of(name), skip=k)
@@ -94,6 +104,7 @@ def test_killed_at_each_call(scene: Scene, carried_out: bool):
     assert not (wrong := scene.wrong(cells)), "\n".join(wrong)
 
 
+@swept
 def test_frozen_at_each_call(scene: Scene):
     """SIGSTOP in the middle of a call, until another replica leads; then it goes on where it was."""
     cells = {}
@@ -103,7 +114,7 @@ def test_frozen_at_each_call(scene: Scene):
         scene.cluster.wait(lambda: pair[1].get("healthz")[0] == 200, 60, "the other one runs")
         leads(scene.cluster, pair[0])
         for k in where(scene.calls):
-            name = f"frozen-{k}"
+            name = f"frozen-{scene.backend.lower()}-{k}"
             cells[name] = f"frozen at call {k}"
             leader, other = sorted(pair, key=lambda one: -one.metric("alignment_operator_leader"))
             rule = scene.proxy.interrupt(frozen(leader), carried_out=True, path=calls_of(name), skip=k)
@@ -143,17 +154,19 @@ LIES: dict[str, Callable[[FaultProxy], None]] = {
 }
 
 
+@swept
 @pytest.mark.parametrize("lie", LIES)
 def test_watches_that_lie(scene: Scene, lie: str):
     """All of them, every second while runs go on: they end, have expired, tell things twice and out of order, or late."""
-    names = [f"{lie}-{i}" for i in range(8)]
+    names = [f"{lie}-{scene.backend.lower()}-{i}" for i in range(8)]
     scene.begin(names)
     scene.finish(names, 120, lambda: LIES[lie](scene.proxy))
     assert not (wrong := scene.wrong(dict.fromkeys(names, lie))), "\n".join(wrong)
 
 
+@swept
 def test_watches_that_are_silent_for_a_while(scene: Scene):
-    names = [f"silent-{i}" for i in range(8)]
+    names = [f"silent-{scene.backend.lower()}-{i}" for i in range(8)]
     scene.begin(names)
     scene.proxy.freeze_watches()
     scene.finish(names, 20)

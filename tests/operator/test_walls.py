@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from cluster.client import KubectlError
-from driver import Driver, manifest, sft
+from driver import Driver, both, manifest, sft
 
 Object = dict[str, Any]
 OWN = {"matchLabels": {"app.kubernetes.io/managed-by": "alignment-operator", "alignment.dev/run": "run"}}
@@ -20,6 +20,7 @@ def edit(driver: Driver, name: str, spec: Object) -> None:
     driver.cluster.kubectl("patch", "networkpolicy", name, "-n", driver.namespace, "--type=merge", "-p", patch)
 
 
+@both
 def test_a_runs_pods_are_open_to_each_other_and_for_metrics(driver: Driver):
     driver.apply(manifest("run", sft()))
     driver.until_job("run-sft-1")
@@ -30,7 +31,7 @@ def test_a_runs_pods_are_open_to_each_other_and_for_metrics(driver: Driver):
         "policyTypes": ["Ingress"],
         "ingress": [{"from": [{"podSelector": OWN}]}, METRICS],
     }
-    labels = driver.until_pod("run-sft-1-worker-0")["metadata"]["labels"]
+    labels = driver.until_pod_of("run-sft-1")["metadata"]["labels"]
     assert OWN["matchLabels"].items() <= labels.items()
     edit(driver, policy["metadata"]["name"], {"ingress": []})
     driver.start("run-sft-1")

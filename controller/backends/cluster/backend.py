@@ -8,13 +8,13 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueState, QueueStatus
-from controller.backends.cluster import belongings, evidence, observe, ownership, pytorchjob
+from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, runtimes
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
-from controller.kube import Api, ApiError, Conflict
+from controller.kube import Api, ApiError, Conflict, Resource
 from controller.memory import Anew, Memory
 from controller.plan import attempts as history
 from controller.plan.job import PhaseJob
@@ -32,9 +32,24 @@ REFUSALS = {
 FORBIDDEN = 403
 """A quota is full, or a right is missing: nothing has failed, and it is asked again until there is room."""
 WAIT_FOR_EVENTS = timedelta(seconds=10)
-SHOWN_THINGS = 3
+SHOWN_PODS = 2
 
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
+
+
+class UntilTheNextLook:
+    """What was met while asking for jobs. Asking again is decided anew: until then it is remembered."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[ownership.Attempted, str]] = {}
+        """By the run's uid."""
+
+    def add(self, run: AlignmentRun, job: PhaseJob, what: str) -> None:
+        self._found.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = what
+
+    def told(self, run: AlignmentRun, anew: bool) -> dict[ownership.Attempted, str]:
+        uid = run.metadata.uid or ""
+        return self._found.pop(uid, {}) if anew else self._found.get(uid, {})
 
 
 class ClusterBackend:
@@ -46,34 +61,39 @@ class ClusterBackend:
         self.memory = memory
         self.scraper = scraper
         self.settings = settings
-        self.kind: JobKind = pytorchjob
+        self.absent: frozenset[Resource] = frozenset()
+        """Kinds of objects that the cluster has not got."""
         self.walls = Walls(api, settings.metrics_readers)
         self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
         """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
         take them, or has since deleted them. Until one is seen, or the run's status has it."""
-        self._barred: dict[str, dict[ownership.Attempted, str]] = {}
-        """Attempts whose jobs might not be made when they were asked for last, by the run's uid; until the next look."""
+        self._barred, self._taken = UntilTheNextLook(), UntilTheNextLook()
+        """Attempts whose jobs might not be made when they were asked for last, and those that met another's object."""
 
     # -- the three methods
 
     async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
-        """From memory, or what the API server holds now: two calls. For each live job in a queue one more.
+        """From memory, or what the API server holds now: a call for each kind of object. For each live job in a queue one more.
 
         And one for each attempt whose job is not where it should be, either way.
         """
-        now = self.now()
-        source = Anew(self.api, self.memory) if anew else self.memory
-        found = await belongings.gather(source, self.kind, run, now)
+        now, kind = self.now(), kinds.of_run(run)
+        source = Anew(self.api, self.memory) if anew and not self._absent(kind) else self.memory
+        found = await belongings.gather(source, self.memory, kind, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
         queues = await self._queues(namespace, jobs, {} if anew else _admitted(run), now)
         seen = [
             await self._explained(
-                observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now), job, pods, now
+                observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now),
+                [job, *found.between.get(_name(job), ())],
+                pods,
+                now,
             )
             for job in sorted(jobs, key=_attempt)
             if not observe.is_leaving(job, pods.get(_name(job), ()), now)
         ]
+        seen += observe.leaving(run, found.leaving)
         seen += self._missing(run, seen)
         outlived = {_name(job) for job in jobs if observe.outlived(job, pods.get(_name(job), ()), now)}
         results = {
@@ -85,9 +105,9 @@ class ClusterBackend:
             jobs=tuple(seen),
             results=results,
             progress=self._progress(run, seen, pods),
-            taken=found.taken,
+            taken=found.taken | self._taken.told(run, anew),
             held=found.held,
-            barred=self._why_barred(run.metadata.uid or "", anew),
+            barred=self._barred.told(run, anew),
             problems=tuple(self._problems(run)),
         )
 
@@ -95,17 +115,17 @@ class ClusterBackend:
         """Of a job of this name that is someone else's the next look tells."""
         uid = run.metadata.uid or ""
         if why := await self.walls.raise_for(run):
-            self._bar(run, job, why)
+            self._barred.add(run, job, why)
             return
         try:
-            settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
-            made = await self.api.create_job(self.kind.RESOURCE, self.kind.render(job, _owner(run), settings))
-            self.memory.saw(self.kind.RESOURCE, [made])
+            await self._create(run, job)
+        except runtimes.Taken as owner:
+            self._taken.add(run, job, str(owner))
         except Conflict:
             return
         except ApiError as error:
             if error.status == FORBIDDEN:
-                self._bar(run, job, error.message)
+                self._barred.add(run, job, error.message)
                 return
             if error.status not in REFUSALS:
                 raise
@@ -117,16 +137,23 @@ class ClusterBackend:
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
         if seen is not None and seen.uid:
-            await self.api.delete_job(self.kind.RESOURCE, run.metadata.namespace or "default", seen.name, seen.uid)
+            kind, namespace = kinds.of_run(run), run.metadata.namespace or "default"
+            await self.api.delete_job(kind.RESOURCE, namespace, seen.name, seen.uid, kind.PROPAGATION)
 
     # -- details
 
-    def _bar(self, run: AlignmentRun, job: PhaseJob, why: str) -> None:
-        self._barred.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = why
+    async def _create(self, run: AlignmentRun, job: PhaseJob) -> None:
+        kind, owner = kinds.of_run(run), _owner(run)
+        settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
+        wanted, runtime = kind.render(job, owner, settings), kind.runtime(job, owner, settings)
+        if runtime is None:
+            made = await self.api.create_job(kind.RESOURCE, wanted)
+        else:
+            made = await runtimes.create_with(self.api, run, runtime, kind.RESOURCE, wanted)
+        self.memory.saw(kind.RESOURCE, [made])
 
-    def _why_barred(self, uid: str, anew: bool) -> dict[ownership.Attempted, str]:
-        """What asks for a job again is decided anew: until then it is remembered."""
-        return self._barred.pop(uid, {}) if anew else self._barred.get(uid, {})
+    def _absent(self, kind: JobKind) -> list[Resource]:
+        return [resource for resource in kind.MAKERS.values() if resource in self.absent]
 
     def _missing(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Jobs of this run that should be there, and of whose end its status does not know yet."""
@@ -140,14 +167,15 @@ class ClusterBackend:
         return [job for key, job in mine.items() if key in self._unless_seen]
 
     async def _explained(
-        self, seen: ObservedJob, job: Object, pods: Mapping[str, Sequence[Object]], now: datetime
+        self, seen: ObservedJob, made: Sequence[Object], pods: Mapping[str, Sequence[Object]], now: datetime
     ) -> ObservedJob:
-        """Pods that cannot be made or mounted say so nowhere but in events."""
+        """Pods that cannot be made or mounted say so nowhere but in events: of the job, or of what it has ``made``."""
+        job = made[0]
         waits = seen.may_start_since is not None and seen.running_since is None and not seen.message
         if not waits or now - observe.running_since(job) < WAIT_FOR_EVENTS:
             return seen
-        asked = [job, *(pod for pod in pods.get(seen.name, ()) if not evidence.container_state(pod, "running"))]
-        for thing in asked[:SHOWN_THINGS]:
+        idle = [pod for pod in pods.get(seen.name, ()) if not evidence.container_state(pod, "running")]
+        for thing in [*made, *idle[:SHOWN_PODS]]:
             warnings = await self.api.list_warnings(job["metadata"]["namespace"], thing["metadata"]["uid"])
             if warnings:
                 return replace(seen, message=observe.warning(warnings))
@@ -155,6 +183,11 @@ class ClusterBackend:
 
     def _problems(self, run: AlignmentRun) -> list[str]:
         found = []
+        for resource in self._absent(kind := kinds.of_run(run))[:1]:
+            found.append(
+                f"spec.backend: {kind.KIND}: the cluster has no {resource.plural}.{resource.group} that the operator may read; "
+                f"install {kind.INSTALL}"
+            )
         if run.spec.workspace is None:
             found.append("spec.workspace: is not set: on a cluster name a claimName or a uri to keep artifacts in")
         for entry in run.phases:

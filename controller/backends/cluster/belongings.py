@@ -6,11 +6,11 @@ from datetime import datetime
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.backends.cluster import evidence, observe, ownership
+from controller.backends.cluster import evidence, kinds, observe, ownership
 from controller.backends.cluster.kind import JobKind
 from controller.backends.cluster.ownership import Attempted, Object
-from controller.backends.cluster.references import controller_of
-from controller.memory import Reads
+from controller.backends.cluster.references import controller_of, group_of
+from controller.memory import Memory, Reads
 
 
 @dataclass(frozen=True)
@@ -19,24 +19,52 @@ class Belongings:
     """The run's own."""
     pods: dict[str, list[Object]]
     """By the name of their job, in their order."""
+    between: dict[str, list[Object]]
+    """By the name of the job, what it has made beside its pods."""
+    leaving: frozenset[Attempted]
+    """Attempts that were asked to end, of which the job is gone and pods go on."""
     taken: dict[Attempted, str]
     """Whose the objects are that have the names of the run's jobs."""
     held: dict[str, str]
     """By phase, what an earlier run has left that may still write to its folder."""
 
 
-async def gather(source: Reads, kind: JobKind, run: AlignmentRun, now: datetime) -> Belongings:
+async def gather(source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun, now: datetime) -> Belongings:
+    """``memory``: what there is of other kinds than the run's, which an earlier one of its name may have left."""
     namespace = run.metadata.namespace or "default"
     labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
-    listed, known = await source.list_jobs(kind.RESOURCE, namespace, labels), ownership.names(run)
+    listed, between = await _listed(source, kind, namespace, labels)
+    known = ownership.names(run)
     own = [found for job in listed if ownership.is_ours(job, run) if (found := ownership.identified(job, known))]
     others = [job for job in listed if not ownership.is_ours(job, run)]
+    for another in kinds.KINDS.values():
+        if another is not kind:
+            jobs_of_it, between_of_it = await _listed(memory, another, namespace, labels)
+            others, between = [*others, *jobs_of_it], [*between, *between_of_it]
     unlabelled, taken = await _by_name(source, kind, run, own)
     jobs = [*own, *unlabelled]
     ordered = sorted(await source.list_pods(namespace, labels), key=evidence.index)
-    pods, left = ownership.by_job(ordered, [*jobs, *others])
-    writing = _still_writing(await _without_job(source, kind, namespace, left), now)
-    return Belongings(jobs, pods, taken, writing | _held(run, others, pods, now))
+    pods, left = ownership.by_job(ordered, [*jobs, *others], between)
+    leaving, held = _writers(run, await _without_job(source, namespace, left), now)
+    held |= _held(run, others, pods, now)
+    return Belongings(jobs, pods, ownership.made_by(jobs, between), leaving, taken, held)
+
+
+def _writers(run: AlignmentRun, pods: Sequence[Object], now: datetime) -> tuple[frozenset[Attempted], dict[str, str]]:
+    """Of pods without a job that go on: the attempts that we ended which they are of, and those of none, by phase."""
+    stopping = ownership.stopping(run)
+    going = [pod for pod in pods if not evidence.has_ended(pod, now, observe.PATIENCE_SECONDS)]
+    whose = [(pod, ownership.attempt_of(pod, stopping)) for pod in going]
+    leaving = frozenset(which for _, which in whose if which is not None)
+    return leaving, {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod, which in whose if which is None}
+
+
+async def _listed(
+    source: Reads, kind: JobKind, namespace: str, labels: Mapping[str, str]
+) -> tuple[list[Object], list[Object]]:
+    """Jobs, and what is between them and their pods."""
+    of_each = [await source.list_jobs(resource, namespace, labels) for resource in kind.MAKERS.values()]
+    return of_each[0], [thing for things in of_each[1:] for thing in things]
 
 
 async def _by_name(
@@ -55,12 +83,21 @@ async def _by_name(
     return found, taken
 
 
-async def _without_job(source: Reads, kind: JobKind, namespace: str, pods: Sequence[Object]) -> list[Object]:
+async def _without_job(source: Reads, namespace: str, pods: Sequence[Object]) -> list[Object]:
     """Those whose job is gone; with labels like ours, a job of somebody else's may have pods, too."""
-    names = {controller_of(pod)["name"] for pod in pods}
-    there = [job for name in names if (job := await source.get_job(kind.RESOURCE, namespace, name)) is not None]
-    uids = {job["metadata"]["uid"] for job in there}
-    return [pod for pod in pods if controller_of(pod)["uid"] not in uids]
+    makers = {owner["uid"]: owner for pod in pods if (owner := controller_of(pod))}
+    gone = {uid for uid, owner in makers.items() if not await _has_job(source, namespace, owner)}
+    return [pod for pod in pods if controller_of(pod)["uid"] in gone]
+
+
+async def _has_job(source: Reads, namespace: str, owner: Object) -> bool:
+    """Whether all is there that has made a pod, from what controls it up to the job."""
+    while (resource := kinds.MAKERS.get((group_of(owner), owner.get("kind", "")))) is not None:
+        thing = await source.get_job(resource, namespace, owner["name"])
+        if thing is None or thing["metadata"]["uid"] != owner["uid"]:
+            return False
+        owner = controller_of(thing)
+    return True
 
 
 def _held(
@@ -70,9 +107,3 @@ def _held(
     jobs = [job for job in others if ownership.is_of_earlier_run(job, run)]
     alive = [job for job in jobs if observe.is_alive(job, pods.get(job["metadata"]["name"], ()), now)]
     return {ownership.phase_of(job): ownership.told(job) for job in alive}
-
-
-def _still_writing(pods: Sequence[Object], now: datetime) -> dict[str, str]:
-    """Pods that go on after their job."""
-    writing = [pod for pod in pods if not evidence.has_ended(pod, now, observe.PATIENCE_SECONDS)]
-    return {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod in writing}

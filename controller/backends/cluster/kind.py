@@ -26,10 +26,14 @@ class Owner:
 class JobKind(Protocol):
     KIND: str
     RESOURCE: Resource
+    INSTALL: str
+    """What brings it into a cluster."""
     INTEGRATION: str
     """What Kueue calls it."""
-    MAKER: tuple[str, str]
-    """Group and kind of what makes the pods: the job, or what it makes in its turn."""
+    MAKERS: Mapping[tuple[str, str], Resource]
+    """By group and kind: the job itself, what it makes, and so on. The last one makes the pods."""
+    PROPAGATION: str
+    """How it is deleted: Foreground, so that it stays visible until its pods have ended, or Background, where that cannot be."""
     CONTAINER: str
     """The one that trains."""
     PLACE: re.Pattern[str]
@@ -37,6 +41,9 @@ class JobKind(Protocol):
 
     def render(self, job: PhaseJob, owner: Owner, settings: Settings) -> Object:
         """Pure: the same job gives the same object."""
+
+    def runtime(self, job: PhaseJob, owner: Owner, settings: Settings) -> Object | None:
+        """The TrainingRuntime that the job refers to, if it is of a kind that does. Pure, too."""
 
     def name_of(self, maker: str) -> str:
         """What the job is called whose pods this one makes."""

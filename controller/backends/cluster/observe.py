@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from controller.api import meta
+from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus
 from controller.api.text import plain
 from controller.backends.cluster import evidence, kinds
@@ -49,16 +50,27 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
     return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods, now)
 
 
+def leaving(run: AlignmentRun, attempts: Collection[tuple[str, int]]) -> list[ObservedJob]:
+    """Attempts whose job is gone and whose pods go on: as one whose job is on its way out."""
+    phases = run.status.phases if run.status else ()
+    return [
+        ObservedJob(phase.name, a.number, a.digest, JobState.LIVE, name=a.job, leaving=True)
+        for phase in phases
+        for a in phase.attempts
+        if (phase.name, a.number) in attempts
+    ]
+
+
 def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datetime) -> ObservedJob:
     finished = finished_at(job) or now
     if ended(job) == "Succeeded":
         return replace(base, state=JobState.SUCCEEDED, finished_at=finished)
-    found = evidence.find(pods) or _gone(job)
+    seen = evidence.find(pods)
     # While a pod is still saving its work, nobody else may write to the phase's directory.
     going_down = not all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
     state = JobState.LIVE if going_down else JobState.FAILED
     end = None if going_down else finished
-    return replace(base, state=state, finished_at=end, **_told(found, job))
+    return replace(base, state=state, finished_at=end, guessed=seen is None, **_told(seen or _gone(job), job))
 
 
 def _gone(job: Object) -> Evidence:

@@ -6,6 +6,7 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState
 from controller.api.text import plain
 from controller.backends.cluster import kinds
 from controller.backends.cluster.references import controller_of, group_of
@@ -78,25 +79,64 @@ def going(run: AlignmentRun) -> dict[Attempted, str]:
     return {which: name for name, which in names(run).items() if which not in ended}
 
 
+def stopping(run: AlignmentRun) -> dict[Attempted, str]:
+    """Those of them that we asked to end."""
+    phases = run.status.phases if run.status else ()
+    asked = {(p.name, a.number) for p in phases for a in p.attempts if a.state == AttemptState.STOPPING}
+    return {which: name for which, name in going(run).items() if which in asked}
+
+
+def attempt_of(pod: Object, known: Mapping[Attempted, str]) -> Attempted | None:
+    """Which of these attempts had the job that has made the pod."""
+    which = _labelled(pod["metadata"].get("labels") or {})
+    made_by = kinds.of_pod(pod).name_of(str(controller_of(pod).get("name", "")))
+    return which if which is not None and known.get(which) == made_by else None
+
+
 def phase_of(thing: Object) -> str:
     return str((thing["metadata"].get("labels") or {}).get(meta.LABEL_PHASE, ""))
 
 
-def by_job(pods: Sequence[Object], jobs: Iterable[Object]) -> tuple[dict[str, list[Object]], list[Object]]:
-    """Pods by the names of the jobs that control them, and those whose job is gone."""
-    makers = {kind.MAKER for kind in kinds.KINDS.values()}
+def by_job(
+    pods: Sequence[Object], jobs: Iterable[Object], between: Iterable[Object] = ()
+) -> tuple[dict[str, list[Object]], list[Object]]:
+    """Pods by the names of the jobs that control them, and those whose job is not among these.
+
+    ``between``: what the jobs have made, and what makes the pods in its turn.
+    """
+    makers = {kinds.maker_of_pods(kind) for kind in kinds.KINDS.values()}
     called = {job["metadata"]["uid"]: job["metadata"]["name"] for job in jobs}
+    above = _controllers(between)
     found: dict[str, list[Object]] = {}
     left = []
     for pod in pods:
         owner = controller_of(pod)
         if (group_of(owner), owner.get("kind")) not in makers:
             continue
-        if owner.get("uid") in called:
-            found.setdefault(called[owner["uid"]], []).append(pod)
-        else:
+        name = called.get(_top(owner.get("uid"), above) or "")
+        if name is None:
             left.append(pod)
+        else:
+            found.setdefault(name, []).append(pod)
     return found, left
+
+
+def made_by(jobs: Iterable[Object], between: Sequence[Object]) -> dict[str, list[Object]]:
+    """What the jobs have made that is no pod, by their names."""
+    above = _controllers(between)
+    tops = [(_top(thing["metadata"]["uid"], above), thing) for thing in between]
+    return {job["metadata"]["name"]: [thing for top, thing in tops if top == job["metadata"]["uid"]] for job in jobs}
+
+
+def _controllers(things: Iterable[Object]) -> dict[str, str | None]:
+    return {thing["metadata"]["uid"]: controller_of(thing).get("uid") for thing in things}
+
+
+def _top(uid: str | None, above: Mapping[str, str | None]) -> str | None:
+    """What controls it in the end. No further than there are kinds of things, since anybody may write a circle."""
+    for _ in kinds.MAKERS:
+        uid = above.get(uid, uid) if uid is not None else None
+    return uid
 
 
 def _labelled(labels: Mapping[str, str]) -> Attempted | None:

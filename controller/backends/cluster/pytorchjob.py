@@ -21,8 +21,10 @@ Object = dict[str, Any]
 
 KIND = "PyTorchJob"
 RESOURCE = PYTORCHJOBS
+INSTALL = "the Kubeflow Training Operator v1"
 INTEGRATION = "kubeflow.org/pytorchjob"
-MAKER = (PYTORCHJOBS.group, KIND)
+MAKERS = {(PYTORCHJOBS.group, KIND): PYTORCHJOBS}
+PROPAGATION = "Foreground"
 CONTAINER = "pytorch"
 """The Training Operator demands this name."""
 PLACE = re.compile("-worker-([0-9]+)$")
@@ -44,6 +46,10 @@ def render(job: PhaseJob, owner: Owner, settings: Settings) -> Object:
             "pytorchReplicaSpecs": {"Worker": {"replicas": job.nodes, "restartPolicy": "Never", "template": template}},
         },
     }
+
+
+def runtime(job: PhaseJob, owner: Owner, settings: Settings) -> None:
+    """All is in the job."""
 
 
 def name_of(maker: str) -> str:

@@ -36,7 +36,7 @@ class Pod:
     def job(self) -> str:
         """Name of the job that it belongs to; empty if it belongs to none."""
         kind, owner = kinds.of_pod(self.document), controller_of(self.document)
-        return kind.name_of(str(owner["name"])) if owner.get("kind") == kind.MAKER[1] else ""
+        return kind.name_of(str(owner["name"])) if owner.get("kind") == kinds.maker_of_pods(kind)[1] else ""
 
     @property
     def container(self) -> str:
