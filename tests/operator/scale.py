@@ -1,6 +1,7 @@
 """Many runs at once on fake nodes, and what the operator spends on them, beside a kopf that does nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -115,7 +116,8 @@ def _bare(kubeconfig: Path, notes: Path | None) -> Iterator[Callable[[Ends], str
         return
     command = [sys.executable, str(Path(__file__).with_name("bare_kopf.py")), str(kubeconfig), str(notes)]
     with notes.with_suffix(".log").open("wb") as log:
-        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": paths})
     process = psutil.Process(running.pid)
 
     def told(ends: Ends) -> str:
