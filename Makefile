@@ -70,13 +70,13 @@ test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every stra
 bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' generate, and what of the processor's roof; THREADS=1
 	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python benchmarks/sampling.py --threads $(or $(THREADS),1)
 
-bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, ENDED that have ended, TRAINING that train, on fake nodes
-	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) ENDED=$(or $(ENDED),2000) TRAINING=$(or $(TRAINING),200) \
+bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, ENDED that have ended, TRAINING that train and of which RATES a second end a phase, on fake nodes
+	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) ENDED=$(or $(ENDED),2000) TRAINING=$(or $(TRAINING),200) RATES="$(or $(RATES),2 5)" \
 	  $(BIN)/pytest -q -s tests/operator/test_scale.py -k "many_runs or ended or train"
 
 soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie, whole clusters that break: an hour
 	bash tests/system-packages.sh
-	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py
+	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_strangers.py
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,11 @@ PAGE = 500
 LONGEST_WAIT_SECONDS = 300.0
 """That an answer may ask for: a run would stand still for ever, if a proxy asks for a year."""
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+CHANGES_OF_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+CATCH_UP_SECONDS = 10
+"""Of a watch that is to end soon. Two seconds before, the API server says how far it has told."""
+CATCH_UP_PATIENCE_SECONDS = 2.0
+TOO_OLD = 410
 CREDENTIALS_SECONDS = 60.0
 """A pod's token is renewed in its file about every hour."""
 
@@ -65,6 +70,15 @@ WATCHED = (RUNS, *JOBS, *BETWEEN, PODS)
 """What kopf lists and watches for us, where it is installed."""
 
 
+@dataclass
+class Versions:
+    """Of all objects of a kind, by UID."""
+
+    found: dict[str, str]
+    at: str
+    """When: the resourceVersion of all together."""
+
+
 @dataclass(frozen=True)
 class Call:
     verb: str
@@ -94,7 +108,7 @@ LEASE_CALLS = (Call("get", LEASES), Call("create", LEASES), Call("update", LEASE
 SMOKE_CALLS = (Call("create", RUNS), Call("delete", RUNS), Call("get", RUNS))
 """Of :mod:`controller.operator.smoke`, which has rights of its own."""
 
-METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
+METHODS = {"get": "GET", "list": "GET", "watch": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 
 
 class ApiError(Exception):
@@ -146,6 +160,7 @@ class Api:
         self._session: aiohttp.ClientSession | None = None
         self._connection: Connection | None = None
         self._read_at = 0.0
+        self._connecting = asyncio.Lock()
 
     async def close(self) -> None:
         if self._session is not None:
@@ -259,14 +274,52 @@ class Api:
             return False
         return True
 
-    async def list_versions(
-        self, resource: Resource, namespace: str | None, labels: Mapping[str, str]
-    ) -> dict[str, str]:
-        """uid to resourceVersion: what a watch must have told us by now."""
-        found: dict[str, str] = {}
-        async for items in self._pages(Call("list", resource), namespace, labels, METADATA_ONLY):
-            found |= {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
-        return found
+    async def list_versions(self, resource: Resource, namespace: str | None, labels: Mapping[str, str]) -> Versions:
+        """What a watch must have told us by now."""
+        versions = Versions({}, "")
+        async for page in self._pages(Call("list", resource), namespace, labels, METADATA_ONLY):
+            metadata = [item["metadata"] for item in _items(page)]
+            versions.found |= {one["uid"]: one["resourceVersion"] for one in metadata}
+            versions.at = versions.at or page["metadata"].get("resourceVersion", "")
+        return versions
+
+    async def catch_up(
+        self, resource: Resource, namespace: str | None, labels: Mapping[str, str], versions: Versions
+    ) -> bool:
+        """Bring them up to now, for what the changes since then cost. False: it is not known whether these are all."""
+        # An API server that has seen no change since its start does not say how far it has told. To be asked makes it look.
+        await self._call(Call("list", resource), namespace, None, query={"limit": "1"}, accept=METADATA_ONLY)
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(CATCH_UP_SECONDS + CATCH_UP_PATIENCE_SECONDS),
+                contextlib.aclosing(self._events_since(resource, namespace, labels, versions.at)) as events,
+            ):
+                async for event in events:
+                    if _told(event, versions):
+                        return True
+        return False
+
+    async def _events_since(
+        self, resource: Resource, namespace: str | None, labels: Mapping[str, str], version: str
+    ) -> AsyncGenerator[Object]:
+        """Without those objects, but for who they are. Ends early where the version is too old to go on from."""
+        call = Call("watch", resource)
+        query = {
+            "watch": "1", "resourceVersion": version, "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(CATCH_UP_SECONDS), "labelSelector": _selector(labels),
+        }  # fmt: skip
+        async with self._request(call, namespace, None, query=query, accept=CHANGES_OF_METADATA) as response:
+            if response.status == TOO_OLD:
+                return
+            if response.status >= 400:
+                raise _error(call, "", response, await response.text(errors="replace"))
+            async for line in _lines(response):
+                event = _object(call, "", response.status, line)
+                if event.get("type") == "ERROR":
+                    return
+                if not isinstance(event.get("object"), dict) or "metadata" not in event["object"]:
+                    raise ApiError(call, "", response.status, "the answer is no watch")
+                yield event
 
     # -- how
 
@@ -282,21 +335,19 @@ class Api:
         self, call: Call, namespace: str | None, labels: Mapping[str, str], more: Mapping[str, str] | None = None
     ) -> list[Object]:
         pages = self._pages(call, namespace, labels, more=more)
-        return [item async for items in pages for item in items]
+        return [item async for page in pages for item in _items(page)]
 
     async def _pages(
         self, call: Call, namespace: str | None, labels: Mapping[str, str], accept: str = "application/json",
         more: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[list[Object]]:  # fmt: skip
+    ) -> AsyncIterator[Object]:  # fmt: skip
         """One by one: ten thousand objects at once are a hundred megabytes."""
-        selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        query = {"limit": str(PAGE), "labelSelector": selector, **(more or {})}
+        query = {"limit": str(PAGE), "labelSelector": _selector(labels), **(more or {})}
         while True:
             answer = await self._call(call, namespace, None, query=query, accept=accept)
             if "items" not in answer:
                 raise ApiError(call, "", 200, "the answer is no list")
-            # An empty list of metadata is null.
-            yield answer["items"] or []
+            yield answer
             token = answer.get("metadata", {}).get("continue")
             if not token:
                 return
@@ -306,7 +357,18 @@ class Api:
         self, call: Call, namespace: str | None, name: str | None, body: Object | None = None,
         query: Mapping[str, str] | None = None, accept: str = "application/json",
     ) -> Object:  # fmt: skip
-        path = call.resource.path(namespace, None if call.verb in ("create", "list") else name)
+        async with self._request(call, namespace, name, body, query, accept) as response:
+            text = await response.text(errors="replace")
+        if response.status >= 400:
+            raise _error(call, name or "", response, text)
+        return _object(call, name or "", response.status, text)
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, call: Call, namespace: str | None, name: str | None, body: Object | None = None,
+        query: Mapping[str, str] | None = None, accept: str = "application/json",
+    ) -> AsyncIterator[aiohttp.ClientResponse]:  # fmt: skip
+        path = call.resource.path(namespace, name if call.verb in ("get", "update", "delete") else None)
         started, code = time.monotonic(), "error"
         try:
             session, connection = await self._connected()
@@ -316,27 +378,27 @@ class Api:
             ) as response:  # fmt: skip
                 code = str(response.status)
                 self._dated(response.headers.get("Date", ""), time.monotonic() - started)
-                text = await response.text(errors="replace")
+                yield response
         finally:
             self._observe(call, code, time.monotonic() - started)
-        if response.status >= 400:
-            raise _error(call, name or "", response, text)
-        return _object(call, name or "", response.status, text)
 
     async def _connected(self) -> tuple[aiohttp.ClientSession, Connection]:
-        if self._connection is None or time.monotonic() - self._read_at > CREDENTIALS_SECONDS:
-            # Reads small files: the token of a service account, or a kubeconfig.
-            connection = self._login()
-            if connection != self._connection or self._session is None:
-                await self.close()
-                secure = connection.server.startswith("https")
-                connector = aiohttp.TCPConnector(
-                    ssl=await asyncio.to_thread(connection.as_ssl_context) if secure else False
-                )
-                self._session = aiohttp.ClientSession(connector=connector, timeout=TIMEOUT)
-            self._connection, self._read_at = connection, time.monotonic()
-        assert self._session is not None
-        return self._session, self._connection
+        async with self._connecting:  # many may ask at once, and one session is enough
+            if self._connection is None or time.monotonic() - self._read_at > CREDENTIALS_SECONDS:
+                # Reads small files: the token of a service account, or a kubeconfig.
+                connection = self._login()
+                if connection != self._connection or self._session is None:
+                    await self.close()
+                    self._session = await _session(connection)
+                self._connection, self._read_at = connection, time.monotonic()
+            assert self._session is not None
+            return self._session, self._connection
+
+
+async def _session(connection: Connection) -> aiohttp.ClientSession:
+    secure = connection.server.startswith("https")
+    context = await asyncio.to_thread(connection.as_ssl_context) if secure else False
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context), timeout=TIMEOUT)
 
 
 async def _absent_is_none(answer: Awaitable[Object]) -> Object | None:
@@ -344,6 +406,35 @@ async def _absent_is_none(answer: Awaitable[Object]) -> Object | None:
         return await answer
     except NotFound:
         return None
+
+
+def _selector(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _items(page: Object) -> list[Object]:
+    """An empty list of metadata is null."""
+    return page["items"] or []
+
+
+def _told(event: Object, versions: Versions) -> bool:
+    """Whether a watch has now told all that there is to tell."""
+    metadata = event["object"]["metadata"]
+    if event["type"] == "DELETED":
+        versions.found.pop(metadata["uid"], None)
+    elif event["type"] != "BOOKMARK":
+        versions.found[metadata["uid"]] = metadata["resourceVersion"]
+    versions.at = metadata["resourceVersion"]
+    return bool(event["type"] == "BOOKMARK")
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
+    """However long they are: aiohttp's own end at 128 KiB."""
+    left = b""
+    async for chunk in response.content.iter_any():
+        *whole, left = (left + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace")
 
 
 def _error(call: Call, name: str, response: aiohttp.ClientResponse, text: str) -> ApiError:

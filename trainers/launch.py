@@ -154,8 +154,7 @@ def _carried_out(ctx: "PhaseContext", identity: Identity) -> Result:
     workers = ctx.workers
     ctx.listen()
     ctx.meter.stage("loading")
-    with ctx.closing:
-        outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
+    outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
     _check_finite(outcome.metrics)
     workers.barrier()
     if workers.is_main:

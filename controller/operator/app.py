@@ -40,6 +40,8 @@ INSTALL = {
 }
 MISSING_SECONDS = 5.0
 OTHERS_SECONDS = 30.0
+GONE_SECONDS = 10
+"""After a run has been deleted it is looked for so long whether its kind goes, too."""
 """Between two questions for a kind of job that is not the default and was not there at the start."""
 
 OURS = {meta.LABEL_MANAGED_BY: meta.PRODUCT}
@@ -55,7 +57,7 @@ class Options:
     pods: Settings = field(default_factory=Settings)
     defaults: Defaults = field(default_factory=Defaults)
     port: int = 8080
-    workers: int = 8
+    workers: int = 16
     """Runs that are looked at side by side."""
     poll: timedelta = POLL
     lease: LeaseTimes = field(default_factory=LeaseTimes)
@@ -78,7 +80,7 @@ class Operator:
         self.metrics.queue(self.queue)
         self.scraper = Scraper(
             every=options.poll.total_seconds(),
-            begun=lambda namespace, run: self.queue.add(Key(namespace, run)),
+            begun=lambda namespace, run: self.queue.add_due(Key(namespace, run)),
             told=self.metrics.scraped,
             now=self.clock.now,
         )
@@ -99,6 +101,7 @@ class Operator:
         self.served = asyncio.Event()
         """It is known which kinds there are."""
         self.watching = asyncio.Event()
+        self._run_is_gone = asyncio.Event()
         self.missing: str | None = None
         """A kind that is not installed, and has to be."""
         self.port = 0
@@ -114,6 +117,7 @@ class Operator:
             works = (
                 self._watch(namespaces), self._act(), self.watchdog.guard(), until_back(self.api, absent),
                 self._until_others_are_served(namespaces[0] if namespaces else None),
+                self._until_defined_anew(namespaces[0] if namespaces else None),
             )  # fmt: skip
             tasks = [asyncio.create_task(work) for work in works]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -181,8 +185,26 @@ class Operator:
                     if await self.api.serves(resource, namespace):
                         raise KindIsServed(f"{resource.plural}.{resource.group}")
 
+    async def _until_defined_anew(self, namespace: str | None) -> None:
+        """Raises KindIsServed: for kopf a watch of a kind that was deleted is over for good."""
+        await self.served.wait()
+        while True:
+            # With their kind all runs go, of which the watch tells before it ends. Where there was none it takes longer.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._run_is_gone.wait(), OTHERS_SECONDS)
+            times = GONE_SECONDS if self._run_is_gone.is_set() else 1
+            self._run_is_gone.clear()
+            for _ in range(times):
+                with contextlib.suppress(ApiError, aiohttp.ClientError, TimeoutError, OSError):
+                    if not await self.api.serves(RUNS, namespace):
+                        await self._until_served(namespace)
+                        raise KindIsServed(f"{RUNS.plural}.{RUNS.group}")
+                await asyncio.sleep(1)
+
     def _notify(self, resource: Resource, kind: str | None, document: Mapping[str, Any]) -> None:
         self.metrics.watched(resource.plural)
+        if resource == RUNS and kind == "DELETED":
+            self._run_is_gone.set()
         key = self.memory.event(resource, kind, document)
         if key is not None:
             self.queue.add(key)

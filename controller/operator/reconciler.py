@@ -6,6 +6,7 @@ read, and where nothing is written, the run is read again.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -69,7 +70,7 @@ class Reconciler:
     def __init__(
         self, api: Api, memory: Memory, backend: RemembersToo, metrics: OperatorMetrics, instance: str,
         poll: timedelta = POLL, now: Callable[[], datetime] = seconds_now, defaults: Defaults = NONE,
-        configs: ConfigsOf = no_configs,
+        configs: ConfigsOf = no_configs, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.api = api
         self.memory = memory
@@ -80,7 +81,10 @@ class Reconciler:
         self.now = now
         self.defaults = defaults
         self.configs = configs
+        self._clock = clock
         self._moving: set[Key] = set()
+        self._progress_told: dict[Key, float] = {}
+        """When a run's progress was last written."""
         self._specs = Specs()
 
     async def look(self, key: Key) -> timedelta | None:
@@ -90,6 +94,7 @@ class Reconciler:
             # What belongs to the run goes with it, by owner references.
             self.metrics.run_gone(key)
             self._moving.discard(key)
+            self._progress_told.pop(key, None)
             return None
         try:
             run = self._specs.read(document)
@@ -121,6 +126,7 @@ class Reconciler:
     def _poll(self, key: Key, moving: bool) -> timedelta | None:
         if not moving:
             self._moving.discard(key)
+            self._progress_told.pop(key, None)
             return None
         self._moving.add(key)
         return max(self.poll, timedelta(seconds=len(self._moving) / POLLS_PER_SECOND))
@@ -132,19 +138,44 @@ class Reconciler:
         before = run.status or RunStatus()
         observed = await self.backend.observe(run, anew=False)
         decision = think(observed)
+        if self._only_progress(key, before, decision, think, observed):
+            return decision
         cleared = decision.status.jobs_deleted and not before.jobs_deleted
         if cleared or _to_do(decision, observed) or _ends(before) != _ends(decision.status):
             observed = await self.backend.observe(run, anew=True)
             decision = think(observed)
         actions = _to_do(decision, observed)
+        news: list[events.Event] = []
         if decision.status != before:
             # Of a run that cannot be read it is not known what it leaves to the operator.
             after = self.defaults.remembered(decision.status, run) if run.phases else decision.status
-            await self._write(key, run, document, before, after)
+            news = await self._write(key, run, document, before, after)
         elif actions:
             await self._unchanged(key, document)
-        await act(self.backend, run, actions, observed)
+        try:
+            await act(self.backend, run, actions, observed)
+        finally:
+            # The next job does not wait for what is told of the one before.
+            for event in news:
+                await self._tell(events.render(event, run, self.instance, self.now()))
         return decision
+
+    def _only_progress(
+        self, key: Key, before: RunStatus, decision: Decision, think: Callable[[Observed], Decision], observed: Observed
+    ) -> bool:
+        """Whether there is nothing to say but how far it is, and that was said a moment ago.
+
+        A pod's end is told before its job's: a write in between would have the next job wait.
+        """
+        if decision.status == before or decision.actions or not observed.progress:
+            return False
+        now, last = self._clock(), self._progress_told.get(key)
+        if last is not None and now - last < self.poll.total_seconds() / 2:
+            known = {phase.name: phase.progress for phase in before.phases if phase.progress}
+            if think(replace(observed, progress=known)).status == before:
+                return True
+        self._progress_told[key] = now
+        return False
 
     async def _unchanged(self, key: Key, document: Object) -> None:
         """As a write would find out. Raises Conflict."""
@@ -153,8 +184,10 @@ class Reconciler:
         if found is None or found["metadata"]["resourceVersion"] != document["metadata"]["resourceVersion"]:
             raise Conflict(Call("get", RUNS), key.name, 409, "the run has changed since the watch told of it")
 
-    async def _write(self, key: Key, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus) -> None:
-        """The write fails if the run has changed since it was read: then all of it is done anew."""
+    async def _write(
+        self, key: Key, run: AlignmentRun, document: Object, before: RunStatus, after: RunStatus
+    ) -> list[events.Event]:
+        """Returns what is to be told of it. Fails if the run has changed since it was read: then all of it is done anew."""
         try:
             written = await self.api.write_run_status(document, after.beside(document.get("status") or {}))
         except Conflict:
@@ -163,10 +196,11 @@ class Reconciler:
             raise
         self.memory.saw(RUNS, [written])
         self.metrics.transition(key, run, before, after)
-        for event in events.transitions(before, after):
+        news = list(events.transitions(before, after))
+        for event in news:
             log = logger.warning if event.type == "Warning" else logger.info
             log("%s", event.note, extra={"namespace": run.metadata.namespace, "run": run.name, "reason": event.reason})
-            await self._tell(events.render(event, run, self.instance, self.now()))
+        return news
 
     async def _delete(self, key: Key, document: Object) -> None:
         """Unless somebody has edited it, or asked to try again, since it was read."""

@@ -1,9 +1,10 @@
 """Whether the watches still live. A watch can die without an error, and then nothing is reconciled while all looks well.
 
-Every so often the objects' versions are listed and compared with what the watches have delivered. An object that has
-changed before the last comparison and of which the watch has said nothing since means that the watch is dead. One that is
-remembered and was not there in two comparisons is forgotten: kopf lists anew when it has lost its place, and does not tell
-of what is gone since.
+Every so often the objects' versions are compared with what the watches have delivered. They are listed once; from then on a
+short watch of another connection tells what has changed since the last comparison, and how far it has told: ten thousand
+runs at rest cost nothing. If it cannot say that, they are listed anew. An object that has changed before the last comparison
+and of which the watch has said nothing since means that the watch is dead. One that is remembered and was not there in two
+comparisons is forgotten: kopf lists anew when it has lost its place, and does not tell of what is gone since.
 """
 
 import asyncio
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from controller.kube import Api, ApiError, Resource
+from controller.kube import Api, ApiError, Resource, Versions
 from controller.memory import Key, Record, Shelf
 from controller.operator.namespaces import FORBIDDEN
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 60.0
+AT_ONCE = 32
+"""Kinds and namespaces that are asked about side by side."""
 STEP_SECONDS = 0.2
 STEPS = 50
 """Between two lists, for the watches to tell what is in the first."""
@@ -34,6 +37,8 @@ class Watch:
     """uid to what had been seen of it when a newer version was listed."""
     absent: dict[str, str] = field(default_factory=dict)
     """uid to the version of what is remembered and was not listed."""
+    there: dict[str | None, Versions] = field(default_factory=dict)
+    """What there was at the last comparison, by namespace."""
 
     @property
     def resource(self) -> Resource:
@@ -68,6 +73,7 @@ class Watchdog:
         self.every = every
         self.look_again = look_again
         self._told = told
+        self._places = asyncio.Semaphore(AT_ONCE)
         self.dead: tuple[str, ...] = ()
         """Watches that deliver nothing any more."""
         self._tell()
@@ -82,7 +88,9 @@ class Watchdog:
         while True:
             await asyncio.sleep(self.every)
             try:
-                self.dead = tuple([w.resource.plural for w in self.watches.values() if not await self._lives(w)])
+                watches = list(self.watches.values())
+                alive = await asyncio.gather(*map(self._lives, watches))
+                self.dead = tuple(w.resource.plural for w, lives in zip(watches, alive, strict=True) if not lives)
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 # The API server is away: the watches cannot be blamed for that.
                 logger.warning("the watches could not be checked: %s", str(error) or type(error).__name__)
@@ -120,12 +128,13 @@ class Watchdog:
 
     async def _list(self, watch: Watch) -> tuple[dict[str, str], bool]:
         """What there is, and whether all namespaces could be read."""
-        found = [await self._listed(watch, namespace) for namespace in self.namespaces]
-        return {uid: version for one in found if one for uid, version in one.items()}, None not in found
+        found = await asyncio.gather(*(self._listed(watch, namespace) for namespace in self.namespaces))
+        return {uid: version for one in found if one for uid, version in one.found.items()}, None not in found
 
-    async def _listed(self, watch: Watch, namespace: str | None) -> dict[str, str] | None:
+    async def _listed(self, watch: Watch, namespace: str | None) -> Versions | None:
         try:
-            return await self.api.list_versions(watch.resource, namespace, watch.labels)
+            async with self._places:
+                return await self._seen(watch, namespace)
         except ApiError as error:
             if namespace is None or error.status != FORBIDDEN:
                 raise
@@ -134,6 +143,14 @@ class Watchdog:
                 "the watch of %s in namespace %s is not checked: %s", watch.resource.plural, namespace, error
             )
             return None
+
+    async def _seen(self, watch: Watch, namespace: str | None) -> Versions:
+        # Taken out first: what has been brought up to now in part only would not be true of any moment.
+        there = watch.there.pop(namespace, None)
+        if there is None or not await self.api.catch_up(watch.resource, namespace, watch.labels, there):
+            there = await self.api.list_versions(watch.resource, namespace, watch.labels)
+        watch.there[namespace] = there
+        return there
 
     def _tell(self) -> None:
         self._told([resource.plural for resource in self.watches], self.dead)

@@ -9,7 +9,7 @@ import pytest
 from builders import START, after, document, job, make_run, results, seen, sft
 
 from controller.api.run import JOB_SECONDS, AlignmentRun
-from controller.api.status import QueueState, QueueStatus, RunStatus
+from controller.api.status import PhaseProgress, QueueState, QueueStatus, RunStatus
 from controller.api.workspace import Workspace
 from controller.backends.cluster.backend import begun_with
 from controller.kube import RUNS, ApiError, Call, Conflict, NotFound
@@ -491,3 +491,28 @@ class TestCleaningUp:
         desk = Desk(ttlSecondsAfterFinished=7)
         desk.look(seen(results=results(RUN, "base")))
         assert desk.look(seen(), at=2) == timedelta(seconds=5)
+
+
+def test_progress_is_not_written_at_each_look():
+    """A pod's end is told before its job's, and the next job would wait for the write."""
+    desk, ticks = Desk(), [0.0]
+    desk.reconciler._clock = lambda: ticks[0]
+    desk.look()
+    running = job(RUN, "base", running_since=START)
+
+    def going(step: int, *jobs: ObservedJob) -> Observed:
+        return seen(*(jobs or (running,)), progress={"base": PhaseProgress(step=step, total_steps=9, updated_at=START)})
+
+    def said() -> int:
+        phase = desk.status.phase_status("base")
+        return phase.progress.step if phase and phase.progress else 0
+
+    desk.look(going(1))
+    desk.look(going(2))
+    assert said() == 1, "that it runs is news, and how far it is with it; what follows at once is not"
+    ticks[0] = POLL.total_seconds()
+    desk.look(going(3))
+    assert said() == 3
+    failed = replace(running, state=JobState.FAILED, failure=FailureClass.INTERRUPTED, message="gone")
+    desk.look(going(5, failed))
+    assert desk.status.phase_status("base").attempts[0].state == "Failed", "and whatever else there is to say is said"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_time import run
 
-from controller.kube import PODS, RUNS, ApiError, Call, Resource
+from controller.kube import PODS, RUNS, ApiError, Call, Resource, Versions
 from controller.memory import Key, Shelf
 from controller.operator.meter import OperatorMetrics
 from controller.operator.watchdog import Watch, Watchdog
@@ -110,7 +110,19 @@ class Lister:
     forbidden: str = ""
     """A namespace that is deleted, and the Role in it with it."""
 
-    async def list_versions(self, resource: Resource, namespace: str | None, labels: dict[str, str]) -> Listing:
+    lists: int = 0
+    tells: bool = False
+    """Whether it can say what has changed since."""
+
+    async def list_versions(self, resource: Resource, namespace: str | None, labels: dict[str, str]) -> Versions:
+        self.lists += 1
+        return Versions(await self._now(resource, namespace), "")
+
+    async def catch_up(self, resource: Resource, namespace: str | None, _: dict[str, str], versions: Versions) -> bool:
+        versions.found = await self._now(resource, namespace)
+        return self.tells
+
+    async def _now(self, resource: Resource, namespace: str | None) -> Listing:
         self.asked.append(namespace)
         if self.away:
             raise aiohttp.ClientConnectionError
@@ -261,3 +273,25 @@ def test_kinds_that_are_not_there_are_asked_for_no_more():
     watchdog.leave_out({PODS})
     assert list(watchdog.watches) == [RUNS]
     assert told[-1] == (["alignmentruns"], [])
+
+
+def test_what_there_is_is_listed_once():
+    """Then it is told what has changed; after a moment in which that could not be said, it is listed again."""
+
+    async def go():
+        api, watch = Lister(tells=True), Watch(Shelf(RUNS))
+        dog = Watchdog(api, [watch], [None], every=60)
+        guard = asyncio.create_task(dog.guard())
+        await asyncio.sleep(630)
+        assert api.lists == 1
+        api.tells = False
+        await asyncio.sleep(60)
+        api.tells = True
+        api.versions["alignmentruns"]["late"] = "7"
+        await asyncio.sleep(60)
+        assert (api.lists, dog.dead) == (2, ())
+        await asyncio.sleep(60)
+        assert dog.dead == ("alignmentruns",)
+        guard.cancel()
+
+    run(go())

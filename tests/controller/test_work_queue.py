@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from virtual_time import now, run
 
 from controller.memory import Key
-from controller.operator.queue import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, WorkQueue
+from controller.operator.queue import DUE_AT_ONCE, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, WorkQueue
 
 A, B, C = (Key("ns", name) for name in "abc")
 
 
-async def taken(queue: WorkQueue) -> list[Key]:
+async def taken(queue: WorkQueue, most: int = 100) -> list[Key]:
     """What can be had at once."""
-    keys = []
-    while len(queue):
+    keys: list[Key] = []
+    while len(queue) and len(keys) < most:
         keys.append((await queue.get())[0])
     return keys
 
@@ -214,3 +214,71 @@ async def settle(workers: list[asyncio.Task[Any]]) -> None:
         task.cancel()
     outcomes = await asyncio.gather(*workers, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), outcomes
+
+
+DUE = [Key("ns", f"due-{number}") for number in range(20)]
+
+
+def test_what_has_happened_does_not_stand_behind_what_is_due():
+    """Of these one has its place always, so that they go on under whatever comes."""
+
+    async def go():
+        queue = WorkQueue(now)
+        for key in DUE:
+            queue.add_due(key)
+        for key in (A, B, C):
+            queue.add(key)
+        assert await taken(queue, 4) == [DUE[0], A, B, C]
+        queue.done(DUE[0])
+        queue.add(Key("ns", "d"))
+        assert await taken(queue, 2) == [DUE[1], Key("ns", "d")]
+
+    run(go())
+
+
+def test_looks_that_are_due_leave_room_for_others():
+    async def go():
+        queue = WorkQueue(now)
+        for key in DUE:
+            queue.add_due(key)
+        assert await taken(queue, DUE_AT_ONCE) == DUE[:DUE_AT_ONCE]
+        waiting = asyncio.create_task(queue.get())
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        queue.done(DUE[0])
+        assert (await waiting)[0] == DUE[DUE_AT_ONCE]
+
+    run(go())
+
+
+def test_one_that_is_due_and_of_which_something_is_told_is_looked_at_once():
+    async def go():
+        queue = WorkQueue(now)
+        for key in (B, C, A):
+            queue.add_due(key)
+        queue.add(A)
+        queue.add_due(A)
+        assert len(queue) == 3
+        assert await taken(queue, 3) == [B, A, C]
+        queue.add_due(A)
+        queue.add(A)
+        queue.add_due(A)
+        queue.add_due(B)
+        queue.done(B)
+        queue.done(A)
+        assert await taken(queue, 2) == [A, B], "what was told while it was worked on is news afterwards"
+
+    run(go())
+
+
+def test_what_has_failed_is_tried_again_as_news():
+    async def go():
+        queue = WorkQueue(now)
+        queue.add_after(A, 30)
+        queue.retry(A)
+        await asyncio.sleep(1)
+        for key in DUE:
+            queue.add_due(key)
+        assert await taken(queue, 2) == [DUE[0], A]
+
+    run(go())

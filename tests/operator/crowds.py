@@ -4,7 +4,7 @@ import http.client
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 from cluster.client import Cluster
-from driver import ROOT, OperatorProcess
+from driver import ROOT, OperatorProcess, now
+from ends import share, watched_ends
 from kube_http import call, connect
-from scale import PREFIX, apply, counters, scripted
+from scale import PREFIX, bare_kopf, counters, scripted
 
 Object = dict[str, Any]
 RUNS = "/apis/alignment.dev/v1alpha1/namespaces/{}/alignmentruns"
+PODS = "/api/v1/namespaces/{}/pods"
 WRITERS = 4
 
 
@@ -42,12 +44,13 @@ class Spent:
 def spent(operator: OperatorProcess, seconds: float) -> Spent:
     """While nobody does anything but wait."""
     process = _process(operator)
-    cpu, before = sum(process.cpu_times()[:2]), counters(operator)
+    before, cpu = counters(operator), sum(process.cpu_times()[:2])
     time.sleep(seconds)
+    used = sum(process.cpu_times()[:2]) - cpu
     after = counters(operator)
     return Spent(
         seconds,
-        sum(process.cpu_times()[:2]) - cpu,
+        used,
         after["writes"] - before["writes"],
         after["reads"] - before["reads"],
         process.memory_info().rss / 2**20,
@@ -59,19 +62,24 @@ def add_ended(cluster: Cluster, namespace: str, ended: Object, count: int) -> No
     spec = {**ended, "metadata": {"namespace": namespace}}
     status = {**ended["status"], "jobsDeleted": True}  # after their time, as most of so many
 
-    def add(first: int) -> None:
+    def add(connection: http.client.HTTPSConnection, number: int) -> None:
+        name = f"ended-{number}"
+        call(connection, "POST", RUNS.format(namespace), {**spec, "metadata": {"name": name}})
+        call(connection, "PATCH", f"{RUNS.format(namespace)}/{name}/status", {"status": status})
+
+    _side_by_side(cluster, add, count)
+
+
+def _side_by_side(cluster: Cluster, write: Callable[[http.client.HTTPSConnection, int], None], count: int) -> None:
+    """Each number once. kubectl would take a minute for a hundred."""
+
+    def some(first: int) -> None:
         connection = connect(cluster)
         for number in range(first, count, WRITERS):
-            _add(connection, namespace, {**spec, "metadata": {"name": f"ended-{number}"}}, status)
+            write(connection, number)
 
     with ThreadPoolExecutor(WRITERS) as threads:
-        list(threads.map(add, range(WRITERS)))
-
-
-def _add(connection: http.client.HTTPSConnection, namespace: str, run: Object, status: Object) -> None:
-    call(connection, "POST", RUNS.format(namespace), run)
-    path = f"{RUNS.format(namespace)}/{run['metadata']['name']}/status"
-    call(connection, "PATCH", path, {"status": status})
+        list(threads.map(some, range(WRITERS)))
 
 
 def seen(operator: OperatorProcess, namespace: str, state: str) -> float:
@@ -88,21 +96,86 @@ def started(cluster: Cluster, operator: OperatorProcess, namespace: str, count: 
 
 
 def train(cluster: Cluster, operator: OperatorProcess, namespace: str, count: int) -> None:
-    """So many runs whose first phase goes on for ever, until all are seen to run."""
+    """So many runs whose phases go on for ever, until all are seen to run."""
     runs = [scripted(f"train-{i}") for i in range(count)]
     for run in runs:
-        run["spec"]["phases"][0]["template"]["env"].append({"name": "TEST_POD_OUTCOME", "value": "forever"})
-    apply(cluster, runs, namespace)
+        for phase in run["spec"]["phases"]:
+            phase["template"]["env"].append({"name": "TEST_POD_OUTCOME", "value": "forever"})
+    _side_by_side(cluster, lambda line, number: call(line, "POST", RUNS.format(namespace), runs[number]), count)
     wanted = f"{count} runs train"
     cluster.wait(lambda: seen(operator, namespace, "Running") >= count, 60 + count, wanted, every=1.0)
+
+
+@dataclass(frozen=True)
+class Successions:
+    """Of runs that train, some of which end a phase."""
+
+    per_second: float
+    gaps: list[float]
+    """Seconds from a job's end to the next one's creation."""
+    look_ms: float
+    wait_ms: float
+    spent: Spent
+    bare: str
+    """What a kopf beside that does nothing had of it."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.per_second:g} ends a second: the next job {1000 * share(self.gaps, 0.5):.0f} ms after the end, "
+            f"of a hundred 99 within {1000 * share(self.gaps, 0.99):.0f} ms, the last {1000 * max(self.gaps):.0f} ms; "
+            f"a look takes {self.look_ms:.1f} ms after {self.wait_ms:.0f} ms in the queue; {self.spent}{self.bare}"
+        )
+
+
+def successions(
+    cluster: Cluster, operator: OperatorProcess, namespace: str, per_second: float, seconds: float, notes: Path | None
+) -> Successions:
+    """End the first phases of some runs that train, one after another."""
+    with watched_ends(cluster, namespace) as ends, bare_kopf(operator.kubeconfig, notes) as told:
+        time.sleep(5 if notes else 1)  # they list what is there
+        pods = _first_pods(cluster, namespace)[: int(per_second * seconds)]
+        before, cpu, begun = counters(operator), sum(_process(operator).cpu_times()[:2]), time.monotonic()
+        connection = connect(cluster)
+        for number, pod in enumerate(pods):
+            time.sleep(max(0.0, begun + number / per_second - time.monotonic()))
+            call(connection, "PATCH", f"{PODS.format(namespace)}/{pod['metadata']['name']}/status", _succeeded(pod))
+        cluster.wait(lambda: len(ends.gaps()) >= len(pods), 120, f"{len(pods)} jobs follow")
+        used, took = sum(_process(operator).cpu_times()[:2]) - cpu, time.monotonic() - begun
+        after = counters(operator)
+        did = {name: value - before[name] for name, value in after.items()}
+        rss = _process(operator).memory_info().rss / 2**20
+        return Successions(
+            per_second,
+            ends.gaps(),
+            1000 * did["look_seconds"] / did["looks"],
+            1000 * did["wait_seconds"] / did["looks"],
+            Spent(took, used, did["writes"], did["reads"], rss),
+            told(ends),
+        )
+
+
+def _first_pods(cluster: Cluster, namespace: str) -> list[Object]:
+    found = cluster.items("pods", "-n", namespace, "-l", "alignment.dev/phase=sft")
+    return [pod for pod in found if pod["status"].get("phase") == "Running"]
+
+
+def _succeeded(pod: Object) -> Object:
+    """As the kubelet says it of a pod whose phase has left its result."""
+    container = pod["spec"]["containers"][0]
+    said = next(variable["value"] for variable in container["env"] if variable["name"] == "TEST_POD_MESSAGE")
+    end = {"exitCode": 0, "reason": "Completed", "message": said, "finishedAt": now(), "startedAt": now()}
+    state = {"name": container["name"], "image": container["image"], "imageID": "", "ready": False, "restartCount": 0}
+    return {"status": {"phase": "Succeeded", "containerStatuses": [{**state, "state": {"terminated": end}}]}}
 
 
 @contextmanager
 def trainers() -> Iterator[None]:
     """They answer for the pods of fake nodes, in a process of their own."""
     with subprocess.Popen([sys.executable, str(Path(__file__).with_name("trainer_page.py"))], cwd=ROOT) as process:
-        yield
-        process.kill()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _process(operator: OperatorProcess) -> psutil.Process:

@@ -1,6 +1,7 @@
 """Plays the kubelet where no node runs pods: writes what it would write. Everything else in these tests is real."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from cluster.client import Cluster, KubectlError
 from cluster.jobs import KINDS, Kind
+from kube_http import Reader
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +54,8 @@ def manifest(name: str, *phases: Object, **spec: Any) -> Object:
 
 both = pytest.mark.parametrize("driver", KINDS, indirect=True)
 """For a test that is of every kind of job."""
+both_in_soak = pytest.mark.parametrize("driver", KINDS if os.environ.get("SOAK") else ["PyTorchJob"], indirect=True)
+"""The same, where another test shows what the kinds have different."""
 
 
 @dataclass
@@ -61,6 +66,9 @@ class Driver:
     namespace: str
     backend: str = "PyTorchJob"
     """Of its runs."""
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.cluster)
 
     @property
     def kind(self) -> Kind:
@@ -91,7 +99,10 @@ class Driver:
     # -- what is there
 
     def run(self, name: str) -> Object:
-        return self.cluster.get("arun", name, "-n", self.namespace)
+        found = self.reader.get(f"/apis/alignment.dev/v1alpha1/namespaces/{self.namespace}/alignmentruns/{name}")
+        if found is None:
+            raise KubectlError(f"there is no run {name} in {self.namespace}")
+        return found
 
     def status(self, name: str) -> Object:
         return self.run(name).get("status", {})
@@ -103,15 +114,20 @@ class Driver:
         return next((c for c in self.status(run).get("conditions", []) if c["type"] == kind), {})
 
     def jobs(self) -> list[Object]:
-        return self.cluster.items(self.kind.plural, "-n", self.namespace)
+        return self.reader.items(self.kind.path(self.namespace))
 
     def job_names(self) -> list[str]:
         return sorted(job["metadata"]["name"] for job in self.jobs())
 
     def events(self, reason: str = "") -> list[Object]:
-        found = self.cluster.items("events", "-n", self.namespace)
-        ours = [e for e in found if e["involvedObject"]["kind"] == "AlignmentRun"]
-        return [e for e in ours if not reason or e["reason"] == reason]
+        """Of runs. With a reason once there is one: an event is written after the status that it is about."""
+        path = f"/api/v1/namespaces/{self.namespace}/events"
+
+        def found() -> list[Object]:
+            ours = [e for e in self.reader.items(path) if e["involvedObject"]["kind"] == "AlignmentRun"]
+            return [e for e in ours if not reason or e["reason"] == reason]
+
+        return self.cluster.wait(found, 30, f"event {reason}") if reason else found()
 
     # -- waiting
 
@@ -119,10 +135,7 @@ class Driver:
         return self.cluster.wait(lambda: self._job(name), timeout, f"job {name} ({self.namespace})")
 
     def _job(self, name: str) -> Object | None:
-        try:
-            return self.cluster.get(self.kind.plural, name, "-n", self.namespace)
-        except KubectlError:
-            return None
+        return self.reader.get(f"{self.kind.path(self.namespace)}/{name}")
 
     def delete_job(self, name: str) -> None:
         self.cluster.kubectl("delete", self.kind.plural, name, "-n", self.namespace)
@@ -137,21 +150,17 @@ class Driver:
 
     def until_pod_of(self, job: str, index: int = 0) -> Object:
         """The newest in its place."""
-        chosen = ("-n", self.namespace, "-l", self.kind.pod(job, index))
+        chosen = f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={quote(self.kind.pod(job, index))}"
 
         def pod() -> Object | None:
-            found = self.cluster.items("pods", *chosen, "--sort-by=.metadata.creationTimestamp")
-            there = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
-            return there[-1] if there else None
+            there = [pod for pod in self.reader.items(chosen) if "deletionTimestamp" not in pod["metadata"]]
+            return max(there, key=lambda pod: pod["metadata"]["creationTimestamp"], default=None)
 
         return self.cluster.wait(pod, 30, f"pod {index} of {job} ({self.namespace})")
 
     def until_pod(self, name: str) -> Object:
         def pod() -> Object | None:
-            try:
-                return self.cluster.get("pod", name, "-n", self.namespace)
-            except KubectlError:
-                return None
+            return self.reader.get(f"/api/v1/namespaces/{self.namespace}/pods/{name}")
 
         return self.cluster.wait(pod, 30, f"pod {name} ({self.namespace})")
 
@@ -253,14 +262,19 @@ class OperatorProcess:
             return 0, str(error)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples; ``name`` may have labels, all of them in their order, and ``labels`` are some.
-
-        0 while nobody answers. One that does not exist is an error: a test would be true of its silence.
-        """
+        """As :func:`sample`. 0 while nobody answers."""
         code, page = self.get("metrics")
-        known = re.sub("_(count|sum|bucket)$", "", name.partition("{")[0])
-        assert code != 200 or f"# HELP {known} " in page, f"there is no metric {known}"
-        wanted = name if "{" in name else f"{name}{{"
-        lines = [line for line in page.splitlines() if line.startswith(wanted) or line.split(" ")[0] == name]
-        found = [line for line in lines if all(f'{key}="{value}"' in line for key, value in labels.items())]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+        return sample(page, name, **labels) if code == 200 else 0.0
+
+
+def sample(page: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples; ``name`` may have labels, all of them in their order, and ``labels`` are some.
+
+    One that does not exist is an error: a test would be true of its silence.
+    """
+    known = re.sub("_(count|sum|bucket)$", "", name.partition("{")[0])
+    assert f"# HELP {known} " in page, f"there is no metric {known}"
+    wanted = name if "{" in name else f"{name}{{"
+    lines = [line for line in page.splitlines() if line.startswith(wanted) or line.split(" ")[0] == name]
+    found = [line for line in lines if all(f'{key}="{value}"' in line for key, value in labels.items())]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)

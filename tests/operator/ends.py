@@ -54,7 +54,7 @@ class Ends:
         found = []
         for jobs in self.made.values():
             names = list(jobs)
-            found += [jobs[after] - self.ended[name] for name, after in pairwise(names)]
+            found += [jobs[after] - self.ended[name] for name, after in pairwise(names) if name in self.ended]
         return found
 
 

@@ -330,8 +330,7 @@ class TestStart:
         """It ended runs once, after 380 seconds."""
         driver.no_more_jobs()
         driver.apply(manifest("run", sft(), failurePolicy={**FAST, "retries": {"infrastructure": 0}}))
-        waits = driver.until_condition("run", "Progressing", reason="JobForbidden")
-        assert "exceeded quota: none" in waits["message"]
+        driver.until_condition("run", "Progressing", reason="JobForbidden", message="exceeded quota: none")
         assert len(driver.events("JobForbidden")) == 1
         driver.cluster.kubectl("delete", "resourcequota", "none", "-n", driver.namespace)
         driver.until_job("run-sft-1")

@@ -241,7 +241,7 @@ class TestFaults:
             proxy.freeze_watches()
             driver.apply(manifest("unseen", sft()))
             _, said = driver.cluster.wait(
-                lambda: (got := running.get("healthz"))[0] == 503 and got, 30, "/healthz says that the watch is dead"
+                lambda: (got := running.get("healthz"))[0] == 503 and got, 90, "/healthz says that the watch is dead"
             )
             assert re.search(r"watches are dead: .*alignmentruns", said)
             running.stop("kill")

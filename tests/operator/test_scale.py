@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
-from crowds import add_ended, spent, started, train, trainers
+from crowds import add_ended, spent, started, successions, train, trainers
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
 from sweep import claim
@@ -14,6 +14,8 @@ RUNS = int(os.environ.get("RUNS", "30"))
 PHASES = int(os.environ.get("PHASES", "2"))
 ENDED = int(os.environ.get("ENDED", "40"))
 TRAINING = int(os.environ.get("TRAINING", "10"))
+RATES = tuple(float(rate) for rate in os.environ.get("RATES", "2").split())
+"""Ends a second."""
 SECONDS = 60 if "ENDED" in os.environ else 20
 
 
@@ -65,13 +67,18 @@ def test_runs_that_have_ended_cost_nothing(kwok_cluster: Cluster, fake: Operator
 
 
 @pytest.mark.slow
-def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
+def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path):
     with trainers():
         train(kwok_cluster, fake, namespace, TRAINING)
+        driver = Driver(kwok_cluster, namespace)
+        for i in range(min(TRAINING, 10)):
+            kwok_cluster.wait(lambda i=i: "/100000" in driver.status(f"train-{i}").get("step", ""), 300, "it tells")
         going = spent(fake, SECONDS)
         print(f"{TRAINING} runs that train: {going}")
-        driver = Driver(kwok_cluster, namespace)
-        assert all(driver.status(f"train-{i}")["step"].endswith("/100000") for i in range(min(TRAINING, 10)))
+        notes = tmp_path / "bare" if "TRAINING" in os.environ else None
+        for rate in RATES:
+            followed = successions(kwok_cluster, fake, namespace, rate, min(SECONDS, TRAINING / 4 / rate), notes)
+            print(f"{TRAINING} runs that train, {followed}")
     # Their progress, every 15 seconds; some have only begun.
     assert 0 < going.status_writes <= TRAINING * (SECONDS // 15 + 2)
     assert going.reads <= TRAINING + 2 * (ENDED // 500 + 4)

@@ -5,7 +5,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from driver import FAST, Driver, manifest, now, sft
+from driver import FAST, Driver, both_in_soak, manifest, now, sft
 
 from controller.api.run import AlignmentRun
 from controller.backends.cluster.backend import ClusterBackend
@@ -157,6 +157,7 @@ def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
     asyncio.run(delete(theirs))
 
 
+@both_in_soak
 def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Driver):
     """Else one that something in the cluster removes at once would be made at each look, for ever."""
     driver.apply(manifest("run", sft(), suspend=True))
@@ -172,7 +173,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
             [action] = decide(run, await backend.observe(run), datetime.now(UTC)).actions
             assert isinstance(action, Apply)
             await backend.apply(run, action.job)
-            driver.cluster.kubectl("delete", "pytorchjob", "run-sft-1", "-n", driver.namespace)
+            driver.delete_job("run-sft-1")
             return (await backend.observe(run)).jobs
         finally:
             await api.close()
@@ -181,6 +182,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
     assert (job.state, job.failure, job.message) == ("Failed", "Interrupted", DELETED)
 
 
+@both_in_soak
 def test_a_job_that_an_earlier_run_left_is_waited_for_while_it_may_write(driver: Driver):
     driver.apply(manifest("run", sft()))
     theirs = uid_of(driver)
@@ -191,7 +193,7 @@ def test_a_job_that_an_earlier_run_left_is_waited_for_while_it_may_write(driver:
     driver.apply(manifest("run", sft()))
     told = driver.until_condition("run", "Progressing", reason="WaitingForEarlierRun")
     assert told["message"] == (
-        "sft: waits for PyTorchJob run-sft-1 of nobody to end: it may still write to this phase's folder"
+        f"sft: waits for {driver.backend} run-sft-1 of nobody to end: it may still write to this phase's folder"
     )
     assert (driver.phase("run", "sft")["state"], driver.job_names()) == ("Ready", ["run-sft-1"])
     assert driver.events("WaitingForEarlierRun")
@@ -202,12 +204,13 @@ def test_a_job_that_an_earlier_run_left_is_waited_for_while_it_may_write(driver:
     driver.until_condition("run", "Succeeded")
 
 
+@both_in_soak
 def test_a_run_of_the_same_name_waits_for_the_job_of_the_one_before(driver: Driver):
     """Which is on its way out, slowly; its end is told by the cluster, and nobody else is asked."""
     driver.apply(manifest("run", sft()))
     theirs = uid_of(driver)
     before = driver.run("run")["metadata"]["uid"]
-    hold = ("patch", "pytorchjob", "run-sft-1", "-n", driver.namespace, "--type=merge", "-p")
+    hold = ("patch", driver.kind.plural, "run-sft-1", "-n", driver.namespace, "--type=merge", "-p")
     driver.cluster.kubectl(*hold, json.dumps({"metadata": {"finalizers": ["example.com/slow"]}}))
     driver.cluster.kubectl("delete", "arun", "run", "-n", driver.namespace, "--cascade=background")
     driver.apply(manifest("run", sft()))
@@ -219,6 +222,7 @@ def test_a_run_of_the_same_name_waits_for_the_job_of_the_one_before(driver: Driv
     driver.until_condition("run", "Succeeded")
 
 
+@both_in_soak
 def test_a_job_whose_labels_are_taken_away_stays_the_runs(driver: Driver):
     driver.apply(manifest("run", sft()))
     ours = uid_of(driver)
@@ -226,12 +230,13 @@ def test_a_job_whose_labels_are_taken_away_stays_the_runs(driver: Driver):
     driver.until_phase("run", "sft", "Running")
     none = dict.fromkeys(driver.until_job("run-sft-1")["metadata"]["labels"])
     patch = ("-n", driver.namespace, "--type=merge", "-p", json.dumps({"metadata": {"labels": none}}))
-    driver.cluster.kubectl("patch", "pytorchjob", "run-sft-1", *patch)
+    driver.cluster.kubectl("patch", driver.kind.plural, "run-sft-1", *patch)
     driver.succeed("run-sft-1")
     driver.until_condition("run", "Succeeded", timeout=40)
     assert (driver.job_names(), uid_of(driver)) == (["run-sft-1"], ours)
 
 
+@both_in_soak
 def test_runs_whose_names_look_alike_have_jobs_of_their_own(driver: Driver):
     """`1a` had been called `r1a`, since a service may not begin with a digit."""
     for name in ("1a", "r1a"):

@@ -1,5 +1,6 @@
 """What the pods of fake nodes say of their training, which goes on by a step a second: all of 127.1.0.0/16, one port."""
 
+import socket
 import time
 
 from aiohttp import web
@@ -21,4 +22,13 @@ async def answer(_: web.Request) -> web.Response:
 if __name__ == "__main__":
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)
-    web.run_app(app, host="0.0.0.0", port=DEFAULT_METRICS_PORT, print=lambda *_: None, access_log=None)
+    # Another test's trainer may have the port for a while.
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        while True:
+            try:
+                listening.bind(("0.0.0.0", DEFAULT_METRICS_PORT))
+                break
+            except OSError:
+                time.sleep(0.5)
+        web.run_app(app, sock=listening, print=lambda *_: None, access_log=None)
