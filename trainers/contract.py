@@ -24,8 +24,12 @@ TERMINATION_LIMIT = 4096
 """Bytes of a termination message that Kubernetes keeps."""
 
 TERMINATION_VARIABLE = "ALIGNMENT_TERMINATION_LOG"
+JOB_VARIABLE = "ALIGNMENT_JOB"
+"""By which every process of a local phase, however deep, is known: its phase's directory."""
 METRICS_PORT_VARIABLE = "ALIGNMENT_METRICS_PORT"
 DEFAULT_METRICS_PORT = 9400
+KEEPER_VARIABLE = "ALIGNMENT_SERVER_KEEPER"
+"""Socket of the container that starts servers for the phase (:mod:`trainers.keeper`); without one it starts them itself."""
 RUN_UID_VARIABLE = "ALIGNMENT_RUN_UID"
 ATTEMPT_VARIABLE = "ALIGNMENT_ATTEMPT"
 """Of two attempts of one run, the one with the higher number may write (:mod:`trainers.lease`). Older images know neither."""

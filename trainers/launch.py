@@ -154,7 +154,8 @@ def _carried_out(ctx: "PhaseContext", identity: Identity) -> Result:
     workers = ctx.workers
     ctx.listen()
     ctx.meter.stage("loading")
-    outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
+    with ctx.closing:
+        outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
     _check_finite(outcome.metrics)
     workers.barrier()
     if workers.is_main:

@@ -57,6 +57,10 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "response_length_tokens", "gauge", "Mean length of the last step's sampled responses (ppo, rollout, distill)."),
     MetricDef(PREFIX + "ended_ratio", "gauge", "Share of sampled responses that ended by themselves (ppo, rollout)."),
     MetricDef(PREFIX + "effective_sample_ratio", "gauge", "Effective sample size of the last step's reward weights, as a share of the samples (distill)."),
+    MetricDef(PREFIX + "staleness_steps", "gauge", "Updates between the weights that sampled the last step's responses and those that learned from them (ppo, distill)."),
+    MetricDef(PREFIX + "mismatch_nats", "gauge", "KL divergence per token of the trained policy from what sampled the last step's responses (ppo, distill)."),
+    MetricDef(PREFIX + "importance_weight", "gauge", "Mean importance weight of the last step's sampled tokens; 1 where nothing is corrected or cut off (ppo, distill)."),
+    MetricDef(PREFIX + "importance_truncated_ratio", "gauge", "Share of the last step's sampled tokens whose importance weight was cut off (ppo, distill)."),
     MetricDef(PREFIX + "eval_loss", "gauge", "Loss on held-out data, when it was last looked at (sft, reward, dpo)."),
     MetricDef(PREFIX + "eval_accuracy_ratio", "gauge", "Share of held-out pairs that are ranked right, when it was last looked at (reward, dpo)."),
     # -- throughput
@@ -87,6 +91,10 @@ GAUGES_FROM_LOG = {
     "response_length": "response_length_tokens",
     "ended_share": "ended_ratio",
     "ess_share": "effective_sample_ratio",
+    "staleness": "staleness_steps",
+    "mismatch": "mismatch_nats",
+    "importance_weight": "importance_weight",
+    "importance_truncated": "importance_truncated_ratio",
     "eval_loss": "eval_loss",
     "eval_accuracy": "eval_accuracy_ratio",
 }

@@ -1,7 +1,13 @@
-"""A server that speaks vLLM's wire and computes with transformers: real HTTP, a real model, and faults on demand."""
+"""A server that speaks vLLM's wire and computes with transformers: real HTTP, a real model, and faults on demand.
 
+As a program it takes what a phase says to a vLLM that it starts: `served.py FOLDER --uds SOCKET …`.
+"""
+
+import argparse
 import json
 import os
+import socket
+import socketserver
 import threading
 import time
 from collections.abc import Iterator
@@ -174,3 +180,37 @@ def _handler(vllm: VllmLike) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+class _SocketServer(ThreadingHTTPServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "here", 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--uds", required=True)
+    parser.add_argument("--dtype", choices=["float32"])
+    parser.add_argument("--max-logprobs", type=int, default=20)
+    parser.add_argument("--break-after", type=int, default=10**9, help="completions, after which it ends as by a fault")
+    args = parser.parse_args()
+    vllm = VllmLike(args.folder, name=str(args.folder), max_logprobs=args.max_logprobs)
+
+    class Handler(_handler(vllm)):  # type: ignore[misc]
+        disable_nagle_algorithm = False  # there is none on such a socket
+
+        def do_POST(self) -> None:
+            if len(vllm.asked) >= args.break_after:
+                print("ValueError: no memory for this\nsomething else", flush=True)
+                os._exit(3)
+            super().do_POST()
+
+    _SocketServer(args.uds, Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,12 @@ def spec_of(kind, **spec):
     return phase_type(kind).spec.model_validate(spec)
 
 
-def rollout(policy=None, sampling=None):
+SCRATCH = {"hiddenSize": 32, "numLayers": 1, "tokenizer": {"trainOn": [{"files": "p.jsonl"}]}}
+
+
+def rollout(policy=None, sampling=None, **changes):
     policy = {"phase": "dpo", "url": URL} if policy is None else policy
-    return spec_of("rollout", policy=policy, data=PROMPTS, sampling=VLLM if sampling is None else sampling)
+    return spec_of("rollout", policy=policy, data=PROMPTS, sampling=VLLM if sampling is None else sampling, **changes)
 
 
 def evaluation(models, sampling=None, **changes):
@@ -76,15 +79,19 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: rollout({"phase": "dpo"}), "policy has no server: set policy.url"),
         (lambda: rollout(sampling={}), "policy.url is of no use to sampling.engine own"),
         (lambda: rollout({"phase": "dpo", "servedAs": "x"}, {}), "servedAs x is of a server"),
         (lambda: rollout({"phase": "dpo", "keyVariable": "K"}, {}), "keyVariable K is of a server"),
         (lambda: rollout({"phase": "dpo", "checkWeights": False}, {}), "checkWeights is of a server"),
         (lambda: rollout(sampling={"engine": "sglang"}), "'own' or 'vllm'"),
         (lambda: rollout(sampling={**VLLM, "temperature": 0.005}), "vLLM takes 0"),
-        (lambda: evaluation([], VLLM), "list the models"),
-        (lambda: evaluation([{"phase": "a", "url": URL}, {"phase": "b"}], VLLM), "models[1] has no server"),
+        (lambda: rollout({"scratch": SCRATCH}), "policy.scratch has no files that a server could read"),
+        (lambda: rollout({"phase": "dpo"}, {}, server={}), "server is of no use to sampling.engine own"),
+        (lambda: rollout(server={}), "policy.url names one that is there already: leave server or url out"),
+        (lambda: rollout({"phase": "dpo"}, server={"args": ["--port=80"]}), "--port=80 is set by the phase"),
+        (lambda: rollout({"phase": "dpo"}, server={"command": []}), "at least 1 item"),
+        (lambda: evaluation([{"phase": "a"}], server={}), "server is of no use to sampling.engine own"),
+        (lambda: evaluation([{"phase": "a", "url": URL}], VLLM, server={}), "models[0].url names one"),
         (lambda: evaluation([{"phase": "a", "url": URL}]), "models[0].url is of no use"),
         (lambda: spec_of("package", models=[{"phase": "a", "url": URL}]), "no server is asked"),
         (
@@ -133,6 +140,20 @@ def test_an_address_is_no_identity_and_what_it_serves_is():
     assert digest() != digest(servedAs="dpo-2")
     own = rollout({"phase": "dpo"}, {})
     assert digest() != phase_digest("rollout", own, "", {"dpo": "0"})
+
+
+def test_how_a_server_is_started_is_no_identity_and_what_it_computes_with_is():
+    def digest(**server):
+        spec = rollout({"phase": "dpo"}, server={"args": ["--dtype", "float16"], **server})
+        return phase_digest("rollout", spec, "", {"dpo": "0"})
+
+    assert digest() == digest(command=["/opt/vllm/bin/vllm", "serve"], startTimeoutSeconds=60)
+    assert digest() != digest(args=["--quantization", "fp8"])
+
+
+def test_an_evaluation_may_have_both_kinds_of_servers():
+    found = evaluation([{"phase": "a", "url": URL}, {"phase": "b"}], VLLM, server={})
+    assert found.models[1].url is None and found.server is not None
 
 
 def test_a_served_teacher_is_its_name_and_its_number_of_tokens():

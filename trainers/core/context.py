@@ -1,6 +1,7 @@
 """What a phase's ``main(spec, context)`` is given, and what it gives back."""
 
 import signal
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,8 @@ class PhaseContext:
     lease: Lease | None = None
     """What lets this process write. With a workspace on an object store rank 0 has it alone."""
     stop_signal: int | None = None
+    closing: ExitStack = field(default_factory=ExitStack)
+    """What ends with the phase's work, however that ends."""
 
     @property
     def seed(self) -> int:

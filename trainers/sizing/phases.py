@@ -171,9 +171,10 @@ def _ppo(spec: PpoSpec, tally: _Tally) -> None:
 
 
 def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
-    if spec.policy.check_weights:  # a served one is here while the server is checked by it
+    # Another's server is checked by weights that are here meanwhile; one that the phase starts has memory of its own.
+    if spec.sampling.engine == "own" or (spec.policy.url is not None and spec.policy.check_weights):
         shape = tally.freeze("policy", spec.policy)
-    if spec.policy.url is None:
+    if spec.sampling.engine == "own":
         held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
         many = spec.sampling.batch_size * tally.place.world
         tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)

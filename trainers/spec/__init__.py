@@ -48,7 +48,7 @@ from trainers.spec.phase import (
     check_engine,
     model_sources,
 )
-from trainers.spec.served import Served
+from trainers.spec.served import OwnServer, Served
 from trainers.spec.training import Duration, Lora, Optim
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "NamedModel",
     "NamedTeacher",
     "Optim",
+    "OwnServer",
     "Parallel",
     "PhaseSpec",
     "PromptData",

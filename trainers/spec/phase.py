@@ -10,6 +10,7 @@ from trainers.spec.base import SpecModel, find_models, is_address
 from trainers.spec.data import DataSource
 from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RespondingModel, RewardModelRef
 from trainers.spec.parallel import Parallel
+from trainers.spec.served import OwnServer
 from trainers.spec.training import Duration, Optim
 
 
@@ -60,7 +61,7 @@ class Sampling(SpecModel):
     SHRINKS = frozenset({"batch_size"})
 
     engine: Literal["own", "vllm"] = "own"
-    """Who generates them: `own` is this program; `vllm` the server that the model's `url` names, for rollout and evaluate."""
+    """Who generates them: `own` is this program; `vllm` a server, the one that the model's `url` names or one that the phase starts, for rollout and evaluate."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
@@ -90,14 +91,22 @@ class Sampling(SpecModel):
             )
 
 
-def check_engine(samplings: Iterable[Sampling], models: Iterable[tuple[str, RespondingModel]]) -> None:
-    """Raise ValueError unless models have servers where responses are to come from one, and only there."""
-    served = any(sampling.engine == "vllm" for sampling in samplings)
-    for path, model in models:
-        if served and model.url is None:
-            raise ValueError(f"sampling.engine vllm: {path} has no server: set {path}.url, or leave engine out")
+def check_engine(
+    samplings: Iterable[Sampling], models: Iterable[tuple[str, RespondingModel]], server: OwnServer | None
+) -> None:
+    """Raise ValueError unless models have servers, the users' or the phase's own, where responses are to come from one, and only there."""
+    served, found = any(sampling.engine == "vllm" for sampling in samplings), list(models)
+    for path, model in found:
+        if served and model.scratch is not None:
+            raise ValueError(
+                f"sampling.engine vllm: {path}.scratch has no files that a server could read: leave engine out"
+            )
         if not served and model.url is not None:
             raise ValueError(f"{path}.url is of no use to sampling.engine own: set engine: vllm, or leave url out")
+    if server is not None and not served:
+        raise ValueError("server is of no use to sampling.engine own: set engine: vllm, or leave server out")
+    if server is not None and found and all(model.url is not None for _, model in found):
+        raise ValueError(f"server: {found[0][0]}.url names one that is there already: leave server or url out")
 
 
 class Gate(SpecModel):

@@ -1,14 +1,31 @@
 """Models that a vLLM server has: where it is, and what it calls them."""
 
 import re
-from typing import Self
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from trainers.spec.base import SpecModel
 
 HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
+
+Word = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+SET_BY_THE_PHASE = frozenset(
+    {
+        "--model",
+        "--host",
+        "--port",
+        "--uds",
+        "--served-model-name",
+        "--api-key",
+        "--ssl-keyfile",
+        "--root-path",
+        "--config",
+    }
+)
+"""Flags of vLLM by which its server would be another's, or not be found."""
 
 
 class Served(SpecModel):
@@ -32,6 +49,26 @@ class Served(SpecModel):
         for name, value in (("servedAs", self.served_as), ("keyVariable", self.key_variable)):
             if value is not None:
                 raise ValueError(f"{name} {value} is of a server: set url, or leave {name} out")
+        return self
+
+
+class OwnServer(SpecModel):
+    """A vLLM server that the phase starts, and ends with itself. On a cluster it is a second container (`template.server`)."""
+
+    NOT_IDENTITY = frozenset({"command", "start_timeout_seconds"})
+
+    command: tuple[Word, ...] = Field(default=("vllm", "serve"), min_length=1, max_length=16)
+    """What starts it, in front of the model and flags; a program in an environment of its own by its path: `[/opt/vllm/bin/vllm, serve]`."""
+    args: tuple[Word, ...] = Field(default=(), max_length=64)
+    """Flags of its own, for example `[--max-model-len, "4096"]`. They may change its arithmetic, so they are part of a result's identity."""
+    start_timeout_seconds: int = Field(default=1800, ge=1)
+    """How long it may take until it answers."""
+
+    @model_validator(mode="after")
+    def _ours(self) -> Self:
+        for word in self.args:
+            if word.split("=")[0] in SET_BY_THE_PHASE:
+                raise ValueError(f"args: {word} is set by the phase: leave it out")
         return self
 
 

@@ -1,6 +1,5 @@
 """The backend that runs phases as processes on this machine. Everything it must know again later is on disk."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,13 @@ from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress
 from controller.backends.local import process
 from controller.backends.local.machine import Machine
-from controller.backends.local.process import MARKER, JobRecord
+from controller.backends.local.process import Handle, JobRecord
 from controller.backends.local.results import Results
+from controller.backends.local.warm import Starter
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import resolve
-from trainers.contract import METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, Identity
+from trainers.contract import JOB_VARIABLE, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE, Identity
 from trainers.files import write_atomic
 from trainers.lease import FolderLease, Held, this_process
 from trainers.origins import difference
@@ -46,7 +46,7 @@ class Live:
 
     phase: str
     root: Path
-    handle: subprocess.Popen[bytes]
+    handle: Handle
     record: JobRecord
     oom_kills: int
     """Of this machine, when it was started."""
@@ -68,6 +68,7 @@ class LocalBackend:
         self.environ = environ
         self.command = command
         self.grace = grace
+        self.starter = Starter(machine.cores, machine.gpus)
         self.results = Results(self.workspace, self.base_dir)
         self._live: dict[str, Live] = {}
         self._ended: list[ObservedJob] = []
@@ -149,6 +150,7 @@ class LocalBackend:
         for live in list(self._live.values()):
             process.kill([*_tree(live), *process.processes_under(live.root)])
             live.handle.wait()
+        self.starter.close()
         self._reap()
 
     # -- details
@@ -165,7 +167,8 @@ class LocalBackend:
         environ = self._environment(job, root, threads, gpus)
         command = self.command(job, PhaseDir(root).phase_file)
         starved_before = process.oom_kills()
-        handle = process.start(command, environ, process.log_file(root, job.attempt))
+        own = {item.name: item.value for item in job.template.env}
+        handle = self.starter.start(command, environ, process.log_file(root, job.attempt), own)
         record = process.record_of(handle, job.attempt, job.digest, threads, gpus)
         process.write_record(root, record)
         self._live[job.phase] = Live(job.phase, root, handle, record, starved_before)
@@ -177,7 +180,7 @@ class LocalBackend:
             # Threads that wait must not burn the cores that a neighbour computes on.
             "OMP_WAIT_POLICY": "passive",
             **{item.name: item.value for item in job.template.env},
-            MARKER: str(root),
+            JOB_VARIABLE: str(root),
             TERMINATION_VARIABLE: str(process.termination_file(root, job.attempt)),
             METRICS_PORT_VARIABLE: "0",
             # Folders named like packages in the working directory must not be imported.

@@ -9,21 +9,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 from pydantic import ValidationError
 
 from controller.api.status import StatusModel
-from trainers.contract import FAILURES, FailureClass, Termination
+from trainers.contract import FAILURES, JOB_VARIABLE, FailureClass, Termination
 from trainers.failures import of_signal
 from trainers.files import write_atomic
 
 VMSTAT = Path("/proc/vmstat")
 
 LEASH = Path(__file__).with_name("leash.py")
-
-MARKER = "ALIGNMENT_JOB"
-"""Environment variable by which every process of a phase, however deep, is known: its phase's directory."""
 
 
 class JobRecord(StatusModel):
@@ -67,13 +65,28 @@ def write_record(root: Path, record: JobRecord) -> None:
     write_atomic(job_file(root), json.dumps(record.document(), indent=1))
 
 
+def leash() -> list[str]:
+    """How a command begins that is asked to stop when this process dies."""
+    return [sys.executable, "-I", "-S", str(LEASH), str(os.getpid())]
+
+
+class Handle(Protocol):
+    """Of a started process, as subprocess has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 def start(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start in a session of its own, so that a Ctrl-C at the terminal reaches us and not the phase."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    leash = [sys.executable, "-I", "-S", str(LEASH), str(os.getpid())]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*leash, *command],
+            [*leash(), *command],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -82,9 +95,7 @@ def start(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subp
         )
 
 
-def record_of(
-    process: subprocess.Popen[bytes], attempt: int, digest: str, threads: int, gpus: tuple[str, ...]
-) -> JobRecord:
+def record_of(process: Handle, attempt: int, digest: str, threads: int, gpus: tuple[str, ...]) -> JobRecord:
     try:
         created = psutil.Process(process.pid).create_time()
     except psutil.NoSuchProcess:
@@ -120,7 +131,7 @@ def processes_under(directory: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            mark = process.environ().get(MARKER, "")
+            mark = process.environ().get(JOB_VARIABLE, "")
             if (mark == wanted or mark.startswith(wanted + os.sep)) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):

@@ -203,6 +203,7 @@ def _training() -> list[Object]:
 
 def _policies() -> list[Object]:
     sampled = "No phase that samples responses was scraped"
+    corrected = "No phase that corrects its samples was scraped"
     return [
         lines(
             "Reward", "Mean reward of the last step's responses (ppo, rollout, distill).", _said("reward"),
@@ -231,6 +232,21 @@ def _policies() -> list[Object]:
             "effective sample size of the reward weights as a share of the samples (distill).",
             _said("clip_ratio", "{{phase}}, clipped"), _said("effective_sample_ratio", "{{phase}}, effective samples"),
             unit="percentunit", min=0, noValue="No phase of type ppo or distill was scraped",
+        ),
+        lines(
+            "Mismatch of sampler and policy", "KL divergence per token between what sampled the responses and the policy "
+            "that learns from them (ppo, distill), where they are not the same weights and program.",
+            _said("mismatch_nats"), unit="suffix:nats", min=0, noValue=corrected,
+        ),
+        lines(
+            "Importance weights", "Mean weight of sampled tokens, and the share of them whose weight was cut off (ppo, distill). "
+            "Far from 1 the samples say little about the policy: a smaller staleness, or a smaller learning rate.",
+            _said("importance_weight", "{{phase}}, weight"),
+            _said("importance_truncated_ratio", "{{phase}}, cut off"), min=0, noValue=corrected,
+        ),
+        lines(
+            "Staleness", "Updates between the weights that sampled the responses and those that learn from them (ppo, distill).",
+            _said("staleness_steps"), unit="suffix:updates", min=0, noValue=corrected,
         ),
     ]  # fmt: skip
 

@@ -1,7 +1,9 @@
 """A model that only a server holds: its tokenizer, template and end tokens are read here, its weights are not."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,10 @@ from trainers.core.generate import Response
 from trainers.core.models import LoadedModel, positions
 from trainers.core.served.check import check_vocabulary, check_weights
 from trainers.core.served.server import Server, side_by_side
+from trainers.core.served.started import started
 from trainers.core.served.wire import Answer, Wire, connected
 from trainers.core.weights import read_config, read_tokenizer
-from trainers.spec import RespondingModel, Sampling
+from trainers.spec import OwnServer, RespondingModel, Sampling
 
 LARGEST_SEED = 2**53
 """Whole numbers below this survive a proxy that reads them as doubles."""
@@ -56,8 +59,35 @@ def seed_of(key: tuple[int, ...]) -> int:
 
 
 def served_model(ctx: PhaseContext, field: str, ref: RespondingModel, weights: LoadedModel | None) -> ServedModel:
-    """The server's model. Raises BadInput if it is not the reference's: told by ``weights``, or without by the vocabulary."""
+    """The model of the user's server. Raises BadInput if it is another one than ``weights``, or has another vocabulary."""
     ctx.meter.stage(f"asking {ref.url}")
+    model = _model(ctx, ref, Server(field, ref, lambda: ctx.stop_signal is not None))
+    if weights is not None:
+        check_weights(model.wire, weights, ctx.workers)
+    ctx.meter.stage("")
+    return model
+
+
+@contextmanager
+def own_served_model(
+    ctx: PhaseContext, field: str, ref: RespondingModel, settings: OwnServer | None, logprobs: int = 0
+) -> Iterator[ServedModel]:
+    """The model of a server that is started for it, from the model's own files, and ends with the block.
+
+    ``logprobs``: how many of a token's alternatives it is to tell.
+    """
+    ctx.meter.stage("starting vLLM")
+    flags = ["--dtype", "bfloat16" if ctx.workers.bf16 else "float32"]
+    flags += ["--max-logprobs", str(logprobs)] if logprobs else []
+    flags += ["--trust-remote-code"] if ref.trust_remote_code else []
+    with started(ctx, field, settings or OwnServer(), os.path.abspath(ctx.model_location(ref)), flags) as server:
+        model = _model(ctx, ref, server)
+        ctx.meter.stage("")
+        yield model
+
+
+def _model(ctx: PhaseContext, ref: RespondingModel, server: Server) -> ServedModel:
+    """The server's model under the reference's tokenizer. Raises BadInput for another vocabulary."""
     folder = ctx.model_location(ref)
     config = read_config(folder, ref.trust_remote_code)
     tokenizer = read_tokenizer(folder, ref.trust_remote_code)
@@ -66,11 +96,8 @@ def served_model(ctx: PhaseContext, field: str, ref: RespondingModel, weights: L
         tokenizer.pad_token = tokenizer.eos_token
     rows = int(config.get_text_config().vocab_size)
     named = max(tokenizer.get_vocab().values()) + 1
-    wire = connected(Server(field, ref, lambda: ctx.stop_signal is not None), ref.served_as)
+    wire = connected(server, ref.served_as)
     check_vocabulary(wire, max(rows, named))
-    if weights is not None:
-        check_weights(wire, weights, ctx.workers)
-    ctx.meter.stage("")
     known = min(rows, named)
     return ServedModel(
         wire,

@@ -38,11 +38,11 @@ BUSY = (408, 425, 429)
 REFUSED = (401, 403)
 
 
-class _Unanswered(Exception):
+class Unanswered(Exception):
     """No answer, or one that says to ask again."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A key must not go to another host, nor a question become one without its tokens."""
 
     def redirect_request(self, *args: Any) -> None:
@@ -65,8 +65,10 @@ class Server:
         self.field, self.timeout, self._stopping = field, timeout, stopping
         self.patience = PATIENCE_SECONDS if patience is None else patience
         self.url = at.url.rstrip("/").removesuffix("/v1")
+        """What it is called where something is said of it."""
+        self._base = self.url
         self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        self._open = urllib.request.build_opener(NoRedirect).open
         self._gone = threading.Event()
         """Set once a call has been given up: the others need not find out for themselves."""
 
@@ -81,7 +83,7 @@ class Server:
         while True:
             try:
                 return self._once(path, body)
-            except _Unanswered as problem:
+            except Unanswered as problem:
                 now = time.monotonic()
                 until = until or now + self.patience
                 if now + wait > until or self._gone.is_set():
@@ -93,7 +95,7 @@ class Server:
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _once(self, path: str, body: bytes | None) -> Any:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})  # noqa: S310 - http, as the spec has seen to
+        request = urllib.request.Request(self._base + path, body, {"Content-Type": "application/json"})  # noqa: S310 - http, as the spec has seen to
         if self._key is not None:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         try:
@@ -109,7 +111,7 @@ class Server:
     def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
         said = _said(error)
         if error.code >= 500 or error.code in BUSY:
-            return _Unanswered(f"{error.code} {said}")
+            return Unanswered(f"{error.code} {said}")
         if error.code in REFUSED:
             return BadInput(f"{self.field}: {self.url} refuses the key ({error.code}): {self._key_hint()}")
         if error.code < 400:
@@ -121,7 +123,7 @@ class Server:
         if isinstance(reason, ssl.SSLCertVerificationError):
             why = f"its certificate is not trusted ({reason.verify_message}): set SSL_CERT_FILE to its authority's"
             return BadInput(f"{self.field}: {self.url}: {why}")
-        return _Unanswered(str(reason) or type(reason).__name__)
+        return Unanswered(str(reason) or type(reason).__name__)
 
     def _key_hint(self) -> str:
         if self._key_variable is None:

@@ -5,7 +5,7 @@ Every row's result depends on the seed and the row alone, so the number of proce
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from trainers.core.rewards import response_rewards
 from trainers.core.rollouts import Prompt, respond
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
-from trainers.core.served.model import ServedModel, served_model
+from trainers.core.served.model import ServedModel, own_served_model, served_model
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import same_ids
 from trainers.phases.evaluate.divergence import divergence_sums
@@ -46,6 +46,7 @@ class Bench:
         self.baseline = baseline
         self._loaded: LoadedModel | None = None
         self._served: ServedModel | None = None
+        self._until_released = laboratory.ctx.closing.enter_context(ExitStack())
 
     @property
     def has_reward_model(self) -> bool:
@@ -66,9 +67,15 @@ class Bench:
         if sampling.engine == "own":
             return self.loaded
         if self._served is None:
-            weights = self.loaded if self.ref.check_weights else None
-            self._served = served_model(self.laboratory.ctx, f"models ({self.label})", self.ref, weights)
+            self._served = self._serve()
         return self._served
+
+    def _serve(self) -> ServedModel:
+        ctx, field = self.laboratory.ctx, f"models ({self.label})"
+        if self.ref.url is None:
+            own = own_served_model(ctx, field, self.ref, self.laboratory.spec.server)
+            return self._until_released.enter_context(own)
+        return served_model(ctx, field, self.ref, self.loaded if self.ref.check_weights else None)
 
     @property
     def digest(self) -> str:
@@ -77,6 +84,7 @@ class Bench:
     def release(self) -> None:
         """Make room for the next model."""
         self._loaded = self._served = None
+        self._until_released.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -159,8 +167,15 @@ class Bench:
             "limit": limit,
             # Responses do not depend on what is generated beside them.
             "sampling": sampling.document(exclude={"batch_size"}),
+            **self._server_key(sampling),
             "seed": self.laboratory.ctx.seed if sampling.temperature else None,
         }
+
+    def _server_key(self, sampling: Sampling) -> dict[str, Any]:
+        """What may change the arithmetic of a server that is started here."""
+        settings = self.laboratory.spec.server
+        own = sampling.engine == "vllm" and self.ref.url is None and settings is not None
+        return {"server": list(settings.args)} if own and settings else {}
 
     def _respond(self, rows: CheckedRows, first: int, sampling: Sampling, limit: int) -> list[dict[str, Any]]:
         ctx, block = self.laboratory.ctx, rows[first : first + BLOCK]

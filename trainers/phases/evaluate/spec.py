@@ -11,6 +11,7 @@ from trainers.phases.evaluate.settings import BenchmarkRows, BenchmarkSpec, Samp
 from trainers.spec import (
     ModelRef,
     NamedModel,
+    OwnServer,
     PhaseSpec,
     RewardModelRef,
     Sampling,
@@ -93,6 +94,8 @@ class EvaluateSpec(PhaseSpec):
     """Rows of the benchmarks that set none of their own."""
     sampling: Sampling = Sampling()
     """Generation settings of the benchmarks that set none of their own."""
+    server: OwnServer | None = None
+    """How the phase starts a vLLM for each model without a `url`, with `engine: vllm`."""
     benchmarks: tuple[BenchmarkEntry, ...] = Field(default=(), max_length=32)
     """What is measured."""
     latency: LatencySpec = LatencySpec()
@@ -128,9 +131,7 @@ class EvaluateSpec(PhaseSpec):
     def _engines(self) -> Self:
         sampled = [entry.settings for entry in self.benchmarks if isinstance(entry.settings, SampledSpec)]
         found = [settings.sampling or self.sampling for settings in sampled] or [self.sampling]
-        if any(sampling.engine == "vllm" for sampling in found) and not self.models:
-            raise ValueError("sampling.engine vllm: list the models, each with the url of its server")
-        check_engine(found, ((f"models[{i}]", model) for i, model in enumerate(self.models)))
+        check_engine(found, ((f"models[{i}]", model) for i, model in enumerate(self.models)), self.server)
         return self
 
     def row_schemas(self) -> Mapping[str, str]:

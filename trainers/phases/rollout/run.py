@@ -25,7 +25,7 @@ from trainers.core.parallel import Workers
 from trainers.core.reward_models import load_reward_model
 from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts, respond
 from trainers.core.scoring import Scorer, check_scoring
-from trainers.core.served.model import ServedModel, served_model
+from trainers.core.served.model import ServedModel, own_served_model, served_model
 from trainers.core.served.server import side_by_side
 from trainers.core.shares import in_order
 from trainers.core.step import Layout, scored
@@ -102,9 +102,12 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
 
 
 def _policy(spec: RolloutSpec, ctx: PhaseContext) -> LoadedModel | ServedModel:
-    """Who responds. Weights that a server has are here only while it is checked by them."""
-    if spec.policy.url is None:
+    """Who responds. Weights that a server has are here only while another's is checked by them."""
+    if spec.sampling.engine == "own":
         return load_causal_lm(ctx, spec.policy, frozen=True)
+    if spec.policy.url is None:
+        kept = spec.teacher_top_k or 0
+        return ctx.closing.enter_context(own_served_model(ctx, "policy", spec.policy, spec.server, kept))
     weights = load_causal_lm(ctx, spec.policy, frozen=True) if spec.policy.check_weights else None
     return served_model(ctx, "policy", spec.policy, weights)
 

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import PhaseSpec, PromptData, RespondingModel, RewardModelRef, Sampling, check_engine
+from trainers.spec import OwnServer, PhaseSpec, PromptData, RespondingModel, RewardModelRef, Sampling, check_engine
 
 
 class RolloutSpec(PhaseSpec):
@@ -22,6 +22,8 @@ class RolloutSpec(PhaseSpec):
     """Prompts to respond to."""
     sampling: Sampling = Sampling()
     """Generation settings."""
+    server: OwnServer | None = None
+    """How the phase starts a vLLM, with `sampling.engine: vllm` and no `policy.url`."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt."""
     teacher_top_k: int | None = Field(default=None, ge=1, le=4096)
@@ -34,7 +36,7 @@ class RolloutSpec(PhaseSpec):
                 raise ValueError(
                     f"data.prompts[{i}]: every prompt is answered samplesPerPrompt times: no weight, no epochs"
                 )
-        check_engine([self.sampling], [("policy", self.policy)])
+        check_engine([self.sampling], [("policy", self.policy)], self.server)
         return self
 
     def row_schemas(self) -> Mapping[str, str]:

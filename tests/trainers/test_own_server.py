@@ -1,0 +1,74 @@
+"""A server that the phase starts itself: from the model's files, over a socket of its own, and gone with the phase."""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROGRAM = Path(__file__).with_name("served.py")
+PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 12}}], "maxPromptLength": 32}
+
+
+def spec_for(folder, program=None, args=(), **server):
+    base = {"policy": {"source": str(folder)}, "data": PROMPTS, "sampling": {"maxNewTokens": 8, "temperature": 0}}
+    if program is None:
+        return base
+    command = [sys.executable, *program]
+    base["sampling"]["engine"] = "vllm"
+    return {**base, "server": {"command": command, "args": list(args), **server}}
+
+
+def traces(output: Path):
+    return [json.loads(line) for line in (output / "traces.jsonl").read_text().splitlines()]
+
+
+def nothing_is_left(folder) -> bool:
+    return not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])]
+
+
+def test_its_responses_are_the_own_engines(run_phase, louder, tmp_path):
+    folder = louder(4)
+    for name, spec in (("own", spec_for(folder)), ("vllm", spec_for(folder, [str(PROGRAM)]))):
+        assert run_phase("rollout", spec, None, tmp_path / name / "rollout")[0] == 0
+    assert traces(tmp_path / "own" / "rollout") == traces(tmp_path / "vllm" / "rollout")
+    assert nothing_is_left(folder)
+
+
+def test_one_that_breaks_is_told_of_at_once(run_phase, louder, tmp_path, capsys):
+    folder, output = louder(4), tmp_path / "run" / "rollout"
+    broken = spec_for(folder, [str(PROGRAM)], ["--break-after", "8"])
+    broken["sampling"]["batchSize"] = 4
+    assert run_phase("rollout", broken, None, output)[0] == 75
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "policy: the phase's own vLLM is gone, it ended with status 3: ValueError: no memory for this" in said
+    assert nothing_is_left(folder)
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "reason"),
+    [
+        ("import sys; print('error: no flag --x', file=sys.stderr); sys.exit(2)", 2, "status 2: error: no flag --x"),
+        ("print('RuntimeError: a GPU is lost'); print('bye'); exit(1)", 75, "status 1: RuntimeError: a GPU is lost"),
+        ("import os; os.kill(os.getpid(), 9)", 75, "it was killed by signal 9: it has said nothing"),
+    ],
+)
+def test_one_that_does_not_come_to_answer(run_phase, louder, tmp_path, capsys, program, status, reason):
+    spec = spec_for(louder(4), ["-c", program])
+    assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == status
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "policy: the phase's own vLLM is gone before it answered" in said and reason in said
+
+
+def test_one_that_takes_too_long(run_phase, louder, tmp_path, capsys):
+    slow = spec_for(louder(4), ["-c", "import time; time.sleep(600)", "slow"], startTimeoutSeconds=1)
+    assert run_phase("rollout", slow, None, tmp_path / "run" / "rollout")[0] == 75
+    assert "has not answered within 1 s (server.startTimeoutSeconds)" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there(run_phase, louder, tmp_path, capsys):
+    spec = spec_for(louder(4), [])
+    spec["server"]["command"] = ["/opt/no-vllm", "serve"]
+    assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == 2
+    assert "it could not be started (/opt/no-vllm: No such file or directory)" in capsys.readouterr().err

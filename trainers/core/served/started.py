@@ -1,0 +1,126 @@
+"""A vLLM server that the phase starts from a model's own folder: it answers to the phase's processes and nobody else."""
+
+import http.client
+import re
+import socket
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from collections.abc import Sequence as List
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainers.contract import BadInput, Infrastructure, Interrupted
+from trainers.core.context import PhaseContext
+from trainers.core.served.line import Ended, Line
+from trainers.core.served.server import NoRedirect, Server, Unanswered
+from trainers.spec import OwnServer, Served
+
+CAUSE = re.compile(r"\b\w*(Error|Exception): .*")
+"""A line of the log that says why, which in vLLM's is seldom the last one."""
+
+
+class StartedServer(Server):
+    """Over a socket in a folder that only this user can open: no port, no key."""
+
+    def __init__(self, ctx: PhaseContext, field: str, place: Path, line: Line | None) -> None:
+        """``line``: of the process that has started it."""
+        super().__init__(field, Served(url="http://localhost"), lambda: ctx.stop_signal is not None)
+        self.url, self._line, self.answered = "the phase's own vLLM", line, False
+        handlers = (urllib.request.ProxyHandler({}), NoRedirect, _OverSocket(place))
+        self._open = urllib.request.build_opener(*handlers).open
+
+    def answers(self) -> bool:
+        """Whether it has come to answer. Raises if it has ended instead."""
+        try:
+            self._once("/v1/models", None)
+        except Unanswered:
+            return False
+        self.answered = True
+        return True
+
+    def _once(self, path: str, body: bytes | None) -> Any:
+        try:
+            return super()._once(path, body)
+        except Unanswered:
+            if self._line is not None and (heard := self._line.heard()) is not None:
+                raise self._end(self._line, heard) from None
+            raise
+
+    def _end(self, line: Line, ended: Ended) -> Exception:
+        when = "" if self.answered else " before it answered"
+        text = f"{self.field}: {self.url} is gone{when}, {ended.how}: {last_words(line.log)}"
+        return BadInput(f"{text}; server says how it is started") if ended.of_order else Infrastructure(text)
+
+
+@contextmanager
+def started(
+    ctx: PhaseContext, field: str, settings: OwnServer, folder: str, flags: List[str]
+) -> Iterator[StartedServer]:
+    """A server of the folder's model on each machine, started by its first process, once it answers; it ends with the block."""
+    with ExitStack() as until:
+        line, place = None, None
+        if ctx.workers.local_rank == 0:
+            place = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-"))) / "s"
+            line = _order(ctx, settings, [folder, "--uds", str(place), *flags])
+            until.callback(line.close)
+            _wait(ctx, StartedServer(ctx, field, place, line), line, settings)
+        places = ctx.workers.gather_objects([place])
+        found = next(p for p in reversed(places[: ctx.workers.rank + 1]) if isinstance(p, Path))
+        server = StartedServer(ctx, field, found, line)
+        server.answered = True
+        yield server
+
+
+def _order(ctx: PhaseContext, settings: OwnServer, flags: List[str]) -> Line:
+    name = "vllm.log" if ctx.workers.is_main else f"vllm-{ctx.workers.rank}.log"
+    return Line([*settings.command, *flags, *settings.args], ctx.dir.root / name, settings.start_timeout_seconds)
+
+
+def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnServer) -> None:
+    until = time.monotonic() + settings.start_timeout_seconds
+    while not server.answers():
+        if ctx.stop_signal is not None:
+            raise Interrupted("stopped while a server started; the phase can go on")
+        if time.monotonic() > until:
+            said = last_words(line.log)
+            raise Infrastructure(
+                f"{server.field}: {server.url} has not answered within {settings.start_timeout_seconds} s "
+                f"(server.startTimeoutSeconds): {said}"
+            )
+        time.sleep(0.2)
+
+
+def last_words(log: Path) -> str:
+    """Of a log: the first line that names an error, or the last ones; one line of it."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "it has said nothing"
+    named = next((found[0] for line in lines if (found := CAUSE.search(line))), None)
+    return (named or " / ".join(lines[-3:]) or "it has said nothing")[:500]
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    def __init__(self, place: Path, host: str, **settings: Any) -> None:
+        super().__init__(host, **settings)
+        self._place = place
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._place))
+
+
+class _OverSocket(urllib.request.HTTPHandler):
+    """HTTP over a socket that is a file."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self._place = place
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_SocketConnection, self._place), req)
