@@ -57,7 +57,7 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "response_length_tokens", "gauge", "Mean length of the last step's sampled responses (ppo, rollout, distill)."),
     MetricDef(PREFIX + "ended_ratio", "gauge", "Share of sampled responses that ended by themselves (ppo, rollout)."),
     MetricDef(PREFIX + "effective_sample_ratio", "gauge", "Effective sample size of the last step's reward weights, as a share of the samples (distill)."),
-    MetricDef(PREFIX + "staleness_steps", "gauge", "Updates between the weights that sampled the last step's responses and those that learned from them (ppo, distill)."),
+    MetricDef(PREFIX + "staleness_steps", "gauge", "Steps between the weights that sampled the last step's responses and those that learned from them (ppo, distill)."),
     MetricDef(PREFIX + "mismatch_nats", "gauge", "KL divergence per token of the trained policy from what sampled the last step's responses (ppo, distill)."),
     MetricDef(PREFIX + "importance_weight", "gauge", "Mean importance weight of the last step's sampled tokens; 1 where nothing is corrected or cut off (ppo, distill)."),
     MetricDef(PREFIX + "importance_truncated_ratio", "gauge", "Share of the last step's sampled tokens whose importance weight was cut off (ppo, distill)."),

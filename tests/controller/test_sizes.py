@@ -12,7 +12,7 @@ from controller.plan.sizes import PhaseSize, run_sizes, sentence
 from trainers.sizing.devices import GIB, product_memory
 from trainers.sizing.memory import Place, forward_alone
 from trainers.sizing.shapes import shape_of
-from trainers.spec import Parallel
+from trainers.spec import Lora, Parallel
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,22 @@ def test_casts_of_a_policy_that_speaks_under_autocast():
     plain = run_sizes(run, CONFIGS)["ppo"].needs.memory
     assert plain.cache > 0
     assert spoken > 2 * (BIG - 2 * 128256 * 4096)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 8}])
+def test_samples_ahead_are_made_beside_a_step_by_copies_of_what_is_trained(lora):
+    def memory(staleness):
+        phase = ppo("ppo", "sft", "r")
+        phase["ppo"] |= {"staleness": staleness} | ({} if lora is None else {"lora": lora})
+        run = make_run(tuned("org/big"), reward("r", "sft"), phase, template=EIGHT_H100)
+        return run_sizes(run, CONFIGS)["ppo"].needs.memory
+
+    between, one, three = memory(0), memory(1), memory(3)
+    copied = (three.frozen - one.frozen) // 2
+    trained = BIG if lora is None else shape_of(LLAMA_8B).adapters(Lora.model_validate(lora))
+    assert copied == 4 * trained
+    assert one.frozen - between.frozen - copied == between.cache, "the responses' cache is there at every moment"
+    assert one.total > between.total
 
 
 def test_a_reference_whose_scores_are_stored_is_gone_before_there_are_moments():

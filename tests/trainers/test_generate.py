@@ -302,6 +302,22 @@ def test_log_probabilities_are_those_of_a_fresh_forward_pass(make, sampling):
         assert off.max() < FP32_NATS, off
 
 
+def test_log_probabilities_at_the_temperature_of_the_sampling_change_no_token():
+    model, stop = slots().eval(), frozenset(range(0, 300, 12))
+    for sampling in HOW:
+        plain, tempered = (
+            generate(model, PROMPTS, sampling, stop, torch.Generator().manual_seed(1), PAD, tempered=asked)
+            for asked in (False, True)
+        )
+        assert [r.ids for r in tempered] == [r.ids for r in plain]
+        for prompt, response in zip(PROMPTS, tempered, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            wanted = (logits.double() / (sampling.temperature or 1)).log_softmax(-1)
+            told = torch.tensor(response.logprobs).double()
+            assert (told - wanted[torch.arange(len(response.ids)), response.ids]).abs().max() < 2 * FP32_NATS
+
+
 @pytest.mark.parametrize("make", [slots, padded])
 def test_log_probabilities_in_bf16_are_a_fresh_pass_but_for_the_rounding_of_eight_bits(make):
     model = make(torch.bfloat16).eval()

@@ -106,9 +106,9 @@ class TestExperience:
     def test_every_number(self, models, samples, packing):
         from trainers.core.parallel import Workers
         from trainers.core.scoring import Scorer
+        from trainers.core.token_scores import logprobs_of
         from trainers.phases.ppo.experience import Critic, assess
         from trainers.phases.ppo.spec import PpoSpec
-        from trainers.phases.ppo.train import logprobs_of
 
         policy, reference, critic = models
         spec = PpoSpec.model_validate(

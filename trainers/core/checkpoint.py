@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from trainers.contract import Diverged, Infrastructure
 from trainers.core.context import PhaseContext
+from trainers.core.engines.engine import Fill
 from trainers.core.saving.schedule import Clock
 from trainers.core.saving.staging import Staging
 from trainers.core.saving.storage import Folder, State, read_folder, read_state
@@ -32,13 +33,27 @@ from trainers.spec import Checkpoint
 
 NAME = re.compile(r"step-(\d+)$")
 BEST = re.compile(r"best-(\d+)$")
+ON_ITS_WAY = "on-its-way/"
+
+
+class OnItsWay(Protocol):
+    """What coming steps will use and no weights can make again, such as samples by weights that are gone."""
+
+    def saved(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """After so many finished steps: whole tensors, the same on all ranks."""
+        ...
+
+    def restore(self, step: int, fill: Fill, shapes: Mapping[str, torch.Size]) -> None: ...
 
 
 class Checkpoints:
     """Saving is staged, then written in the background; what fails there is raised by the next call, in all processes alike."""
 
-    def __init__(self, ctx: PhaseContext, spec: Checkpoint, trainees: Mapping[str, Trainee]) -> None:
+    def __init__(
+        self, ctx: PhaseContext, spec: Checkpoint, trainees: Mapping[str, Trainee], on_its_way: OnItsWay | None = None
+    ) -> None:
         self.ctx = ctx
+        self.on_its_way = on_its_way
         self.spec = spec
         self.trainees = dict(trainees)
         self.state: dict[str, Any] = {}
@@ -101,6 +116,9 @@ class Checkpoints:
     def _load(self, saved: Folder) -> None:
         for name, trainee in self.trainees.items():
             _take(trainee, saved, name)
+        if self.on_its_way is not None:
+            shapes = saved.index.shapes(ON_ITS_WAY)
+            self.on_its_way.restore(saved.state.step, partial(saved.fill, ON_ITS_WAY), shapes)
         self.state, self._saved_step = dict(saved.state.state), saved.state.step
         self.ctx.meter.seconds_before = saved.state.seconds
 
@@ -139,11 +157,12 @@ class Checkpoints:
         """Returns as soon as training may go on. Raises what the checkpoint before failed with."""
         if step == self._saved_step:
             return
+        coming = self._coming(step)
         begin = time.monotonic()
         with self.ctx.meter.part("checkpoint"):
             state = State(step=step, seconds=self.ctx.meter.seconds(), state=dict(self.state), needs=self._best_name)
             self._unusable.discard(step)
-            self._write("all", f"step-{step}", self._tensors(), state, partial(self._saved, step))
+            self._write("all", f"step-{step}", self._tensors(coming), state, partial(self._saved, step))
         self._clock.saved(time.monotonic() - begin)
         self._saved_step = step
 
@@ -161,9 +180,17 @@ class Checkpoints:
         staged = self._memory[kind].stage(state)
         self._written[kind] = self._writer.write(self._root / name, staged, about, after)
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _coming(self, step: int) -> dict[str, torch.Tensor]:
+        """What coming steps will use. The next one would have waited for it, so it is no cost of saving."""
+        if self.on_its_way is None:
+            return {}
+        with self.ctx.meter.part("rollout"):
+            return {f"{ON_ITS_WAY}{key}": tensor for key, tensor in self.on_its_way.saved(step)}
+
+    def _tensors(self, coming: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, trainee in self.trainees.items():
             yield from ((f"{name}/{key}", tensor) for key, tensor in trainee.engine.saved())
+        yield from coming.items()
 
     def _saved(self, step: int) -> None:
         """In the background: a checkpoint is whole."""

@@ -42,7 +42,7 @@ class Response:
     ended: bool
     """Whether it stopped by itself rather than at the length limit."""
     logprobs: list[float]
-    """Of each token: the model's own, at temperature 1 and of its whole vocabulary, however it was sampled."""
+    """Of each token: the model's own of its whole vocabulary, however it was sampled; at temperature 1 unless asked otherwise."""
     times: list[float] = field(default_factory=list)
     """Seconds from the start to each token."""
 
@@ -58,13 +58,15 @@ def generate(
     keep_times: bool = False,
     uniforms: torch.Tensor | None = None,
     num_known: int | None = None,
+    tempered: bool = False,
 ) -> list[Response]:
     """Respond to prompts (token ids, none empty). Answers come in the order of the prompts.
 
     What is random comes from ``uniforms``, (N, max_new_tokens) in [0, 1), or is drawn from ``generator`` on whatever
     device that lives; greedy sampling (temperature 0) needs neither. The model is in eval mode meanwhile, in which
-    gradient checkpointing does not switch the cache off. Only ids below ``num_known`` are chosen. Raises Diverged when
-    logits are not finite.
+    gradient checkpointing does not switch the cache off. Only ids below ``num_known`` are chosen. ``tempered``:
+    log-probabilities are those at the temperature of the sampling, unless that is 0, still of the whole vocabulary. Raises
+    Diverged when logits are not finite.
     """
     if uniforms is None:
         uniforms = _draw(generator, len(prompts), sampling)
@@ -72,7 +74,7 @@ def generate(
         return []
     rows = min(len(prompts), sampling.batch_size)
     with with_a_cache(model), uncompiled(), in_eval_mode(model), lean_layers(model), packed_linears(model, rows):
-        run = _Run(model, prompts, sampling, stop_ids, uniforms, pad_id, num_known)
+        run = _Run(model, prompts, sampling, stop_ids, uniforms, pad_id, num_known, tempered)
         run.to_the_end()
     return run.responses(keep_times)
 
@@ -97,8 +99,12 @@ class _Run:
         uniforms: torch.Tensor,
         pad_id: int,
         num_known: int | None,
+        tempered: bool,
     ) -> None:
         self.prompts, self.sampling, self.num_known = prompts, sampling, num_known
+        self.divisor = (sampling.temperature or 1.0) if tempered else 1.0
+        """Of logits, before they are sampled from and told of: the draw has none left to divide by then."""
+        self.drawn = sampling if self.divisor == 1 else sampling.model_copy(update={"temperature": 1.0})
         self.device = computes_on(model)
         self.uniforms = uniforms.to(self.device)
         self.stop_ids = stop_ids
@@ -152,7 +158,9 @@ class _Run:
         logits = self.batch.logits(self.token, self.position, self.width).float()
         last = self.sampling.max_new_tokens - 1
         uniforms = self.uniforms[self.owner, self.count.clamp(max=last)]
-        self.token, logprobs = sample(logits, self.sampling, uniforms, self.num_known)
+        if self.divisor != 1:
+            logits /= self.divisor
+        self.token, logprobs = sample(logits, self.drawn, uniforms, self.num_known)
         self.finite &= logprobs.isfinite().all()
         place = self.owner, torch.where(self.going, self.count, last + 1)
         self.made[place], self.logprobs[place] = self.token, logprobs

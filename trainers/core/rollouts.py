@@ -106,18 +106,26 @@ def respond(
     if isinstance(speaker, ServedModel):
         found = speaker.responses(asked, sampling, of_mine)
     else:
-        found = _own_responses(workers, speaker, asked, sampling, of_mine)
-    made = [
-        Sample(prompts[i], r.ids, speaker.chat.text(r.ids), r.ended, logprobs=r.logprobs)
-        for i, r in zip(mine, found, strict=True)
-    ]
-    samples = in_order(workers, mine, made)
-    return samples if reward_model is None else _rewarded(workers, reward_model, samples, micro_batch_tokens)
+        found = own_responses(workers, speaker, asked, sampling, of_mine)
+    samples = said(speaker.chat, prompts, in_order(workers, mine, found))
+    return samples if reward_model is None else rewarded(workers, reward_model, samples, micro_batch_tokens)
 
 
-def _own_responses(
-    workers: Workers, loaded: LoadedModel, prompts: list[list[int]], sampling: Sampling, keys: list[tuple[int, ...]]
+def said(chat: ChatFormat, prompts: List[Prompt], responses: List[Response]) -> list[Sample]:
+    """Responses to prompts, with their texts."""
+    pairs = zip(prompts, responses, strict=True)
+    return [Sample(prompt, r.ids, chat.text(r.ids), r.ended, logprobs=r.logprobs) for prompt, r in pairs]
+
+
+def own_responses(
+    workers: Workers,
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    keys: list[tuple[int, ...]],
+    tempered: bool = False,
 ) -> list[Response]:
+    """This process's, by its own engine. Asks no other process for anything unless the model is split."""
     if workers.is_main and not fits_slots(loaded.model):
         _say_padded(loaded.model.config.model_type)
     with gathered(loaded.model), workers.autocast():
@@ -129,6 +137,7 @@ def _own_responses(
             pad_id=loaded.tokenizer.pad_token_id,
             uniforms=_uniforms(keys, sampling.max_new_tokens),
             num_known=loaded.num_known,
+            tempered=tempered,
         )
 
 
@@ -145,7 +154,8 @@ def _uniforms(keys: List[tuple[int, ...]], count: int) -> torch.Tensor:
     return torch.from_numpy(np.array(rows).reshape(len(keys), count))
 
 
-def _rewarded(workers: Workers, model: RewardModel, samples: list[Sample], micro_batch_tokens: int) -> list[Sample]:
+def rewarded(workers: Workers, model: RewardModel, samples: list[Sample], micro_batch_tokens: int) -> list[Sample]:
+    """Samples with the reward model's scores. Raises Diverged when one is not finite."""
     rewards = response_rewards(
         workers,
         model,

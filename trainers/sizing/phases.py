@@ -112,10 +112,21 @@ class _Tally:
     def generate(
         self, shape: ModelShape, held: int, sampling: Sampling, responses: int, prompt: int, split: bool
     ) -> None:
+        self.add(Memory(cache=self._generation(shape, held, sampling, responses, prompt, split)))
+
+    def generate_own(self, spec: PpoSpec | DistillSpec, model: Trained, prompt: int) -> None:
+        """Responses of what is trained, between its steps; or beside them, by copies of what is trained of it."""
+        split = spec.parallel.splits_weights and self.place.world > 1
+        cache = self._generation(model.shape, model.held, spec.sampling, spec.batch_size, prompt, split)
+        copies = spec.staleness * model.parameters * (model.held if model.lora is None else FP32)
+        self.add(Memory(frozen=copies + cache) if spec.staleness else Memory(cache=cache))
+
+    def _generation(
+        self, shape: ModelShape, held: int, sampling: Sampling, responses: int, prompt: int, split: bool
+    ) -> int:
         side_by_side = min(sampling.batch_size, -(-responses // self.place.world))
         length = min(prompt + sampling.max_new_tokens, shape.positions)
-        prompt = min(prompt, length)
-        self.add(Memory(cache=generation(self.place, shape, held, side_by_side, prompt, length, split)))
+        return generation(self.place, shape, held, side_by_side, min(prompt, length), length, split)
 
 
 def _sft(spec: SftSpec, tally: _Tally) -> None:
@@ -165,8 +176,7 @@ def _ppo(spec: PpoSpec, tally: _Tally) -> None:
     tally.train("critic", critic_ref, critic, spec.critic_optim, tokens, row, spec.packing)
     if spec.reference is not None or spec.lora is None:
         tally.freeze("reference", spec.reference or spec.policy, policy.held)
-    split = spec.parallel.splits_weights and tally.place.world > 1
-    tally.generate(shape, policy.held, spec.sampling, spec.batch_size, spec.data.max_prompt_length, split)
+    tally.generate_own(spec, policy, spec.data.max_prompt_length)
     tally.score(reward, tokens, row)
 
 
@@ -199,8 +209,7 @@ def _distill(spec: DistillSpec, tally: _Tally) -> None:
     if spec.reward_model is not None:
         tally.freeze("rewardModel", spec.reward_model)
     if spec.on_policy_fraction > 0 and spec.prompts is not None:
-        split = spec.parallel.splits_weights and tally.place.world > 1
-        tally.generate(shape, student.held, spec.sampling, spec.batch_size, spec.prompts.max_prompt_length, split)
+        tally.generate_own(spec, student, spec.prompts.max_prompt_length)
 
 
 def _student(ref: StudentRef, teacher: ModelShape | None, tally: _Tally) -> ModelShape:

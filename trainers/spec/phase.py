@@ -193,6 +193,43 @@ class ModelPhaseSpec(PhaseSpec):
         return self
 
 
+class OnPolicySpec(ModelPhaseSpec):
+    """Fields of the phases that learn from what their own model says."""
+
+    sampling: Sampling = Sampling()
+    """How the model's own responses are generated."""
+    staleness: int = Field(default=0, ge=0, le=8)
+    """Steps by which the weights that sample responses are older than those that learn from them. 0 samples in each step; with more, copies of earlier weights sample for coming steps while training goes on. Whole weights only: not with `fsdp`, `deepspeed` or `compile`."""
+    importance_cap: float | None = Field(default=2.0, ge=1)
+    """Largest importance weight of a sampled token, its probability over the sampler's, where the two are not the same weights; `null`: none is weighed."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether responses are of other weights than those that learn from them."""
+        return self.staleness > 0
+
+    @model_validator(mode="after")
+    def _can_be_stale(self) -> Self:
+        if self.staleness == 0:
+            return self
+        if self.parallel.strategy in ("fsdp", "deepspeed"):
+            raise ValueError(
+                f"staleness {self.staleness} copies whole weights, which parallel.strategy {self.parallel.strategy} splits: "
+                "set ddp or single, or staleness: 0"
+            )
+        if self.parallel.compile:
+            raise ValueError(
+                f"staleness {self.staleness} copies models, which cannot be once they are compiled: "
+                "set parallel.compile: false, or staleness: 0"
+            )
+        if self.sampling.temperature == 0 and self.importance_cap is not None:
+            raise ValueError(
+                f"staleness {self.staleness} weighs tokens by their probabilities, and sampling.temperature 0 has none: "
+                "set importanceCap: null, or another temperature"
+            )
+        return self
+
+
 class TrainingSpec(ModelPhaseSpec):
     """Fields of the phases that optimise a model with a fixed set of rows."""
 

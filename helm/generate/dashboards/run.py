@@ -245,8 +245,8 @@ def _policies() -> list[Object]:
             _said("importance_truncated_ratio", "{{phase}}, cut off"), min=0, noValue=corrected,
         ),
         lines(
-            "Staleness", "Updates between the weights that sampled the responses and those that learn from them (ppo, distill).",
-            _said("staleness_steps"), unit="suffix:updates", min=0, noValue=corrected,
+            "Staleness", "Steps between the weights that sampled the responses and those that learn from them (ppo, distill).",
+            _said("staleness_steps"), unit="suffix:steps", min=0, noValue=corrected,
         ),
     ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from trainers.spec import (
     Lora,
     ModelRef,
     NamedTeacher,
+    OnPolicySpec,
     PromptData,
     RewardModelRef,
     Sampling,
@@ -60,7 +61,7 @@ class RewardWeighting(SpecModel):
         return self
 
 
-class DistillSpec(TrainingSpec):
+class DistillSpec(OnPolicySpec, TrainingSpec):
     """Distillation of a teacher into a student on stored teacher traces and the student's own samples."""
 
     teacher: TeacherRef | None = None

@@ -2,7 +2,8 @@
 
 The loss of a step is sum_i w_i sum_t D_it / sum_i w_i n_i, where D_it is the divergence of response i's token t, n_i its
 number of tokens and w_i its weight. Both sums go over all micro-batches and processes, and n_i counts the tokens of
-what is trained on: counting the loader's instead is wrong on-policy, where responses are made during the step.
+what is trained on: counting the loader's instead is wrong on-policy, where responses are made during the step. Samples
+by other weights than the student's have a weight per token, v_it: sum_i w_i sum_t v_it D_it / sum_i w_i sum_t v_it.
 """
 
 import math
@@ -13,27 +14,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from trainers.contract import BadInput
-from trainers.core.batch import Batch, Sequence
+from trainers.core.batch import Batch, Packing, Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.checkpoint import Checkpoints
-from trainers.core.classifiers import RewardModel
 from trainers.core.context import Outcome, PhaseContext
 from trainers.core.encode import joined, prompt_messages
 from trainers.core.examples import Encoding, Examples, Steps, no_steps, open_examples
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
 from trainers.core.head_losses import Beside, LogitsFn
+from trainers.core.importance import Importance, prefix_importance, sampler_logprobs
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
+from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts
+from trainers.core.rollouts_ahead import RolloutsAhead
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
 from trainers.core.served.teacher import Teachers, served_teacher
 from trainers.core.sharding import whole_shape
-from trainers.core.step import Layout, Measures, accumulate
+from trainers.core.step import Layout, Measures, accumulate, in_eval_mode
+from trainers.core.token_scores import logprobs_of, score_tokens, token_mask
 from trainers.core.top_k import FOLDER, NOWHERE, Place, shards_in, vocabulary_digest
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest, same_tokens
@@ -57,11 +61,18 @@ class Example:
     """Where the teacher's log-probabilities of the response are, if it is not in memory."""
     teacher: str = ""
     """Its name, if there are several."""
+    importance: torch.Tensor | None = None
+    """Weights of its tokens, if others sampled them than learn from them."""
 
     @property
     def num_tokens(self) -> int:
         """Of the response."""
         return self.sequence.num_scored
+
+    @property
+    def mass(self) -> float:
+        """Sum of its tokens' weights."""
+        return self.num_tokens if self.importance is None else float(self.importance.sum())
 
     @property
     def shortened(self) -> int:
@@ -85,8 +96,14 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     packing = spec.packing and min(student.packs, teacher.packs if teacher is not None else student.packs)
     layout = Layout(_sequences, spec.parallel.micro_batch_tokens, packing)
     trainee = Trainee(ctx.workers, Scorer(student.model), spec.optim, total_steps, model_flops(student.model))
-    checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee})
-    beside = [some.model for some in (teacher, reward_model) if some is not None]
+
+    def asked(step: int) -> List[Prompt]:
+        return prompts.batch(streams.index(step)) if streams.on_policy(step) else []
+
+    rollouts = RolloutsAhead(ctx, spec, student, asked, total_steps, reward_model)
+    held.callback(rollouts.close)
+    checkpoints = Checkpoints(ctx, spec.checkpoint, {"model": trainee}, rollouts)
+    beside = [*(some.model for some in (teacher, reward_model) if some is not None), *rollouts.models]
     print_memory(ctx, [(trainee, student.model)], beside, None if packing else spec.max_length)
     compared = _comparison(spec, ctx, teacher, served)
 
@@ -103,13 +120,12 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     # ---- loop
     for step in range(first, total_steps):
         on_policy, index = streams.on_policy(step), streams.index(step)
-        if on_policy:
-            with ctx.meter.part("rollout"):
-                batch = _own_samples(spec, ctx, student, reward_model, prompts.batch(index), step)
-            if served is not None:
-                ask(batch)
-        else:
+        with ctx.meter.part("rollout"):
+            batch, mismatch = _own_batch(spec, ctx, trainee, packing, rollouts.samples(step), step)
+        if not on_policy:
             batch = ahead.batch(step)
+        elif served is not None:
+            ask(batch)
         ahead.prepare(step + 1)
         weigh = own_sample_weights if on_policy else reward_weights
         weights = weigh(torch.tensor([e.reward for e in batch]), spec.weighting)
@@ -119,16 +135,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
             for e, weight in zip(batch, weights.values.tolist(), strict=True)
         ]
 
-        def terms(some: list[Example], micro: Batch, batch: list[Example] = batch) -> tuple[torch.Tensor, Measures]:
-            compare, beside = compared(some, micro)
-            total = sum(e.weight * e.num_tokens for e in batch)
-            shares = torch.tensor([e.weight / total for e in some], device=micro.segment.device)[micro.segment]
-            loss, found = trainee.module(micro, compare, lambda values, at: (shares[at] * values).sum(), beside=beside)
-            names = ("kl", "student_mass", "teacher_mass")[: found.shape[1] - 1]
-            sums = found[:, 1:].sum(0) / sum(e.num_tokens for e in batch)
-            return loss, dict(zip(names, sums, strict=True))
-
-        sums = accumulate(ctx, trainee, layout, step, batch, terms)
+        sums = accumulate(ctx, trainee, layout, step, batch, partial(terms, trainee.module, compared, batch))
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         lengths = torch.tensor([e.num_tokens for e in batch])
@@ -136,6 +143,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         ctx.meter.log(
             step + 1,
             **sums,
+            **mismatch,
             reward=reward,
             on_policy=float(on_policy),
             response_length=float(lengths.double().mean()),
@@ -160,6 +168,26 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     return Outcome(checkpoints.state | sizes, traces.records() + prompts.records(), total_steps)
 
 
+Compared = Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]
+"""What a pass's student is compared by, and with: a teacher, or what one has said before."""
+
+
+def terms(
+    module: nn.Module, compared: Compared, batch: List[Example], some: list[Example], micro: Batch
+) -> tuple[torch.Tensor, Measures]:
+    """Some examples' part of a batch's loss, and of the divergence from the teacher."""
+    compare, beside = compared(some, micro)
+    total = sum(e.weight * e.mass for e in batch)
+    shares = torch.tensor([e.weight / total for e in some], device=micro.segment.device)[micro.segment]
+    of_tokens = [e.importance for e in some if e.importance is not None]
+    if of_tokens:
+        shares = shares * torch.cat(of_tokens).to(shares.device)
+    loss, found = module(micro, compare, lambda values, at: (shares[at] * values).sum(), beside=beside)
+    names = ("kl", "student_mass", "teacher_mass")[: found.shape[1] - 1]
+    sums = found[:, 1:].sum(0) / sum(e.num_tokens for e in batch)
+    return loss, dict(zip(names, sums, strict=True))
+
+
 def divergence(beta: float, temperature: float) -> LogitsFn:
     """For a student's and its teacher's logits: the divergence to train on and KL(teacher || student), (k, 2).
 
@@ -174,10 +202,7 @@ def divergence(beta: float, temperature: float) -> LogitsFn:
     return fn
 
 
-def _comparison(
-    spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, served: Teachers | None
-) -> Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]:
-    """What a pass's student is compared by, and with: a teacher, or what one has said before."""
+def _comparison(spec: DistillSpec, ctx: PhaseContext, teacher: LoadedModel | None, served: Teachers | None) -> Compared:
     beta = spec.divergence_beta
     if served is not None:
 
@@ -366,22 +391,46 @@ def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: 
     return open_prompts(ctx, data, student.chat, "prompts", check)
 
 
-def _own_samples(
-    spec: DistillSpec,
-    ctx: PhaseContext,
-    student: LoadedModel,
-    reward_model: RewardModel | None,
-    prompts: List[Prompt],
-    step: int,
-) -> list[Example]:
-    """The student's responses as they are now, the same on all ranks."""
-    keys = [(ctx.seed, step, i) for i in range(len(prompts))]
-    tokens = spec.parallel.micro_batch_tokens
-    samples = respond(ctx.workers, student, prompts, spec.sampling, keys, reward_model, tokens)
+def _own_batch(
+    spec: DistillSpec, ctx: PhaseContext, student: Trainee, packing: bool | Packing, samples: List[Sample], step: int
+) -> tuple[list[Example], dict[str, float]]:
+    """The student's responses, behind their prompts, and how far it is from what sampled them.
+
+    None of them is shortened: together they fit (:func:`_prompts`).
+    """
     teachers = [teacher.name for teacher in spec.teachers]
     found = [(joined(s.prompt.ids, s.ids, spec.max_length), s) for s in samples]
-    return [
+    batch = [
         Example(sequence, s.reward, teacher=_teacher_of(s.prompt.row, teachers))
         for sequence, s in found
         if sequence is not None
     ]
+    if not batch or not spec.corrects:
+        return batch, {}
+    importance = _importance(spec, ctx, student, samples, batch, packing)
+    measures = importance.measures | {"staleness": min(step, spec.staleness)}
+    return _weighed(batch, importance.weights), measures
+
+
+def _importance(
+    spec: DistillSpec,
+    ctx: PhaseContext,
+    student: Trainee,
+    samples: List[Sample],
+    batch: List[Example],
+    packing: bool | Packing,
+) -> Importance:
+    """What a batch's tokens weigh: a divergence is a function of the tokens before, as the student says them over the sampler."""
+    sequences = [example.sequence for example in batch]
+    layout = Layout[Sequence](lambda sequence: [sequence], spec.parallel.micro_batch_tokens, packing)
+    with in_eval_mode(student.module):
+        scores = logprobs_of(student.module, spec.sampling.temperature or 1.0)
+        (policy,) = score_tokens(ctx.workers, layout, sequences, [scores])
+    mask = token_mask(sequences)
+    return prefix_importance(policy, sampler_logprobs(samples, mask.shape[1]), mask, spec.importance_cap)
+
+
+def _weighed(batch: list[Example], weights: torch.Tensor | None) -> list[Example]:
+    if weights is None:
+        return batch
+    return [replace(e, importance=row[: e.num_tokens]) for e, row in zip(batch, weights, strict=True)]

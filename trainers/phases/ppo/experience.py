@@ -1,6 +1,5 @@
 """What a round of rollouts is worth: log-probabilities, values, rewards and advantages of every response token."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -14,13 +13,11 @@ from trainers.core.layers import score_head
 from trainers.core.parallel import Workers
 from trainers.core.rollouts import Sample
 from trainers.core.scoring import hidden_states
-from trainers.core.step import Layout, scored
+from trainers.core.step import Layout
+from trainers.core.token_scores import TokenScores, score_tokens, token_mask
 from trainers.phases.ppo.advantages import gae, token_rewards, whiten
 from trainers.phases.ppo.loss import kl_estimate
 from trainers.phases.ppo.spec import PpoSpec
-
-TokenScores = Callable[[Batch], torch.Tensor]
-"""One number for each scored token: (K,)."""
 
 
 class Critic(nn.Module):
@@ -48,6 +45,8 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    importance: torch.Tensor | None = None
+    """Weights of tokens, if others sampled them than learn from them."""
 
     def num_tokens(self, chosen: List[int]) -> int:
         """Tokens of some responses."""
@@ -72,7 +71,7 @@ def assess(
     sequences = [_sequence(sample) for sample in samples]
     layout = Layout[Sequence](lambda sequence: [sequence], spec.parallel.micro_batch_tokens, packing)
     logprobs, reference_logprobs, values = score_tokens(workers, layout, sequences, [policy, reference, critic])
-    mask = _mask(sequences)
+    mask = token_mask(sequences)
     kl = kl_estimate(logprobs, reference_logprobs, spec.kl.estimator) * mask
     penalty = torch.tensor([0.0 if s.ended else spec.missing_eos_penalty for s in samples])
     scores = torch.tensor([s.reward for s in samples]) - penalty
@@ -84,29 +83,8 @@ def assess(
     return Experience(samples, sequences, mask, logprobs, reference_logprobs, values, whiten(advantages, mask), returns)
 
 
-def score_tokens(
-    workers: Workers, layout: Layout[Sequence], sequences: list[Sequence], scorers: List[TokenScores]
-) -> list[torch.Tensor]:
-    """Each scorer's numbers for all response tokens, (N, T) each and the same on all ranks, which share the work."""
-
-    def score(some: list[Sequence], batch: Batch) -> list[torch.Tensor]:
-        scores = torch.stack([scorer(batch) for scorer in scorers]).cpu()
-        return list(scores.split([sequence.num_scored for sequence in some], dim=1))
-
-    tokens = torch.zeros(len(scorers), len(sequences), max(s.num_scored for s in sequences))
-    for i, scores in enumerate(scored(workers, layout, sequences, score)):
-        tokens[:, i, : scores.shape[1]] = scores
-    return list(tokens)
-
-
 def _sequence(sample: Sample) -> Sequence:
     prompt = sample.prompt.ids
     sequence = joined(prompt, sample.ids, len(prompt) + len(sample.ids))
     assert sequence is not None
     return sequence
-
-
-def _mask(sequences: list[Sequence]) -> torch.Tensor:
-    """(N, T), true at real tokens."""
-    lengths = torch.tensor([s.num_scored for s in sequences])
-    return torch.arange(int(lengths.max())) < lengths[:, None]

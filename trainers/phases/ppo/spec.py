@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from trainers.spec import (
     Checkpoint,
     Lora,
-    ModelPhaseSpec,
     ModelRef,
+    OnPolicySpec,
     Optim,
     PromptData,
     RewardModelRef,
@@ -45,7 +45,7 @@ class KlControl(SpecModel):
     """Responses over which the coefficient adapts."""
 
 
-class PpoSpec(ModelPhaseSpec):
+class PpoSpec(OnPolicySpec):
     """PPO with a separate critic against a reward model, on `{"prompt"}` rows."""
 
     policy: ModelRef

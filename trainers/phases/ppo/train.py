@@ -5,6 +5,8 @@ All ranks hold the whole round's numbers, so advantages are whitened over all of
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,23 +20,31 @@ from trainers.core.context import Outcome, PhaseContext
 from trainers.core.dropout import take_out_dropout
 from trainers.core.export import save_model
 from trainers.core.flops import model_flops
+from trainers.core.importance import Importance, sampler_logprobs, token_importance
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, load_causal_lm
 from trainers.core.reference import Reference, load_reference
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, check_room, open_prompts, respond
+from trainers.core.rollouts import Prompt, check_room, open_prompts
+from trainers.core.rollouts_ahead import RolloutsAhead
 from trainers.core.scoring import Scorer, check_scoring, target_logprobs
 from trainers.core.step import Layout, Measures, accumulate
+from trainers.core.token_scores import TokenScores, logprobs_of
 from trainers.core.trainee import Trainee
 from trainers.core.vocabulary import check_known, lowest
 from trainers.phases.ppo.advantages import explained_variance
 from trainers.phases.ppo.critic import load_critic
-from trainers.phases.ppo.experience import Critic, Experience, TokenScores, assess
+from trainers.phases.ppo.experience import Critic, Experience, assess
 from trainers.phases.ppo.loss import adapted_coef, clipped, kl_estimate, policy_loss, value_loss
 from trainers.phases.ppo.spec import PpoSpec
 
 
 def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
+    with ExitStack() as held:  # however it ends, nobody samples for rounds that do not come
+        return _train(spec, ctx, held)
+
+
+def _train(spec: PpoSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     # ---- set up
     loaded = load_causal_lm(ctx, spec.policy, spec.lora)
     check_scoring(loaded, ctx.workers)
@@ -53,12 +63,14 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
         ctx.workers, Critic(critic_model.model), spec.critic_optim, updates, model_flops(critic_model.model)
     )
     packing = spec.packing and min(loaded.packs, reference.loaded.packs, critic_model.packs)
-    checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic})
+    rollouts = RolloutsAhead(ctx, spec, loaded, prompts.batch, spec.iterations, reward_model)
+    held.callback(rollouts.close)
+    checkpoints = Checkpoints(ctx, spec.checkpoint, {"policy": policy, "critic": critic}, rollouts)
     checkpoints.state = {"kl_coef": spec.kl.coef}
     print_memory(
         ctx,
         [(policy, loaded.model), (critic, critic_model.model)],
-        [reference.loaded.model, reward_model.model],
+        [reference.loaded.model, reward_model.model, *rollouts.models],
         None if packing else spec.data.max_prompt_length + spec.sampling.max_new_tokens,
     )
     first = checkpoints.restore()
@@ -68,11 +80,7 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
     # ---- loop
     for iteration in range(first, spec.iterations):
         with ctx.meter.part("rollout"):
-            chosen = prompts.batch(iteration)
-            keys = [(ctx.seed, iteration, i) for i in range(len(chosen))]
-            samples = respond(
-                ctx.workers, loaded, chosen, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
-            )
+            samples = rollouts.samples(iteration)
             experience = assess(
                 spec,
                 ctx.workers,
@@ -83,9 +91,14 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
                 critic.module,
                 packing,
             )
+        mismatch = {}
+        if spec.corrects:
+            importance = importance_of(spec, experience)
+            experience = replace(experience, importance=importance.weights)
+            mismatch = importance.measures | {"staleness": min(iteration, spec.staleness)}
         losses = optimise(spec, ctx, policy, critic, experience, iteration, packing)
         summary = _summary(experience)
-        ctx.meter.log(iteration + 1, **losses, **summary, kl_coef=state["kl_coef"])
+        ctx.meter.log(iteration + 1, **losses, **summary, **mismatch, kl_coef=state["kl_coef"])
         state.setdefault("rewardFirst", summary["reward"])
         state["last"] = summary
         if spec.kl.target is not None:
@@ -107,6 +120,12 @@ def main(spec: PpoSpec, ctx: PhaseContext) -> Outcome:
         "parameters": loaded.num_parameters,
     }
     return Outcome(metrics, prompts.records(), spec.iterations)
+
+
+def importance_of(spec: PpoSpec, experience: Experience) -> Importance:
+    """What a round's tokens weigh: the policy before the round's updates, to which their ratios are too, over the sampler."""
+    sampler = sampler_logprobs(experience.samples, experience.mask.shape[1])
+    return token_importance(experience.logprobs, sampler, experience.mask, spec.importance_cap)
 
 
 def updates_per_round(spec: PpoSpec) -> int:
@@ -159,10 +178,12 @@ def policy_terms(
     """Some responses' part of the mean clipped loss over the tokens of ``mini``, and how far the policy has moved."""
     device = batch.input_ids.device
     old, advantages = (experience.flat(name, chosen, device) for name in ("logprobs", "advantages"))
+    weights = None if experience.importance is None else experience.flat("importance", chosen, device)
     num_tokens = experience.num_tokens(mini)
 
     def clipped_loss(logprobs: torch.Tensor, at: slice) -> torch.Tensor:
-        return policy_loss(logprobs, old[at], advantages[at], spec.clip_range).sum() / num_tokens
+        losses = policy_loss(logprobs, old[at], advantages[at], spec.clip_range)
+        return (losses if weights is None else weights[at] * losses).sum() / num_tokens
 
     loss, logprobs = module(batch, target_logprobs(batch, spec.sampling.temperature), clipped_loss)
     moved = kl_estimate(old, logprobs, "k3").sum() / num_tokens
@@ -177,16 +198,6 @@ def critic_terms(
     device = batch.input_ids.device
     old, returns = (experience.flat(name, chosen, device) for name in ("values", "returns"))
     return value_loss(module(batch), old, returns, spec.value_clip_range).sum() / experience.num_tokens(mini), {}
-
-
-def logprobs_of(scorer: nn.Module, temperature: float) -> TokenScores:
-    """Log-probabilities at the temperature that responses were sampled with."""
-
-    def scores(batch: Batch) -> torch.Tensor:
-        found: torch.Tensor = scorer(batch, target_logprobs(batch, temperature))
-        return found
-
-    return scores
 
 
 def _reference_logprobs(reference: Reference, temperature: float) -> TokenScores:
