@@ -52,6 +52,7 @@ POD = {
         **dict.fromkeys(("phase", "reason", "message", "podIP"), True),
         "conditions": [dict.fromkeys(("type", "status", "reason", "message"), True)],
         "containerStatuses": [{"name": True, "state": True}],
+        "initContainerStatuses": [{"name": True, "image": True, "state": {"waiting": True}}],
     },
 }
 SHAPES: dict[Resource, Shape] = {

@@ -65,6 +65,15 @@ class SecurityContext(SpecModel):
     """Further groups, for example that of a file server."""
 
 
+class ServerContainer(SpecModel):
+    """A container beside that of the trainers, in which vLLM runs for a phase that starts one (`sampling.engine: vllm` without `url`)."""
+
+    image: str = Field(default="vllm/vllm-openai:v0.32.0", pattern=r"^[^\sA-Z][^\s]*$", max_length=1024)
+    """Its image, which has vLLM and `python3`."""
+    resources: Resources | None = None
+    """Its requests and limits: the GPUs here are vLLM's, those of the template the trainers'."""
+
+
 class Template(SpecModel):
     """How a phase's processes run. A field set in a phase's own template wins; `env` is merged by name."""
 
@@ -78,8 +87,10 @@ class Template(SpecModel):
     """Processes per pod, one per GPU; 1 unless set."""
     resources: Resources | None = None
     """Requests and limits of each pod."""
+    server: ServerContainer | None = None
+    """Where vLLM runs for phases that start one; in the trainers' own container unless set."""
     env: tuple[EnvVar, ...] = Field(default=(), max_length=128)
-    """Environment variables."""
+    """Environment variables, of the server's container too."""
     secret_refs: tuple[SecretName, ...] = Field(default=(), max_length=16)
     """Secrets whose keys become environment variables (a hub token, object store credentials)."""
     claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16, json_schema_extra=BY_PATH)

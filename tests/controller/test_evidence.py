@@ -171,6 +171,12 @@ HOLDUPS = {
         pod(phase="Pending", waiting={"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}),
         'CreateContainerConfigError: secret "hub" not found',
     ),
+    "no image of a container before": (
+        pod(phase="Pending", waiting={"reason": "PodInitializing"},
+            initContainerStatuses=[{"name": "server", "image": "vllm:1", "state": {
+                "waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}}]),
+        "server: ImagePullBackOff vllm:1: no such tag",
+    ),
     "on its way": (pod(phase="Pending", waiting={"reason": "ContainerCreating"}), ""),
 }  # fmt: skip
 

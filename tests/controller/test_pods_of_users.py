@@ -1,6 +1,10 @@
 """What users say of their pods: what is rendered, what is refused, and what none of it changes."""
 
 import json
+import socket
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -141,6 +145,54 @@ class TestRendered:
         assert context["runAsNonRoot"] is True
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not any("hostPath" in volume for volume in spec["volumes"])
+
+
+class TestServers:
+    """A phase that starts a vLLM has it in a container beside the trainers'."""
+
+    SERVER = {"image": "vllm:1", "resources": {"limits": {"nvidia.com/gpu": 2}}}
+
+    def pod(self, url=None, **template):
+        policy = {"source": "/workspace/model", **({"url": url} if url else {})}
+        rollout = {"policy": policy, "data": {"prompts": [{"files": "p.jsonl"}]}, "sampling": {"engine": "vllm"}}
+        run = make_run({"name": "traces", "rollout": rollout}, template={"server": self.SERVER, **template})
+        return pods_of(job_of(run))[1]
+
+    def test_it_is_there_before_them_and_ends_with_them(self):
+        [server] = self.pod()["initContainers"]
+        assert server["restartPolicy"] == "Always", "Kubernetes' mark of a sidecar, which no pod waits for"
+        assert server["image"] == "vllm:1"
+        assert server["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+
+    def test_it_sees_what_they_see_and_is_as_restricted(self):
+        spec = self.pod(volumes=[{"mountPath": "/cache", "emptyDir": {}}], env=[{"name": "A", "value": "1"}])
+        [server], [trainer] = spec["initContainers"], spec["containers"]
+        assert server["volumeMounts"] == trainer["volumeMounts"]
+        assert server["securityContext"] == trainer["securityContext"]
+        assert {"name": "A", "value": "1"} in server["env"]
+        assert {"name": "ALIGNMENT_SERVER_KEEPER", "value": "/tmp/keeper"} in trainer["env"]
+
+    def test_its_program_keeps_servers(self, tmp_path):
+        """As the container runs it, with a socket elsewhere."""
+        [server] = self.pod()["initContainers"]
+        *program, place = server["command"]
+        assert place == "/tmp/keeper"
+        door = tmp_path / "door"
+        process = subprocess.Popen([sys.executable, *program[1:], str(door)])
+        with socket.socket(socket.AF_UNIX) as line:
+            while line.connect_ex(str(door)):
+                time.sleep(0.05)
+            order = {"command": ["sh", "-c", "exit 7"], "environment": {}, "log": str(tmp_path / "log")}
+            line.sendall(json.dumps(order).encode() + b"\n")
+            assert json.loads(line.recv(100)) == {"status": 7}
+        process.terminate()
+        assert process.wait(60) == 0
+
+    def test_phases_that_start_none_have_none(self):
+        assert "initContainers" not in self.pod(url="http://vllm:8000")
+        _, spec = pods_of(job_of(make_run(sft("base"), template={"server": self.SERVER})))
+        assert "initContainers" not in spec
+        assert not [e for e in spec["containers"][0]["env"] if e["name"] == "ALIGNMENT_SERVER_KEEPER"]
 
 
 def test_user_and_groups_can_be_left_to_the_cluster():

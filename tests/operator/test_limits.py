@@ -25,6 +25,8 @@ GOOD: Object = {"image": "trainer:1", "nodeSelector": {"example.com/pool": "a"}}
 REFUSED = {
     "image": ({"image": "evil:1"}, 'image: "evil:1" is not allowed in this namespace; allowed: registry.example.com/team-a/*'),
     "image that begins alike": ({"image": "trainer:11"}, 'image: "trainer:11" is not allowed'),
+    "image of a server": ({"server": {"image": "evil:3"}}, 'image: "evil:3"'),
+    "image of a server that is not named": ({"server": {}}, 'image: "vllm/vllm-openai:'),
     "image as a volume": ({"volumes": [{"mountPath": "/m", "image": {"reference": "evil:2"}}]}, 'image: "evil:2"'),
     "service account": ({"serviceAccountName": "admin"}, 'serviceAccountName: "admin" is not allowed'),
     "claim": ({"claims": [{"claimName": "secrets", "mountPath": "/s"}]}, 'claimName: "secrets" is not allowed'),

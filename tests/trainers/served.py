@@ -35,6 +35,8 @@ class VllmLike:
     max_logprobs: int = 64
     failures: list[int] = field(default_factory=list)
     """Statuses that the next completions get instead of an answer; 0 breaks the connection off."""
+    processed: bool = False
+    """Log-probabilities of what was drawn from, in place of the model's own."""
     delay: float = 0.0
     """Seconds that an answer takes."""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -62,6 +64,14 @@ class VllmLike:
             return 200, {"data": [{"id": self.name, "max_model_len": self.max_model_len, "parent": None}]}
         if path == "/tokenize" and body is not None:
             return 200, {"tokens": self.tokenize(body)}
+        if path == "/collective_rpc" and body is not None:
+            assert body["method"] == "reload_weights"
+            self.model = AutoModelForCausalLM.from_pretrained(
+                body["kwargs"]["weights_path"], dtype=torch.float32
+            ).eval()
+            return 200, {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return 200, {"success": True}
         if path != "/v1/completions" or body is None:
             return 404, {"detail": "Not Found"}
         if problem := self.problem(body):
@@ -92,9 +102,10 @@ class VllmLike:
         random = np.random.default_rng(body.get("seed"))
         while len(logs) < body["max_tokens"] and len(ids) < self.max_model_len:
             raw = self.log_probs(ids)[-1]
-            token = self.chosen(raw, body, random)
+            drawn = (self.biased(raw, body) / (body["temperature"] or 1)).log_softmax(-1)
+            token = int(drawn.argmax()) if body["temperature"] == 0 else self.drawn(drawn, random)
             ids.append(token)
-            logs.append(float(raw[token]))
+            logs.append(float((drawn if self.processed else raw)[token]))
             if token in stops:
                 break
         found: dict[str, Any] = {"text": "", "finish_reason": "length", "stop_reason": None}
@@ -106,13 +117,14 @@ class VllmLike:
             found["prompt_logprobs"] = self.prompt_logprobs(prompt, body["prompt_logprobs"])
         return found
 
-    def chosen(self, raw: torch.Tensor, body: dict[str, Any], random: np.random.Generator) -> int:
+    def biased(self, raw: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
         logits = raw.clone()
         for token, bias in body.get("logit_bias", {}).items():
             logits[int(token)] += bias
-        if body["temperature"] == 0:
-            return int(logits.argmax())
-        weights = (logits / body["temperature"]).softmax(-1).double().numpy()
+        return logits
+
+    def drawn(self, log_probs: torch.Tensor, random: np.random.Generator) -> int:
+        weights = log_probs.exp().double().numpy()
         return int(random.choice(len(weights), p=weights / weights.sum()))
 
     def prompt_logprobs(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
@@ -196,9 +208,12 @@ def main() -> None:
     parser.add_argument("--uds", required=True)
     parser.add_argument("--dtype", choices=["float32"])
     parser.add_argument("--max-logprobs", type=int, default=20)
+    parser.add_argument("--served-model-name", default="tiny")
+    parser.add_argument("--logprobs-mode", choices=["raw_logprobs", "processed_logprobs"], default="raw_logprobs")
     parser.add_argument("--break-after", type=int, default=10**9, help="completions, after which it ends as by a fault")
     args = parser.parse_args()
-    vllm = VllmLike(args.folder, name=str(args.folder), max_logprobs=args.max_logprobs)
+    vllm = VllmLike(args.folder, name=args.served_model_name, max_logprobs=args.max_logprobs)
+    vllm.processed = args.logprobs_mode == "processed_logprobs"
 
     class Handler(_handler(vllm)):  # type: ignore[misc]
         disable_nagle_algorithm = False  # there is none on such a socket

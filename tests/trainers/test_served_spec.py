@@ -34,6 +34,11 @@ def distill(teacher, **changes):
     return spec_of("distill", teacher=teacher, **{**base, **changes})
 
 
+def ppo(changes=None, sampling=None):
+    base = {"policy": {"phase": "a"}, "rewardModel": {"phase": "r"}, "data": PROMPTS}
+    return spec_of("ppo", **base, sampling=VLLM if sampling is None else sampling, **(changes or {}))
+
+
 def several(*changes, **of_spec):
     teachers = [{**SERVED, "name": "ab"[i], **change} for i, change in enumerate(changes)]
     return distill(of_spec.pop("teacher", None), teachers=teachers, **of_spec)
@@ -94,16 +99,9 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         (lambda: evaluation([{"phase": "a", "url": URL}], VLLM, server={}), "models[0].url names one"),
         (lambda: evaluation([{"phase": "a", "url": URL}]), "models[0].url is of no use"),
         (lambda: spec_of("package", models=[{"phase": "a", "url": URL}]), "no server is asked"),
-        (
-            lambda: spec_of("ppo", policy={"phase": "a"}, rewardModel={"phase": "r"}, data=PROMPTS, sampling=VLLM),
-            "the policy's weights change at every step",
-        ),
-        (
-            lambda: spec_of(
-                "distill", teacher={"phase": "a"}, student={"phase": "b"}, prompts=PROMPTS, onPolicyFraction=1, sampling=VLLM
-            ),
-            "the student's weights change at every step",
-        ),
+        (lambda: ppo({"staleness": 2}), "staleness 2 is of sampling.engine own"),
+        (lambda: ppo(sampling={**VLLM, "temperature": 0.7, "topK": 8}), "sampling.temperature 0.7 with topP or topK"),
+        (lambda: ppo({"server": {}}, sampling={}), "server is of no use to sampling.engine own"),
         (lambda: distill({"url": URL}), "servedAs: name the model"),
         (lambda: distill({"url": "vllm", "servedAs": "big"}), "is not of http or https"),
         (lambda: distill({"phase": "a", "url": URL, "servedAs": "big"}), "exactly one of phase, source, scratch, url"),

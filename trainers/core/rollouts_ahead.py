@@ -22,6 +22,8 @@ from trainers.core.engines.engine import Fill
 from trainers.core.generate import Response
 from trainers.core.models import LoadedModel
 from trainers.core.rollouts import Prompt, Sample, own_responses, respond, rewarded, said
+from trainers.core.served.following import Follower, following
+from trainers.core.served.model import ServedModel
 from trainers.core.sharding import is_split
 from trainers.core.shares import in_order
 from trainers.spec import OnPolicySpec
@@ -46,6 +48,7 @@ class RolloutsAhead:
         self.ctx, self.spec, self.policy, self.reward_model = ctx, spec, policy, reward_model
         self.prompts_of, self.total_steps = prompts_of, total_steps
         self._copies = [Copy(ctx, policy) for _ in range(spec.staleness)]
+        self._follower: Follower | None = None
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._begun: dict[int, Future[list[Response]]] = {}
         """This rank's share of coming steps' responses."""
@@ -64,7 +67,9 @@ class RolloutsAhead:
             if not prompts:
                 return []
             keys = self._keys(step, len(prompts))
-            return respond(self.ctx.workers, self.policy, prompts, self.spec.sampling, keys, self.reward_model, tokens)
+            return respond(
+                self.ctx.workers, self._speaker(), prompts, self.spec.sampling, keys, self.reward_model, tokens
+            )
         if step == 0:
             for early in range(self.spec.staleness):
                 self._begin(early)
@@ -73,6 +78,15 @@ class RolloutsAhead:
         if self.reward_model is None or not samples:
             return samples
         return rewarded(self.ctx.workers, self.reward_model, samples, tokens)
+
+    def _speaker(self) -> LoadedModel | ServedModel:
+        """Who responds: the policy, or a server that is given its weights as they are now."""
+        if self.spec.sampling.engine == "own":
+            return self.policy
+        if self._follower is None:
+            server = following(self.ctx, self.policy, self.spec.sampling, self.spec.server)
+            self._follower = self.ctx.closing.enter_context(server)
+        return self._follower.current()
 
     def saved(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
         """After so many finished steps, what the next ones will ask for: tensors, whole, the same on all ranks."""

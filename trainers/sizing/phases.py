@@ -124,6 +124,8 @@ class _Tally:
     def _generation(
         self, shape: ModelShape, held: int, sampling: Sampling, responses: int, prompt: int, split: bool
     ) -> int:
+        if sampling.engine != "own":
+            return 0  # a server's cache is its own
         side_by_side = min(sampling.batch_size, -(-responses // self.place.world))
         length = min(prompt + sampling.max_new_tokens, shape.positions)
         return generation(self.place, shape, held, side_by_side, min(prompt, length), length, split)
@@ -184,7 +186,6 @@ def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
     # Another's server is checked by weights that are here meanwhile; one that the phase starts has memory of its own.
     if spec.sampling.engine == "own" or (spec.policy.url is not None and spec.policy.check_weights):
         shape = tally.freeze("policy", spec.policy)
-    if spec.sampling.engine == "own":
         held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
         many = spec.sampling.batch_size * tally.place.world
         tally.generate(shape, held, spec.sampling, many, spec.data.max_prompt_length, split)
@@ -242,8 +243,6 @@ def _evaluated(spec: EvaluateSpec, tally: _Tally, shape: ModelShape, held: int) 
         data, settings = entry.settings.data or spec.data, entry.settings
         if isinstance(settings, SampledSpec) and data is not None:
             sampling = settings.sampling or spec.sampling
-            if sampling.engine != "own":
-                continue
             many = sampling.batch_size * tally.place.world
             tally.generate(shape, held, sampling, many, data.max_prompt_length, split)
     row = min(shape.positions, spec.parallel.micro_batch_tokens)

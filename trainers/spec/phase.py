@@ -61,7 +61,7 @@ class Sampling(SpecModel):
     SHRINKS = frozenset({"batch_size"})
 
     engine: Literal["own", "vllm"] = "own"
-    """Who generates them: `own` is this program; `vllm` a server, the one that the model's `url` names or one that the phase starts, for rollout and evaluate."""
+    """Who generates them: `own` is this program; `vllm` a server, the one that the model's `url` names or one that the phase starts."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(default=1.0, ge=0)
@@ -82,13 +82,6 @@ class Sampling(SpecModel):
         if self.engine == "vllm" and 0 < self.temperature < 0.01:
             raise ValueError(f"temperature {self.temperature:g}: vLLM takes 0, which is greedy, or 0.01 and more")
         return self
-
-    def check_own(self, whose: str) -> None:
-        """Raise ValueError for an engine that ``whose`` responses cannot come from."""
-        if self.engine != "own":
-            raise ValueError(
-                f"sampling.engine {self.engine}: {whose} change at every step, which no server follows yet: leave engine out"
-            )
 
 
 def check_engine(
@@ -150,6 +143,11 @@ class PhaseSpec(SpecModel):
                     )
         return self
 
+    @property
+    def starts_server(self) -> bool:
+        """Whether the phase starts a vLLM of its own."""
+        return False
+
     def references(self) -> Iterator[tuple[str, ArtifactRef]]:
         """Every artifact reference in the spec, with its dotted path."""
         yield from find_models(self, ArtifactRef)
@@ -203,10 +201,34 @@ class OnPolicySpec(ModelPhaseSpec):
     importance_cap: float | None = Field(default=2.0, ge=1)
     """Largest importance weight of a sampled token, its probability over the sampler's, where the two are not the same weights; `null`: none is weighed."""
 
+    server: OwnServer | None = None
+    """How the phase starts a vLLM, with `sampling.engine: vllm`. It has the model's weights as they are before each step."""
+
+    @property
+    def starts_server(self) -> bool:
+        return self.sampling.engine == "vllm"
+
     @property
     def corrects(self) -> bool:
-        """Whether responses are of other weights than those that learn from them."""
-        return self.staleness > 0
+        """Whether responses are of other weights, or another program's, than those that learn from them."""
+        return self.staleness > 0 or self.sampling.engine == "vllm"
+
+    @model_validator(mode="after")
+    def _engine_follows(self) -> Self:
+        sampling = self.sampling
+        check_engine([sampling], [], self.server)
+        if sampling.engine == "own":
+            return self
+        if self.staleness:
+            raise ValueError(
+                f"staleness {self.staleness} is of sampling.engine own: vLLM has each step's own weights; set 0"
+            )
+        if sampling.temperature not in (0, 1) and (sampling.top_p < 1 or sampling.top_k):
+            raise ValueError(
+                f"sampling.temperature {sampling.temperature:g} with topP or topK: of a draw that is cut off, vLLM tells "
+                "probabilities at temperature 1 alone, which importance weights need: leave topP and topK out, or set 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_stale(self) -> Self:

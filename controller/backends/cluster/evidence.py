@@ -176,7 +176,7 @@ def hopeless(pods: Iterable[Object]) -> Evidence | None:
     for pod in pods:
         waiting = container_state(pod, "waiting")
         if waiting.get("reason") in BAD_WAITS:
-            return Evidence(FailureClass.BAD_INPUT, _waiting(pod, waiting))
+            return Evidence(FailureClass.BAD_INPUT, _waiting(waiting, container(pod).get("image", "")))
     return None
 
 
@@ -189,14 +189,17 @@ def _holdups(pod: Object) -> Iterator[str]:
     scheduled = condition(pod, "PodScheduled")
     if scheduled.get("status") == "False":
         yield f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}"
-    waiting = container_state(pod, "waiting")
-    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-        yield _waiting(pod, waiting)
+    if text := _waiting(container_state(pod, "waiting"), container(pod).get("image", "")):
+        yield text
+    for status in pod["status"].get("initContainerStatuses", []):
+        if text := _waiting(status["state"].get("waiting") or {}, status.get("image", "")):
+            yield f"{status['name']}: {text}"
 
 
-def _waiting(pod: Object, waiting: Object) -> str:
-    image = container(pod).get("image", "")
-    where = f" {image}" if "Image" in waiting["reason"] else ""
+def _waiting(waiting: Object, image: str) -> str:
+    if waiting.get("reason") in (None, "ContainerCreating", "PodInitializing"):
+        return ""
+    where = f" {image}" if image and "Image" in waiting["reason"] else ""
     return f"{waiting['reason']}{where}: {waiting.get('message', '')}".rstrip(": ")
 
 

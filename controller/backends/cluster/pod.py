@@ -1,6 +1,7 @@
 """The pods of a job of the planner, and its name and labels, the same whatever kind of job makes them. Pure."""
 
 import math
+from inspect import getsource
 from typing import Any
 
 from controller.api import meta
@@ -13,19 +14,29 @@ from controller.backends.cluster.references import reference
 from controller.backends.cluster.settings import Settings
 from controller.backends.cluster.volumes import PHASE_FOLDER, TMP, WORKSPACE, mounts, volumes
 from controller.plan.job import PhaseJob
+from trainers import keeper
 from trainers.contract import (
     ATTEMPT_VARIABLE,
     DEFAULT_METRICS_PORT,
+    KEEPER_VARIABLE,
     METRICS_PORT_VARIABLE,
     RUN_UID_VARIABLE,
     TERMINATION_VARIABLE,
     PhaseFile,
 )
+from trainers.phases import phase_type
 
 Object = dict[str, Any]
 
 PHASE_FILE = f"{PHASE_FOLDER}/phase.json"
 TERMINATION_LOG = "/dev/termination-log"
+KEEPER = f"{TMP}/keeper"
+"""Socket over which trainers have servers started in the other container (:mod:`trainers.keeper`)."""
+RESTRICTED: Object = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 MASTER_PORT = 23456
 RENDEZVOUS_SECONDS = 7 * 86400
 """For pods to wait for each other: how long that may take is up to the run's startup timeout."""
@@ -68,6 +79,7 @@ def template(job: PhaseJob, owner: Owner, settings: Settings, container: str, re
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
             "securityContext": _security_context(job.template, settings.user),
+            **_servers(job),
             "containers": [_container(job, owner, settings.image, container, rendezvous)],
             "volumes": volumes(job),
             **_pulling(job.template),
@@ -125,12 +137,38 @@ def _container(job: PhaseJob, owner: Owner, image: str | None, name: str, rendez
         "resources": _resources(job.template),
         "terminationMessagePath": TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": RESTRICTED,
         "volumeMounts": mounts(job),
+    }
+
+
+def _starts_server(job: PhaseJob) -> bool:
+    return job.template.server is not None and phase_type(job.type).spec.model_validate(job.spec).starts_server
+
+
+def _servers(job: PhaseJob) -> Object:
+    """The container that servers are started in, which sees what the trainers' sees. It is there before them, and the pod ends
+    without asking it, as native sidecars are.
+    """
+    server = job.template.server
+    if server is None or not _starts_server(job):
+        return {}
+    policy = job.template.image_pull_policy
+    environment = {"HOME": TMP, "USER": "server", **{item.name: item.value for item in job.template.env}}
+    return {
+        "initContainers": [
+            {
+                "name": "server",
+                "image": server.image,
+                **({"imagePullPolicy": policy} if policy else {}),
+                "restartPolicy": "Always",
+                "command": ["python3", "-I", "-S", "-c", getsource(keeper), KEEPER],
+                "env": [{"name": name, "value": value} for name, value in environment.items()],
+                "resources": server.resources.document() if server.resources else {},
+                "securityContext": RESTRICTED,
+                "volumeMounts": mounts(job),
+            }
+        ]
     }
 
 
@@ -169,6 +207,7 @@ def _environment(job: PhaseJob, owner: Owner) -> list[Object]:
         # torchrun would kill its workers 30 s after a SIGTERM, in the middle of saving a large model.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(job.template.grace_seconds - GRACE_MARGIN, 1)),
         **{item.name: item.value for item in job.template.env},
+        **({KEEPER_VARIABLE: KEEPER} if _starts_server(job) else {}),
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
         RUN_UID_VARIABLE: owner.uid,

@@ -68,11 +68,16 @@ def _build(folder: Path) -> None:
     (folder / WHOLE).touch()
 
 
+def vllm_command() -> list[str]:
+    """What a phase starts it by: its build for processors lacks the program `vllm`."""
+    return [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
 @contextmanager
 def serving(folder: Path, log: Path, *flags: str) -> Iterator[Running]:
     """A server of a model's folder, once it answers. It ends with all that it has started."""
-    python, port = vllm_python(), _free_port()
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    port = _free_port()
+    command = [*vllm_command(), str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *flags]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | SETTINGS
     with log.open("wb") as out:

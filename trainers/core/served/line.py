@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Ended:
 class Line:
     """Holds one server. It ends with :meth:`close`, and with this process however that ends."""
 
-    def __init__(self, command: List[str], log: Path, patience: float) -> None:
+    def __init__(self, command: List[str], environment: Mapping[str, str], log: Path, patience: float) -> None:
         """Raises Infrastructure if nobody takes the order within so many seconds."""
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ class Line:
         self._end, its = (_connected(place, patience), None) if place else socket.socketpair()
         if its is not None:
             self._keeper = _own_keeper(its)
-        order = {"command": list(command), "environment": ENVIRONMENT, "log": str(log)}
+        order = {"command": list(command), "environment": {**ENVIRONMENT, **environment}, "log": str(log)}
         self._end.sendall(json.dumps(order).encode() + b"\n")
         self._heard, self._gone = b"", False
 

@@ -16,6 +16,7 @@ from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
 from trainers.core.generate import Response
 from trainers.core.models import LoadedModel, positions
+from trainers.core.parallel import Workers
 from trainers.core.served.check import check_vocabulary, check_weights
 from trainers.core.served.server import Server, side_by_side
 from trainers.core.served.started import started
@@ -77,13 +78,18 @@ def own_served_model(
     ``logprobs``: how many of a token's alternatives it is to tell.
     """
     ctx.meter.stage("starting vLLM")
-    flags = ["--dtype", "bfloat16" if ctx.workers.bf16 else "float32"]
+    flags = ["--dtype", precision(ctx.workers)]
     flags += ["--max-logprobs", str(logprobs)] if logprobs else []
     flags += ["--trust-remote-code"] if ref.trust_remote_code else []
     with started(ctx, field, settings or OwnServer(), os.path.abspath(ctx.model_location(ref)), flags) as server:
         model = _model(ctx, ref, server)
         ctx.meter.stage("")
         yield model
+
+
+def precision(workers: Workers) -> str:
+    """The phase's arithmetic, as vLLM calls it, which takes fp16 for files in fp32 unless told."""
+    return "bfloat16" if workers.bf16 else "float32"
 
 
 def _model(ctx: PhaseContext, ref: RespondingModel, server: Server) -> ServedModel:

@@ -6,11 +6,12 @@ import socket
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
@@ -58,14 +59,19 @@ class StartedServer(Server):
 
 @contextmanager
 def started(
-    ctx: PhaseContext, field: str, settings: OwnServer, folder: str, flags: List[str]
+    ctx: PhaseContext,
+    field: str,
+    settings: OwnServer,
+    folder: str,
+    flags: List[str],
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[StartedServer]:
     """A server of the folder's model on each machine, started by its first process, once it answers; it ends with the block."""
     with ExitStack() as until:
         line, place = None, None
         if ctx.workers.local_rank == 0:
             place = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-"))) / "s"
-            line = _order(ctx, settings, [folder, "--uds", str(place), *flags])
+            line = _order(ctx, settings, [folder, "--uds", str(place), *flags], environment)
             until.callback(line.close)
             _wait(ctx, StartedServer(ctx, field, place, line), line, settings)
         places = ctx.workers.gather_objects([place])
@@ -75,9 +81,10 @@ def started(
         yield server
 
 
-def _order(ctx: PhaseContext, settings: OwnServer, flags: List[str]) -> Line:
+def _order(ctx: PhaseContext, settings: OwnServer, flags: List[str], environment: Mapping[str, str]) -> Line:
     name = "vllm.log" if ctx.workers.is_main else f"vllm-{ctx.workers.rank}.log"
-    return Line([*settings.command, *flags, *settings.args], ctx.dir.root / name, settings.start_timeout_seconds)
+    command = [*settings.command, *flags, *settings.args]
+    return Line(command, environment, ctx.dir.root / name, settings.start_timeout_seconds)
 
 
 def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnServer) -> None:

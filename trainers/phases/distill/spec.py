@@ -126,7 +126,6 @@ class DistillSpec(OnPolicySpec, TrainingSpec):
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
-        self.sampling.check_own("the student's weights")
         if self.evaluation != Evaluation():
             raise ValueError(
                 "evaluation has no effect here, distillation has no held-out rows: leave it out and use an evaluate phase"
@@ -148,6 +147,10 @@ class DistillSpec(OnPolicySpec, TrainingSpec):
         if len(kept := {teacher.top_k for teacher in self.teachers}) > 1:
             raise ValueError(f"teachers: topK is {' and '.join(map(str, sorted(kept)))}: set the same for all")
         return self
+
+    @property
+    def starts_server(self) -> bool:
+        return super().starts_server and self.on_policy_fraction > 0
 
     @property
     def loads_teacher(self) -> bool:

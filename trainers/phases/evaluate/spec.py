@@ -129,10 +129,17 @@ class EvaluateSpec(PhaseSpec):
 
     @model_validator(mode="after")
     def _engines(self) -> Self:
-        sampled = [entry.settings for entry in self.benchmarks if isinstance(entry.settings, SampledSpec)]
-        found = [settings.sampling or self.sampling for settings in sampled] or [self.sampling]
-        check_engine(found, ((f"models[{i}]", model) for i, model in enumerate(self.models)), self.server)
+        check_engine(self._samplings(), ((f"models[{i}]", m) for i, m in enumerate(self.models)), self.server)
         return self
+
+    def _samplings(self) -> list[Sampling]:
+        sampled = [entry.settings for entry in self.benchmarks if isinstance(entry.settings, SampledSpec)]
+        return [settings.sampling or self.sampling for settings in sampled] or [self.sampling]
+
+    @property
+    def starts_server(self) -> bool:
+        served = any(sampling.engine == "vllm" for sampling in self._samplings())
+        return served and any(model.url is None for model in self.models)
 
     def row_schemas(self) -> Mapping[str, str]:
         return {"data": "prompt", "benchmarks": "prompt"}

@@ -97,7 +97,6 @@ class PpoSpec(OnPolicySpec):
 
     @model_validator(mode="after")
     def _mini_batches_fit(self) -> Self:
-        self.sampling.check_own("the policy's weights")
         size = self.mini_batch_size
         if size is not None and self.batch_size % size:
             raise ValueError(f"batchSize {self.batch_size} is not a multiple of miniBatchSize {size}")

@@ -39,6 +39,10 @@ class RolloutSpec(PhaseSpec):
         check_engine([self.sampling], [("policy", self.policy)], self.server)
         return self
 
+    @property
+    def starts_server(self) -> bool:
+        return self.sampling.engine == "vllm" and self.policy.url is None
+
     def row_schemas(self) -> Mapping[str, str]:
         return {"data": "prompt"}
 

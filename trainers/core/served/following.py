@@ -1,0 +1,73 @@
+"""A vLLM server that follows weights in training: it has those of the moment before it is asked for samples."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainers.contract import BadInput
+from trainers.core.context import PhaseContext
+from trainers.core.export import write_model
+from trainers.core.models import LoadedModel
+from trainers.core.served.check import check_vocabulary
+from trainers.core.served.model import ServedModel, precision
+from trainers.core.served.started import StartedServer, started
+from trainers.core.served.wire import connected
+from trainers.core.sharding import whole_shape
+from trainers.spec import OwnServer, Sampling
+
+DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+"""vLLM has what changes weights under this name; nobody else can reach its socket."""
+
+
+class Follower:
+    """Weights go to it as files, and from there into the places of the old ones, which every build of vLLM can do."""
+
+    def __init__(self, ctx: PhaseContext, loaded: LoadedModel, server: StartedServer, folder: Path) -> None:
+        self.ctx, self.loaded, self.server, self.folder = ctx, loaded, server, folder
+        rows = int(whole_shape(loaded.model.get_output_embeddings().weight)[0])
+        known = rows if loaded.num_known is None else loaded.num_known
+        wire = connected(server, None)
+        check_vocabulary(wire, max(rows, max(loaded.tokenizer.get_vocab().values()) + 1))
+        bias = {str(token): -100.0 for token in range(known, rows)}
+        self.served = ServedModel(wire, loaded.tokenizer, loaded.chat, known, loaded.positions, bias)
+        self._is_current = True
+
+    def current(self) -> ServedModel:
+        """The server's model with the weights as they are now; all processes call it together."""
+        if not self._is_current:
+            self._push()
+        self._is_current = False
+        return self.served
+
+    def _push(self) -> None:
+        write(self.ctx, self.loaded, self.folder)
+        if self.ctx.workers.local_rank == 0:
+            self.server.post(
+                "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+            )
+            # What it remembers of prompts is of the old weights.
+            if not self.server.post("/reset_prefix_cache", {}).get("success"):
+                raise BadInput(f"{self.server.field}: {self.server.url} keeps prompts of earlier weights")
+        self.ctx.workers.barrier()
+
+
+@contextmanager
+def following(
+    ctx: PhaseContext, loaded: LoadedModel, sampling: Sampling, settings: OwnServer | None
+) -> Iterator[Follower]:
+    """A server of a model in training, which ends with the block. It tells log-probabilities at the sampling's temperature."""
+    ctx.meter.stage("starting vLLM")
+    flags = ["--dtype", precision(ctx.workers), "--served-model-name", "policy"]
+    flags += ["--logprobs-mode", "processed_logprobs"] if sampling.temperature not in (0, 1) else []
+    with tempfile.TemporaryDirectory(prefix="weights-") as name:
+        folder = Path(name) / "model"
+        write(ctx, loaded, folder)
+        with started(ctx, "sampling", settings or OwnServer(), str(folder), flags, DEVELOPMENT) as server:
+            ctx.meter.stage("")
+            yield Follower(ctx, loaded, server, folder)
+
+
+def write(ctx: PhaseContext, loaded: LoadedModel, folder: Path) -> None:
+    """The model as it is, for a server on each machine. Raises Diverged if a weight is not finite."""
+    write_model(loaded, folder, writes=ctx.workers.local_rank == 0)
