@@ -13,11 +13,14 @@ from controller.chat_problems import end_token_problems, template_problems
 from controller.compose import Document
 from controller.first_rows import row_problems
 from controller.plan.check import check_entries, check_run
+from controller.plan.room import room_problems
+from controller.plan.shapes import Configs, sources
 from controller.plan.tokenizers import model_pairs, root
 from trainers.contract import BadInput, PhaseType
 from trainers.fingerprints import source_files
 from trainers.model_files import model_problem
 from trainers.phases import phase_type
+from trainers.sizing.configs import read_configs
 from trainers.spec import (
     DataSource,
     DeepSpeed,
@@ -53,7 +56,7 @@ def load_run(document: Document, base_dir: Path | None = None, local: bool = Fal
                 p for e in run.phases for p in row_problems(f"spec.phases[{e.name}].{e.type.name}", e.spec, base_dir)
             ]
         if not problems:  # follows references, which have to be sound for that
-            problems += _tokenizer_problems(run, base_dir)
+            problems += [*_tokenizer_problems(run, base_dir), *room_problems(run, _configs(run, base_dir))]
     if problems:
         raise InvalidRun(problems)
     return run
@@ -224,6 +227,11 @@ def _place_problems(path: str, name: str, base_dir: Path) -> Iterator[Problem]:
         yield Problem(path, f"{shown(name)} is not there: {folder.absolute()} does not exist")
     elif not HUB_ID.fullmatch(name):
         yield Problem(path, f"{shown(name)} is no folder, and no hub id, which is `name` or `owner/name`")
+
+
+def _configs(run: AlignmentRun, base_dir: Path) -> Configs:
+    """Of models in folders; a hub is not asked for the sake of this."""
+    return read_configs({(name, rev) for name, rev in sources(run) if (base_dir / name).is_dir()}, base_dir)
 
 
 def _tokenizer_problems(run: AlignmentRun, base_dir: Path) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from controller.api.volumes import mount_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.once import of_spec
 from controller.plan.resolve import merge_templates, resolve
+from controller.plan.room import room_problems
 from controller.plan.tokenizers import tokenizer_problems
 from trainers.contract import PhaseType
 from trainers.spec import ArtifactRef
@@ -30,7 +31,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     problems = [*_model_problems(run), *check_entries(run.phases, types)]
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
-        problems += [*_inherited_problems(run), *_share_problems(run)]
+        problems += [*_inherited_problems(run), *_share_problems(run), *room_problems(run, {})]
     return [*problems, *_gpu_problems(run), *_mount_problems(run)]
 
 

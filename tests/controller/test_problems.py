@@ -23,6 +23,10 @@ def distill(student: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {"name": "distill", "distill": {**values, "weighting": {"mode": "none"}, **settings}}
 
 
+def rollout(policy: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"name": "rollout", "rollout": {"policy": policy, "data": {"prompts": PROMPTS["prompts"]}, **settings}}
+
+
 def files(name: str) -> dict[str, Any]:
     return {"sft": {"data": {"train": [{"files": name}]}}}
 
@@ -178,6 +182,16 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "spec.phases[a].sft.parallel.deepspeed.config: ds.json: gradient_clipping is set by the run's optim.maxGradNorm: "
         "remove it",
     ),
+    "a response as long as a scratch model": (
+        document(BASE, distill({"phase": "base"}, sampling={"maxNewTokens": 1024}, maxLength=2000)),
+        "spec.phases[distill].distill.sampling.maxNewTokens: 1024: the model has 1024 positions, for a prompt and the response "
+        "together",
+    ),
+    "a response as long as a model in a folder": (
+        document(rollout({"source": "./short"}, sampling={"maxNewTokens": 32})),
+        "spec.phases[rollout].rollout.sampling.maxNewTokens: 32: the model has 16 positions, for a prompt and the response "
+        "together",
+    ),
     "more machines than one": (
         document(BASE, template={"nodes": 2}),
         "spec.template.nodes: 2: a local run has one machine; set 1, or apply the run to a cluster",
@@ -200,6 +214,12 @@ def here(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {word: 0}}}))
+    (tmp_path / "short").mkdir()
+    config = {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "vocab_size": 8, "max_position_embeddings": 16,
+    }  # fmt: skip
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
     return tmp_path
 
 
