@@ -46,6 +46,8 @@ class LeaderElection:
         self.times = times or LeaseTimes()
         self._clock = clock
         self._lease: Object | None = None
+        self._written = ""
+        """The time of our last renewal of which we know that it was taken."""
         self._record: tuple[object, object] = (None, None)
         self._changed_at = self._renewed_at = clock()
 
@@ -56,7 +58,11 @@ class LeaderElection:
         logger.info("this replica acts: it holds lease %s/%s", self.namespace, self.name)
 
     async def hold(self) -> None:
-        """Renew for ever. Raises LeadershipLost."""
+        """Renew for ever. Raises LeadershipLost.
+
+        Also if the lease is ours and has gone back in time, as all of the cluster has then: versions are counted anew, and
+        what is remembered of it, and asked of the watches, is of a time that has not been.
+        """
         try:
             while True:
                 left = self._renewed_at + self.times.renew_deadline - self._clock()
@@ -101,13 +107,24 @@ class LeaderElection:
         """Take or renew the lease if nobody else holds it. The resource version decides a race."""
         self._lease = await self.api.get_lease(self.namespace, self.name)
         if self._lease is None:
-            self._lease = await self.api.create_lease(self._new())
-            return True
+            return self._took(await self.api.create_lease(self._new()))
+        if not self._held_by_another() and self._renewed() < self._written:
+            raise LeadershipLost(
+                f"lease {self.namespace}/{self.name} is older than its last renewal: a backup was restored"
+            )
         self._note()
         if self._held_by_another() and self._clock() - self._changed_at < self.times.duration:
             return False
-        self._lease = await self.api.update_lease(self._with(self._mine()))
+        return self._took(await self.api.update_lease(self._with(self._mine())))
+
+    def _took(self, lease: Object) -> bool:
+        self._lease = lease
+        self._written = self._renewed()
         return True
+
+    def _renewed(self) -> str:
+        """All such times are written alike, and so in the order of their letters."""
+        return str(self._spec().get("renewTime") or "")
 
     def _note(self) -> None:
         spec = self._spec()

@@ -157,6 +157,27 @@ def test_the_first_takes_it_and_keeps_it() -> None:
     run(go())
 
 
+def test_a_lease_of_our_own_from_a_backup_ends_the_leadership() -> None:
+    """What is remembered of the cluster has not been: the process is to start anew."""
+
+    async def go() -> None:
+        server = Server()
+        election = Replica("a", Line(server)).elector()
+        await election.acquire()
+        holding = asyncio.create_task(election.hold())
+        await asyncio.sleep(60)
+        backup = server.get()
+        await asyncio.sleep(60)
+        assert not holding.done()
+        assert backup is not None
+        server.stored = backup
+        with pytest.raises(LeadershipLost, match="a backup was restored"):
+            await asyncio.wait_for(holding, TIMES.renew_deadline)
+        assert await Replica("a", Line(server)).elector()._safely_try(), "started anew it goes on at once"
+
+    run(go())
+
+
 def test_another_takes_over_when_the_holder_is_silent_and_no_earlier() -> None:
     async def go() -> None:
         server = Server()
