@@ -52,9 +52,10 @@ def manifest(name: str, *phases: Object, **spec: Any) -> Object:
     }
 
 
+SOAK = bool(os.environ.get("SOAK"))
 both = pytest.mark.parametrize("driver", KINDS, indirect=True)
 """For a test that is of every kind of job."""
-both_in_soak = pytest.mark.parametrize("driver", KINDS if os.environ.get("SOAK") else ["PyTorchJob"], indirect=True)
+both_in_soak = pytest.mark.parametrize("driver", KINDS if SOAK else ["PyTorchJob"], indirect=True)
 """The same, where another test shows what the kinds have different."""
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from cluster.client import KubectlError
-from driver import FAST, ROWS, Driver, both, dpo, manifest, sft
+from cluster.jobs import KINDS
+from driver import FAST, ROWS, SOAK, Driver, both, both_in_soak, dpo, manifest, sft
 
 
 @both
@@ -47,8 +48,16 @@ RETRIED = {
 }
 
 
-@both
-@pytest.mark.parametrize("failure", RETRIED)
+@pytest.mark.parametrize(
+    ("driver", "failure"),
+    [
+        (kind, failure)
+        for kind in KINDS
+        for failure in RETRIED
+        if SOAK or kind == "PyTorchJob" or failure == "OutOfMemory"
+    ],
+    indirect=["driver"],
+)
 def test_a_failure_is_tried_again_within_its_classes_budget(driver: Driver, failure: str):
     budget, message = RETRIED[failure]
     none = dict.fromkeys(("outOfMemory", "infrastructure", "interrupted", "internal"), 0)
@@ -67,7 +76,7 @@ def test_a_failure_is_tried_again_within_its_classes_budget(driver: Driver, fail
     assert len(driver.events("PhaseFailed")) == 1
 
 
-@both
+@both_in_soak
 @pytest.mark.parametrize("failure", ["BadInput", "GateFailed", "Diverged"])
 def test_what_another_attempt_cannot_mend_is_not_tried_again(driver: Driver, failure: str):
     driver.apply(manifest("run", sft(), dpo()))
@@ -116,7 +125,7 @@ def test_a_failed_run_tries_again_without_an_edit(driver: Driver):
     assert driver.status("run")["retry"] == {"number": 6}
 
 
-@both
+@both_in_soak
 def test_what_has_finished_runs_anew_when_asked_to(driver: Driver):
     driver.apply(manifest("run", sft(), dpo("a"), dpo("b", beta=0.2)))
     for job in ("run-sft-1", "run-a-1", "run-b-1"):
@@ -188,7 +197,7 @@ class TestEdits:
         annotations = driver.template("run-dpo-1")["metadata"]["annotations"]
         assert json.loads(annotations["alignment.dev/phase-file"])["spec"]["beta"] == 0.7
 
-    @both
+    @both_in_soak
     def test_of_a_finished_phase_reruns_it_and_what_depends_on_it(self, driver: Driver):
         driver.apply(manifest("run", sft(), dpo("a"), dpo("b", beta=0.2), dpo("c", on="a", beta=0.3)))
         for job in ("run-sft-1", "run-a-1", "run-b-1", "run-c-1"):

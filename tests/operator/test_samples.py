@@ -34,11 +34,11 @@ def read(path: Path) -> dict:
     [*SAMPLES, *EXAMPLES],
     ids=lambda p: p.stem,
 )
-def test_a_real_api_server_takes_it(driver: Driver, path: Path):
-    dry = driver.cluster.kubectl(
+def test_a_real_api_server_takes_it(prepared: Cluster, path: Path):
+    dry = prepared.kubectl(
         "create",
         "-n",
-        driver.namespace,
+        "default",
         "--dry-run=server",
         "--validate=strict",
         "-f",
