@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trainers.core import products
 from trainers.core.heads import called, fp32_weights, is_plain, product, scaled
 
 CHUNK_ELEMENTS = 2**26
@@ -230,9 +231,9 @@ class _Gradients:
     ) -> None:
         """The weight's grows in place: one tensor for all chunks."""
         if hidden is not None:
-            torch.mm(slope, self.head.weights["weight"], out=hidden)
+            hidden.copy_(products.product(slope, self.head.weights["weight"]))
         if weight is not None:
-            weight.addmm_(slope.T, inputs)
+            products.add_gradient(weight, slope, inputs)
         if bias is not None:
             bias += slope.sum(0)
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import linear
 
 from trainers.core.layers import as_forward
+from trainers.core.products import Linear, linear
 
 T = TypeVar("T")
 
@@ -77,7 +77,8 @@ def product(head: nn.Module, weights: Mapping[str, torch.Tensor], hidden: torch.
 
 def is_plain(head: nn.Module) -> bool:
     """Whether a head is a product with one matrix, and perhaps a bias, as embeddings are too. One with adapters is more."""
-    return isinstance(head, nn.Embedding) or (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
+    ours_or_torchs = (nn.Linear.forward, Linear.forward)
+    return isinstance(head, nn.Embedding) or (isinstance(head, nn.Linear) and type(head).forward in ours_or_torchs)
 
 
 def is_adapted(head: Any) -> bool:

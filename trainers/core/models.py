@@ -18,6 +18,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.heads import is_adapted, is_plain
 from trainers.core.hub import hub_name
 from trainers.core.layers import hold, keep_layers, keep_split_layers
+from trainers.core.products import hasten
 from trainers.core.quantization import FourBit
 from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
@@ -171,6 +172,8 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     chat = chat_format(tokenizer, model)
     if ctx.spec.parallel.compile:
         compile_layers(model, ctx.workers.device)
+    elif ctx.workers.zero is None:
+        hasten(model)
     if frozen:
         model.requires_grad_(False).eval()
         return LoadedModel(model, tokenizer, chat, num_known=num_known(model, tokenizer))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainers.core.products import Linear
+
 FEWEST = 8
 """Rows side by side for which it is worth a copy."""
 LARGEST_COPY = 2**30
@@ -49,7 +51,7 @@ def _product(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tens
 
 def _can(module: Any) -> bool:
     """Plain layers: neither packed in bits, nor split over processes, nor with a forward pass of somebody else's."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    if type(module) not in (nn.Linear, Linear) or "forward" in module.__dict__:
         return False
     weight = module.weight
     whole = type(weight) is nn.Parameter and weight.numel() > 0 and not hasattr(weight, "ds_id")
