@@ -47,7 +47,7 @@ def leads(scene: Scene) -> None:
 def kubelet(scene: Scene) -> None:
     """Starts the operator again when it has ended, or says that it is not well."""
     assert scene.operator.process is not None
-    if scene.operator.process.poll() is None and scene.operator.get("healthz")[0] == 500:
+    if scene.operator.process.poll() is None and scene.operator.get("healthz")[0] == 503:
         scene.operator.stop("kill")
     if scene.operator.process.poll() is not None:
         scene.operator.start()

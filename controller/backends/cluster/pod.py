@@ -8,6 +8,7 @@ from controller.api import meta
 from controller.api.quantities import number
 from controller.api.template import Template
 from controller.api.workspace import Workspace
+from controller.backends import start
 from controller.backends.cluster.kind import Owner
 from controller.backends.cluster.placement import placement
 from controller.backends.cluster.references import reference
@@ -130,7 +131,7 @@ def _container(job: PhaseJob, owner: Owner, image: str | None, name: str, rendez
         "name": name,
         "image": job.image or image,
         **({"imagePullPolicy": policy} if policy else {}),
-        "command": _command(job),
+        "command": ["python", *start.program(job, PHASE_FILE)],
         "env": _environment(job, owner) + rendezvous,
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
@@ -186,34 +187,24 @@ def _ports(processes: int) -> list[Object]:
     ]
 
 
-def _command(job: PhaseJob) -> list[str]:
-    """As on one machine (docs/adr/0001): torchrun only where there is more than one process."""
-    program = ["-m", "trainers", job.type, "--spec", PHASE_FILE]
-    many = job.nodes * job.procs_per_node > 1
-    return ["python", *(["-m", "trainers.agent"] if many else []), *program]
-
-
 def _environment(job: PhaseJob, owner: Owner) -> list[Object]:
     defaults = {
         # The root file system is read-only, and the user may be unknown to the image.
         "HOME": TMP,
         "USER": "trainer",
         "HF_HOME": f"{WORKSPACE}/.cache/huggingface",
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
         **_threads(job),
-        # Threads that wait must not burn the cores that a neighbour computes on: two pods on two cores were 20 times slower.
-        "OMP_WAIT_POLICY": "passive",
         # torchrun would kill its workers 30 s after a SIGTERM, in the middle of saving a large model.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(job.template.grace_seconds - GRACE_MARGIN, 1)),
-        **{item.name: item.value for item in job.template.env},
+    }
+    ours = {
         **({KEEPER_VARIABLE: KEEPER} if _starts_server(job) else {}),
         TERMINATION_VARIABLE: TERMINATION_LOG,
         METRICS_PORT_VARIABLE: str(DEFAULT_METRICS_PORT),
         RUN_UID_VARIABLE: owner.uid,
         ATTEMPT_VARIABLE: str(job.attempt),
     }
-    return [{"name": name, "value": value} for name, value in defaults.items()]
+    return [{"name": name, "value": value} for name, value in start.environment(job, defaults, ours).items()]
 
 
 def _threads(job: PhaseJob) -> dict[str, str]:

@@ -12,6 +12,7 @@ import psutil
 
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress
+from controller.backends import start
 from controller.backends.local import process
 from controller.backends.local.machine import Machine
 from controller.backends.local.process import Handle, JobRecord
@@ -32,12 +33,7 @@ Command = Callable[[PhaseJob, Path], Sequence[str]]
 
 
 def phase_command(job: PhaseJob, phase_file: Path) -> Sequence[str]:
-    """torchrun, or for one process plain Python, which is the same and starts three seconds earlier."""
-    program = ["-m", "trainers", job.type, "--spec", str(phase_file)]
-    if job.procs_per_node == 1:
-        return [sys.executable, *program]
-    torchrun = ["-m", "trainers.agent", "--standalone", f"--nproc-per-node={job.procs_per_node}"]
-    return [sys.executable, *torchrun, *program]
+    return [sys.executable, *start.program(job, phase_file, "--standalone", f"--nproc-per-node={job.procs_per_node}")]
 
 
 @dataclass
@@ -174,19 +170,12 @@ class LocalBackend:
         self._live[job.phase] = Live(job.phase, root, handle, record, starved_before)
 
     def _environment(self, job: PhaseJob, root: Path, threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
-        environ = {
-            **self.environ,
-            "OMP_NUM_THREADS": str(threads),
-            # Threads that wait must not burn the cores that a neighbour computes on.
-            "OMP_WAIT_POLICY": "passive",
-            **{item.name: item.value for item in job.template.env},
+        ours = {
             JOB_VARIABLE: str(root),
             TERMINATION_VARIABLE: str(process.termination_file(root, job.attempt)),
             METRICS_PORT_VARIABLE: "0",
-            # Folders named like packages in the working directory must not be imported.
-            "PYTHONSAFEPATH": "1",
-            "PYTHONUNBUFFERED": "1",
         }
+        environ = {**self.environ, **start.environment(job, {"OMP_NUM_THREADS": str(threads)}, ours)}
         return environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else environ
 
     def _taken_gpus(self) -> set[str]:
