@@ -228,6 +228,22 @@ class KilledError(BaseException):
     """What nothing answers."""
 
 
+def test_the_two_sides_share_a_processors_threads(run_phase, monkeypatch, distill_spec, tmp_path):
+    from trainers.core import rollouts_ahead
+
+    real, training, sampling = rollouts_ahead.own_responses, set(), set()
+
+    def counted(*args, **kwargs):
+        sampling.add(torch.get_num_threads())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rollouts_ahead, "own_responses", counted)
+    torch.set_num_threads(3)
+    with after_steps(lambda *_: training.add(torch.get_num_threads())):
+        assert run_phase("distill", distill_spec(duration={"maxSteps": 3}), None, tmp_path / "run" / "distill")[0] == 0
+    assert (training, sampling, torch.get_num_threads()) == ({2}, {1}, 3)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same_weights(run_phase, distill_spec, tmp_path):
     spec, one, two = distill_spec(), tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill"

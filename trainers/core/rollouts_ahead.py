@@ -49,7 +49,13 @@ class RolloutsAhead:
         self.prompts_of, self.total_steps = prompts_of, total_steps
         self._copies = [Copy(ctx, policy) for _ in range(spec.staleness)]
         self._follower: Follower | None = None
-        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._all_threads = torch.get_num_threads()
+        theirs = max(1, self._all_threads // 2)
+        if self._copies and ctx.workers.device.type == "cpu":
+            # More threads than cores wait for each other: a step took nearly twice as long (docs/benchmarks.md).
+            torch.set_num_threads(max(1, self._all_threads - theirs))
+        # torch counts threads for each thread that calls it.
+        self._thread = ThreadPoolExecutor(1, "rollouts", torch.set_num_threads, (theirs,))
         self._begun: dict[int, Future[list[Response]]] = {}
         """This rank's share of coming steps' responses."""
         self._whole: dict[int, list[Response]] = {}
@@ -109,6 +115,7 @@ class RolloutsAhead:
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._all_threads)
 
     def _begin(self, step: int) -> None:
         prompts = self.prompts_of(step) if step < self.total_steps else []
