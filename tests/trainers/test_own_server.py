@@ -1,11 +1,15 @@
 """A server that the phase starts itself: from the model's files, over a socket of its own, and gone with the phase."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+
+from trainers import keeper
+from trainers.contract import KEEPER_VARIABLE
 
 PROGRAM = Path(__file__).with_name("served.py")
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 12}}], "maxPromptLength": 32}
@@ -34,6 +38,28 @@ def test_its_responses_are_the_own_engines(run_phase, louder, tmp_path):
         assert run_phase("rollout", spec, None, tmp_path / name / "rollout")[0] == 0
     assert traces(tmp_path / "own" / "rollout") == traces(tmp_path / "vllm" / "rollout")
     assert nothing_is_left(folder)
+
+
+def test_one_in_another_container(run_phase, louder, tmp_path, monkeypatch):
+    """On a cluster a keeper is there already, behind a socket that both containers see, and stays for the next phase's server."""
+    door = tmp_path / "door"
+    kept = subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, str(door)])
+    monkeypatch.setenv(KEEPER_VARIABLE, str(door))
+    try:
+        spec = spec_for(louder(4), [str(PROGRAM)])
+        assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == 0
+        assert len(traces(tmp_path / "run" / "rollout")) == 12
+        assert kept.poll() is None and not psutil.Process(kept.pid).children()
+    finally:
+        kept.terminate()
+    assert kept.wait(60) == 0
+
+
+def test_a_container_that_does_not_come(run_phase, louder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(KEEPER_VARIABLE, str(tmp_path / "nobody"))
+    spec = spec_for(louder(4), [str(PROGRAM)], startTimeoutSeconds=1)
+    assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == 75
+    assert "the container of the server does not answer" in capsys.readouterr().err
 
 
 def test_one_that_breaks_is_told_of_at_once(run_phase, louder, tmp_path, capsys):
