@@ -5,15 +5,16 @@ so that it runs in a server's image too.
     keeper.py PATH     one for each that connects to this socket, one after the other
 
 Who holds the line says first what to start, as a line of JSON: `command`, `environment` (beside this process's own), `log`
-(a file). A server that ends by itself is told of: `{"status": 1}`, or `{"error": "..."}` if it could not be started. Once the
-line is let go of, by whatever ends its holder, the server is ended with all that it has started, and only then does this end
-of it close.
+(a file), `scratch` (folders that go with the server). A server that ends by itself is told of: `{"status": 1}`, or
+`{"error": "..."}` if it could not be started. Once the line is let go of, by whatever ends its holder, the server is ended with
+all that it has started, and only then does this end of it close.
 """
 
 import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,8 @@ def keep(line: socket.socket) -> None:
                 select.select([line], [], [])
     finally:
         _end(server)
+        for folder in order["scratch"]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _order(line: socket.socket) -> Any:

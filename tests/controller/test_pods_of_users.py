@@ -182,7 +182,7 @@ class TestServers:
         with socket.socket(socket.AF_UNIX) as line:
             while line.connect_ex(str(door)):
                 time.sleep(0.05)
-            order = {"command": ["sh", "-c", "exit 7"], "environment": {}, "log": str(tmp_path / "log")}
+            order = {"command": ["sh", "-c", "exit 7"], "environment": {}, "log": str(tmp_path / "log"), "scratch": []}
             line.sendall(json.dumps(order).encode() + b"\n")
             assert json.loads(line.recv(100)) == {"status": 7}
         process.terminate()

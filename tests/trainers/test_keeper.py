@@ -35,7 +35,12 @@ time.sleep(600)
 
 def order(program: str, log: Path) -> bytes:
     return json.dumps(
-        {"command": [sys.executable, "-c", program], "environment": {"MARK": "set"}, "log": str(log)}
+        {
+            "command": [sys.executable, "-c", program],
+            "environment": {"MARK": "set"},
+            "log": str(log),
+            "scratch": [str(log.with_suffix(".scratch"))],
+        }
     ).encode()
 
 
@@ -83,7 +88,7 @@ def test_one_that_ends_by_itself_is_told_of(line, tmp_path):
 
 
 def test_a_program_that_is_not_there(line, tmp_path):
-    wanted = {"command": ["/no/vllm", "serve"], "environment": {}, "log": str(tmp_path / "log")}
+    wanted = {"command": ["/no/vllm", "serve"], "environment": {}, "log": str(tmp_path / "log"), "scratch": []}
     line.sendall(json.dumps(wanted).encode() + b"\n")
     assert json.loads(line.recv(200)) == {"error": "/no/vllm: No such file or directory"}
 
@@ -113,10 +118,12 @@ def test_a_holder_that_is_killed(tmp_path):
         words = [sys.executable, "-c", HOLDER, str(ours.fileno()), order(PARENT, tmp_path / "log").decode()]
         holder = subprocess.Popen(words, pass_fds=[ours.fileno()])
     child = int(lines_of(tmp_path / "log", 1)[0])
+    (tmp_path / "log.scratch").mkdir()
     holder.kill()
     holder.wait()
     assert kept.wait(60) == 0
     assert not is_there(child)
+    assert not (tmp_path / "log.scratch").exists(), "weights that only the server has read"
 
 
 def test_a_keeper_in_a_container_of_its_own_keeps_one_after_the_other(tmp_path):

@@ -63,7 +63,8 @@ def following(
     with tempfile.TemporaryDirectory(prefix="weights-") as name:
         folder = Path(name) / "model"
         write(ctx, loaded, folder)
-        with started(ctx, "sampling", settings or OwnServer(), str(folder), flags, DEVELOPMENT) as server:
+        own = settings or OwnServer()
+        with started(ctx, "sampling", own, str(folder), flags, DEVELOPMENT, [Path(name)]) as server:
             ctx.meter.stage("")
             yield Follower(ctx, loaded, server, folder)
 

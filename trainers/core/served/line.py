@@ -44,8 +44,13 @@ class Ended:
 class Line:
     """Holds one server. It ends with :meth:`close`, and with this process however that ends."""
 
-    def __init__(self, command: List[str], environment: Mapping[str, str], log: Path, patience: float) -> None:
-        """Raises Infrastructure if nobody takes the order within so many seconds."""
+    def __init__(
+        self, command: List[str], environment: Mapping[str, str], log: Path, patience: float, scratch: List[Path]
+    ) -> None:
+        """``scratch``: folders that nobody needs behind the server.
+
+        Raises Infrastructure if nobody takes the order within so many seconds.
+        """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         place = os.environ.get(KEEPER_VARIABLE)
@@ -54,6 +59,7 @@ class Line:
         if its is not None:
             self._keeper = _own_keeper(its)
         order = {"command": list(command), "environment": {**ENVIRONMENT, **environment}, "log": str(log)}
+        order["scratch"] = [str(folder) for folder in scratch]
         self._end.sendall(json.dumps(order).encode() + b"\n")
         self._heard, self._gone = b"", False
 

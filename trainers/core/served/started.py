@@ -65,13 +65,18 @@ def started(
     folder: str,
     flags: List[str],
     environment: Mapping[str, str] = MappingProxyType({}),
+    scratch: List[Path] = (),
 ) -> Iterator[StartedServer]:
-    """A server of the folder's model on each machine, started by its first process, once it answers; it ends with the block."""
+    """A server of the folder's model on each machine, started by its first process, once it answers; it ends with the block.
+
+    ``scratch``: folders that go with it, also where this process is killed.
+    """
     with ExitStack() as until:
         line, place = None, None
         if ctx.workers.local_rank == 0:
             place = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-"))) / "s"
-            line = _order(ctx, settings, [folder, "--uds", str(place), *flags], environment)
+            words = [*settings.command, folder, "--uds", str(place), *flags, *settings.args]
+            line = Line(words, environment, _log(ctx), settings.start_timeout_seconds, [place.parent, *scratch])
             until.callback(line.close)
             _wait(ctx, StartedServer(ctx, field, place, line), line, settings)
         places = ctx.workers.gather_objects([place])
@@ -81,10 +86,8 @@ def started(
         yield server
 
 
-def _order(ctx: PhaseContext, settings: OwnServer, flags: List[str], environment: Mapping[str, str]) -> Line:
-    name = "vllm.log" if ctx.workers.is_main else f"vllm-{ctx.workers.rank}.log"
-    command = [*settings.command, *flags, *settings.args]
-    return Line(command, environment, ctx.dir.root / name, settings.start_timeout_seconds)
+def _log(ctx: PhaseContext) -> Path:
+    return ctx.dir.root / ("vllm.log" if ctx.workers.is_main else f"vllm-{ctx.workers.rank}.log")
 
 
 def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnServer) -> None:
