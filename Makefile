@@ -85,7 +85,8 @@ bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES 
 
 soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie, whole clusters that break: an hour
 	bash tests/system-packages.sh
-	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_strangers.py tests/operator/test_lifecycle.py
+	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_replicas.py \
+	  tests/operator/test_strangers.py tests/operator/test_lifecycle.py
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py
