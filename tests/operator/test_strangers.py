@@ -157,7 +157,6 @@ def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
     asyncio.run(delete(theirs))
 
 
-@both_in_soak
 def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Driver):
     """Else one that something in the cluster removes at once would be made at each look, for ever."""
     driver.apply(manifest("run", sft(), suspend=True))
