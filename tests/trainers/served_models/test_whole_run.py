@@ -1,8 +1,6 @@
-"""A whole run as a user starts it: rollouts from a server of the phase's own, a teacher and an evaluation from one that is there,
-and its key written nowhere."""
+"""A whole run as a user starts it: rollouts, a teacher and an evaluation from one real server, and its key written nowhere."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from served_key import KEY
-from vllm_environment import SETTINGS, vllm_command
 
 pytestmark = pytest.mark.vllm
 
@@ -20,10 +17,9 @@ ROWS = {"synthetic": {"task": "letters", "split": "prompts", "count": 16}}
 def document(vllm_url: str, policy: Path, student: Path) -> dict:
     served = {"url": vllm_url, "servedAs": "policy", "keyVariable": "VLLM_KEY"}
     sampling = {"engine": "vllm", "maxNewTokens": 8}
-    server = {"command": vllm_command(), "args": ["--enforce-eager", "--max-num-seqs", "16"]}
-    own = {"policy": {"source": str(policy)}, "sampling": sampling, "server": server}
+    asked = {"policy": {"source": str(policy), **served}, "sampling": sampling, "data": {"prompts": [ROWS]}}
     phases = [
-        {"name": "traces", "rollout": {**own, "data": {"prompts": [ROWS]}, "teacherTopK": 48}},
+        {"name": "traces", "rollout": asked},
         {
             "name": "distill",
             "distill": {
@@ -56,11 +52,11 @@ def document(vllm_url: str, policy: Path, student: Path) -> dict:
     }
 
 
-def test_rollouts_a_teacher_and_an_evaluation_from_servers(vllm, policy_dir, other_dir, tmp_path):
+def test_rollouts_teacher_and_evaluation_from_one_server(vllm, policy_dir, other_dir, tmp_path):
     file, workspace = tmp_path / "run.yaml", tmp_path / "runs"
     file.write_text(yaml.safe_dump(document(vllm.url, policy_dir, other_dir)))
     alignctl = [str(Path(sys.executable).parent / "alignctl"), "run", str(file), "--workspace", str(workspace)]
-    done = subprocess.run(alignctl, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False)
+    done = subprocess.run(alignctl, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     status = json.loads((workspace / "served" / "status.json").read_text())
     assert "Succeeded" in json.dumps(status)
