@@ -69,7 +69,7 @@ def as_nobody(pod: Path, *command: str) -> subprocess.CompletedProcess[str]:
         TERMINATION_VARIABLE: str(pod / "tmp/last-word"),
     }
     known = ["setpriv", f"--reuid={USER}", "--regid=0", "--clear-groups", "--no-new-privs", sys.executable, *command]
-    return subprocess.run(known, env=environment, cwd=pod, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(known, env=environment, cwd=pod, capture_output=True, text=True, check=False, timeout=900)
 
 
 def readable_by_others(pod: Path) -> None:

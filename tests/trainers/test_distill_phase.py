@@ -177,7 +177,7 @@ def test_two_processes_give_the_same_weights(reference, spec_for, tmp_path):
         [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
         env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=120,
+        timeout=900,
     )
     assert_same(weights(output), weights(reference[0]), tolerance=1e-5)
     assert PhaseDir(output).read_result().metrics == pytest.approx(reference[1].metrics, rel=1e-4)

@@ -43,7 +43,7 @@ def _ends(end: str) -> list[tuple[int, str]]:
         subprocess.Popen(command, env=os.environ | meeting | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in ("0", "1")
     ]
-    said = [process.communicate(timeout=60)[1] for process in started]
+    said = [process.communicate(timeout=900)[1] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
@@ -72,7 +72,7 @@ def test_without_that_it_is_one():
 def test_statuses_are_what_they_were_and_what_waits_for_the_end_is_done(code, status, said):
     script = f"import atexit, sys; from trainers.ending import exit_with; exit_with({code})"
     script = script.replace("lambda: ", "lambda: atexit.register(print, 'over', file=sys.stderr) and ")
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == status
     assert done.stderr.strip().endswith(said)
 
@@ -88,13 +88,13 @@ def main():
     {end}
 ending.exit_with(main)
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=30).returncode == status
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=900).returncode == status
 
 
 def test_a_phase_registers_nothing_before():
     """It would wait for ever."""
     script = "import atexit, trainers.__main__; print(atexit._ncallbacks())"
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=900)
     assert done.stdout == "0\n"
 
 

@@ -355,7 +355,7 @@ def test_helpers_end_with_the_process_that_they_help(tmp_path, chat):
     pids = FORK.Queue()
     process = FORK.Process(target=begin, args=(pids,))
     process.start()
-    helpers = list(iter(lambda: pids.get(timeout=60), None))
+    helpers = list(iter(lambda: pids.get(timeout=600), None))
     process.join(60)
     assert helpers
     gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in helpers if psutil.pid_exists(pid)], timeout=10)

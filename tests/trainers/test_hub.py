@@ -113,7 +113,7 @@ def phase_process(here: Path, spec: dict, endpoint: str) -> tuple[int, str]:
     file.write_text(yaml.safe_dump({"output": str(here / "run" / "sft"), "baseDir": str(here), "spec": spec}))
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(here / "hf"), "ALIGNMENT_METRICS_PORT": "0"}
     command = [sys.executable, "-m", "trainers", "sft", "--spec", str(file)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stderr
 
 

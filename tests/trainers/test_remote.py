@@ -217,7 +217,7 @@ S3FileSystem._put_file, S3FileSystem._pipe_file = _put_file, _pipe_file
 )
 def test_a_kill_between_two_objects_costs_nothing(in_pod, bucket, tiny_model_dir, local, tmp_path, name, times):
     process = start(tmp_path / "killed", sft(tiny_model_dir), f"{bucket.uri}/ws", killed_at(name, times))
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == -signal.SIGKILL, out.decode()
     assert not (bucket.path / "ws/run/sft/result.json").exists()
     code, result, output = in_pod("sft", sft(tiny_model_dir))
@@ -312,7 +312,7 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(request, tiny_mo
     folder = root / "bucket/ws/run/sft/checkpoints"
     wait_for(lambda: any(folder.glob("step-1?/.manifest.json")), process)
     own.stop()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 75, out.decode()
     assert "Infrastructure: s3://bucket/ws" in out.decode()
     again = serve(root, own.port)
@@ -323,7 +323,7 @@ def test_a_server_that_goes_down_is_noticed_and_nothing_is_lost(request, tiny_mo
     found = max(int(name.removeprefix("step-")) for name in whole)
     wait_for(lambda: number(tmp_path / "b/ws/run/sft", "step") > found, process)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 143, out.decode()
     assert min(steps(tmp_path / "b/ws/run/sft")) == 1, "its metrics came along"
 

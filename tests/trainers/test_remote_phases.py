@@ -30,7 +30,7 @@ def test_a_finished_phase_ends_at_once_without_torch_and_without_the_model(in_po
     in_pod("sft", sft(tiny_model_dir))
     no_torch = "import sys; sys.modules['torch'] = None"
     process = start(tmp_path / "again", sft(tiny_model_dir), f"{bucket.uri}/ws", no_torch)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out.decode()
     assert not (tmp_path / "again/ws/run/sft").exists()
 
@@ -365,12 +365,12 @@ def test_two_nodes_with_a_folder_each(run_phase, bucket, with_sft, local, tmp_pa
     for process in first:
         process.terminate()
     for process in first:
-        process.communicate(timeout=120)
+        process.communicate(timeout=900)
     assert not (bucket.path / "ws/run/dpo/result.json").exists()
     shards = {p.name for p in (tmp_path / "first/node-1/run/dpo/checkpoints").glob("step-*/shard-*")}
     assert shards == {"shard-00002.safetensors", "shard-00003.safetensors"}, "each node writes and uploads its own"
     for process in nodes(tmp_path / "second", spec, bucket, digest):
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=900)
         assert process.returncode == 0, out.decode()
     steps = [
         (tmp_path / f"{name}/node-0/run/dpo/metrics.jsonl").read_text().splitlines() for name in ("first", "second")
@@ -382,7 +382,7 @@ def test_two_nodes_with_a_folder_each(run_phase, bucket, with_sft, local, tmp_pa
     ours, theirs = tensors(bucket.path / "ws/run/dpo"), tensors(tmp_path / "alone/run/dpo")
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 2e-5
     for process in nodes(tmp_path / "third", spec, bucket, digest):
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=900)
         assert process.returncode == 0, out.decode()
     assert not (tmp_path / "third/node-0/run/dpo/progress.json").exists(), "found finished by all processes"
 

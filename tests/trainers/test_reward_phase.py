@@ -395,7 +395,7 @@ def test_two_processes_give_what_one_gives(run_phase, tiny_model_dir, tmp_path):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for ours, theirs in zip(lines(one, "loss"), lines(two, "loss"), strict=True):

@@ -287,7 +287,7 @@ def test_two_processes_give_what_one_gives(reference, tiny_model_dir, tmp_path):
     file = phase_file(tmp_path / "a.yaml", output, spec_for(tiny_model_dir))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start([*torchrun, "-m", "trainers", "sft", "--spec", str(file)])
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out.decode()
     assert_same(weights(output), weights(reference[0]), tolerance=2e-5)
 

@@ -48,7 +48,7 @@ def test_the_reason_is_that_of_the_process_that_failed_first(strategy, end, tiny
     dying, failure, message = ENDS[end]
     file = phase_file(tmp_path, tiny_model_dir, strategy)
     launcher = start(file, *dying)
-    printed = launcher.communicate(timeout=300)[0]
+    printed = launcher.communicate(timeout=900)[0]
     took = time.time() - file.with_suffix(".died").stat().st_mtime
     said = json.loads(file.with_suffix(".word").read_text())
     assert (said["failure"], said["message"][: len(message)]) == (failure, message), printed[-4000:]
@@ -73,7 +73,7 @@ def test_a_launcher_that_is_asked_to_stop_passes_it_on_and_says_so(begun, messag
         assert time.monotonic() < deadline
         time.sleep(0.02)
     launcher.send_signal(signal.SIGTERM)
-    printed = launcher.communicate(timeout=100)[0]
+    printed = launcher.communicate(timeout=900)[0]
     said = json.loads(file.with_suffix(".word").read_text())
     assert (said["failure"], said["message"][: len(message)]) == ("Interrupted", message), printed[-4000:]
     assert launcher.returncode == 143
