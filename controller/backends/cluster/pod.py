@@ -76,6 +76,8 @@ def template(job: PhaseJob, owner: Owner, settings: Settings, container: str, re
         },
         "spec": {
             "automountServiceAccountToken": False,
+            # A Service called vllm would set VLLM_PORT, by which vLLM does not start.
+            "enableServiceLinks": False,
             "terminationGracePeriodSeconds": job.template.grace_seconds,
             # The pause container is process 1, so a SIGTERM also ends a phase that is still importing torch.
             "shareProcessNamespace": True,
