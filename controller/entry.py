@@ -11,7 +11,7 @@ def main() -> None:
     """Until a command has something to tidy up, a Ctrl-C ends the process at once, without a word.
 
     As an exception it came out of imports as 40 lines, or was lost in pydantic's native code, which cannot raise everywhere: a
-    run went on for all of its ten minutes. Nothing is left half written: a kill at any moment is provided for.
+    run went on for all of its minutes. Nothing is left half written: a kill at any moment is provided for.
     """
     signal.signal(signal.SIGINT, _leave)
     from controller.cli import main as alignctl

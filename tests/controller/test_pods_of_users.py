@@ -105,6 +105,11 @@ class TestRendered:
         assert rack["weight"] == 10
         assert away["preference"]["matchFields"] == [{"key": "metadata.name", "operator": "NotIn", "values": ["bad"]}]
 
+    def test_services_of_the_namespace_set_no_variables(self):
+        """One called vllm set VLLM_PORT, by which vLLM did not start."""
+        _, spec = pods_of(job_of(make_run(sft("base"))))
+        assert spec["enableServiceLinks"] is False
+
     def test_pods_without_labels_are_those_of_the_same_job(self):
         _, spec = pods_of(job_of(make_run(sft("base"), template=EVERYTHING)))
         own = {"alignment.dev/run": "test", "alignment.dev/phase": "base", "alignment.dev/attempt": "1"}
