@@ -56,12 +56,12 @@ def claims(namespace: str, workspace: Path) -> list[dict[str, Any]]:
     workspace.chmod(0o777)  # fsGroup does not reach volumes of this kind
     packages = Path(sysconfig.get_path("purelib"))
     return [
-        *_claim(namespace, WORKSPACE_CLAIM, workspace, "ReadWriteMany"),
-        *_claim(namespace, ENVIRONMENT_CLAIM, packages, "ReadOnlyMany"),
+        *claim(namespace, WORKSPACE_CLAIM, workspace, "ReadWriteMany"),
+        *claim(namespace, ENVIRONMENT_CLAIM, packages, "ReadOnlyMany"),
     ]
 
 
-def _claim(namespace: str, name: str, folder: Path, mode: str) -> list[dict[str, Any]]:
+def claim(namespace: str, name: str, folder: Path, mode: str) -> list[dict[str, Any]]:
     """Claim and volume bound to each other. The restricted level refuses such a path in a pod, not behind a claim."""
     volume = f"{namespace}-{name}"
     spec = {"accessModes": [mode], "storageClassName": ""}
