@@ -29,7 +29,8 @@ def prepared(runs: Runs, policy_dir: Path, other_dir: Path) -> Runs:
     runs.cluster.apply(product.claim(runs.namespace, VLLM_CLAIM, site, "ReadOnlyMany"), runs.namespace)
     for name, folder in (("policy", policy_dir), ("student", other_dir)):
         shutil.copytree(folder, runs.workspace / name)
-        (runs.workspace / name).chmod(0o755)
+        for path in (runs.workspace / name, *(runs.workspace / name).iterdir()):
+            path.chmod(0o755)  # pods run as another user
     shutil.copy("/lib/x86_64-linux-gnu/libnuma.so.1", runs.workspace)  # which the image lacks
     shutil.copy(Path(__file__).parents[1] / "served.py", runs.workspace)
     return runs
