@@ -56,6 +56,7 @@ def server(namespace: str) -> list[Object]:
     volumes += [{"name": "tmp", "emptyDir": {}}, {"name": "shm", "emptyDir": {"medium": "Memory"}}]
     safe = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
     spec = {"containers": [container], "volumes": volumes, "securityContext": safe, "restartPolicy": "Never"}
+    spec["enableServiceLinks"] = False  # or the Service of this name would set VLLM_PORT, which is vLLM's own
     labels = {"app": "vllm"}
     return [
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "vllm", "labels": labels}, "spec": spec},
