@@ -40,7 +40,8 @@ def server(namespace: str) -> list[Object]:
     """A pod with vLLM, as a team would have one, and its name in the network."""
     command = ["python3", "-m", "vllm.entrypoints.openai.api_server", "--model", "/workspace/policy", "--port", "8000"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "128", "--max-num-seqs", "16"]
-    env = SETTINGS | {"PYTHONPATH": VLLM_PATH, "LD_LIBRARY_PATH": "/workspace", "HOME": "/tmp", "USER": "vllm"}
+    env = SETTINGS | {"PYTHONPATH": VLLM_PATH, "LD_LIBRARY_PATH": "/workspace"}
+    env |= {"HOME": "/tmp", "USER": "vllm", "TORCHDYNAMO_DISABLE": "1"}  # the image has no compiler
     claims = {"workspace": product.WORKSPACE_CLAIM, "vllm": VLLM_CLAIM}
     paths = {"workspace": "/workspace", "vllm": VLLM_PATH, "tmp": "/tmp", "shm": "/dev/shm"}
     container = {
