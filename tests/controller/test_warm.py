@@ -11,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from builders import START, make_run, seen, sft
 
 from controller.backends.local import process
+from controller.backends.local.backend import phase_command
 from controller.backends.local.warm import PHASE, Starter, Warm
+from controller.plan.decide import Apply, decide
 from trainers.contract import JOB_VARIABLE, METRICS_PORT_VARIABLE, TERMINATION_VARIABLE
 
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", METRICS_PORT_VARIABLE: "0"}
@@ -129,6 +132,15 @@ time.sleep(600)
     starter.kill()
     starter.wait()
     until(lambda: not psutil.pid_exists(pid) and not process.processes_under(tmp_path))
+
+
+@pytest.mark.parametrize(("processes", "forked"), [(1, True), (2, False)])
+def test_the_backends_command_is_one_that_a_fork_can_take_the_place_of(processes: int, forked: bool) -> None:
+    """Else all phases would be started as programs, and nobody would notice but by the clock."""
+    [action] = decide(make_run(sft("base"), template={"procsPerNode": processes}), seen(), START).actions
+    assert isinstance(action, Apply)
+    command = phase_command(action.job, Path("/phase.json"))
+    assert (list(command[: len(PHASE)]) == PHASE) is forked
 
 
 def test_who_is_started_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

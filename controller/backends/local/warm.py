@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class Forked:
 
     def wait(self) -> int:
         while (status := self.poll()) is None:
-            select.select([], [], [], 0.05)
+            time.sleep(0.05)
         return status
 
 
