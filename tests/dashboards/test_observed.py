@@ -34,7 +34,8 @@ def scopes(name: str, observed: Observed) -> list[Scope]:
             for phase in PHASES
         ],
     }  # fmt: skip
-    ends = [observed.end, *(observed.begin + length * share for share in (0.2, 0.4, 0.6, 0.8))]
+    # A trainer of the shortened quickstart is there for some seconds: a few moments of the whole may all miss it.
+    ends = [observed.end, *(observed.begin + seconds for seconds in range(2, int(length), 2))]
     return [Scope(chosen, observed.begin, end, scrape=1) for end in ends for chosen in values[name]]
 
 
@@ -48,8 +49,8 @@ def excused(query: Query) -> bool:
 def test_there_is_data_where_data_must_be(observed: Observed, query: tuple[str, Query]):
     name, asked = query
     chosen = scopes(name, observed)
-    shown = any(answer(observed.prometheus, asked, scope).numbers for scope in chosen)
-    assert shown or excused(asked), f"nothing for {chosen[0].fill(asked)}"
+    shown = excused(asked) or any(answer(observed.prometheus, asked, scope).numbers for scope in chosen)
+    assert shown, f"nothing for {chosen[0].fill(asked)}"
 
 
 def test_the_variables_offer_what_ran(observed: Observed):
