@@ -29,7 +29,7 @@ def row(size: PhaseSize) -> tuple[str, ...]:
     assert size.needs is not None
     of = "?" if size.device.memory is None else shown(size.device.memory)
     memory = size.needs.memory
-    least = "" if size.needs.activations_known else "> "
+    least = "" if size.needs.known else "> "
     total = least + shown(memory.total)
     return (size.phase, _models(size.needs.models), str(size.devices), *parts(memory).values(), total, of)
 
@@ -57,6 +57,7 @@ def misfits(sizes: Iterable[PhaseSize]) -> list[str]:
 def remarks(sizes: Sequence[PhaseSize]) -> list[str]:
     """What does not fit, and what is not known."""
     said = misfits(sizes)
+    said += [f"{size.phase} {sentence(size)}" for size in sizes if size.fits is None and size.server_unknown]
     for reason in dict.fromkeys(size.unknown for size in sizes if size.unknown):
         phases = ", ".join(size.phase for size in sizes if size.unknown == reason)
         said.append(f"what {phases} will need is not known: {reason}")

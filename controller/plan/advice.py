@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from controller.plan.resolve import ResolvedPhase
 from trainers.phases.evaluate.spec import EvaluateSpec
 from trainers.sizing.memory import Memory
-from trainers.spec import Parallel, PhaseSpec, Sampling
+from trainers.sizing.servers import LENGTH_FLAG, SHARE_FLAG
+from trainers.spec import OwnServer, Parallel, PhaseSpec, Sampling
 
 SMALLEST_PASS = 512
 """Tokens of a forward pass below which a step becomes slow."""
@@ -20,6 +21,9 @@ SHORT_PASS = 2048
 """Tokens of a forward pass below which checkpointing costs less than more passes do."""
 MOST_NODES = 64
 """Times as many as there are."""
+
+SHARES = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
+"""Of a device's memory for a vLLM."""
 
 NODES = "nodes"
 CHECKPOINTING = "parallel.gradientCheckpointing"
@@ -47,6 +51,9 @@ class Fit:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, list):  # of words: a number would not be one
+        words = (repr(word) if word[:1].isdigit() else word for word in value)
+        return f"[{', '.join(words)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -165,12 +172,33 @@ def _trains(spec: PhaseSpec) -> bool:
 def _and_smaller(phase: ResolvedPhase, way: dict[str, Any]) -> Iterator[Settings]:
     """And fewer tokens at once, where they are scored; and fewer responses at once, where they are sampled."""
     yield way
+    servers = list(_other_servers(phase.spec))
+    yield from (way | other for other in servers)
     checkpoints = CHECKPOINTING in way or phase.spec.parallel.gradient_checkpointing or not _trains(phase.spec)
     tokens = _halves(phase.spec.parallel.micro_batch_tokens, SMALLEST_PASS if checkpoints else SHORT_PASS)
     passes: list[dict[str, Any]] = [{TOKENS: size} for size in tokens]
     yield from (way | less for less in passes)
     for fewest in ({}, *passes[-1:]):
-        yield from (way | fewest | less for less in _fewer_responses(phase.spec))
+        yield from (way | fewest | less for less in (*_fewer_responses(phase.spec), *(servers if fewest else ())))
+
+
+def _other_servers(spec: PhaseSpec) -> Iterator[dict[str, Any]]:
+    """A vLLM of shorter sequences, and of more or less of the device's memory, the most first."""
+    if not spec.starts_server:
+        return
+    own: OwnServer = getattr(spec, "server", None) or OwnServer()
+    short = {LENGTH_FLAG: str(length)} if (length := _longest(spec)) else {}
+    yield {"server.args": own.with_flags(short)}
+    for share in SHARES:
+        for flags in ({SHARE_FLAG: share}, {SHARE_FLAG: share} | short):
+            yield {"server.args": own.with_flags(flags)}
+
+
+def _longest(spec: PhaseSpec) -> int | None:
+    """Tokens of a prompt and its response, of the phases that say."""
+    data = getattr(spec, "prompts", None) or getattr(spec, "data", None)
+    prompt, sampling = getattr(data, "max_prompt_length", None), getattr(spec, "sampling", None)
+    return prompt + sampling.max_new_tokens if prompt and sampling is not None else None
 
 
 def _fewer_responses(spec: PhaseSpec) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun
-from controller.api.template import Template
+from controller.api.template import Resources, Template
 from controller.plan.advice import advise
 from controller.plan.attempts import Extent
 from controller.plan.resolve import ResolvedPhase, resolve
@@ -14,10 +14,13 @@ from controller.plan.shapes import Configs, Shapes
 from trainers.sizing.devices import GIB, PRODUCT_LABEL, product_memory
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import Needs, ShapeOf, phase_needs
+from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import UnknownSize
 from trainers.spec import shrunk
 
 GPU = "nvidia.com/gpu"
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB of keys and values of a vLLM on a processor."""
 GPU_RESERVE = GIB
 """CUDA's context, NCCL's and cuBLAS's workspaces: what is not there for tensors."""
 CPU_RESERVE = 3 * GIB // 4
@@ -54,9 +57,10 @@ class Device:
         """For what is offloaded."""
         return None if self.beside is None else max(0, self.beside - CPU_RESERVE)
 
-    def holds(self, memory: Memory) -> bool:
+    def holds(self, needs: Needs) -> bool:
         """Asked only where it is known how large the device is."""
         assert self.usable is not None
+        memory = needs.memory
         return memory.total <= self.usable and (self.room is None or memory.offloaded <= self.room)
 
 
@@ -78,11 +82,20 @@ class PhaseSize:
     @property
     def fits(self) -> bool | None:
         """None where that cannot be told."""
-        if self.needs is None or self.device.usable is None:
+        if self.needs is None:
             return None
-        if not self.device.holds(self.needs.memory):
+        if self.needs.starved:
             return False
-        return True if self.needs.activations_known else None
+        if self.device.usable is None:
+            return None
+        if not self.device.holds(self.needs):
+            return False
+        return True if self.needs.known else None
+
+    @property
+    def server_unknown(self) -> bool:
+        """Whether it is not known what the vLLM takes that it starts."""
+        return self.needs is not None and self.needs.server is not None and not self.needs.server.known
 
 
 def run_sizes(
@@ -133,15 +146,26 @@ def device_of(template: Template) -> Device:
     product = template.node_selector.get(PRODUCT_LABEL, "")
     resources = {**template.resources.requests, **template.resources.limits} if template.resources else {}
     if product or template.gpu_memory is not None or GPU in resources:
-        stated = byte_count(template.gpu_memory) if template.gpu_memory is not None else product_memory(product)
-        return Device(True, product, stated, _share(template))
+        return Device(True, product, _gpu_memory(template), _share(template))
     return Device(False, "", _share(template))
+
+
+def _gpu_memory(template: Template) -> int | None:
+    if template.gpu_memory is not None:
+        return byte_count(template.gpu_memory)
+    return product_memory(template.node_selector.get(PRODUCT_LABEL, ""))
 
 
 def _share(template: Template) -> int | None:
     """Of the pod's memory, for one process."""
-    limit = template.resources.limits.get("memory") if template.resources else None
-    return byte_count(limit) // (template.procs_per_node or 1) if limit is not None else None
+    limit = _limit(template.resources)
+    return limit // (template.procs_per_node or 1) if limit is not None else None
+
+
+def _limit(resources: Resources | None) -> int | None:
+    """A container's memory in bytes, if it is said."""
+    limit = resources.limits.get("memory") if resources else None
+    return byte_count(limit) if limit is not None else None
 
 
 def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Place:
@@ -150,7 +174,21 @@ def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Pla
         parallel.precision == "auto" and device.gpu and "V100" not in device.name and "T4" not in device.name
     )
     zero = zero_files.get(parallel.deepspeed.config or "", {}) if parallel.deepspeed is not None else {}
-    return Place(parallel, phase.nodes, phase.procs_per_node, bf16, device.gpu, zero)
+    server = server_place(phase.template, device)
+    return Place(parallel, phase.nodes, phase.procs_per_node, bf16, device.gpu, zero, server=server)
+
+
+def server_place(template: Template, device: Device) -> ServerPlace:
+    """With a container of its own it has that one's devices, whose GPUs are the node's, else the phase's."""
+    cache = next((int(item.value) for item in template.env if item.name == CPU_CACHE and item.value.isdecimal()), None)
+    cache = None if cache is None else cache * GIB
+    if template.server is None:
+        memory = device.memory if device.gpu else _limit(template.resources)
+        return ServerPlace(device.gpu, memory, cache)
+    resources = template.server.resources
+    if resources is None or GPU not in {**resources.requests, **resources.limits}:
+        return ServerPlace(False, _limit(resources), cache, apart=True)
+    return ServerPlace(True, _gpu_memory(template), cache, apart=True)
 
 
 # ---------------------------------------------------------------- what would fit
@@ -160,7 +198,8 @@ def _advice(phase: ResolvedPhase, device: Device, shape_of: ShapeOf, zero_files:
     def fit_of(changed: ResolvedPhase, by_layers: bool) -> Memory | None:
         place = replace(place_of(changed, device, zero_files), by_layers=by_layers)
         needs = phase_needs(changed.spec, place, shape_of)
-        return needs.memory if needs is not None and device.holds(needs.memory) else None
+        fits = needs is not None and PhaseSize(phase.name, place.world, device, needs).fits is not False
+        return needs.memory if needs is not None and fits else None
 
     found = advise(phase, device.gpu, fit_of)
     if found is None:
@@ -200,14 +239,29 @@ def sentence(size: PhaseSize) -> str:
     """`needs 38 GiB of 80 GiB on each of 8 devices`."""
     if size.needs is None:
         return f"{UNKNOWN}: {size.unknown}"
-    least = "" if size.needs.activations_known else "at least "
+    least = "" if size.needs.known else "at least "
     of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
     where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
     said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}{_beside(size.needs.memory)}"
     said += _set_aside(size.device, size.needs.memory) if size.fits is False else ""
+    said += server_words(size.needs) if size.needs.server is not None else ""
     if size.by_layers:
         return f"{said}; {BY_LAYERS}"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
+
+
+def server_words(needs: Needs) -> str:
+    """What is told of a vLLM that the phase starts, behind what the phase needs."""
+    server = needs.server
+    assert server is not None
+    where = " in a container of its own" if server.apart else ""
+    said = f", {'and' if server.apart else 'of which'} {shown(server.taken)} for vLLM{where}"
+    if not server.known:
+        return f"{said}: what it starts with, and it takes {server.share:g} of the memory there"
+    if not server.starved:
+        return said
+    sequence = f" and a sequence of {server.length} tokens" if server.length else ""
+    return f"{said}, less than the {shown(server.least)} of its weights{sequence}"
 
 
 def is_unknown(needs: str) -> bool:
@@ -215,7 +269,7 @@ def is_unknown(needs: str) -> bool:
     return needs.startswith(UNKNOWN)
 
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "frozen", "exchange", "cache")
+PARTS = ("weights", "gradients", "optimizer", "activations", "frozen", "exchange", "cache", "vllm")
 """Of a :class:`Memory`, as tables list them."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import ModelShape
 from trainers.spec import Lora, Parallel
 
@@ -43,6 +44,8 @@ class Place:
     """`zero_optimization` of a DeepSpeed JSON file."""
     by_layers: bool = False
     """Sampling gathers a split model's layers for every token, not the whole once."""
+    server: ServerPlace = field(default_factory=ServerPlace)
+    """Where a vLLM runs that the phase starts."""
 
     @property
     def world(self) -> int:
@@ -124,6 +127,8 @@ class Memory:
     activations: int = 0
     cache: int = 0
     """Of generation, with the whole weights that it gathers, and the logits of its last tokens."""
+    vllm: int = 0
+    """Of a server that the phase starts on the same device."""
     offloaded: int = 0
     """What lies in the machine's memory instead."""
 
@@ -131,7 +136,7 @@ class Memory:
     def total(self) -> int:
         """At the worst moment."""
         step = self.gradients + self.exchange + self.activations
-        return self.weights + self.optimizer + self.frozen + max(step, self.cache)
+        return self.weights + self.optimizer + self.frozen + self.vllm + max(step, self.cache)
 
     def __add__(self, more: "Memory") -> "Memory":
         return Memory(
@@ -142,6 +147,7 @@ class Memory:
             max(self.exchange, more.exchange),
             max(self.activations, more.activations),
             max(self.cache, more.cache),
+            max(self.vllm, more.vllm),
             self.offloaded + more.offloaded,
         )
 

@@ -28,8 +28,9 @@ from trainers.sizing.memory import (
     held_trained,
     largest,
 )
+from trainers.sizing.servers import ServerSize, server_size
 from trainers.sizing.shapes import ModelShape
-from trainers.spec import ArtifactRef, Lora, Optim, PhaseSpec, Sampling
+from trainers.spec import ArtifactRef, Lora, Optim, OwnServer, PhaseSpec, Sampling
 
 ShapeOf = Callable[[ArtifactRef], ModelShape]
 """The shape of the model that a reference means. Raises UnknownSize."""
@@ -50,6 +51,18 @@ class Needs:
     """Parameters of what is loaded, by its field in the phase."""
     activations_known: bool = True
     """Else what layers keep is not counted: state spaces, linear attention."""
+    server: ServerSize | None = None
+    """A vLLM that the phase starts."""
+
+    @property
+    def known(self) -> bool:
+        """Else this is the least of it."""
+        return self.activations_known and (self.server is None or self.server.known or self.server.apart)
+
+    @property
+    def starved(self) -> bool:
+        """Whether its vLLM would not start with what it may take."""
+        return self.server is not None and self.server.starved
 
 
 class _Tally:
@@ -60,14 +73,15 @@ class _Tally:
         self.memory = Memory()
         self.models: list[tuple[str, int]] = []
         self.known = True
+        self.server: ServerSize | None = None
 
     def needs(self) -> Needs:
-        return Needs(self.memory, tuple(self.models), self.known)
+        return Needs(self.memory, tuple(self.models), self.known, self.server)
 
     def add(self, memory: Memory) -> None:
         self.memory = self.memory + memory
 
-    def _named(self, name: str, shape: ModelShape) -> ModelShape:
+    def named(self, name: str, shape: ModelShape) -> ModelShape:
         self.models.append((name, shape.parameters))
         return shape
 
@@ -84,7 +98,7 @@ class _Tally:
     ) -> Trained:  # fmt: skip
         moment = BF16 if optim.state_dtype == "bf16" else FP32
         head = head if shape.language_head else 0
-        model = Trained(self._named(name, shape), lora, self.held(ref, lora is None), moment, head, beside)
+        model = Trained(self.named(name, shape), lora, self.held(ref, lora is None), moment, head, beside)
         self.add(held_trained(self.place, model))
         self.add(Memory(activations=activations(self.place, model, tokens, row, packed and self.place.masks)))
         self.known = self.known and (shape.activations_known or self.place.parallel.gradient_checkpointing)
@@ -92,7 +106,7 @@ class _Tally:
 
     def freeze(self, name: str, ref: ArtifactRef, held: int | None = None) -> ModelShape:
         """``held``: as another model is, unless the reference says how."""
-        shape = self._named(name, self.shape_of(ref))
+        shape = self.named(name, self.shape_of(ref))
         alike = held if held is not None and getattr(ref, "dtype", "auto") == "auto" else None
         self.add(held_frozen(self.place, Frozen(shape, alike or self.held(ref, trained=False))))
         return shape
@@ -105,6 +119,20 @@ class _Tally:
         there = alone.memory.frozen + alone.memory.exchange
         self.add(Memory(cache=there + forward_alone(self.place, shape, tokens, row)))
 
+    def serve(self, shape: ModelShape, own: OwnServer | None) -> None:
+        """A vLLM that has the model. Processes of a processor share what it takes of their machine."""
+        place = self.place
+        size = server_size(place.server, shape, place.number, own or OwnServer())
+        self.keep(size)
+        if not size.apart:
+            self.add(Memory(vllm=size.taken // (1 if place.gpu else place.procs_per_node)))
+
+    def keep(self, size: ServerSize | None) -> None:
+        """Of servers one after the other the one that needs most."""
+        self.server = max(
+            (found for found in (self.server, size) if found is not None), key=lambda found: found.least, default=None
+        )
+
     def score(self, shape: ModelShape, tokens: int, row: int) -> None:
         """Forward passes without gradients."""
         self.add(Memory(cache=forward_alone(self.place, shape, tokens, row)))
@@ -116,6 +144,8 @@ class _Tally:
 
     def generate_own(self, spec: PpoSpec | DistillSpec, model: Trained, prompt: int) -> None:
         """Responses of what is trained, between its steps; or beside them, by copies of what is trained of it."""
+        if spec.starts_server:
+            self.serve(model.shape, spec.server)
         split = spec.parallel.splits_weights and self.place.world > 1
         cache = self._generation(model.shape, model.held, spec.sampling, spec.batch_size, prompt, split)
         copies = spec.staleness * model.parameters * (model.held if model.lora is None else FP32)
@@ -183,7 +213,9 @@ def _ppo(spec: PpoSpec, tally: _Tally) -> None:
 
 
 def _rollout(spec: RolloutSpec, tally: _Tally) -> None:
-    # Another's server is checked by weights that are here meanwhile; one that the phase starts has memory of its own.
+    # Another's server is checked by weights that are here meanwhile; one that the phase starts has read their files.
+    if spec.starts_server:
+        tally.serve(tally.named("policy", tally.shape_of(spec.policy)), spec.server)
     if spec.sampling.engine == "own" or (spec.policy.url is not None and spec.policy.check_weights):
         shape = tally.freeze("policy", spec.policy)
         held, split = tally.held(spec.policy, trained=False), spec.parallel.splits_frozen and tally.place.world > 1
@@ -231,7 +263,11 @@ def _evaluate(spec: EvaluateSpec, tally: _Tally) -> None:
     one_by_one = []
     for ref in spec.models:
         alone = _Tally(tally.place, tally.shape_of)
-        _evaluated(spec, alone, alone.freeze(ref.label, ref), alone.held(ref, trained=False))
+        shape = alone.freeze(ref.label, ref)
+        _evaluated(spec, alone, shape, alone.held(ref, trained=False))
+        if spec.starts_server and ref.url is None:
+            alone.serve(shape, spec.server)
+            tally.keep(alone.server)
         tally.models += alone.models
         one_by_one.append(alone.memory)
     tally.add(largest(one_by_one))

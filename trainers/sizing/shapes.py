@@ -10,6 +10,9 @@ from trainers.sizing.families import DEFAULTS, FAMILIES, READ_DIRECTLY, STATE_SP
 from trainers.sizing.parts import Part, layer_norm, norm
 from trainers.spec import Lora, ScratchModel
 
+UNSTATED = 2**20
+"""Positions of a model whose config states none."""
+
 
 class UnknownSize(ValueError):
     """The config does not tell how large the model is; says why."""
@@ -32,7 +35,7 @@ class ModelShape:
     """Head and embeddings are one."""
     language_head: bool = True
     """Else a score of one number."""
-    positions: int = 2**20
+    positions: int = UNSTATED
     """Longest sequence."""
 
     @property
@@ -121,7 +124,7 @@ def _shape(kind: str, c: dict[str, Any], classifier: bool) -> ModelShape:
     if kind != "gpt2" and "num_attention_heads" in c:
         c.setdefault("num_key_value_heads", c["num_attention_heads"])
     around = layer_norm(width) if kind in ("gpt2", "gpt_neox") else norm(width)
-    positions = c.get("n_positions" if kind == "gpt2" else "max_position_embeddings") or 2**20
+    positions = c.get("n_positions" if kind == "gpt2" else "max_position_embeddings") or UNSTATED
     if kind == "gpt2":
         around += Part(other=positions * width)
     return ModelShape(

@@ -1,6 +1,7 @@
 """Models that a vLLM server has: where it is, and what it calls them."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -64,10 +65,31 @@ class OwnServer(SpecModel):
     start_timeout_seconds: int = Field(default=1800, ge=1)
     """How long it may take until it answers."""
 
+    @property
+    def flags(self) -> dict[str, str]:
+        """`args` by their names, of which vLLM takes `--max_model_len` for `--max-model-len`; empty for those without a value."""
+        found: dict[str, str] = {}
+        for word, after in zip(self.args, [*self.args[1:], "-"], strict=False):
+            if word.startswith("-"):
+                name, sign, value = word.partition("=")
+                beside = "" if after.startswith("-") else after
+                found[name.replace("_", "-")] = value if sign else beside
+        return found
+
+    def with_flags(self, changed: Mapping[str, str]) -> list[str]:
+        """`args` with other values of some flags, each a word with its value."""
+        kept: list[str] = []
+        goes = False
+        for word in self.args:
+            named = word.startswith("-")
+            goes = word.partition("=")[0].replace("_", "-") in changed if named else goes
+            kept += [] if goes else [word]
+        return [*kept, *(f"{name}={value}" for name, value in changed.items())]
+
     @model_validator(mode="after")
     def _ours(self) -> Self:
         for word in self.args:
-            if word.split("=")[0] in SET_BY_THE_PHASE:
+            if word.split("=")[0].replace("_", "-") in SET_BY_THE_PHASE:
                 raise ValueError(f"args: {word} is set by the phase: leave it out")
         return self
 
