@@ -11,14 +11,13 @@ import random
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
+from trainers.core.served.connections import Connections, Reply, route
 from trainers.spec import Served
 
 A = TypeVar("A")
@@ -42,11 +41,14 @@ class Unanswered(Exception):
     """No answer, or one that says to ask again."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key must not go to another host, nor a question become one without its tokens."""
+class Watcher:
+    """Is told how a server answers, by several threads."""
 
-    def redirect_request(self, *args: Any) -> None:
-        return None
+    def answered(self, seconds: float) -> None:
+        """It took so long, once it was asked the last time."""
+
+    def asked_again(self) -> None:
+        """It has not answered, or has said to ask again."""
 
 
 class Server:
@@ -59,6 +61,7 @@ class Server:
         stopping: Callable[[], bool] = lambda: False,
         patience: float | None = None,
         timeout: float = ANSWER_SECONDS,
+        watcher: Watcher | None = None,
     ) -> None:
         """``stopping``: whether this process was asked to stop, so that no call is tried again."""
         assert at.url is not None
@@ -66,9 +69,10 @@ class Server:
         self.patience = PATIENCE_SECONDS if patience is None else patience
         self.url = at.url.rstrip("/").removesuffix("/v1")
         """What it is called where something is said of it."""
-        self._base = self.url
         self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
-        self._open = urllib.request.build_opener(NoRedirect).open
+        self._watcher = Watcher() if watcher is None else watcher
+        make, self._base, self._headers = route(self.url, timeout)
+        self._connections = Connections(make)
         self._gone = threading.Event()
         """Set once a call has been given up: the others need not find out for themselves."""
 
@@ -82,7 +86,10 @@ class Server:
         wait, until = 0.25, None
         while True:
             try:
-                return self._once(path, body)
+                began = time.monotonic()
+                found = self._once(path, body)
+                self._watcher.answered(time.monotonic() - began)
+                return found
             except Unanswered as problem:
                 now = time.monotonic()
                 until = until or now + self.patience
@@ -91,39 +98,44 @@ class Server:
                     raise Infrastructure(f"{self.field}: {self.url} does not answer ({problem})") from problem
             if self._stopping():
                 raise Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
+            self._watcher.asked_again()
             self._gone.wait(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _once(self, path: str, body: bytes | None) -> Any:
-        request = urllib.request.Request(self._base + path, body, {"Content-Type": "application/json"})  # noqa: S310 - http, as the spec has seen to
+        headers = {"Content-Type": "application/json", **self._headers}
         if self._key is not None:
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            with self._open(request, timeout=self.timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            raise self._refusal(path, error) from None  # whose own words are in it
-        except ValueError as error:
-            raise BadInput(f"{self.field}: {self.url}{path} answers with no JSON: is it a vLLM server?") from error
+            reply = self._connections.ask("GET" if body is None else "POST", self._base + path, body, headers)
         except (OSError, http.client.HTTPException) as error:
             raise self._silence(error) from error
+        except UnicodeError as error:
+            raise BadInput(f"{self.field}: {self.url} names no host that could be asked ({error})") from error
+        if not 200 <= reply.status < 300:
+            raise self._refusal(path, reply)
+        try:
+            return json.loads(reply.body)
+        except ValueError as error:
+            if not reply.measured:
+                raise Unanswered("its answer breaks off") from error
+            raise BadInput(f"{self.field}: {self.url}{path} answers with no JSON: is it a vLLM server?") from error
 
-    def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
-        said = _said(error)
-        if error.code >= 500 or error.code in BUSY:
-            return Unanswered(f"{error.code} {said}")
-        if error.code in REFUSED:
-            return BadInput(f"{self.field}: {self.url} refuses the key ({error.code}): {self._key_hint()}")
-        if error.code < 400:
-            return BadInput(f"{self.field}: {self.url} sends to another place ({error.code}): set url to that")
-        return BadInput(f"{self.field}: {self.url}{path} says {error.code}: {said}")
+    def _refusal(self, path: str, reply: Reply) -> Exception:
+        said = _said(reply)
+        if reply.status >= 500 or reply.status in BUSY:
+            return Unanswered(f"{reply.status} {said}")
+        if reply.status in REFUSED:
+            return BadInput(f"{self.field}: {self.url} refuses the key ({reply.status}): {self._key_hint()}")
+        if reply.status < 400:  # a key must not go to another host, nor a question become one without its tokens
+            return BadInput(f"{self.field}: {self.url} sends to another place ({reply.status}): set url to that")
+        return BadInput(f"{self.field}: {self.url}{path} says {reply.status}: {said}")
 
     def _silence(self, error: Exception) -> Exception:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            why = f"its certificate is not trusted ({reason.verify_message}): set SSL_CERT_FILE to its authority's"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"its certificate is not trusted ({error.verify_message}): set SSL_CERT_FILE to its authority's"
             return BadInput(f"{self.field}: {self.url}: {why}")
-        return Unanswered(str(reason) or type(reason).__name__)
+        return Unanswered(str(error) or type(error).__name__)
 
     def _key_hint(self) -> str:
         if self._key_variable is None:
@@ -154,13 +166,12 @@ def _key(field: str, variable: str | None) -> str | None:
     return key
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _said(reply: Reply) -> str:
     """The server's own reason, one line of it."""
-    text = ""
-    with suppress(OSError, http.client.HTTPException, ValueError):
-        text = error.read(1 << 16).decode(errors="replace")
+    text = reply.body[: 1 << 16].decode(errors="replace")
+    with suppress(ValueError):
         document = json.loads(text)
         found = document.get("error", document) if isinstance(document, dict) else document
         text = found.get("message") or found.get("detail") or text if isinstance(found, dict) else found
-    lines = str(text).strip().splitlines() or [str(error.reason)]
+    lines = str(text).strip().splitlines() or [reply.reason]
     return lines[0][:300]

@@ -5,7 +5,6 @@ import re
 import socket
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,9 @@ from typing import Any
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.context import PhaseContext
+from trainers.core.served.connections import Connections
 from trainers.core.served.line import Ended, Line
-from trainers.core.served.server import NoRedirect, Server, Unanswered
+from trainers.core.served.server import Server, Unanswered
 from trainers.spec import OwnServer, Served
 
 CAUSE = re.compile(r"\b\w*(Error|Exception): .*")
@@ -31,8 +31,8 @@ class StartedServer(Server):
         """``line``: of the process that has started it."""
         super().__init__(field, Served(url="http://localhost"), lambda: ctx.stop_signal is not None)
         self.url, self._line, self.answered = "the phase's own vLLM", line, False
-        handlers = (urllib.request.ProxyHandler({}), NoRedirect, _OverSocket(place))
-        self._open = urllib.request.build_opener(*handlers).open
+        self._base, self._headers = "", {}
+        self._connections = Connections(partial(_SocketConnection, place, "localhost", timeout=self.timeout))
 
     def answers(self) -> bool:
         """Whether it has come to answer. Raises if it has ended instead."""
@@ -123,14 +123,3 @@ class _SocketConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._place))
-
-
-class _OverSocket(urllib.request.HTTPHandler):
-    """HTTP over a socket that is a file."""
-
-    def __init__(self, place: Path) -> None:
-        super().__init__()
-        self._place = place
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_SocketConnection, self._place), req)

@@ -1,0 +1,290 @@
+"""Connections to a server that are kept: real sockets, and a server that breaks off wherever it is told to."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import pytest
+
+from trainers.contract import BadInput, Infrastructure
+from trainers.core.served.server import Server, Watcher, side_by_side
+from trainers.spec import Served
+
+
+@dataclass
+class Heard(Watcher):
+    answers: int = 0
+    again: int = 0
+
+    def answered(self, seconds: float) -> None:
+        self.answers += 1
+        assert seconds >= 0
+
+    def asked_again(self) -> None:
+        self.again += 1
+
+
+Turn = Callable[[socket.socket, bytes], bool]
+"""Answers a question. Returns whether it goes on listening on the connection."""
+
+
+def reply(connection: socket.socket, question: bytes) -> bool:
+    """The question itself, so that an answer to another one shows."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(question), question))
+    return True
+
+
+def reply_and_go(connection: socket.socket, question: bytes) -> bool:
+    """As a server that says nothing of how long it listens."""
+    reply(connection, question)
+    return False
+
+
+def hang_up(connection: socket.socket, question: bytes) -> bool:
+    return False
+
+
+def half(connection: socket.socket, question: bytes) -> bool:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(question), question[:3]))
+    return False
+
+
+def half_a_head(connection: socket.socket, question: bytes) -> bool:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Le")
+    return False
+
+
+def late(connection: socket.socket, question: bytes) -> bool:
+    time.sleep(1.5)
+    with suppress(OSError):
+        reply(connection, question)
+    return True
+
+
+def old(connection: socket.socket, question: bytes) -> bool:
+    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(question), question))
+    return False
+
+
+@dataclass
+class Listener:
+    turns: list[Turn] = field(default_factory=list)
+    """What it does with the next questions; answers when there are none left."""
+    port: int = 0
+    connections: list[socket.socket] = field(default_factory=list)
+    questions: list[bytes] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            lines = connection.makefile("rb")
+            while head := lines.readline():
+                headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(lines.readline, b"\r\n"))
+                question = lines.read(int(headers.get("content-length", 0)))
+                with self.lock:
+                    self.questions.append(question)
+                    self.paths.append(head.split()[1].decode())
+                    turn = self.turns.pop(0) if self.turns else reply
+                if not turn(connection, question):
+                    connection.shutdown(socket.SHUT_RDWR)
+                    return
+
+
+@contextmanager
+def listening(*turns: Turn, port: int = 0) -> Iterator[Listener]:
+    with socket.create_server(("127.0.0.1", port)) as door:
+        found = Listener([*turns], door.getsockname()[1])
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = door.accept()
+                    found.connections.append(connection)
+                    threading.Thread(target=found.serve, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield found
+        finally:
+            door.shutdown(socket.SHUT_RDWR)
+            for connection in found.connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def server_of(listener: Listener, heard: Heard | None = None, **settings) -> Server:
+    return Server("policy", Served(url=listener.url), patience=20, watcher=heard, **settings)
+
+
+def ask(server: Server, number: int) -> None:
+    assert server.post("/v1/completions", {"n": number}) == {"n": number}
+
+
+def test_one_connection_has_all_questions_of_a_thread():
+    with listening() as listener:
+        server = server_of(listener)
+        for number in range(20):
+            ask(server, number)
+        assert (len(listener.connections), len(listener.questions)) == (1, 20)
+
+
+def test_threads_have_one_each_and_later_ones_take_them_over():
+    """Rollouts ask by new threads for every batch."""
+    with listening() as listener:
+        server = server_of(listener)
+        for _ in range(3):
+            side_by_side(lambda number: ask(server, number), list(range(40)), 4)
+        assert len(listener.questions) == 120
+        assert len(listener.connections) <= 4
+
+
+def test_one_that_was_closed_while_idle_is_not_used():
+    with listening(reply_and_go, reply_and_go) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        time.sleep(0.2)
+        ask(server, 2)
+        ask(server, 3)
+        assert (len(listener.connections), heard.answers, heard.again) == (3, 3, 0)
+
+
+def test_one_that_closes_upon_the_question_is_asked_once_more_at_once():
+    with listening(reply, hang_up) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        ask(server, 2)
+        assert [json.loads(text)["n"] for text in listener.questions] == [1, 2, 2]
+        assert (len(listener.connections), heard.again) == (2, 0)
+
+
+def test_no_more_than_once():
+    """The new connection is closed too: that server is down, and is waited for."""
+    with listening(reply, hang_up, hang_up) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        ask(server, 2)
+        assert (len(listener.questions), heard.again) == (4, 1)
+
+
+def test_a_new_connection_that_is_closed_is_not_asked_at_once():
+    with listening(hang_up) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        assert (len(listener.questions), heard.again) == (2, 1)
+
+
+@pytest.mark.parametrize("turn", [half, half_a_head])
+def test_half_an_answer_is_none_and_is_asked_for_again_behind_a_wait(turn):
+    with listening(reply, turn) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        ask(server, 2)
+        assert (len(listener.questions), len(listener.connections), heard.again) == (3, 2, 1)
+
+
+def test_half_an_answer_forever_is_infrastructure():
+    with listening(*[half] * 50) as listener, pytest.raises(Infrastructure, match="does not answer"):
+        Server("policy", Served(url=listener.url), patience=0.6).post("/v1/completions", {"n": 1})
+
+
+def test_a_late_answer_is_not_the_next_questions():
+    with listening(reply, late) as listener:
+        heard = Heard()
+        server = server_of(listener, heard, timeout=0.5)
+        for number in range(4):
+            ask(server, number)
+        assert heard.again >= 1
+
+
+def test_what_is_said_unasked_ends_a_connection():
+    """As a proxy tells an idle connection of its end."""
+    is_answered, is_said = threading.Event(), threading.Event()
+
+    def chatter(connection: socket.socket, question: bytes) -> bool:
+        reply(connection, question)
+        assert is_answered.wait(60)
+        connection.sendall(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        is_said.set()
+        return True
+
+    with listening(chatter) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        is_answered.set()
+        assert is_said.wait(60)
+        ask(server, 2)
+        assert (len(listener.connections), heard.again) == (2, 0)
+
+
+def test_a_server_that_starts_anew_at_its_address():
+    with listening() as first:
+        heard = Heard()
+        server = server_of(first, heard)
+        side_by_side(lambda number: ask(server, number), list(range(8)), 4)
+    back = threading.Event()
+
+    def again() -> None:
+        time.sleep(0.5)
+        with listening(port=first.port) as second:
+            assert back.wait(60)
+            assert second.questions
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    side_by_side(lambda number: ask(server, number), list(range(8)), 4)
+    back.set()
+    thread.join()
+    assert heard.again > 0
+
+
+def test_a_server_that_keeps_none_open():
+    with listening(old, old) as listener:
+        server = server_of(listener)
+        ask(server, 1)
+        ask(server, 2)
+        assert len(listener.connections) == 2
+
+
+def test_by_a_proxy_and_past_it(monkeypatch):
+    with listening() as proxy:
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://me:p%40ss@"))
+        server = Server("policy", Served(url="http://vllm.team:8000/v1"), patience=5)
+        ask(server, 1)
+        ask(server, 2)
+        assert proxy.paths == ["http://vllm.team:8000/v1/completions"] * 2
+        assert len(proxy.connections) == 1
+        with listening() as listener:
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+            ask(server_of(listener), 3)
+            assert listener.paths == ["/v1/completions"]
+
+
+def test_a_redirect_is_refused():
+    def elsewhere(connection: socket.socket, question: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://other/\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    with listening(elsewhere) as listener, pytest.raises(BadInput, match="sends to another place"):
+        server_of(listener).post("/v1/completions", {"n": 1})
+
+
+def test_a_host_that_is_none():
+    with pytest.raises(BadInput, match="names no host"):
+        Server("policy", Served(url="http://a..b:80"), patience=1).get("/v1/models")

@@ -1,0 +1,129 @@
+"""Connections to a server that stay open between calls: no more than calls are made side by side. Imports no torch."""
+
+import base64
+import http.client
+import select
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from urllib.parse import SplitResult, unquote, urlsplit
+
+Make = Callable[[], http.client.HTTPConnection]
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    reason: str
+    body: bytes
+    measured: bool = True
+    """Whether the server has said how long it is: else nothing shows that it was broken off."""
+
+
+class Unheard(ConnectionError):
+    """The other end closed the connection before a word of an answer."""
+
+
+class Connections:
+    """Safe to be used by several threads, each of which has one to itself while it waits for an answer."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        self._idle: deque[http.client.HTTPConnection] = deque()
+
+    def ask(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Reply:
+        """Raises OSError or http.client.HTTPException if there is no whole answer.
+
+        A server may close a connection that nothing was said on for a while, just when the next question comes. It is asked
+        once more then, on a new one; a question that it may have begun to answer is not.
+        """
+        kept = self._kept()
+        if kept is not None:
+            try:
+                return self._asked(kept, method, path, body, headers)
+            except Unheard:
+                pass
+        return self._asked(self._make(), method, path, body, headers)
+
+    def _kept(self) -> http.client.HTTPConnection | None:
+        """The one that was used last, unless its other end is closed by now."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread took it
+                return None
+            if not _has_ended(connection):
+                return connection
+            connection.close()
+        return None
+
+    def _asked(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> Reply:  # fmt: skip
+        try:
+            answer = _begun(connection, method, path, body, headers)
+            measured = answer.length is not None or bool(answer.chunked)
+            found = Reply(answer.status, answer.reason, answer.read(), measured)
+        except BaseException:
+            connection.close()  # whatever else comes on it would be of this question
+            raise
+        if answer.will_close:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return found
+
+
+def _begun(
+    connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+) -> http.client.HTTPResponse:
+    try:
+        connection.request(method, path, body, dict(headers))
+        return connection.getresponse()
+    except (BrokenPipeError, ConnectionResetError) as error:  # http.client.RemoteDisconnected is one
+        raise Unheard(str(error) or type(error).__name__) from error
+
+
+def _has_ended(connection: http.client.HTTPConnection) -> bool:
+    """Something to read where nothing was asked is the end."""
+    if connection.sock is None:
+        return True
+    look = select.poll()
+    look.register(connection.sock, select.POLLIN)
+    return bool(look.poll(0))
+
+
+# ---------------------------------------------------------------- the way to a server
+
+
+def route(url: str, timeout: float) -> tuple[Make, str, dict[str, str]]:
+    """What makes a connection, what stands in front of a path, and headers; by the proxy that the environment names, if any."""
+    at = urlsplit(url)
+    proxy = None if urllib.request.proxy_bypass(at.netloc) else urllib.request.getproxies().get(at.scheme)
+    if proxy is None:
+        return partial(_connection, at, timeout), at.path, {}
+    by = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if at.scheme == "http":
+        return partial(_connection, by, timeout), f"http://{at.netloc}{at.path}", _permit(by)
+    return partial(_tunnel, by, at, timeout), at.path, {}
+
+
+def _connection(at: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
+    return kind(at.hostname or "", at.port, timeout=timeout)
+
+
+def _tunnel(by: SplitResult, at: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    found = http.client.HTTPSConnection(by.hostname or "", by.port or http.client.HTTP_PORT, timeout=timeout)
+    found.set_tunnel(at.hostname or "", at.port, _permit(by))
+    return found
+
+
+def _permit(by: SplitResult) -> dict[str, str]:
+    """Of a proxy that wants a name."""
+    if by.username is None:
+        return {}
+    words = f"{unquote(by.username)}:{unquote(by.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
