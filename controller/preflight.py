@@ -12,6 +12,7 @@ from controller.api.run import MEMBERS, AlignmentRun, Phase, PhaseEntry
 from controller.chat_problems import end_token_problems, template_problems
 from controller.compose import Document
 from controller.first_rows import row_problems
+from controller.plan.adapted import adapter_problems
 from controller.plan.check import check_entries, check_run
 from controller.plan.room import room_problems
 from controller.plan.shapes import Configs, sources
@@ -56,7 +57,12 @@ def load_run(document: Document, base_dir: Path | None = None, local: bool = Fal
                 p for e in run.phases for p in row_problems(f"spec.phases[{e.name}].{e.type.name}", e.spec, base_dir)
             ]
         if not problems:  # follows references, which have to be sound for that
-            problems += [*_tokenizer_problems(run, base_dir), *room_problems(run, _configs(run, base_dir))]
+            configs = _configs(run, base_dir)
+            problems += [
+                *_tokenizer_problems(run, base_dir),
+                *room_problems(run, configs),
+                *adapter_problems(run, configs),
+            ]
     if problems:
         raise InvalidRun(problems)
     return run

@@ -9,6 +9,7 @@ from controller.api.problems import Problem, nearest
 from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.api.volumes import mount_problems
+from controller.plan.adapted import adapter_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.once import of_spec
 from controller.plan.resolve import merge_templates, resolve
@@ -32,6 +33,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
         problems += [*_inherited_problems(run), *_share_problems(run), *room_problems(run, {})]
+        problems += [*adapter_problems(run, {})]
     return [*problems, *_gpu_problems(run), *_mount_problems(run)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from finished import assert_same, lines, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.meter import Meter
@@ -197,8 +198,11 @@ def test_lora_is_merged_into_what_is_saved(run_phase, tiny_model_dir, tmp_path):
     assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
 
 
-def test_lora_on_layers_that_do_not_exist_is_bad_input(run_phase, tiny_model_dir, tmp_path, capsys):
-    code, _ = run_phase("sft", spec_for(tiny_model_dir, lora={"targetModules": ["qq"]}), None, tmp_path / "run" / "sft")
+def test_lora_on_layers_that_do_not_exist_is_told_before_weights_are_read(run_phase, tiny_model_dir, tmp_path, capsys):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    save_file({"other": torch.zeros(1)}, tmp_path / "model/model.safetensors")
+    spec = spec_for(tmp_path / "model", lora={"targetModules": ["qq"]})
+    code, _ = run_phase("sft", spec, None, tmp_path / "run" / "sft")
     assert code == 2
     assert "lora.targetModules 'qq': no layer is called that" in capsys.readouterr().err
 

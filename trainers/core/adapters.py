@@ -29,7 +29,7 @@ def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
     from peft import LoraConfig
 
     names = list(lora.target_modules) or linear_names(model)
-    _check_names(model, names)
+    check_names(model, names)
     _untie(model, names)
     head = score_head_name(model)
     config = LoraConfig(
@@ -122,7 +122,8 @@ def _is_saved(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def _check_names(model: Any, names: list[str]) -> None:
+def check_names(model: Any, names: list[str]) -> None:
+    """Raise BadInput for a name that no layer has, or one that can have no adapter. Weights are not looked at."""
     modules = [name for name, _ in model.named_modules()]
     stacked = stacked_experts(model)
     experts = f"; experts' stacked weights ({', '.join(stacked)}) can have no adapters" if stacked else ""

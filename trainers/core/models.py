@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from trainers.contract import BadInput
-from trainers.core.adapters import with_adapters
+from trainers.core.adapters import check_names, with_adapters
 from trainers.core.batch import Packing
 from trainers.core.chat import ChatFormat, chat_format
 from trainers.core.chat_settings import apply_chat_settings
@@ -22,7 +22,7 @@ from trainers.core.products import hasten
 from trainers.core.quantization import FourBit
 from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
-from trainers.core.weights import check_trainable, read_model
+from trainers.core.weights import check_trainable, read_config, read_model
 from trainers.spec import Lora, ModelRef, Parallel, RewardModelRef
 
 transformers_logging.disable_progress_bar()
@@ -81,6 +81,7 @@ def load_some_layers(
 ) -> LoadedModel:
     """A model to be trained that starts from another one's chosen decoder layers, embeddings and head."""
     sharding = sharding_of(ctx, frozen=False)
+    _check_target_modules(ctx, ref, lora)
     model, tokenizer = causal_lm(ctx, ref, held_in(ctx, ref, frozen=lora is not None), sharding)
     small = (
         keep_split_layers(model, layers, sharding.apply)
@@ -116,12 +117,26 @@ def causal_lm(
     if ref is None:
         raise BadInput("model: name one (in a run, the run's own model takes its place)")
     if ref.scratch is None:
+        _check_target_modules(ctx, ref, lora)
         return pretrained(AutoModelForCausalLM, ctx, ref, dtype, sharding, four_bit_of(ctx, lora))
     from trainers.core.scratch import scratch_model
 
     model, tokenizer = scratch_model(ref.scratch, ctx.seed, Path(ctx.file.base_dir))
     apply_chat_settings(tokenizer, ref, ctx.base_dir)
     return hold(model, dtype), tokenizer
+
+
+def _check_target_modules(ctx: PhaseContext, ref: ModelRef, lora: Lora | None) -> None:
+    """Raise BadInput for names that no layer of the model has, before its weights are read."""
+    if lora is None or not lora.target_modules:
+        return
+    config = read_config(ctx.model_location(ref), ref.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=ref.trust_remote_code)
+    except (ValueError, RuntimeError):  # no such model, or one whose making looks at numbers: reading it tells
+        return
+    check_names(model, list(lora.target_modules))
 
 
 def four_bit_of(ctx: PhaseContext, lora: Lora | None) -> FourBit | None:
