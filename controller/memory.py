@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from controller.api import meta
-from controller.kube import PODS, RUNS, WATCHED, Api, Resource
+from controller.kube.api import Api
+from controller.kube.resources import PODS, RUNS, WATCHED, Resource
 from controller.projection import pack, unpack
 
 Object = dict[str, Any]

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 from controller.api import meta
-from controller.kube import BETWEEN, PODS, PYTORCHJOBS, RUNS, TRAINJOBS, Resource
+from controller.kube.resources import BETWEEN, PODS, PYTORCHJOBS, RUNS, TRAINJOBS, Resource
 
 Object = dict[str, Any]
 Shape = Any

@@ -18,7 +18,11 @@ from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.scrape import Scraper
 from controller.backends.cluster.settings import Settings
 from controller.clock import Clock
-from controller.kube import PODS, RUNS, WATCHED, Api, ApiError, Conflict, Resource
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.api import Api
+from controller.kube.changes import Changes
+from controller.kube.resources import PODS, RUNS, WATCHED, Resource
+from controller.kube.transport import Transport
 from controller.memory import Key, Memory
 from controller.operator import handlers, health
 from controller.operator.defaults import Defaults
@@ -75,7 +79,8 @@ class Operator:
         self.metrics = OperatorMetrics()
         self.clock = Clock()
         self.metrics.clock(lambda: self.clock.ahead)
-        self.api = Api(login, self.metrics.called, self.clock.dated)
+        self.transport = Transport(login, self.metrics.called, self.clock.dated)
+        self.api = Api(self.transport)
         self.queue = WorkQueue()
         self.metrics.queue(self.queue)
         self.scraper = Scraper(
@@ -94,7 +99,7 @@ class Operator:
         self.election = LeaderElection(self.api, options.lease_namespace, options.identity, options.lease)
         watches = [Watch(shelf, {} if resource == RUNS else OURS) for resource, shelf in self.memory.shelves.items()]
         self.watchdog = Watchdog(
-            self.api, watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches,
+            Changes(self.transport), watches, options.namespaces or (None,), options.watchdog_seconds, told=self.metrics.watches,
             look_again=self.queue.add,
         )  # fmt: skip
         self._default = kinds.KINDS[options.defaults.backend]
@@ -128,7 +133,7 @@ class Operator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.election.release()
-            await asyncio.gather(server.cleanup(), self.scraper.close(), self.api.close(), self.configs.close())
+            await asyncio.gather(server.cleanup(), self.scraper.close(), self.transport.close(), self.configs.close())
 
     # -- what is watched
 

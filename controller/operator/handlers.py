@@ -10,7 +10,7 @@ from typing import Any
 import kopf
 
 from controller.api import meta
-from controller.kube import RUNS, WATCHED, Resource
+from controller.kube.resources import RUNS, WATCHED, Resource
 
 Notify = Callable[[Resource, str | None, Mapping[str, Any]], None]
 """Told of a resource, the kind of the event (None in the first listing) and the object."""

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 
 from controller.api import meta
-from controller.kube import Api, ApiError, Conflict
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.api import Api
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.backends.cluster.scrape import OUTCOMES
-from controller.kube import Call
+from controller.kube.calls import Call
 from controller.memory import Key
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
 from controller.operator.run_series import RunSeries, gpus_of

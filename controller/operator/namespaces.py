@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from controller.kube import RUNS, Api, ApiError
+from controller.kube.answers import ApiError
+from controller.kube.api import Api
+from controller.kube.resources import RUNS
 
 logger = logging.getLogger(__name__)
 

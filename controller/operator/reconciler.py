@@ -21,7 +21,10 @@ from controller.api.status import AttemptState, RunStatus
 from controller.backends.act import act
 from controller.backends.base import Backend
 from controller.clock import seconds_now
-from controller.kube import RUNS, Api, ApiError, Call, Conflict, Object
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.api import Api
+from controller.kube.calls import Call
+from controller.kube.resources import RUNS, Object
 from controller.memory import Key, Memory
 from controller.operator import events
 from controller.operator.defaults import Defaults

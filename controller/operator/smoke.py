@@ -12,7 +12,9 @@ import yaml
 
 from controller.api import meta
 from controller.api.status import RunStatus
-from controller.kube import Api, ApiError, NotFound
+from controller.kube.answers import ApiError, NotFound
+from controller.kube.api import Api
+from controller.kube.transport import Transport
 
 EVERY_SECONDS = 2.0
 MARK = f"{meta.GROUP}/smoke-test"
@@ -38,7 +40,7 @@ def smoke(
     metadata = document["metadata"]
     where = f"alignmentrun {metadata['name']} in namespace {metadata['namespace']}"
     try:
-        asyncio.run(_smoke(Api(login_of(kubeconfig)), document, timeout))
+        asyncio.run(_smoke(Transport(login_of(kubeconfig)), document, timeout))
     except NoCredentials as error:
         sys.exit(f"error: {error}")
     except (ApiError, DidNotSucceed) as error:
@@ -46,8 +48,8 @@ def smoke(
     typer.echo(f"{where}: succeeded")
 
 
-async def _smoke(api: Api, run: dict[str, Any], timeout: float) -> None:
-    namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
+async def _smoke(transport: Transport, run: dict[str, Any], timeout: float) -> None:
+    api, namespace, name = Api(transport), run["metadata"]["namespace"], run["metadata"]["name"]
     give_up = time.monotonic() + timeout
     try:
         while (earlier := await api.get_run(namespace, name)) is not None:
@@ -57,7 +59,7 @@ async def _smoke(api: Api, run: dict[str, Any], timeout: float) -> None:
         await _succeed(api, namespace, name, give_up)
         await api.delete_run(namespace, name, uid)
     finally:
-        await api.close()
+        await transport.close()
 
 
 def _uid_of_a_test(earlier: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from controller.api.run import AlignmentRun, RunSpec
-from controller.kube import Object
+from controller.kube.resources import Object
 from controller.plan.once import KEPT
 
 Which = tuple[str, int]

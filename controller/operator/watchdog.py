@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from controller.kube import Api, ApiError, Resource, Versions
+from controller.kube.answers import ApiError
+from controller.kube.changes import Changes, Versions
+from controller.kube.resources import Resource
 from controller.memory import Key, Record, Shelf
 from controller.operator.namespaces import FORBIDDEN
 
@@ -62,12 +64,12 @@ class Watch:
 
 class Watchdog:
     def __init__(
-        self, api: Api, watches: Sequence[Watch], namespaces: Sequence[str | None], every: float = EVERY_SECONDS,
+        self, changes: Changes, watches: Sequence[Watch], namespaces: Sequence[str | None], every: float = EVERY_SECONDS,
         told: Callable[[Iterable[str], Iterable[str]], None] = lambda watches, dead: None,
         look_again: Callable[[Key], None] = lambda key: None,
     ) -> None:  # fmt: skip
         """``told`` is called with all watches and the dead ones after each comparison."""
-        self.api = api
+        self.changes = changes
         self.watches = {watch.resource: watch for watch in watches}
         self.namespaces = namespaces
         self.every = every
@@ -147,8 +149,8 @@ class Watchdog:
     async def _seen(self, watch: Watch, namespace: str | None) -> Versions:
         # Taken out first: what has been brought up to now in part only would not be true of any moment.
         there = watch.there.pop(namespace, None)
-        if there is None or not await self.api.catch_up(watch.resource, namespace, watch.labels, there):
-            there = await self.api.list_versions(watch.resource, namespace, watch.labels)
+        if there is None or not await self.changes.catch_up(watch.resource, namespace, watch.labels, there):
+            there = await self.changes.list_versions(watch.resource, namespace, watch.labels)
         watch.there[namespace] = there
         return there
 

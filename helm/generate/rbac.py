@@ -1,4 +1,4 @@
-"""Rights: exactly the calls that :mod:`controller.kube` declares, and what people may do with runs."""
+"""Rights: exactly the calls that :mod:`controller.kube.calls` declares, and what people may do with runs."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from controller.api import meta
-from controller.kube import CALLS, LEASE_CALLS, SMOKE_CALLS, WALL_CALLS, Call
+from controller.kube.calls import CALLS, LEASE_CALLS, SMOKE_CALLS, WALL_CALLS, Call
 from generate import NOTICE
 
 Object = dict[str, Any]

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from controller import kube
-from controller.kube import PODS, Api, ApiError, Versions
+from controller.kube import changes
+from controller.kube.answers import ApiError
+from controller.kube.changes import Changes, Versions
+from controller.kube.resources import PODS
+from controller.kube.transport import Transport
 
 EXPIRED = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}}
 
@@ -52,12 +55,12 @@ def caught_up(*events: dict[str, Any], status: int = 200, hangs: bool = False) -
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        api = Api(lambda: Loopback(f"http://127.0.0.1:{runner.addresses[0][1]}"))
+        transport = Transport(lambda: Loopback(f"http://127.0.0.1:{runner.addresses[0][1]}"))
         versions = Versions(dict.fromkeys("abc", "1"), "1")
         try:
-            return await api.catch_up(PODS, None, {}, versions), versions
+            return await Changes(transport).catch_up(PODS, None, {}, versions), versions
         finally:
-            await api.close()
+            await transport.close()
             await runner.cleanup()
 
     return asyncio.run(go())
@@ -82,7 +85,7 @@ NOT_ALL: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("sentence", NOT_ALL)
 def test_it_is_not_known_whether_that_is_all(sentence: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kube, "CATCH_UP_PATIENCE_SECONDS", 0.5 - kube.CATCH_UP_SECONDS)
+    monkeypatch.setattr(changes, "CATCH_UP_PATIENCE_SECONDS", 0.5 - changes.CATCH_UP_SECONDS)
     events, how = NOT_ALL[sentence]
     assert not caught_up(*events, **how)[0]
 

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import now, run
 
-from controller.kube import LEASES, ApiError, Call, Conflict
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.calls import Call
+from controller.kube.resources import LEASES
 from controller.operator import lease
 from controller.operator.lease import LeaderElection, LeadershipLost, LeaseTimes
 

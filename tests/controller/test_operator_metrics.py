@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from controller.api import meta
 from controller.api.status import Attempt, AttemptState, Condition, PhaseState, PhaseStatus, RunStatus
-from controller.kube import CALLS, LEASE_CALLS
+from controller.kube.calls import CALLS, LEASE_CALLS
 from controller.memory import Key
 from controller.operator import metrics
 from controller.operator.meter import OperatorMetrics, state_of

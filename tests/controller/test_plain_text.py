@@ -18,7 +18,9 @@ from controller.api.text import LIMIT, for_terminal, plain
 from controller.backends.cluster import evidence, observe
 from controller.commands.cluster.pods import Pod
 from controller.commands.logs import print_line
-from controller.kube import RUNS, ApiError, Call
+from controller.kube.answers import ApiError
+from controller.kube.calls import Call
+from controller.kube.resources import RUNS
 from controller.memory import Key
 from controller.operator.events import NOTE_LIMIT, Event, render
 from controller.operator.meter import OperatorMetrics

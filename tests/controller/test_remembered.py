@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pods import job, owner, pod
 
 from controller.api import meta
-from controller.kube import PODS, PYTORCHJOBS, RUNS
+from controller.kube.resources import PODS, PYTORCHJOBS, RUNS
 from controller.memory import GONE_KEPT, Anew, Key, Memory, Shelf
 from controller.projection import POD, pack, project
 

@@ -17,7 +17,9 @@ from controller.backends.cluster import evidence, kinds, observe, pytorchjob, ru
 from controller.backends.cluster.kind import Owner
 from controller.backends.cluster.settings import Settings
 from controller.commands.cluster.pods import Pod
-from controller.kube import TRAINJOBS, ApiError, Call, Conflict
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.calls import Call
+from controller.kube.resources import TRAINJOBS
 from controller.operator.defaults import Defaults
 from controller.plan.decide import Apply, decide
 from controller.plan.job import NAME_LIMIT, PhaseJob, job_name

@@ -12,7 +12,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.settings import Settings
-from controller.kube import BATCH_JOBS, JOBSETS, PODS, PYTORCHJOBS, TRAINJOBS, Resource
+from controller.kube.resources import BATCH_JOBS, JOBSETS, PODS, PYTORCHJOBS, TRAINJOBS, Resource
 from controller.memory import Memory
 from controller.plan.decide import decide
 from controller.plan.observed import JobState, Observed

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_time import run
 
-from controller.kube import PODS, RUNS, ApiError, Call, Resource, Versions
+from controller.kube.answers import ApiError
+from controller.kube.calls import Call
+from controller.kube.changes import Versions
+from controller.kube.resources import PODS, RUNS, Resource
 from controller.memory import Key, Shelf
 from controller.operator.meter import OperatorMetrics
 from controller.operator.watchdog import Watch, Watchdog

@@ -9,7 +9,7 @@ from typing import Any
 import kopf
 from ends import ended
 
-from controller.kube import JOBS, PODS, RUNS
+from controller.kube.resources import JOBS, PODS, RUNS
 from controller.operator import handlers
 from controller.operator.login import login_of
 

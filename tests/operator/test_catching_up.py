@@ -6,7 +6,9 @@ from typing import TypeVar
 
 from cluster.client import Cluster
 
-from controller.kube import Api, Resource, Versions
+from controller.kube.changes import Changes, Versions
+from controller.kube.resources import Resource
+from controller.kube.transport import Transport
 from controller.operator.login import login_of
 
 T = TypeVar("T")
@@ -14,13 +16,13 @@ MAPS = Resource("", "v1", "configmaps")
 LABELS = {"watched": "yes"}
 
 
-def ask(cluster: Cluster, question: Callable[[Api], Awaitable[T]]) -> T:
+def ask(cluster: Cluster, question: Callable[[Changes], Awaitable[T]]) -> T:
     async def go() -> T:
-        api = Api(login_of(cluster.kubeconfig))
+        transport = Transport(login_of(cluster.kubeconfig))
         try:
-            return await question(api)
+            return await question(Changes(transport))
         finally:
-            await api.close()
+            await transport.close()
 
     return asyncio.run(go())
 
@@ -35,10 +37,10 @@ def test_versions_are_brought_up_to_now(api_cluster: Cluster):
     api_cluster.apply([config_map("stays"), config_map("goes"), config_map("changes")], namespace)
 
     def listed() -> Versions:
-        return ask(api_cluster, lambda api: api.list_versions(MAPS, namespace, LABELS))
+        return ask(api_cluster, lambda changes: changes.list_versions(MAPS, namespace, LABELS))
 
     def caught_up(versions: Versions) -> bool:
-        return ask(api_cluster, lambda api: api.catch_up(MAPS, namespace, LABELS, versions))
+        return ask(api_cluster, lambda changes: changes.catch_up(MAPS, namespace, LABELS, versions))
 
     versions = listed()
     assert len(versions.found) == 3

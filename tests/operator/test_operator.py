@@ -9,7 +9,7 @@ import pytest
 from cluster.proxy import FaultProxy
 from driver import FAST, Driver, dpo, manifest, sft
 
-from controller.kube import CALLS, LEASE_CALLS, WALL_CALLS
+from controller.kube.calls import CALLS, LEASE_CALLS, WALL_CALLS
 from generate.rbac import rules
 
 USER = "system:serviceaccount:alignment-system:alignment-operator"

@@ -11,7 +11,9 @@ from controller.api.run import AlignmentRun
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.scrape import Scraper
 from controller.backends.cluster.settings import Settings
-from controller.kube import PYTORCHJOBS, Api
+from controller.kube.api import Api
+from controller.kube.resources import PYTORCHJOBS
+from controller.kube.transport import Transport
 from controller.memory import Memory
 from controller.operator.login import login_of
 from controller.plan.attempts import DELETED
@@ -143,11 +145,12 @@ def test_a_job_that_has_got_the_name_meanwhile_is_not_deleted(driver: Driver):
     theirs = uid_of(driver)
 
     async def delete(uid: str) -> None:
-        api = Api(login_of(driver.cluster.kubeconfig))
+        transport = Transport(login_of(driver.cluster.kubeconfig))
+        api = Api(transport)
         try:
             await api.delete_job(PYTORCHJOBS, driver.namespace, "run-sft-1", uid)
         finally:
-            await api.close()
+            await transport.close()
 
     asyncio.run(delete("another"))
     assert uid_of(driver) == theirs
@@ -163,7 +166,8 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
     driver.until_condition("run", "Suspended")
 
     async def made_and_deleted() -> tuple[ObservedJob, ...]:
-        api = Api(login_of(driver.cluster.kubeconfig))
+        transport = Transport(login_of(driver.cluster.kubeconfig))
+        api = Api(transport)
         backend = ClusterBackend(api, Memory(api), Scraper(), Settings())
         document = driver.run("run")
         spec = {**document["spec"], "suspend": False}
@@ -178,7 +182,7 @@ def test_a_job_that_is_deleted_before_anybody_has_seen_it_has_failed(driver: Dri
             )
             return (await backend.observe(run)).jobs
         finally:
-            await api.close()
+            await transport.close()
 
     [job] = asyncio.run(made_and_deleted())
     assert (job.state, job.failure, job.message) == ("Failed", "Interrupted", DELETED)

@@ -14,7 +14,9 @@ from controller.backends.cluster.network import Walls
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
-from controller.kube import Api, ApiError, Conflict, Resource
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.api import Api
+from controller.kube.resources import Resource
 from controller.memory import Anew, Memory
 from controller.plan import attempts as history
 from controller.plan.job import PhaseJob

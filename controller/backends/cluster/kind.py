@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from controller.backends.cluster.settings import Settings
-from controller.kube import Resource
+from controller.kube.resources import Resource
 from controller.plan.job import PhaseJob
 
 Object = dict[str, Any]

@@ -8,7 +8,7 @@ from controller.api.run import AlignmentRun
 from controller.backends.cluster import pytorchjob, trainjob
 from controller.backends.cluster.kind import JobKind
 from controller.backends.cluster.references import controller_of, group_of
-from controller.kube import Resource
+from controller.kube.resources import Resource
 
 KINDS: dict[str, JobKind] = {kind.KIND: kind for kind in (pytorchjob, trainjob)}
 

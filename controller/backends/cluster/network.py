@@ -7,7 +7,8 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.backends.cluster import ownership
 from controller.backends.cluster.references import reference
-from controller.kube import Api, ApiError, Conflict
+from controller.kube.answers import ApiError, Conflict
+from controller.kube.api import Api
 from trainers.contract import DEFAULT_METRICS_PORT
 
 Object = dict[str, Any]

@@ -14,7 +14,7 @@ from controller.backends.cluster import pod
 from controller.backends.cluster.conditions import condition
 from controller.backends.cluster.kind import Owner
 from controller.backends.cluster.settings import Settings
-from controller.kube import PYTORCHJOBS
+from controller.kube.resources import PYTORCHJOBS
 from controller.plan.job import PhaseJob
 
 Object = dict[str, Any]

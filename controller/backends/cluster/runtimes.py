@@ -9,7 +9,9 @@ from typing import Any
 
 from controller.api.run import AlignmentRun
 from controller.backends.cluster import ownership
-from controller.kube import Api, ApiError, Resource
+from controller.kube.answers import ApiError
+from controller.kube.api import Api
+from controller.kube.resources import Resource
 
 Object = dict[str, Any]
 

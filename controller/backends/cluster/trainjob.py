@@ -13,7 +13,7 @@ from controller.backends.cluster import pod
 from controller.backends.cluster.conditions import condition
 from controller.backends.cluster.kind import Owner
 from controller.backends.cluster.settings import Settings
-from controller.kube import BATCH_JOBS, JOBSETS, TRAINING_RUNTIMES, TRAINJOBS
+from controller.kube.resources import BATCH_JOBS, JOBSETS, TRAINING_RUNTIMES, TRAINJOBS
 from controller.plan.job import PhaseJob
 
 Object = dict[str, Any]

@@ -1,0 +1,1 @@
+"""The only part of the controller that talks to the API server."""
