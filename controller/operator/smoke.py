@@ -14,7 +14,7 @@ from controller.api import meta
 from controller.api.status import RunStatus
 from controller.kube.answers import ApiError, NotFound
 from controller.kube.api import Api
-from controller.kube.transport import Transport
+from controller.kube.transport import Login, Transport
 
 EVERY_SECONDS = 2.0
 MARK = f"{meta.GROUP}/smoke-test"
@@ -40,7 +40,7 @@ def smoke(
     metadata = document["metadata"]
     where = f"alignmentrun {metadata['name']} in namespace {metadata['namespace']}"
     try:
-        asyncio.run(_smoke(Transport(login_of(kubeconfig)), document, timeout))
+        asyncio.run(_connected(login_of(kubeconfig), document, timeout))
     except NoCredentials as error:
         sys.exit(f"error: {error}")
     except (ApiError, DidNotSucceed) as error:
@@ -48,18 +48,23 @@ def smoke(
     typer.echo(f"{where}: succeeded")
 
 
-async def _smoke(transport: Transport, run: dict[str, Any], timeout: float) -> None:
-    api, namespace, name = Api(transport), run["metadata"]["namespace"], run["metadata"]["name"]
-    give_up = time.monotonic() + timeout
+async def _connected(login: Login, run: dict[str, Any], timeout: float) -> None:
+    transport = Transport(login)
     try:
-        while (earlier := await api.get_run(namespace, name)) is not None:
-            await api.delete_run(namespace, name, _uid_of_a_test(earlier))
-            await _wait(give_up, "an earlier one does not go away")
-        uid = await _create(api, run)
-        await _succeed(api, namespace, name, give_up)
-        await api.delete_run(namespace, name, uid)
+        await _smoke(Api(transport), run, timeout)
     finally:
         await transport.close()
+
+
+async def _smoke(api: Api, run: dict[str, Any], timeout: float) -> None:
+    namespace, name = run["metadata"]["namespace"], run["metadata"]["name"]
+    give_up = time.monotonic() + timeout
+    while (earlier := await api.get_run(namespace, name)) is not None:
+        await api.delete_run(namespace, name, _uid_of_a_test(earlier))
+        await _wait(give_up, "an earlier one does not go away")
+    uid = await _create(api, run)
+    await _succeed(api, namespace, name, give_up)
+    await api.delete_run(namespace, name, uid)
 
 
 def _uid_of_a_test(earlier: dict[str, Any]) -> str:

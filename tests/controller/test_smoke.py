@@ -31,9 +31,6 @@ class Server:
         self.deleted.append(uid)
         self.there = None
 
-    async def close(self) -> None:
-        pass
-
 
 def carry_out(server: Any) -> None:
     asyncio.run(smoke._smoke(server, RUN, timeout=60))
