@@ -23,6 +23,8 @@ PHASES = ("phase", "type", "state", "finished", "steps", "work", "size", "folder
 
 
 def runs_command(root: str, name: str | None) -> int:
+    if name is not None and is_address(name):
+        raise runs_folder.Unusable(f"RUN {name}: is no run's name; for what is there say --workspace {name}")
     with reading(root) as files:
         runs = holdings(files)
     if not runs:
@@ -44,7 +46,9 @@ def reading(root: str) -> Iterator[Files]:
         yield Folder(Path(root))
         return
     try:
-        yield Bucket(Store(root))
+        store = Store(root)
+        store.check()
+        yield Bucket(store)
     except PhaseError as error:
         raise runs_folder.Unusable(f"--workspace {error}") from error
 

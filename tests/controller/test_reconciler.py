@@ -12,7 +12,9 @@ from controller.api.run import JOB_SECONDS, AlignmentRun
 from controller.api.status import PhaseProgress, QueueState, QueueStatus, RunStatus
 from controller.api.workspace import Workspace
 from controller.backends.cluster.backend import begun_with
-from controller.kube import RUNS, ApiError, Call, Conflict, NotFound
+from controller.kube.answers import ApiError, Conflict, NotFound
+from controller.kube.calls import Call
+from controller.kube.resources import RUNS
 from controller.memory import Key, Memory
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics

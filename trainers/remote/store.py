@@ -65,6 +65,17 @@ class Store:
     def address(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
 
+    def check(self) -> None:
+        """Whether there is anything of that address at all: where there is no bucket, S3's library finds nothing in it."""
+        if self._is_s3:
+            bucket, prefix, _ = self._fs.split_path(self._root)
+            with errors_of(self.uri):
+                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+
+    @property
+    def _is_s3(self) -> bool:
+        return self.uri.startswith(("s3://", "s3a://"))
+
     def find(self, folder: str = "") -> dict[str, Object]:
         """All objects below a folder, or the one of that very name, sorted; none if there is no such folder."""
         with errors_of(self.address(folder)):
@@ -101,8 +112,7 @@ class Store:
 
         Of stores other than S3 the condition is looked at before, and not by the store.
         """
-        is_s3 = self.uri.startswith(("s3://", "s3a://"))
-        if (written := (self._put_if if is_s3 else self._put_after_a_look)(name, content, tag)) is not None:
+        if (written := (self._put_if if self._is_s3 else self._put_after_a_look)(name, content, tag)) is not None:
             return written
         found = self.tag(name)
         return found if self.read(name) == content else None  # the library asks again when an answer is lost
