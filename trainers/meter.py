@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,22 @@ from trainers.metrics import COMMON_LABELS, GAUGES_FROM_LOG, METRICS, PAIRWISE, 
 from trainers.phase_dir import PhaseDir
 from trainers.spec import Tracking
 from trainers.tracker import Tracker
+
+
+class TeacherMeter:
+    """One served teacher's measurements. Safe to be called by several threads."""
+
+    def __init__(self, seconds: Any, retries: Any, share: Callable[[], Any]) -> None:
+        self._seconds, self._retries, self._share = seconds, retries, share
+
+    def answered(self, seconds: float) -> None:
+        self._seconds.observe(seconds)
+
+    def asked_again(self) -> None:
+        self._retries.inc()
+
+    def share_of_loss(self, share: float) -> None:
+        self._share().set(share)
 
 
 class Meter:
@@ -94,6 +110,12 @@ class Meter:
         self._of("samples_total").inc(samples)
         if flops:
             self._of("model_flops_total").inc(flops)
+
+    def teacher(self, name: str) -> TeacherMeter:
+        """Of a served teacher; the only one of a phase has no name."""
+        of = name or "teacher"
+        seconds, retries = self._of("teacher_answer_seconds", of), self._of("teacher_retries_total", of)
+        return TeacherMeter(seconds, retries, lambda: self._of("teacher_loss_ratio", of))
 
     def checkpointed(self, step: int) -> None:
         self._of("checkpoints_total").inc()

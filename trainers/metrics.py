@@ -31,6 +31,9 @@ class MetricDef:
 STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Seconds; a step is anything between a toy's and a long rollout's."""
 
+ANSWER_BUCKETS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0)
+"""Seconds of one answer of a served teacher, which is given up and asked for again after the last."""
+
 # What training says is of all processes together and the same on each; take rank="0". What is counted, timed or
 # measured on a device is each process's own; add it up.
 METRICS: tuple[MetricDef, ...] = (
@@ -63,6 +66,10 @@ METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "importance_truncated_ratio", "gauge", "Share of the last step's sampled tokens whose importance weight was cut off (ppo, distill)."),
     MetricDef(PREFIX + "eval_loss", "gauge", "Loss on held-out data, when it was last looked at (sft, reward, dpo)."),
     MetricDef(PREFIX + "eval_accuracy_ratio", "gauge", "Share of held-out pairs that are ranked right, when it was last looked at (reward, dpo)."),
+    # -- served teachers, by the name that rows have for them
+    MetricDef(PREFIX + "teacher_answer_seconds", "histogram", "Duration of an answer of a served teacher to this process (distill).", ("teacher",), ANSWER_BUCKETS),
+    MetricDef(PREFIX + "teacher_retries_total", "counter", "Times that this process asked a served teacher again, which had not answered or had said to wait (distill).", ("teacher",)),
+    MetricDef(PREFIX + "teacher_loss_ratio", "gauge", "Share of the last step's loss that is of a served teacher's rows, where there are several (distill).", ("teacher",)),
     # -- throughput
     MetricDef(PREFIX + "tokens_total", "counter", "Tokens processed by this process, padding not counted."),
     MetricDef(PREFIX + "samples_total", "counter", "Examples processed by this process."),

@@ -47,7 +47,9 @@ OPERATOR = {
 }
 EVERY = {**TRAINERS, **OPERATOR}
 NEEDS_A_GPU = {name for name in TRAINERS if "_gpu_" in name or "peak_flops" in name}
-WITH_DATA = sorted(EVERY.keys() - NEEDS_A_GPU)
+# Nothing is served beside these runs; tests/trainers/test_teacher_metrics.py has them of a real phase's page.
+NEEDS_A_TEACHER = {name for name in TRAINERS if "_teacher_" in name}
+WITH_DATA = sorted(EVERY.keys() - NEEDS_A_GPU - NEEDS_A_TEACHER)
 
 # Every value that a label may have, where that can be said. `le` are the table's buckets.
 VALUES = {

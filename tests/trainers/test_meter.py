@@ -75,6 +75,10 @@ def used(tmp_path: Path) -> Meter:
     with made.part("data"):
         made.count(100, 2, 1e6)
     made.log(1, **dict.fromkeys(GAUGES_FROM_LOG, 0.5))
+    teacher = made.teacher("maths")
+    teacher.answered(0.2)
+    teacher.asked_again()
+    teacher.share_of_loss(0.25)
     made.checkpointed(1)
     made.labels["type"] = "dpo"  # whose reward is a margin
     made.record(1, reward=0.25)
@@ -100,6 +104,8 @@ def test_figures(used):
     assert found["last_checkpoint_timestamp_seconds"] == pytest.approx(found["last_step_timestamp_seconds"], abs=5)
     assert (found["reward"], found["reward_margin"]) == (0.5, 0.25)
     assert found["step_seconds_count"] == 1
+    assert (found["teacher_answer_seconds_count/maths"], found["teacher_answer_seconds_sum/maths"]) == (1, 0.2)
+    assert (found["teacher_retries_total/maths"], found["teacher_loss_ratio/maths"]) == (1, 0.25)
     assert found["step_seconds_sum"] == pytest.approx(100 / found["tokens_per_second"], rel=1e-6)
     resident = psutil.Process().memory_info().rss
     assert found["memory_bytes/resident"] == pytest.approx(resident, rel=0.2)

@@ -66,6 +66,7 @@ def board() -> Object:
             ("Phases", [_timeline(), _phases()]),
             ("Training", _training()),
             ("Preferences and policies", _policies()),
+            ("Served teachers", _teachers()),
             ("Speed", _speed()),
             ("Devices and memory", _devices()),
             ("Checkpoints and progress", _checkpoints()),
@@ -247,6 +248,36 @@ def _policies() -> list[Object]:
         lines(
             "Staleness", "Steps between the weights that sampled the responses and those that learn from them (ppo, distill).",
             _said("staleness_steps"), unit="suffix:steps", min=0, noValue=corrected,
+        ),
+    ]  # fmt: skip
+
+
+# -- served teachers
+
+
+def _teachers() -> list[Object]:
+    answers, retries = trainer("teacher_answer_seconds_bucket", PHASES), trainer("teacher_retries_total", PHASES)
+    count, share = trainer("teacher_answer_seconds_count", PHASES), trainer("teacher_loss_ratio", SAID)
+    none = "No phase that asks a served teacher was scraped"
+    return [
+        lines(
+            "Answers per second", "Of each served teacher, to all processes of a phase (distill).",
+            line(rate(count, "phase, teacher"), "{{phase}}, {{teacher}}"), min=0, noValue=none,
+        ),
+        lines(
+            "Time to an answer", "95 % of a teacher's answers took at most this long, and half of them. Estimated from buckets.",
+            line(f"{quantile(0.95, answers, 'phase, teacher')} >= 0", "{{phase}}, {{teacher}}, 95 %"),
+            line(f"{quantile(0.5, answers, 'phase, teacher')} >= 0", "{{phase}}, {{teacher}}, half"), unit="s", min=0,
+            noValue=none,
+        ),
+        lines(
+            "Asked again", "Questions per second that a teacher had not answered, or had said to wait with.",
+            line(rate(retries, "phase, teacher"), "{{phase}}, {{teacher}}"), min=0, noValue=none,
+        ),
+        lines(
+            "Share of the loss", "Of the last step's loss what is of each teacher's rows, where there are several.",
+            line(f"max by (phase, teacher) ({share})", "{{phase}}, {{teacher}}"), unit="percentunit", min=0, max=1,
+            noValue="No phase with several teachers was scraped",
         ),
     ]  # fmt: skip
 

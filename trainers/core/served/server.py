@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.served.connections import Connections, Reply, route
@@ -41,7 +41,7 @@ class Unanswered(Exception):
     """No answer, or one that says to ask again."""
 
 
-class Watcher:
+class Watcher(Protocol):
     """Is told how a server answers, by several threads."""
 
     def answered(self, seconds: float) -> None:
@@ -70,7 +70,7 @@ class Server:
         self.url = at.url.rstrip("/").removesuffix("/v1")
         """What it is called where something is said of it."""
         self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
-        self._watcher = Watcher() if watcher is None else watcher
+        self._watcher = watcher
         make, self._base, self._headers = route(self.url, timeout)
         self._connections = Connections(make)
         self._gone = threading.Event()
@@ -88,7 +88,8 @@ class Server:
             try:
                 began = time.monotonic()
                 found = self._once(path, body)
-                self._watcher.answered(time.monotonic() - began)
+                if self._watcher is not None:
+                    self._watcher.answered(time.monotonic() - began)
                 return found
             except Unanswered as problem:
                 now = time.monotonic()
@@ -98,7 +99,8 @@ class Server:
                     raise Infrastructure(f"{self.field}: {self.url} does not answer ({problem})") from problem
             if self._stopping():
                 raise Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
-            self._watcher.asked_again()
+            if self._watcher is not None:
+                self._watcher.asked_again()
             self._gone.wait(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_WAIT)
 

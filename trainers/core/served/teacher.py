@@ -20,6 +20,7 @@ from trainers.core.served.server import Server
 from trainers.core.served.wire import Wire, connected
 from trainers.core.top_k import Stored
 from trainers.core.vocabulary import PROBES
+from trainers.meter import TeacherMeter
 from trainers.spec import Teaching
 
 SCORE_SECONDS = 180.0
@@ -29,8 +30,8 @@ SCORE_SECONDS = 180.0
 class ServedTeacher:
     """Answers are asked for ahead of when they are needed, a bounded number at a time."""
 
-    def __init__(self, wire: Wire, k: int, known: int, concurrency: int) -> None:
-        self.wire, self.k, self.known = wire, k, known
+    def __init__(self, wire: Wire, k: int, known: int, concurrency: int, meter: TeacherMeter | None = None) -> None:
+        self.wire, self.k, self.known, self.meter = wire, k, known, meter
         """``known``: ids below this are what both models can say."""
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher")
         self._asked: dict[bytes, deque[Future[np.ndarray]]] = defaultdict(deque)
@@ -96,6 +97,15 @@ class Teachers:
             return next(iter(self.by_name.values())).scores([], device)
         return torch.cat([ids for ids, _, _ in found]), torch.cat([logs for _, logs, _ in found]), self.known
 
+    def shares_of_loss(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """What share of a step's loss is each one's, of its parts by name; measured, and for the phase's own record."""
+        total = sum(parts.values())
+        shares = {name: part / total if total else 0.0 for name, part in parts.items()}
+        for name, share in shares.items():
+            if (meter := self.by_name[name].meter) is not None:
+                meter.share_of_loss(share)
+        return {f"loss_share_{name}": share for name, share in shares.items()}
+
     def waited(self) -> float:
         """Seconds that answers were waited for since this was asked last."""
         return sum(teacher.waited() for teacher in self.by_name.values())
@@ -106,14 +116,16 @@ class Teachers:
 
 
 def served_teacher(
-    ctx: PhaseContext, field: str, at: Teaching, chat: ChatFormat, rows: int, longest: int
+    ctx: PhaseContext, name: str, field: str, at: Teaching, chat: ChatFormat, rows: int, longest: int
 ) -> ServedTeacher:
-    """The teacher of a student that has so many rows of tokens and learns on sequences of ``longest`` tokens at most.
+    """The teacher that rows call so, of a student that has so many rows of tokens and learns on ``longest`` tokens at most.
 
     Raises BadInput for a server that does not take what it would be asked, or reads text as other tokens.
     """
     ctx.meter.stage(f"asking {at.url}")
-    wire = connected(Server(field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS), at.served_as)
+    meter = ctx.meter.teacher(name)
+    server = Server(field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS, watcher=meter)
+    wire = connected(server, at.served_as)
     wire.check_length(longest + 1)  # a server adds a token to whatever it scores
     check_tokens(wire, chat)
     known = known_to(wire, rows)
@@ -121,7 +133,7 @@ def served_teacher(
         raise BadInput(f"{field}.topK {at.top_k}: the teacher and the student share {known} tokens")
     wire.likeliest([0, 0], 1, at.top_k, known)
     ctx.meter.stage("")
-    return ServedTeacher(wire, at.top_k, known, at.concurrency)
+    return ServedTeacher(wire, at.top_k, known, at.concurrency, meter)
 
 
 def _key(sequence: Sequence) -> bytes:

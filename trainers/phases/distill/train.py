@@ -7,7 +7,7 @@ by other weights than the student's have a weight per token, v_it: sum_i w_i sum
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -136,6 +136,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         ]
 
         sums = accumulate(ctx, trainee, layout, step, batch, partial(terms, trainee.module, compared, batch))
+        parts = {name: sums.pop(f"{PART}{name}") for name in sorted({e.teacher for e in batch} - {""})}
         with ctx.meter.part("optimizer"):
             update = trainee.update(step)
         lengths = torch.tensor([e.num_tokens for e in batch])
@@ -151,7 +152,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
             ess_share=weights.effective_size / len(weights.values),
             weights_clipped=weights.clipped,
             weight_length_correlation=correlation(weights.values, lengths),
-            **({} if served is None else {"teacher_wait": served.waited()}),
+            **_of_teachers(served, parts),
             **update,
         )
         stream = "onPolicy" if on_policy else "offPolicy"
@@ -167,6 +168,9 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         sizes["teacherParameters"] = teacher.num_parameters
     return Outcome(checkpoints.state | sizes, traces.records() + prompts.records(), total_steps)
 
+
+PART = "loss_of_"
+"""Begin of the measures that are a teacher's part of the loss."""
 
 Compared = Callable[[list[Example], Batch], tuple[LogitsFn, Beside | None]]
 """What a pass's student is compared by, and with: a teacher, or what one has said before."""
@@ -185,7 +189,21 @@ def terms(
     loss, found = module(micro, compare, lambda values, at: (shares[at] * values).sum(), beside=beside)
     names = ("kl", "student_mass", "teacher_mass")[: found.shape[1] - 1]
     sums = found[:, 1:].sum(0) / sum(e.num_tokens for e in batch)
-    return loss, dict(zip(names, sums, strict=True))
+    return loss, dict(zip(names, sums, strict=True)) | _parts(batch, some, micro, shares * found[:, 0])
+
+
+def _parts(batch: List[Example], some: list[Example], micro: Batch, of_tokens: torch.Tensor) -> Measures:
+    """Each named teacher's part of a loss, of which ``of_tokens`` are the tokens', (K,)."""
+    found: Measures = {}
+    for name in sorted({e.teacher for e in batch} - {""}):
+        whose = torch.tensor([e.teacher == name for e in some], dtype=torch.bool, device=of_tokens.device)
+        found[f"{PART}{name}"] = of_tokens[whose[micro.segment]].sum()
+    return found
+
+
+def _of_teachers(served: Teachers | None, parts: Mapping[str, float]) -> dict[str, float]:
+    """What a step says of served teachers."""
+    return {} if served is None else {"teacher_wait": served.waited(), **served.shares_of_loss(parts)}
 
 
 def divergence(beta: float, temperature: float) -> LogitsFn:
@@ -276,7 +294,7 @@ def _served(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, held: Ex
         return None
     rows = int(whole_shape(student.model.get_output_embeddings().weight)[0])
     longest = length_limit(student, spec.max_length)
-    found = {name: served_teacher(ctx, *at, student.chat, rows, longest) for name, at in asked.items()}
+    found = {name: served_teacher(ctx, name, *at, student.chat, rows, longest) for name, at in asked.items()}
     served = Teachers(found)
     held.callback(served.close)
     student.num_known = lowest(student.num_known, served.known)
