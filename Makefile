@@ -39,7 +39,7 @@ test: $(VENV)/.dev ## Lint, check the generated files, and run every test that n
 
 # What waits for clusters and what computes, side by side. Each prints what it has to say at its end.
 test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they are compared with
-	$(BIN)/pytest -m "(node or pipeline) and not distributed"
+	$(BIN)/pytest -m "(node or pipeline) and not (distributed or soak)"
 
 test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not (node or soak)"
@@ -83,10 +83,10 @@ bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES 
 	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) ENDED=$(or $(ENDED),2000) TRAINING=$(or $(TRAINING),200) RATES="$(or $(RATES),2 5)" \
 	  $(BIN)/pytest -q -s tests/operator/test_scale.py -k "many_runs or ended or train"
 
-soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, watches that lie, whole clusters that break: an hour
+soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, whole clusters that break, upgrades: two hours
 	bash tests/system-packages.sh
 	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_replicas.py \
-	  tests/operator/test_strangers.py tests/operator/test_lifecycle.py
+	  tests/operator/test_strangers.py tests/operator/test_lifecycle.py tests/operator/test_two_clusters.py tests/operator/test_generated_runs.py tests/chart/test_upgrade.py
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py

@@ -31,13 +31,13 @@ RUN = {
 PYTORCHJOB = {
     "kind": True,
     "metadata": {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}},
-    "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": {"replicas": True}}},
+    "spec": {"runPolicy": {"suspend": True, "managedBy": True}, "pytorchReplicaSpecs": {"Worker": {"replicas": True}}},
     "status": {"conditions": CONDITIONS, "completionTime": True, "startTime": True},
 }
 TRAINJOB = {
     "kind": True,
     "metadata": {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}},
-    "spec": {"suspend": True, "trainer": {"numNodes": True}},
+    "spec": {"suspend": True, "managedBy": True, "trainer": {"numNodes": True}},
     "status": {"conditions": CONDITIONS},
 }
 WHOSE = {"metadata": IDENTITY}

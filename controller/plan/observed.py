@@ -49,6 +49,8 @@ class ObservedJob:
     """How many of its parts have a machine."""
     queue: QueueStatus | None = None
     """What its queue says."""
+    elsewhere: bool = False
+    """Another backend carries it out for this one: of how it does nothing is seen but that it has begun and ended."""
     leaving: bool = False
     """It has been deleted, and is on its way out."""
     past: bool = False

@@ -7,21 +7,19 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from cluster import product
 from cluster.client import Cluster, KubectlError
-from cluster.installed import ONE_THREAD, Runs, place_for_runs
+from cluster.installed import Runs, place_for_runs
 from monitoring import prometheus_operator
 
 from chart.helm import CHART, ROOT, HelmError, Loader, Object, helm, one
 from chart.inventory import inventory
+from chart.release import RELEASE, Release, package, values
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-RELEASE = "alignment-operator"
 CRD = "alignmentruns.alignment.dev"
 ROWS = [{"synthetic": {"task": "letters", "split": "demonstrations", "count": 2000}}]
 SCRATCH = {"hiddenSize": 32, "numLayers": 2, "tokenizer": {"kind": "word", "vocabSize": 128, "trainOn": ROWS}}
@@ -33,57 +31,6 @@ def training(steps: int) -> Object:
     sft = {"data": data, "batchSize": 32, "duration": {"maxSteps": steps}, "checkpoint": {"everySeconds": 1}}
     then = {"data": data, "model": {"phase": "sft"}, "duration": {"maxSteps": 2}}
     return {"model": {"scratch": SCRATCH}, "phases": [{"name": "sft", "sft": sft}, {"name": "then", "sft": then}]}
-
-
-def values(namespace: str, **more: Any) -> Object:
-    """The images of this tree; in the test's own run the packages come by a claim."""
-    enabled = {"enabled": True}
-    return {
-        "image": {"tag": "test"},
-        "defaults": {"trainerImage": {"tag": "test"}, "workspaceClaim": product.WORKSPACE_CLAIM},
-        "test": {
-            "namespace": namespace,
-            "run": {
-                "workspace": {"claimName": product.WORKSPACE_CLAIM},
-                "template": {"claims": product.TEMPLATE["claims"], "env": ONE_THREAD},
-            },
-        },
-        "monitoring": dict.fromkeys(("podMonitor", "trainersPodMonitor", "prometheusRule", "dashboards"), enabled),
-        **more,
-    }
-
-
-class Release:
-    """Helm with one cluster, namespace and kubeconfig."""
-
-    def __init__(
-        self, cluster: Cluster, namespace: str, folder: Path, name: str = RELEASE, kubeconfig: Path | None = None
-    ):
-        self.cluster, self.namespace, self.folder, self.name = cluster, namespace, folder, name
-        self.kubeconfig = kubeconfig or cluster.kubeconfig
-
-    def helm(self, verb: str, *arguments: str, values: Object | None = None) -> str:
-        flags = ["--namespace", self.namespace, "--kubeconfig", str(self.kubeconfig)]
-        if values is not None:
-            flags += ["--values", "-"]
-        if verb != "test":
-            flags += ["--wait", "--timeout", "170s"]
-        text = yaml.safe_dump(values) if values is not None else None
-        return helm(verb, self.name, *arguments, *flags, text=text, kubeconfig=self.kubeconfig, timeout=320)
-
-    def test(self) -> str:
-        return self.helm("test", "--logs", "--timeout", "170s")
-
-    def deployment(self) -> Object:
-        return self.cluster.get("deployment", RELEASE, "-n", self.namespace)
-
-    def holder(self) -> str:
-        lease = self.cluster.get("lease", "alignment-operator", "-n", self.namespace)
-        return str(lease.get("spec", {}).get("holderIdentity") or "")
-
-
-def package(source: Path, folder: Path) -> Path:
-    return Path(helm("package", str(source), "--destination", str(folder)).split(": ", 1)[1].strip())
 
 
 def previous_version(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from monitoring import prometheus_operator
 
 from chart.helm import NAMESPACE, Loader, Object, one, template
 from chart.manifests import MANIFESTS, rendered, without_helm
+from chart.trial_of_scanner import trainers
 
 OVERLAYS: dict[str, Object] = {
     "gpu": {
@@ -142,3 +143,8 @@ def test_a_real_api_server_takes_all_of_it(with_monitors: Cluster) -> None:
     cluster.kubectl("delete", "deployment", "alignment-operator", "-n", NAMESPACE)
     for kind, name in (("clusterqueue", "alignment"), ("resourceflavor", "alignment")):
         cluster.kubectl("delete", kind, name)
+
+
+def test_pods_for_the_scanner_can_be_made():
+    """`make scan` is run by hand, and would notice late that it cannot."""
+    assert [pod["spec"]["containers"][0]["name"] for pod in trainers()] == ["pytorch", "node"] * 2

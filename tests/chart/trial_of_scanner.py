@@ -8,8 +8,8 @@ import yaml
 
 from chart.helm import ROOT, Object, template
 from controller.api.run import AlignmentRun
+from controller.backends.cluster import pytorchjob, trainjob
 from controller.backends.cluster.kind import Owner
-from controller.backends.cluster.pytorchjob import render
 from controller.backends.cluster.settings import Settings
 from controller.plan.job import build_job
 from controller.plan.resolve import resolve
@@ -53,15 +53,20 @@ def test_what_is_found_has_a_reason_and_reasons_are_needed(tmp_path: Path):
 
 
 def trainers() -> list[Object]:
-    """Pods as the Training Operator makes them of the samples' jobs."""
+    """Pods as their controllers make them of the samples' jobs, of both kinds."""
     pods = []
     for name in ("minimal", "two-nodes"):
         run = AlignmentRun.model_validate(yaml.safe_load((ROOT / f"manifests/samples/{name}.yaml").read_text()))
         job = build_job(run, resolve(run)[0], 1, "digest", {}, (), alone=True)
-        worker = render(job, Owner("runs", run.name, "uid"), Settings("alignment-trainer:0.1.0"))
-        pod = worker["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-        pod["metadata"] |= {"name": f"{job.name}-worker-0", "namespace": "runs"}
-        pods.append({"apiVersion": "v1", "kind": "Pod", **pod})
+        made = (job, Owner("runs", run.name, "uid", f"runs.{run.name}"), Settings("alignment-trainer:0.1.0"))
+        of_a_set = trainjob.runtime(*made)["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
+        workers = {
+            "worker-0": pytorchjob.render(*made)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"],
+            "node-0-0": of_a_set["spec"]["template"],
+        }
+        for place, pod in workers.items():
+            pod["metadata"] |= {"name": f"{job.name}-{place}", "namespace": "runs"}
+            pods.append({"apiVersion": "v1", "kind": "Pod", **pod})
     return pods
 
 

@@ -32,15 +32,17 @@ class Store:
 
     folder: Path
 
-    def build(self, what: str, name: str, flags: str = "", **variables: str) -> None:
-        """`make operator-image` or `trainer-image`, from the working tree. Keeps layers, and of each name the newest image."""
+    def build(self, what: str, name: str, flags: str = "", tree: Path = ROOT, **variables: str) -> None:
+        """`make operator-image` or `trainer-image`, from a tree. Keeps layers, and of each name the newest image."""
         before = self._identity(name)
         bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
         variables |= {
             "BUILDER": " ".join(self._buildah), "BUILD_FLAGS": f"--pull-never {flags}", "BASE_IMAGE": BASE,
             "TAG": name.partition(":")[2], **({"CA_BUNDLE": str(bundle)} if bundle.exists() else {}),
         }  # fmt: skip
-        self._alone("make", f"{what}-image", *(f"{key}={value}" for key, value in variables.items()))
+        self._alone(
+            "make", f"--directory={tree}", f"{what}-image", *(f"{key}={value}" for key, value in variables.items())
+        )
         if before not in ("", self._identity(name)):
             self.run("rmi", before)
 

@@ -107,11 +107,9 @@ def start(place: Place, assets: Assets, children: Children, scheduler: bool) -> 
 
 
 def save(place: Place, children: Children, label: str) -> None:
-    """A backup of etcd, as it is now."""
-    children.end("etcd")
-    shutil.copytree(place.state / "etcd", place.state / f"etcd-{label}")
-    children.again("etcd")
-    children.wait_for(lambda: is_ready(place), 120, "the API server answers /readyz")
+    """A backup of etcd, as its disk is now; nobody loses a connection."""
+    with children.stopped("etcd"):
+        shutil.copytree(place.state / "etcd", place.state / f"etcd-{label}")
 
 
 def restore(place: Place, children: Children, label: str) -> None:

@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,11 +50,14 @@ class Children:
         child.kill()
         child.wait()
 
-    def end(self, name: str) -> None:
-        """As an orderly stop, of one that heeds SIGTERM."""
-        child = self.running.pop(name)
-        child.terminate()
-        child.wait(30)
+    @contextmanager
+    def stopped(self, name: str) -> Iterator[None]:
+        """In the middle of whatever it does (SIGSTOP); then it goes on."""
+        self.running[name].send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.running[name].send_signal(signal.SIGCONT)
 
     def again(self, name: str) -> None:
         """One that was killed or ended, with the command that it had."""

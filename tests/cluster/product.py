@@ -28,6 +28,13 @@ def operator_image(assets: Assets, out: Path) -> Path:
         return store.export(OPERATOR, out)
 
 
+def operator_image_of(tree: Path, name: str, assets: Assets, out: Path) -> Path:
+    """The same from another tree than the working one, such as an older version's."""
+    with buildah.store("operator", assets.image("python"), ["build", "controller"]) as store:
+        store.build("operator", name, tree=tree)
+        return store.export(name, out)
+
+
 @contextmanager
 def operator_store(assets: Assets) -> Iterator[buildah.Store]:
     """With the image `OPERATOR` of the working tree in it."""
@@ -44,10 +51,10 @@ def trainers_store(assets: Assets) -> Iterator[buildah.Store]:
         yield store
 
 
-def trainer_image(assets: Assets, out: Path) -> Path:
-    """Named `TRAINER`: the source alone; its packages come by the claim `ENVIRONMENT_CLAIM`."""
+def trainer_image(assets: Assets, out: Path, tree: Path = ROOT, name: str = TRAINER) -> Path:
+    """The source alone; its packages come by the claim `ENVIRONMENT_CLAIM`."""
     env = {"PYTHONPATH": f"{_SOURCE}:{ENVIRONMENT_PATH}", "PYTHONUNBUFFERED": "1"}
-    return write_image(TRAINER, _source(), out, assets.image("python"), user="1000", env=env, workdir=_SOURCE)
+    return write_image(name, _source(tree), out, assets.image("python"), user="1000", env=env, workdir=_SOURCE)
 
 
 def claims(namespace: str, workspace: Path) -> list[dict[str, Any]]:
@@ -80,5 +87,5 @@ def claim(namespace: str, name: str, folder: Path, mode: str) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def _source() -> list[Layer]:
-    return [Layer(ROOT / package, f"{_SOURCE}/{package}") for package in ("controller", "trainers")]
+def _source(tree: Path) -> list[Layer]:
+    return [Layer(tree / package, f"{_SOURCE}/{package}") for package in ("controller", "trainers")]

@@ -99,8 +99,8 @@ class Scene:
             )
         if [_MARK.sub("", job) for job in jobs] != [f"{name}-{phase['name']}-1" for phase in self.calm["phases"]]:
             return f"its jobs were {jobs}: {_short(status)}"
-        differences = _differences(self.calm, plain(status, name))
-        return f"ends otherwise: {differences}" if differences else ""
+        found = differences(self.calm, plain(status, name))
+        return f"ends otherwise: {found}" if found else ""
 
 
 def calls_of(namespace: str) -> str:
@@ -153,10 +153,10 @@ def _short(status: Object) -> str:
     return f"{[c['type'] for c in status.get('conditions', ()) if c['status'] == 'True']} {phases}"
 
 
-def _differences(one: Any, other: Any, at: str = "") -> list[str]:
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted({*one, *other})
-        return [d for key in keys for d in _differences(one.get(key), other.get(key), f"{at}.{key}")]
+        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{at}.{key}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in _differences(a, b, f"{at}[{i}]")]
+        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{at}[{i}]")]
     return [] if one == other else [f"{at}: {one!r} -> {other!r}"]

@@ -255,6 +255,8 @@ def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
 
 def _result(job: ObservedJob, pods: Sequence[Object], outlived: bool) -> ObservedResult | None:
     """Of a job that is outlived by a sidecar too: the planner takes it, and has the rest of the job ended."""
+    if job.elsewhere and job.state == JobState.SUCCEEDED:
+        return observe.result_from_elsewhere(job)
     finished = job.state == JobState.SUCCEEDED or job.failure == FailureClass.GATE_FAILED
     return observe.result_of(pods) if outlived or (finished and job.state != JobState.LIVE) else None
 

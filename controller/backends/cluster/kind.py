@@ -34,6 +34,8 @@ class JobKind(Protocol):
     """By group and kind: the job itself, what it makes, and so on. The last one makes the pods."""
     PROPAGATION: str
     """How it is deleted: Foreground, so that it stays visible until its pods have ended, or Background, where that cannot be."""
+    REFERS: bool
+    """To a TrainingRuntime, in which its pods are."""
     CONTAINER: str
     """The one that trains."""
     PLACE: re.Pattern[str]
@@ -53,6 +55,9 @@ class JobKind(Protocol):
 
     def is_suspended(self, job: Mapping[str, Any]) -> bool:
         """By its queue: we never suspend a job."""
+
+    def managed_by(self, job: Mapping[str, Any]) -> str | None:
+        """Who carries it out, if that is said."""
 
     def ended(self, job: Mapping[str, Any]) -> str | None:
         """`Succeeded`, `Failed`, or None."""

@@ -20,12 +20,19 @@ from trainers.contract import FailureClass
 
 Object = Mapping[str, Any]
 
+MULTIKUEUE = "kueue.x-k8s.io/multikueue"
+"""Carries jobs out in other clusters, and copies their status here; their pods are there."""
 PATIENCE_SECONDS = 30.0
 """For a pod to disappear after its grace is over."""
 DIGEST = re.compile(r"[-0-9A-Za-z_.:]{1,128}", re.ASCII)
 NAME_LIMIT = 256
 MOST_METRICS = 256
 """Of one phase. A pod's last word has 4 KiB, in which a hundred find room."""
+ELSEWHERE = "in another cluster (MultiKueue), where its pods are"
+WITHOUT_RUNTIME = (
+    "MultiKueue copies a TrainJob to another cluster without its TrainingRuntime, and it waits until somebody brings that; "
+    "runs with backend PyTorchJob need none"
+)
 QUEUE_PATIENCE_SECONDS = 15.0
 """For Kueue to notice a job; without one the queue's integration is off."""
 
@@ -44,9 +51,12 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         started_at=_not_before(job, first_start(pods)),
         queue=queue,
         leaving=meta_.get("deletionTimestamp") is not None,
+        elsewhere=is_elsewhere(job),
     )
     if is_suspended(job):
         return base
+    if base.elsewhere:
+        return _elsewhere(base, job, now)
     return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods, now)
 
 
@@ -71,6 +81,19 @@ def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datet
     state = JobState.LIVE if going_down else JobState.FAILED
     end = None if going_down else finished
     return replace(base, state=state, finished_at=end, guessed=seen is None, **_told(seen or _gone(job), job))
+
+
+def _elsewhere(base: ObservedJob, job: Object, now: datetime) -> ObservedJob:
+    """By the job's own word alone. How long it takes to start is the other cluster's affair."""
+    since = kinds.of_job(job).started_at(job)
+    begun = replace(base, running_since=evidence.timestamp(since) if since else None, message=ELSEWHERE)
+    end = ended(job)
+    if end is None:
+        return begun
+    if end == "Succeeded":
+        return replace(begun, state=JobState.SUCCEEDED, finished_at=finished_at(job) or now, message="")
+    why = Evidence(FailureClass.INFRASTRUCTURE, f"failed {ELSEWHERE}: {condition(job, 'Failed').get('message', '')}")
+    return replace(begun, state=JobState.FAILED, finished_at=finished_at(job) or now, **_told(why, job))
 
 
 def _gone(job: Object) -> Evidence:
@@ -130,6 +153,10 @@ def finished_at(job: Object) -> datetime | None:
 def is_suspended(job: Object) -> bool:
     """By Kueue: we never suspend a job."""
     return kinds.of_job(job).is_suspended(job)
+
+
+def is_elsewhere(job: Object) -> bool:
+    return kinds.of_job(job).managed_by(job) == MULTIKUEUE
 
 
 def is_leaving(job: Object, pods: Sequence[Object], now: datetime) -> bool:
@@ -197,6 +224,11 @@ def result_of(pods: Iterable[Object]) -> ObservedResult | None:
     return None
 
 
+def result_from_elsewhere(job: ObservedJob) -> ObservedResult:
+    """Its pods' last word is not heard, but a phase that has missed its gates fails. What it left is known by who has made it."""
+    return ObservedResult(job.digest, f"elsewhere-{job.uid}")
+
+
 def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
     """JSON has no infinities, and a status with one could not be written; each name becomes a label of a series."""
     found = {plain(name, NAME_LIMIT): value for name, value in metrics.items() if math.isfinite(value)}
@@ -210,7 +242,9 @@ def is_queued(job: Object) -> bool:
 def queue_status(job: Object, workload: Object | None, installed: bool, now: datetime) -> QueueStatus | None:
     """What Kueue says about a job; None in the first seconds."""
     if workload is not None:
-        return _workload_status(workload)
+        found = _workload_status(workload)
+        alone = found.state == QueueState.QUOTA_RESERVED and is_elsewhere(job) and kinds.of_job(job).REFERS
+        return found.model_copy(update={"message": f"{found.message}; {WITHOUT_RUNTIME}"}) if alone else found
     age = (now - evidence.timestamp(job["metadata"]["creationTimestamp"])).total_seconds()
     if age < QUEUE_PATIENCE_SECONDS:
         return None

@@ -27,6 +27,7 @@ MAKERS = {(PYTORCHJOBS.group, KIND): PYTORCHJOBS}
 PROPAGATION = "Foreground"
 CONTAINER = "pytorch"
 """The Training Operator demands this name."""
+REFERS = False
 PLACE = re.compile("-worker-([0-9]+)$")
 RANK = "metadata.labels['training.kubeflow.org/replica-index']"
 
@@ -62,6 +63,11 @@ def nodes(job: Mapping[str, Any]) -> int:
 
 def is_suspended(job: Mapping[str, Any]) -> bool:
     return bool(job["spec"].get("runPolicy", {}).get("suspend"))
+
+
+def managed_by(job: Mapping[str, Any]) -> str | None:
+    found: str | None = job["spec"].get("runPolicy", {}).get("managedBy")
+    return found
 
 
 def ended(job: Mapping[str, Any]) -> str | None:

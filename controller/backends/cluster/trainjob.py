@@ -27,6 +27,7 @@ PROPAGATION = "Background"
 """While a TrainJob is there the Trainer makes a JobSet that is gone anew, also of one that is being deleted."""
 CONTAINER = "node"
 """The Trainer demands this name."""
+REFERS = True
 SET = "node"
 """What the JobSet calls the one Job in it."""
 PLACE = re.compile("-([0-9]+)-[a-z0-9]{5}$")
@@ -90,6 +91,11 @@ def nodes(job: Mapping[str, Any]) -> int:
 
 def is_suspended(job: Mapping[str, Any]) -> bool:
     return bool(job["spec"].get("suspend"))
+
+
+def managed_by(job: Mapping[str, Any]) -> str | None:
+    found: str | None = job["spec"].get("managedBy")
+    return found
 
 
 def ended(job: Mapping[str, Any]) -> str | None:
