@@ -3,21 +3,23 @@
     python benchmarks/sampling.py [--batches 1,16,64] [--threads 1] [--rounds 3] [--lengths uniform,varied] [--split]
 
 A small random model (7.4M parameters, vocabulary 8,192, fp32), prompts of 8 to 40 tokens. ``uniform``: every response has
---tokens tokens. ``varied``: a set of tokens ends a response, the same for both, so that lengths are geometric, about 41.
+--tokens tokens. ``varied``: one in 41 of all tokens ends a response, the same for both, so that lengths are geometric.
 Both sample at temperature 1. Ours and theirs take turns; a figure is tokens per second of the processor (of the clock in
-brackets), the median of the rounds. The roof is the products of linear layers alone: of the prompts' tokens, and of as many
-full steps as the tokens make. --split says where ours spends its time.
+brackets), the median of the rounds. The roofs are the products of linear layers alone, by each library that can do them: of the
+prompts' tokens, and of as many full steps as the tokens make. --split says where ours spends its time.
 
-The roof is that of MKL, by which torch multiplies; ours multiplies by oneDNN, so it may come above it. Figures, and what did and
-did not help, are in docs/benchmarks.md.
+``make bench`` has the same rows in its table. Figures, and what did and did not help, are in docs/benchmarks.md.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+import roof
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,8 +27,10 @@ from trainers.core.generate import generate
 from trainers.spec import Sampling
 
 VOCABULARY = 8192
-ENDS = 200
-"""Tokens that end a response of varied length, one in 41."""
+MEAN = 41
+"""Tokens of a response of varied length: so small a share of the vocabulary ends one."""
+FEWEST = 8
+"""Prompts of uniform work, where fewer rows go side by side."""
 
 
 def model() -> LlamaForCausalLM:
@@ -34,93 +38,114 @@ def model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
-def prompts(count: int) -> list[list[int]]:
+def prompts(count: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, 41, (count,), generator=generator).tolist()
-    return [torch.randint(ENDS, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    least = ends(vocabulary)[-1] + 1
+    return [torch.randint(least, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def ours(of: LlamaForCausalLM, asked: list[list[int]], batch: int, tokens: int, ends: list[int]) -> int:
+def ends(vocabulary: int) -> list[int]:
+    """Tokens that end a response of varied length."""
+    return list(range(1, round(vocabulary / MEAN) + 1))
+
+
+def ours(of: Any, asked: list[list[int]], batch: int, tokens: int, stops: list[int]) -> int:
     sampling = Sampling(max_new_tokens=tokens, batch_size=batch)
-    found = generate(of, asked, sampling, frozenset(ends), torch.Generator().manual_seed(2))
+    found = generate(of, asked, sampling, frozenset(stops), torch.Generator().manual_seed(2))
     return sum(len(response.ids) for response in found)
 
 
-def theirs(of: LlamaForCausalLM, asked: list[list[int]], batch: int, tokens: int, ends: list[int]) -> int:
+def theirs(of: Any, asked: list[list[int]], batch: int, tokens: int, stops: list[int]) -> int:
     """Batches of prompts of like length, as a user of ``generate`` who cares would make them."""
     made, asked = 0, sorted(asked, key=len)
     for some in (asked[i : i + batch] for i in range(0, len(asked), batch)):
         width = max(map(len, some))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in some])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in some], device=of.device)
         found = of.generate(
             ids,
             attention_mask=(ids != 0).long(),
             do_sample=True,
             top_k=0,
             max_new_tokens=tokens,
-            eos_token_id=ends or None,
+            eos_token_id=stops or None,
             pad_token_id=0,
         )[:, width:]
-        ended = torch.isin(found, torch.tensor(ends, dtype=torch.int64)).int().cumsum(-1)
+        ended = torch.isin(found, torch.tensor(stops, dtype=torch.int64, device=of.device)).int().cumsum(-1)
         made += int((ended.cumsum(-1) <= 1).sum())
     return made
 
 
-def roof(of: LlamaForCausalLM, asked: list[list[int]], batch: int, tokens: int) -> float:
-    """Tokens per second of the processor, if there were nothing but products: of the prompts, and of full steps."""
+def roofs(of: Any, asked: list[list[int]], batch: int, tokens: int) -> dict[str, float]:
+    """Tokens per second, by what multiplies, if there were nothing but products: of the prompts, and of full steps."""
     layers = [layer.weight for layer in of.model.modules() if isinstance(layer, torch.nn.Linear)]
     read, step = sum(map(len, asked)), [*layers, of.lm_head.weight]
-    seconds = products(layers, read) + products(step, batch) * tokens / batch
-    return tokens / seconds
+    return {
+        name: tokens / (roof.seconds(layers, read, way) + roof.seconds(step, batch, way) * tokens / batch)
+        for name, way in roof.ways(of.device.type).items()
+    }
 
 
-def products(weights: list[torch.Tensor], rows: int) -> float:
-    """Seconds of the processor, at their best."""
-    inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
-    times = []
-    for _ in range(20):
-        began = time.process_time()
-        for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        times.append(time.process_time() - began)
-    return min(times)
-
-
-def timed(run: Callable[[], int]) -> tuple[float, float, int]:
+def timed(run: Callable[[], int]) -> list[float]:
     """Tokens per second of the processor, and of the clock; tokens."""
     processor, clock = time.process_time(), time.perf_counter()
     tokens = run()
-    return tokens / (time.process_time() - processor), tokens / (time.perf_counter() - clock), tokens
+    return [tokens / (time.process_time() - processor), tokens / (time.perf_counter() - clock), tokens]
 
 
-def compare(of: LlamaForCausalLM, batch: int, tokens: int, varied: bool, rounds: int) -> None:
-    asked = prompts(4 * batch if varied else batch)
-    ends, most = (list(range(1, ENDS + 1)), 4 * tokens) if varied else ([], tokens)
-    figures: dict[str, list[tuple[float, float, int]]] = {"ours": [], "generate": []}
+def compare(of: Any, batch: int, tokens: int, varied: bool, rounds: int) -> dict[str, Any]:
+    """Both sides' rounds, taking turns, and the roofs of the same work."""
+    vocabulary = of.config.vocab_size
+    asked = prompts(4 * max(batch, FEWEST // 2) if varied else max(batch, FEWEST), vocabulary)
+    stops, most = (ends(vocabulary), 4 * tokens) if varied else ([], tokens)
+    figures: dict[str, list[list[float]]] = {"ours": [], "generate": []}
     for run in (ours, theirs):  # first calls import, allocate and look things up
-        run(of, asked[:2], batch, 2, [])
+        run(of, asked[: max(2, batch)], batch, 2, [])
     for _ in range(rounds):
         for name, run in (("ours", ours), ("generate", theirs)):
-            figures[name].append(timed(partial(run, of, asked, batch, most, ends)))
-    own, other = ([median(column) for column in zip(*figures[name], strict=True)] for name in figures)
-    share = own[0] / roof(of, asked, batch, int(own[2]))
-    print(
+            figures[name].append(timed(partial(run, of, asked, batch, most, stops)))
+    made = int(median(found[2] for found in figures["ours"]))
+    return {"sides": figures, "roofs": roofs(of, asked, batch, made)}
+
+
+def line(found: dict[str, Any], batch: int, varied: bool) -> str:
+    own, other = (
+        [median(column) for column in zip(*found["sides"][name], strict=True)] for name in ("ours", "generate")
+    )
+    best = max(found["roofs"].values())
+    above = ", ".join(f"{name} {tokens:.0f}" for name, tokens in found["roofs"].items())
+    return (
         f"batch {batch:3} {'varied' if varied else 'uniform':8} ours {own[0]:7.0f} ({own[1]:.0f})   generate {other[0]:7.0f} "
-        f"({other[1]:.0f})   ratio {own[0] / other[0]:.2f}   of the roof {share:.2f}",
-        flush=True,
+        f"({other[1]:.0f})   ratio {own[0] / other[0]:.2f}   of the roof {own[0] / best:.2f}   roofs: {above}"
     )
 
 
-def split(of: LlamaForCausalLM, batch: int, tokens: int) -> None:
+def split(of: Any, batch: int, tokens: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as found:
         ours(of, prompts(batch), batch, tokens, [])
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
+
+
+# ---------------------------------------------------------------- a row of make bench
+
+
+def ready(_: dict[str, Any]) -> None:
+    """All is imported."""
+
+
+@torch.no_grad()
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    dtype = torch.float32 if job["device"] == "cpu" else torch.bfloat16
+    of = LlamaForCausalLM.from_pretrained(Path(job["folder"]) / "model", dtype=dtype).to(job["device"]).eval()
+    of.generation_config.eos_token_id = None
+    return compare(of, job["batch"], job["tokens"], job["how"] == "varied", job["rounds"])
 
 
 def main() -> None:
@@ -136,8 +161,8 @@ def main() -> None:
     of = model()
     with torch.no_grad():
         for batch in map(int, arguments.batches.split(",")):
-            for lengths in arguments.lengths.split(","):
-                compare(of, batch, arguments.tokens, lengths == "varied", arguments.rounds)
+            for varied in (lengths == "varied" for lengths in arguments.lengths.split(",")):
+                print(line(compare(of, batch, arguments.tokens, varied, arguments.rounds), batch, varied), flush=True)
             if arguments.split:
                 split(of, batch, arguments.tokens)
 

@@ -1,133 +1,95 @@
-"""Ours beside TRL, on the same model, tokens and batches, taking turns; writes the table in docs/benchmarks.md.
+"""Ours beside TRL, on the same model, tokens and batches, taking turns; writes the tables in docs/benchmarks.md.
 
-    python benchmarks/peers [--only sft,ppo] [--batches 8,32] [--rounds 3] [--size small] [--device cpu] [--write make-target]
+    python benchmarks/peers [--only sft,sampling] [--batches 8,32] [--rounds 3] [--size small] [--device cpu] [--resume]
+      [--write make-target]
 
 The peers are installed once, into an environment of their own outside of the tree. Both sides are given the same rows in the
-same order; before a figure is worth anything, the first step's losses must agree where both compute the same one. A figure is
-tokens per second of the processor: real ones, padding left out, of both responses of a pair; where responses are sampled, those
-sampled. It is the median of the rounds, with the least and the most.
+same order; before a figure is worth anything, the losses of the steps must agree where both compute the same ones. A figure is
+tokens per second of the processor, and of the clock: real ones, padding left out, of both responses of a pair; where responses
+are sampled, those sampled. It is the median of the rounds, with the least and the most.
+
+A row is printed and kept as soon as it is done. One that fails is told, and the others go on; --resume takes what is there.
 """
 
 import argparse
-import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from environment import installed, versions
-from table import Side, Work, render, spliced
-from work import SIZES, make, order
+from figures import CLOCK, PROCESSOR, WARM_UP, Sampled, Side, Work
+from kept import Kept, code
+from table import render, sampling, speed, spliced
+from tasks import KINDS, SAME_LOSSES, How, tasks
+from work import SIZES, make
+from workers import ROOT, FailedError, Peers
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/benchmarks.md"
-KINDS = ("sft", "reward", "dpo", "traces", "samples", "ppo")
-STEPS = {"samples": 6, "ppo": 4}
-OTHERWISE = 8
-SAME_LOSS = ("sft", "reward", "dpo", "traces")
-"""Work whose first loss is a function of the rows alone."""
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
-"""Of losses, as a share: fp32 and bf16."""
 
 
-class Worker:
-    """One side's process, which does a job at a time."""
-
-    def __init__(self, side: str, python: str, path: str, threads: int) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "TRL_EXPERIMENTAL_SILENCE": "1",
-        }  # fmt: skip
-        command = [python, str(Path(__file__).with_name("worker.py")), side]
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process is
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        self.imports = self._answer()["imports"]
-
-    def do(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return self._answer() | {"imports": self.imports}
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = json.loads(line) if line else {"error": "it ended"}
-        if "error" in found:
-            self.log.seek(0)
-            sys.exit(f"{found['error']}\n{self.log.read()[-3000:]}")
-        return found
+def main(words: list[str]) -> None:
+    given = parsed(words)
+    folder = installed()
+    how = How(given.device, given.rounds, given.tokens, given.steps, folder.parent / f"work-{given.size}")
+    make(how.folder, SIZES[given.size])
+    peers = Peers(folder, given.threads, given.device)
+    settings = {"peers": folder.name, "code": code(), "threads": given.threads, "how": str(how)}
+    kept = Kept(folder.parent / f"rows-{given.size}-{given.device}.jsonl", settings, given.resume)
+    found, failed = compare(given, how, peers, kept)
+    peers.close()
+    works, sampled = [w for w in found if isinstance(w, Work)], [s for s in found if isinstance(s, Sampled)]
+    made = f"{heading(folder, words, given, works)}\n\n{render(works, sampled, given.device)}"
+    print(f"\n{made}")
+    if given.write and found:
+        PAGE.write_text(spliced(PAGE.read_text(), given.write, made))
+    if failed:
+        sys.exit(f"not measured, see above: {', '.join(failed)}; --resume tries these alone")
 
 
-class Peers:
-    """Ours, and the peers of each kind of work; processes that are started when they are wanted."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.folder, self.threads = folder, threads
-        self.workers: dict[str, Worker] = {}
-
-    def names(self, kind: str) -> list[str]:
-        """The sides of a kind of work. Grouping by length is TRL's best for SFT, and its default does without."""
-        return ["ours", "trl-ppo"] if kind == "ppo" else ["ours", "trl", *(["trl grouped"] if kind == "sft" else [])]
-
-    def do(self, name: str, job: dict[str, Any]) -> dict[str, Any]:
-        release = name.partition(" ")[0]
-        if release not in self.workers:
-            self.workers[release] = self._worker(release)
-        return self.workers[release].do(job | {"grouped": name.endswith("grouped")})
-
-    def _worker(self, release: str) -> Worker:
-        if release == "ours":
-            return Worker("ours", sys.executable, str(ROOT), self.threads)
-        return Worker("theirs", str(self.folder / "bin/python"), str(self.folder / release), self.threads)
+def compare(given: argparse.Namespace, how: How, peers: Peers, kept: Kept) -> tuple[list[Work | Sampled], list[str]]:
+    """All rows that could be measured, and the names of the others."""
+    done: list[Work | Sampled] = []
+    failed: list[str] = []
+    for task in tasks(given.only, given.batches):
+        began = time.perf_counter()
+        try:
+            found = kept.row(task.name) or kept.add(task.name, task.measured(peers, how))
+        except FailedError as error:
+            print(f"{task.name} failed: {error}", flush=True)
+            failed.append(task.name)
+            continue
+        done.append(task.read(found))
+        print("\n".join(_lines(done[-1], given.device)), f" {time.perf_counter() - began:.0f} s", flush=True)
+    return done, failed
 
 
-def compare(peers: Peers, kind: str, batch: int, given: argparse.Namespace, rows: Path) -> Work:
-    steps = given.steps or STEPS.get(kind, OTHERWISE)
-    work = Work(kind, batch, given.device, {name: Side() for name in peers.names(kind)})
-    with tempfile.TemporaryDirectory() as out:
-        job = {
-            "kind": kind, "batch": batch, "steps": steps, "tokens": given.tokens, "folder": str(rows), "out": f"{out}/out",
-            "order": order(batch, steps), "device": given.device,
-        }  # fmt: skip
-        for _ in range(given.rounds):
-            for name, side in work.sides.items():
-                side.rounds.append(peers.do(name, job))
-    _check(work, given.device)
-    return work
-
-
-def _check(work: Work, device: str) -> None:
-    """End where two losses that should be one are not, or tokens are others."""
-    if work.kind not in SAME_LOSS:
-        return
-    counts = {name: work.sides[name].rounds[0]["marks"][-1][2] for name in ("ours", "trl")}
-    if len(set(counts.values())) > 1:
-        sys.exit(f"{work.kind}: the sides have not had the same tokens: {counts}")
-    ours, theirs = work.sides["ours"].loss, work.sides["trl"].loss
-    print(f"  first losses: {work.losses()}", flush=True)
-    if ours is None or theirs is None or abs(ours - theirs) > TOLERANCE[device] * max(1, abs(theirs)):
-        sys.exit(f"{work.kind}: the first step's losses differ, so nothing can be compared: {work.losses()}")
+def _lines(row: Work | Sampled, device: str) -> list[str]:
+    column = PROCESSOR if device == "cpu" else CLOCK
+    return speed(row, column) if isinstance(row, Work) else sampling(row, column)
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=lambda text: _known(text.split(",")), default=KINDS)
+    parser.add_argument("--only", type=lambda text: _known(text.split(",")), default=list(KINDS))
     parser.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], default=[8, 32])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of which the first two are left out")
     parser.add_argument("--tokens", type=int, default=64, help="new ones of each response that is sampled")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--write", help="the make target in whose place in docs/benchmarks.md the table goes")
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--resume", action="store_true", help="take rows that the last run, of the same code and settings, has"
+    )
+    parser.add_argument("--write", help="the make target in whose place in docs/benchmarks.md the tables go")
+    given = parser.parse_args(words)
+    if given.steps is not None and given.steps <= WARM_UP:
+        parser.error(f"--steps {given.steps}: at least {WARM_UP + 1}, since the first {WARM_UP} are left out")
+    return given
 
 
 def _known(kinds: list[str]) -> list[str]:
@@ -136,41 +98,37 @@ def _known(kinds: list[str]) -> list[str]:
     return kinds
 
 
-def heading(folder: Path, words: list[str], size: str) -> str:
+def heading(folder: Path, words: list[str], given: argparse.Namespace, works: list[Work]) -> str:
+    """What was measured, on what, and by which command."""
     import torch
     import transformers
 
-    shape, peers = SIZES[size], versions(folder)
+    shape, peers = SIZES[given.size], versions(folder)
     programs = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, TRL {peers['trl']}"
-    return (
+    text = (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, `python benchmarks/peers {' '.join(words)}`: {_processor()}, {os.cpu_count()} "
         f"cores, load {os.getloadavg()[2]:.0f}; {programs}, for PPO {peers['trl-ppo']}. A Llama of width {shape.hidden}, "
-        f"{shape.layers} layers and {shape.embedded:,} tokens. Medians of the rounds (least–most)."
+        f"{shape.layers} layers and {shape.embedded:,} tokens, {given.threads} thread{'s' * (given.threads > 1)}. Medians of "
+        f"{given.rounds} rounds (least–most)."
     )
+    return f"{text} {_said_of(works)}".strip()
+
+
+def _said_of(works: list[Work]) -> str:
+    """How far losses agree, and what imports hold."""
+    if not works:
+        return ""
+    ours, theirs = (median(side.held for work in works for side in _sides(work, own)) for own in (True, False))
+    held = f"Imports hold {ours:.0f} MB of ours and {theirs:.0f} of TRL's."
+    same = [work.residual() for work in works if work.kind in SAME_LOSSES]
+    return f"Losses of all steps agree within {max(same):.0e}. {held}" if same else held
+
+
+def _sides(work: Work, own: bool) -> list[Side]:
+    return [side for name, side in work.sides.items() if (name == "ours") == own]
 
 
 def _processor() -> str:
     cpus = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if "model name" in line]
-        if cpus.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
-def main(words: list[str]) -> None:
-    given = parsed(words)
-    folder = installed()
-    rows = folder.parent / f"work-{given.size}"
-    make(rows, SIZES[given.size])
-    peers, works = Peers(folder, given.threads), []
-    for kind in given.only:
-        for batch in given.batches:
-            print(f"{kind}, batch {batch}", flush=True)
-            works.append(compare(peers, kind, batch, given, rows))
-            print(f"  {works[-1].line()}", flush=True)
-    made = f"{heading(folder, words, given.size)}\n\n{render(works, given.device)}"
-    print(f"\n{made}")
-    if given.write:
-        PAGE.write_text(spliced(PAGE.read_text(), given.write, made))
+    lines = cpus.read_text().splitlines() if cpus.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())

@@ -1,37 +1,71 @@
 """A step of this project's phases, as ``python -m trainers`` takes it, with a look at the clock at the end of each."""
 
+import importlib
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers.generation.utils
+import transformers.modeling_layers  # noqa: F401 - as the peer's side imports them, before a kind of work is known
 import yaml
+from split import OTHER, Split
 
 from trainers import launch
 from trainers.meter import Meter
+from trainers.phases import phase_type
 
 Job = dict[str, Any]
+PARTS = {"rollout": "scoring", "forward_backward": "update", "optimizer": "update"}
+"""What a step's parts are here; sampling and a teacher's pass are parts of these."""
+
+
+def ready(job: Job) -> None:
+    importlib.import_module(phase_type(_type(job)).module)
 
 
 def run(job: Job) -> dict[str, Any]:
     marks: list[list[float]] = []
     parts: list[dict[str, float]] = []
     losses: list[float] = []
-    log, tokens = Meter.log, [0]
+    log, tokens, split = Meter.log, [0], Split(job["device"])
 
     def timed(meter: Meter, step: int, **values: float) -> None:
         tokens[0] += job["batch"] * job["tokens"] if job["kind"] in ("samples", "ppo") else meter._tokens
         marks.append([time.process_time(), time.perf_counter(), tokens[0]])
-        parts.append(dict(meter._parts))
+        parts.append(split.taken())
         losses.append(values["loss"])
         log(meter, step, **values)
 
     Meter.log = timed  # type: ignore[method-assign]
-    file = _phase_file(job)
-    code = launch.run_phase({"traces": "distill", "samples": "distill"}.get(job["kind"], job["kind"]), file, [])
-    if code:
+    _watch(split, job["kind"])
+    if code := launch.run_phase(_type(job), _phase_file(job), []):
         raise RuntimeError(f"{job['kind']} ended with {code}")
-    return {"marks": marks, "loss": losses[0], "parts": parts}
+    return {"marks": marks, "losses": losses, "parts": parts}
+
+
+def _type(job: Job) -> str:
+    return {"traces": "distill", "samples": "distill"}.get(job["kind"], job["kind"])
+
+
+def _watch(split: Split, kind: str) -> None:
+    from trainers.core import rollouts
+
+    part = Meter.part
+
+    @contextmanager
+    def timed(meter: Meter, name: str) -> Iterator[None]:
+        with part(meter, name), split.part(PARTS.get(name, OTHER)):
+            yield
+
+    Meter.part = timed  # type: ignore[method-assign]
+    split.spends(rollouts, "own_responses", "sampling")
+    if kind in ("traces", "samples"):
+        from trainers.phases.distill import train
+
+        split.spends(train, "hidden_states", "scoring")  # the teacher's, of a batch
 
 
 def _phase_file(job: Job) -> Path:

@@ -1,5 +1,6 @@
 """A step of TRL's trainers, in the environment of its own. Knows nothing of this project: it is given tokens."""
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
+from split import OTHER, Split
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -16,46 +19,112 @@ Job = dict[str, Any]
 IGNORED = -100
 
 
+def ready(job: Job) -> None:
+    for module in MODULES[job["kind"]]:
+        importlib.import_module(module)
+
+
 def run(job: Job) -> dict[str, Any]:
+    split, losses = Split(job["device"]), Losses()
     trainer = KINDS[job["kind"]](job)
-    clock = Clock(job)
+    clock = Clock(job, split)
     trainer.add_callback(clock)
     _count_tokens(trainer, clock)
+    _watch(trainer, job["kind"], split, losses)
     trainer.train()
-    return {"marks": clock.marks, "loss": clock.loss}
+    return {"marks": clock.marks, "losses": losses.all(), "parts": clock.parts}
 
 
 class Clock(TrainerCallback):
-    """Seconds of the processor and of the clock, and tokens so far, at the end of each step."""
+    """Seconds of the processor and of the clock, tokens so far, and where the time went, at the end of each step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, split: Split) -> None:
         self.batches: list[int] = []
         """Tokens of each batch that was collated, which is one ahead of the steps."""
         self.marks: list[list[float]] = []
-        self.loss: float | None = None
+        self.parts: list[dict[str, float]] = []
+        self.split = split
         self.made = job["batch"] * job["tokens"] if job["kind"] in ("samples", "ppo") else 0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         steps = len(self.marks) + 1
         tokens = self.made * steps if self.made else sum(self.batches[:steps])
         self.marks.append([time.process_time(), time.perf_counter(), tokens])
+        self.parts.append(self.split.taken())
+        self.split.turn(OTHER)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if self.loss is None and "loss" in logs:
-            self.loss = float(logs["loss"])
+
+class Losses:
+    """Of every step, read when all is done: a look at each would keep a GPU waiting."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def keeps(self, step: Any) -> Any:
+        """A function that takes a step and returns its loss."""
+
+        def kept(*given: Any, **named: Any) -> torch.Tensor:
+            loss: torch.Tensor = step(*given, **named)
+            self.kept.append(loss)
+            return loss
+
+        return kept
+
+    def all(self) -> list[float]:
+        return [float(loss) for loss in self.kept]
 
 
 def _count_tokens(trainer: Any, clock: Clock) -> None:
-    """Of all that comes out of the collator, padding left out."""
+    """Of all that comes out of the collator, padding left out. One that pads nothing gives no mask."""
     collate = trainer.data_collator
 
     def counting(items: list[Any]) -> Any:
         batch = collate(items)
         if not clock.made:
-            clock.batches.append(int(batch["attention_mask"].sum()))
+            mask = batch.get("attention_mask")
+            clock.batches.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
         return batch
 
     trainer.data_collator = counting
+
+
+def _watch(trainer: Any, kind: str, split: Split, losses: Losses) -> None:
+    """What of a step is what. A trainer of PPO is one loop, so what follows a look into it is of one kind until the next."""
+    if kind == "ppo":
+        from trl.experimental.ppo import ppo_trainer
+
+        split.spends(ppo_trainer, "batch_generation", "sampling")
+        ppo_trainer.batch_generation = _then(ppo_trainer.batch_generation, split, "scoring")
+        ppo_trainer.forward = _before_gradients(ppo_trainer.forward, split)
+        return
+    trainer.training_step = losses.keeps(trainer.training_step)
+    split.spends(trainer, "training_step", "update")
+    split.spends(trainer.accelerator, "clip_grad_norm_", "update")
+    split.spends(AcceleratedOptimizer, "step", "update")
+    if kind == "samples":
+        split.spends(trainer, "_generate", "sampling")
+    if kind in ("traces", "samples"):
+        split.spends(trainer.accelerator.unwrap_model(trainer.teacher_model).base_model, "forward", "scoring")
+
+
+def _then(function: Any, split: Split, name: str) -> Any:
+    def found(*given: Any, **named: Any) -> Any:
+        answer = function(*given, **named)
+        split.turn(name)
+        return answer
+
+    return found
+
+
+def _before_gradients(function: Any, split: Split) -> Any:
+    """The first forward pass with gradients begins the updates."""
+
+    def found(*given: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            split.turn("update")
+        return function(*given, **named)
+
+    return found
 
 
 def sft(job: Job) -> Any:
@@ -65,7 +134,10 @@ def sft(job: Job) -> Any:
         {"input_ids": r["prompt"] + r["chosen"], "completion_mask": [0] * len(r["prompt"]) + [1] * len(r["chosen"])}
         for r in _rows(job)
     ]
-    config = SFTConfig(**_settings(job), max_length=None, completion_only_loss=True, shuffle_dataset=False)
+    config = SFTConfig(
+        **_settings(job), max_length=None, completion_only_loss=True, shuffle_dataset=False,
+        padding_free=job["how"] == "padding-free",
+    )  # fmt: skip
     return _in_order(SFTTrainer, job)(
         _model(job), config, train_dataset=Dataset.from_list(rows), processing_class=_words(job)
     )
@@ -143,6 +215,16 @@ def ppo(job: Job) -> Any:
     )  # fmt: skip
 
 
+MODULES = {
+    "sft": ["trl.trainer.sft_trainer"],
+    "reward": ["trl.trainer.reward_trainer"],
+    "dpo": ["trl.trainer.dpo_trainer"],
+    "traces": ["trl.experimental.gkd"],
+    "samples": ["trl.trainer.distillation_trainer"],
+    "ppo": ["trl.experimental.ppo.ppo_trainer"],
+}
+"""What a kind of work imports."""
+
 KINDS = {"sft": sft, "reward": reward, "dpo": dpo, "traces": traces, "samples": samples, "ppo": ppo}
 
 
@@ -150,20 +232,20 @@ KINDS = {"sft": sft, "reward": reward, "dpo": dpo, "traces": traces, "samples": 
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """Those that serve it best where they change no result: no checkpointing of activations, no log but the first step's."""
+    """Those that serve it best where they change no result: no checkpointing of activations, no log."""
     cuda = job["device"] == "cuda"
     found = {
         "output_dir": job["out"], "per_device_train_batch_size": job["batch"], "max_steps": job["steps"], "learning_rate": 1e-5,
         "lr_scheduler_type": "constant", "use_cpu": not cuda, "bf16": cuda, "gradient_checkpointing": False,
-        "logging_steps": 10_000, "logging_first_step": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 10_000, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
         "seed": 0, "max_grad_norm": 1.0,
     }  # fmt: skip
-    return found | ({"train_sampling_strategy": "group_by_length"} if job.get("grouped") else {})
+    return found | ({"train_sampling_strategy": "group_by_length"} if job["how"] == "grouped" else {})
 
 
 def _in_order(kind: Any, job: Job) -> Any:
     """A trainer that takes rows as they come, which is the order of ours; unless lengths are to be grouped."""
-    if job.get("grouped"):
+    if job["how"] == "grouped":
         return kind
 
     class InOrder(kind):

@@ -1,6 +1,9 @@
 """Does jobs, a line of JSON each on its standard input, in a process forked for each: what is imported is imported once.
 
-python worker.py ours|theirs
+python worker.py MODULE
+
+The module has ``ready(job)``, which imports what this kind of job needs, and ``run(job)``. Memory is what a job takes above
+all imports.
 """
 
 import importlib
@@ -12,30 +15,34 @@ import time
 import traceback
 from typing import Any
 
+MEGABYTE = 2**20
 
-def main(side: str) -> None:
+
+def main(name: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     began = time.process_time(), time.perf_counter()
-    run = importlib.import_module(side).run
+    module = importlib.import_module(name)
     start = [time.process_time() - began[0], time.perf_counter() - began[1]]
     _say(answers, {"imports": start})
     for line in sys.stdin:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
-            _work(run, json.loads(line), writing)
+            _work(module, json.loads(line), writing)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             found = pipe.read()
-        os.waitpid(child, 0)
-        _say(answers, json.loads(found) if found else {"error": "it ended without an answer"})
+        _, status = os.waitpid(child, 0)
+        _say(answers, json.loads(found) if found else {"error": f"its process ended with status {status}"})
 
 
-def _work(run: Any, job: dict[str, Any], writing: int) -> None:
+def _work(module: Any, job: dict[str, Any], writing: int) -> None:
     """In the child, which ends here."""
     try:
         began = [time.process_time(), time.perf_counter()]
-        found = run(job)
-        found |= {"began": began, "peak": _peak()}
+        module.ready(job)
+        held = _resident()
+        found = module.run(job)
+        found |= {"began": began, "held": held, "peak": _peak(held)}
     except BaseException:  # noqa: BLE001 - whatever it was, the parent is to say so
         found = {"error": traceback.format_exc()[-2000:]}
     with os.fdopen(writing, "w") as pipe:
@@ -43,14 +50,18 @@ def _work(run: Any, job: dict[str, Any], writing: int) -> None:
     os._exit(0)
 
 
-def _peak() -> float:
-    """Megabytes: of the GPU's memory where one was used, else of this process's."""
-    cuda = sys.modules["torch"].cuda
-    return (
-        cuda.max_memory_allocated()
-        if cuda.is_initialized()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    ) / 2**20
+def _resident() -> float:
+    """Megabytes of this process's memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+
+
+def _peak(held: float) -> float:
+    """Megabytes at most: of the GPU's memory where one was used, else of this process's above what it held."""
+    cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
+    if cuda is not None and cuda.is_initialized():
+        return float(cuda.max_memory_allocated()) / MEGABYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 / MEGABYTE - held
 
 
 def _say(answers: Any, what: dict[str, Any]) -> None:
