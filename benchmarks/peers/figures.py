@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isnan
 from statistics import median
 from typing import Any
 
@@ -81,13 +82,13 @@ class Work:
 
     def residual(self) -> float:
         """The largest difference of a step's losses, as a share, between ours and those that had the same rows."""
-        pairs = [
-            (own, its)
+        shares = [
+            abs(own - its) / max(1.0, abs(its))
             for name, side in self.theirs.items()
             if "grouped" not in name
             for own, its in zip(self.ours.losses, side.losses, strict=True)
         ]
-        return max(abs(own - its) / max(1.0, abs(its)) for own, its in pairs)
+        return max(shares, key=lambda share: (isnan(share), share))
 
 
 @dataclass

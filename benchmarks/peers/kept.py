@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,7 @@ class Kept:
         yield from (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
 
 
-def code() -> str:
-    """A digest of what is measured: the programs' files as they are."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-        "trainers",
-        "benchmarks",
-    ]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
-    files = [ROOT / name for name in sorted(names) if name.endswith(".py") and (ROOT / name).is_file()]
+def code(root: Path = ROOT) -> str:
+    """A digest of what is measured, and of what measures: the programs' files as they are."""
+    files = sorted(file for folder in ("trainers", "benchmarks") for file in (root / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

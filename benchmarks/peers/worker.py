@@ -32,7 +32,10 @@ def main(name: str) -> None:
         with os.fdopen(reading) as pipe:
             found = pipe.read()
         _, status = os.waitpid(child, 0)
-        _say(answers, json.loads(found) if found else {"error": f"its process ended with status {status}"})
+        _say(
+            answers,
+            json.loads(found) if found else {"error": f"its process ended with {os.waitstatus_to_exitcode(status)}"},
+        )
 
 
 def _work(module: Any, job: dict[str, Any], writing: int) -> None:
