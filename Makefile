@@ -75,7 +75,7 @@ bench: $(VENV)/.dev ## Ours beside TRL on this machine, into docs/benchmarks.md:
 
 bench-gpu: $(VENV)/.dev ## The same on a GPU, with models of 0.5B and 1.5B of real shape: ten minutes; SIZE=tiny DEVICE=cpu tries it
 	failed=0; for size in $(or $(SIZE),0.5B 1.5B); do $(BIN)/python benchmarks/peers --size $$size --device $(or $(DEVICE),cuda) \
-	  --steps $(or $(STEPS),6) --batches 8 --rounds $(or $(ROUNDS),2) $(PEERS) || failed=1; done; exit $$failed
+	  --steps $(or $(STEPS),6) --batches 8 --rows 1,64 --rounds $(or $(ROUNDS),2) $(PEERS) || failed=1; done; exit $$failed
 PEERS = $(ONLY:%=--only %) $(BATCHES:%=--batches %) $(RESUME:%=--resume) $(THREADS:%=--threads %)
 bench: PEERS += $(ROUNDS:%=--rounds %) $(STEPS:%=--steps %)
 

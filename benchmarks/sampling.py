@@ -29,8 +29,8 @@ from trainers.spec import Sampling
 VOCABULARY = 8192
 MEAN = 41
 """Tokens of a response of varied length: so small a share of the vocabulary ends one."""
-FEWEST = 8
-"""Prompts of uniform work, where fewer rows go side by side."""
+FEWEST = {"uniform": 4, "varied": 8}
+"""Prompts. Otherwise as many as rows, and four times as many."""
 
 
 def model() -> LlamaForCausalLM:
@@ -101,7 +101,7 @@ def timed(run: Callable[[], int]) -> list[float]:
 def compare(of: Any, batch: int, tokens: int, varied: bool, rounds: int) -> dict[str, Any]:
     """Both sides' rounds, taking turns, and the roofs of the same work."""
     vocabulary = of.config.vocab_size
-    asked = prompts(4 * max(batch, FEWEST // 2) if varied else max(batch, FEWEST), vocabulary)
+    asked = prompts(max(4 * batch, FEWEST["varied"]) if varied else max(batch, FEWEST["uniform"]), vocabulary)
     stops, most = (ends(vocabulary), 4 * tokens) if varied else ([], tokens)
     figures: dict[str, list[list[float]]] = {"ours": [], "generate": []}
     for run in (ours, theirs):  # first calls import, allocate and look things up

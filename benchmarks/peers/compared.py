@@ -54,8 +54,9 @@ def compare(given: argparse.Namespace, how: How, peers: Peers, kept: Kept) -> tu
     """All rows that could be measured, and the names of the others."""
     done: list[Work | Sampled] = []
     failed: list[str] = []
-    for task in tasks(given.only, given.batches):
+    for task in tasks(given.only, given.batches, given.rows):
         began = time.perf_counter()
+        print(f"{datetime.now(UTC):%H:%M} {task.name}", flush=True)
         try:
             found = kept.row(task.name) or kept.add(task.name, task.measured(peers, how))
         except FailedError as error:
@@ -75,7 +76,10 @@ def _lines(row: Work | Sampled, device: str) -> list[str]:
 def parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/peers", description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=lambda text: _known(text.split(",")), default=list(KINDS))
-    parser.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], default=[8, 32])
+    parser.add_argument("--batches", type=_numbers, default=[8, 32])
+    parser.add_argument(
+        "--rows", type=_numbers, default=[1, 16, 64], help="sampled side by side, by nothing but sampling"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of which the first two are left out")
     parser.add_argument("--tokens", type=int, default=64, help="new ones of each response that is sampled")
@@ -90,6 +94,10 @@ def parsed(words: list[str]) -> argparse.Namespace:
     if given.steps is not None and given.steps <= WARM_UP:
         parser.error(f"--steps {given.steps}: at least {WARM_UP + 1}, since the first {WARM_UP} are left out")
     return given
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _known(kinds: list[str]) -> list[str]:

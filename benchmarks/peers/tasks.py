@@ -14,8 +14,8 @@ TRAINING = ("sft", "reward", "dpo", "traces", "samples", "ppo")
 KINDS = (*TRAINING, "sampling")
 SIDES = {"sft": ("ours", "trl", "trl grouped", "trl padding-free"), "ppo": ("ours", "trl-ppo")}
 """Grouping by length, and all rows as one without padding, may serve TRL better for SFT than what it does by itself."""
-ROWS, LENGTHS = (1, 16, 64), ("uniform", "varied")
-"""What is sampled side by side."""
+LENGTHS = ("uniform", "varied")
+"""Of responses, where nothing but sampling is measured."""
 STEPS = {"samples": 6, "ppo": 4}
 OTHERWISE = 8
 LARGE, OF_LARGE = 16, 5
@@ -92,9 +92,10 @@ class Sampling:
         return Sampled(self.batch, self.lengths, found["sides"], found["roofs"])
 
 
-def tasks(kinds: list[str], batches: list[int]) -> list[Training | Sampling]:
+def tasks(kinds: list[str], batches: list[int], rows: list[int]) -> list[Training | Sampling]:
+    """``rows``: that are sampled side by side, where nothing else is measured."""
     training = [Training(kind, batch) for kind in kinds if kind != "sampling" for batch in batches]
-    sampling = [Sampling(rows, lengths) for rows in ROWS for lengths in LENGTHS] if "sampling" in kinds else []
+    sampling = [Sampling(count, lengths) for count in rows for lengths in LENGTHS] if "sampling" in kinds else []
     return [*training, *sampling]
 
 

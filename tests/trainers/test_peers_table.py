@@ -209,7 +209,7 @@ def test_arguments_say_what_there_is(peers, capsys):
 
 def test_all_that_is_asked_for_is_a_row(peers):
     tasks = peers("tasks")
-    names = [task.name for task in tasks.tasks(list(tasks.KINDS), [8, 32])]
+    names = [task.name for task in tasks.tasks(list(tasks.KINDS), [8, 32], [1, 16, 64])]
     assert len(names) == len(set(names)) == 6 * 2 + 3 * 2
     assert {"sft 8", "ppo 32", "sampling 64 varied"} <= set(names)
 
