@@ -6,19 +6,23 @@ The module has ``ready(job)``, which imports what this kind of job needs, and ``
 all imports.
 """
 
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
 from typing import Any
 
 MEGABYTE = 2**20
+PR_SET_PDEATHSIG = 1
 
 
 def main(name: str) -> None:
+    _end_with_parent()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     began = time.process_time(), time.perf_counter()
     module = importlib.import_module(name)
@@ -40,6 +44,7 @@ def main(name: str) -> None:
 
 def _work(module: Any, job: dict[str, Any], writing: int) -> None:
     """In the child, which ends here."""
+    _end_with_parent()
     try:
         began = [time.process_time(), time.perf_counter()]
         module.ready(job)
@@ -51,6 +56,11 @@ def _work(module: Any, job: dict[str, Any], writing: int) -> None:
     with os.fdopen(writing, "w") as pipe:
         json.dump(found, pipe)
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """A phase that is asked to stop first finishes its step; nobody is there to hear of it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _resident() -> float:

@@ -1,9 +1,12 @@
 """What `make bench` prints and writes, from figures given; and that it bears a side that fails. TRL is not run here."""
 
+import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from cluster.processes import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +137,7 @@ def test_what_is_watched_of_a_step_is_there(peers):
 
 SIDE = """
 import os
+import signal
 
 def ready(job):
     pass
@@ -144,6 +148,11 @@ def run(job):
         raise ValueError("no such thing")
     if job["kind"] == "ends":
         os._exit(3)
+    if job["kind"] == "stays":
+        with open(job["mark"], "w") as mark:
+            mark.write(f"{os.getpid()}\\n")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pause()
     return {"kind": job["kind"], "held_bytes": len(held)}
 """
 
@@ -161,6 +170,20 @@ def test_a_side_that_fails_or_ends_is_told_and_the_next_job_is_done(peers, tmp_p
         assert 60 <= found["peak"] < 80
     finally:
         worker.close()
+
+
+def test_a_job_ends_with_the_worker_that_it_was_forked_from(peers, tmp_path):
+    (tmp_path / "made_up.py").write_text(SIDE)
+    mark = tmp_path / "mark"
+    workers = peers("workers")
+    worker = workers.Worker("made_up", sys.executable, str(tmp_path), 1)
+    worker.process.stdin.write(json.dumps({"kind": "stays", "megabytes": 0, "mark": str(mark)}) + "\n")
+    worker.process.stdin.flush()
+    wait_for(lambda: mark.exists() and mark.read_text().endswith("\n"), 60, "the job begins")
+    job = psutil.Process(int(mark.read_text()))
+    worker.process.kill()
+    wait_for(lambda: not job.is_running() or job.status() == psutil.STATUS_ZOMBIE, 60, "the job ends")
+    worker.close()
 
 
 def test_a_row_that_fails_leaves_the_others_and_what_is_done_is_kept(peers, tmp_path):
