@@ -70,7 +70,7 @@ test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every stra
 bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' generate, and what of the processor's roof; THREADS=1
 	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python benchmarks/sampling.py --threads $(or $(THREADS),1)
 
-bench: $(VENV)/.dev ## Ours beside TRL on this machine, into docs/benchmarks.md: 40 minutes on two cores; ONLY=sft,sampling BATCHES=8 ROUNDS=1 RESUME=1
+bench: $(VENV)/.dev ## Ours beside TRL on this machine, into docs/benchmarks.md: half an hour on two idle cores; ONLY=sft,sampling BATCHES=8 ROUNDS=1 RESUME=1
 	$(BIN)/python benchmarks/peers --write bench $(PEERS)
 
 bench-gpu: $(VENV)/.dev ## The same on a GPU, with models of 0.5B and 1.5B of real shape: ten minutes; SIZE=tiny DEVICE=cpu tries it
