@@ -88,7 +88,7 @@ def test_life_cycle(prepared: Cluster, runs: Runs, tmp_path: Path):
     assert "ttlSecondsAfterFinished" in spec_fields(cluster.get("crd", CRD))
     goes_on_in_one_attempt(runs, "upgraded", 300)
     assert cluster.get("pytorchjob", "upgraded-sft-1", "-n", runs.namespace)["metadata"]["uid"] == job
-    assert release.holder() not in ("", first), "another replica has taken over"
+    cluster.wait(lambda: release.holder() not in ("", first), 120, "another replica has taken over")
 
     # ---- roll back in the middle of training
     runs.apply("rolled-back", {**training(301), "ttlSecondsAfterFinished": 86400})
