@@ -49,7 +49,7 @@ test-unit: $(VENV)/.dev ## The tests that need no cluster
 
 test-vllm: $(VENV)/.dev ## The tests against a real vLLM on the processor; installs it once, outside of the tree
 	@echo "vLLM is installed once, into ~/.cache/alignment-vllm: 6 GB on disk, 4.5 of them torch."
-	$(BIN)/pytest -m vllm tests/trainers/served_models
+	$(BIN)/pytest -m "vllm and not soak" tests/trainers/served_models
 
 test-memory: $(VENV)/.dev ## What plans say of memory against what phases reach: types, strategies, checkpointing, LoRA
 	$(BIN)/pytest -s -m memory tests/trainers/test_measured_memory.py
@@ -87,6 +87,7 @@ soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed an
 	bash tests/system-packages.sh
 	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_replicas.py \
 	  tests/operator/test_strangers.py tests/operator/test_lifecycle.py tests/operator/test_two_clusters.py tests/operator/test_generated_runs.py tests/chart/test_upgrade.py
+	$(BIN)/pytest -q -s -m "vllm and soak" tests/trainers/served_models
 
 bench-balance: $(VENV)/.dev ## How busy micro-batches keep 2 to 64 ranks, on lengths with a long tail
 	$(BIN)/python tests/trainers/busy_ranks.py

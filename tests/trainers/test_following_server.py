@@ -1,10 +1,16 @@
 """A server that follows weights in training: what it samples is of the weights as they are, and corrected for what it is not."""
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
+from finished import assert_same, weights
+from test_own_server import nothing_is_left
 
 PROGRAM = Path(__file__).with_name("served.py")
 SERVER = {"command": [sys.executable, str(PROGRAM)]}
@@ -54,3 +60,110 @@ def test_ppo_measures_how_far_the_sampler_is_from_the_policy(run_phase, louder, 
     assert max(line["mismatch"] for line in found) < 1e-6, "of the temperature that was sampled at"
     assert [line["importance_weight"] for line in found] == pytest.approx([1, 1, 1], abs=1e-3)
     assert max(line["approx_kl"] for line in found) > 1e-3, "which older weights would show as a mismatch"
+
+
+def student_spec(louder, **changes):
+    """Of greedy samples, which are the same of any engine: with large steps those of other weights are others."""
+    return {
+        "teacher": {"source": str(louder(4))},
+        "student": {"source": str(louder(2))},
+        "prompts": PROMPTS,
+        "onPolicyFraction": 1,
+        "sampling": {"maxNewTokens": 8, "temperature": 0, "engine": "vllm"},
+        "server": SERVER,
+        "importanceCap": None,
+        "maxLength": 64,
+        "batchSize": 4,
+        "duration": {"maxSteps": 6},
+        "optim": {"lr": 0.02, "eps": 1e-5},
+    } | changes
+
+
+def own_engine(spec):
+    """The same without a server."""
+    return {key: value for key, value in spec.items() if key != "server"} | {
+        "sampling": spec["sampling"] | {"engine": "own"}
+    }
+
+
+@pytest.mark.parametrize("changes", [{"staleness": 3}, {"staleness": 1, "lora": {"rank": 4}}])
+def test_samples_ahead_are_of_the_weights_that_copies_would_have(run_phase, louder, tmp_path, changes):
+    spec = student_spec(louder, **changes)
+    for name, asked in (("copies", own_engine(spec)), ("vllm", spec)):
+        assert run_phase("distill", asked, None, tmp_path / name / "distill")[0] == 0
+    copies, theirs = (lines(tmp_path / name / "distill") for name in ("copies", "vllm"))
+    assert [line["staleness"] for line in theirs] == [min(step, spec["staleness"]) for step in range(6)]
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in copies], rel=1e-4)
+    assert [line["mismatch"] for line in theirs] == pytest.approx([line["mismatch"] for line in copies], abs=1e-5)
+    assert theirs[-1]["mismatch"] > 1e-4, "of weights that have changed since"
+    assert nothing_is_left(PROGRAM)
+
+
+def test_steps_without_own_samples_in_between(run_phase, louder, tmp_path):
+    rows = [{"prompt": "sort : B A", "teacher_response": "A B", "reward": 1.0}] * 8
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = student_spec(louder, staleness=2, onPolicyFraction=0.5, traces={"files": str(tmp_path / "traces.jsonl")})
+    for name, asked in (("copies", own_engine(spec)), ("vllm", spec)):
+        assert run_phase("distill", asked, None, tmp_path / name / "distill")[0] == 0
+    copies, theirs = (lines(tmp_path / name / "distill") for name in ("copies", "vllm"))
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in copies], rel=1e-4)
+
+
+def test_one_that_is_stopped_goes_on_to_the_same_weights(run_phase, stop_after, louder, tmp_path):
+    """With responses of two steps on their way, and a server that is started anew with other weights than the first one."""
+    spec = student_spec(louder, staleness=2, checkpoint={"everySteps": 1})
+    whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "stopped" / "run" / "distill"
+    assert run_phase("distill", spec, None, whole)[0] == 0
+    with stop_after(3):
+        assert run_phase("distill", spec, None, output) == (143, None)
+    assert "on-its-way/" in (output / "checkpoints" / "step-3" / "index.json").read_text()
+    assert run_phase("distill", spec, None, output)[0] == 0
+    assert_same(weights(output), weights(whole), tolerance=1e-6)
+
+
+def test_a_server_that_breaks_beside_a_step_is_infrastructure_and_the_phase_goes_on(
+    run_phase, louder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    spec = student_spec(louder, staleness=1, checkpoint={"everySteps": 1})
+    broken = spec | {"server": SERVER | {"args": ["--break-after", "14"]}}
+    whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "broken" / "run" / "distill"
+    assert run_phase("distill", spec, None, whole)[0] == 0
+    assert run_phase("distill", broken, None, output)[0] == 75
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the phase's own vLLM is gone, it ended with status 3: ValueError: no memory for this" in said
+    assert nothing_is_left(PROGRAM)
+    assert not [*tmp_path.glob("weights-*"), *tmp_path.glob("vllm-*")]
+    # Its arguments are part of what a result is, so only the program may be another one.
+    assert run_phase("distill", broken | {"server": sound(broken["server"], tmp_path)}, None, output)[0] == 0
+    assert_same(weights(output), weights(whole), tolerance=1e-6)
+
+
+def sound(server, folder: Path):
+    """A server that takes the same arguments and does not break."""
+    program = folder / "sound.py"
+    program.write_text(
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import served\n"
+        "at = sys.argv.index('--break-after'); sys.argv[at:at + 2] = []; served.main()\n"
+    )
+    return server | {"command": [sys.executable, str(program), str(PROGRAM.parent)]}
+
+
+@pytest.mark.slow
+def test_two_processes_that_split_the_weights(run_phase, louder, tmp_path):
+    """One of them asks for both. Copies of split weights are refused, files are whole."""
+    spec = student_spec(louder, staleness=2)
+    one, two = tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill"
+    assert run_phase("distill", spec, None, one)[0] == 0
+    file = tmp_path / "phase.yaml"
+    file.write_text(yaml.safe_dump({"output": str(two), "spec": spec | {"parallel": {"strategy": "fsdp"}}}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
+        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=900,
+    )
+    assert_same(weights(two), weights(one), tolerance=1e-5)
+    assert nothing_is_left(PROGRAM)

@@ -99,7 +99,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         (lambda: evaluation([{"phase": "a", "url": URL}], VLLM, server={}), "models[0].url names one"),
         (lambda: evaluation([{"phase": "a", "url": URL}]), "models[0].url is of no use"),
         (lambda: spec_of("package", models=[{"phase": "a", "url": URL}]), "no server is asked"),
-        (lambda: ppo({"staleness": 2}), "staleness 2 is of sampling.engine own"),
+        (lambda: ppo({"staleness": 2}, sampling={**VLLM, "temperature": 0}), "sampling.temperature 0 has none"),
         (lambda: ppo(sampling={**VLLM, "temperature": 0.7, "topK": 8}), "sampling.temperature 0.7 with topP or topK"),
         (lambda: ppo({"server": {}}, sampling={}), "server is of no use to sampling.engine own"),
         (lambda: distill({"url": URL}), "servedAs: name the model"),

@@ -278,7 +278,7 @@ def test_it_learns_what_is_rewarded_as_fast(run_phase, ppo_spec, tmp_path):
     [
         ({"parallel": {"strategy": "fsdp"}}, "staleness 1 copies whole weights, which parallel.strategy fsdp splits"),
         ({"parallel": {"strategy": "deepspeed"}}, "which parallel.strategy deepspeed splits: set ddp or single"),
-        ({"parallel": {"compile": True}}, "set parallel.compile: false, or staleness: 0"),
+        ({"parallel": {"compile": True}}, "set parallel.compile: false, sampling.engine: vllm, or staleness: 0"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature 0 has none"),
         ({"importanceCap": 0.5}, "greater than or equal to 1"),
     ],

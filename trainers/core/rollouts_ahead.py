@@ -1,4 +1,4 @@
-"""Responses of coming steps, sampled beside the updates before them by copies of the weights.
+"""Responses of coming steps, sampled beside the updates before them by copies of the weights, or by a server that has them.
 
 With staleness s the responses of step t come from the weights as they were before step t - s, and of the first s steps from
 those at the start: a function of seed and step, not of who was faster. A checkpoint holds the responses that are on
@@ -21,12 +21,13 @@ from trainers.core.context import PhaseContext
 from trainers.core.engines.engine import Fill
 from trainers.core.generate import Response
 from trainers.core.models import LoadedModel
+from trainers.core.parallel import Workers
 from trainers.core.rollouts import Prompt, Sample, own_responses, respond, rewarded, said
 from trainers.core.served.following import Follower, following
 from trainers.core.served.model import ServedModel
 from trainers.core.sharding import is_split
 from trainers.core.shares import in_order
-from trainers.spec import OnPolicySpec
+from trainers.spec import OnPolicySpec, Sampling
 
 PromptsOf = Callable[[int], List[Prompt]]
 """A step's prompts, none for a step that samples nothing."""
@@ -47,7 +48,10 @@ class RolloutsAhead:
         """Raises BadInput for weights that cannot be copied."""
         self.ctx, self.spec, self.policy, self.reward_model = ctx, spec, policy, reward_model
         self.prompts_of, self.total_steps = prompts_of, total_steps
-        self._copies = [Copy(ctx, policy) for _ in range(spec.staleness)]
+        served = spec.sampling.engine == "vllm"
+        self._copies = [] if served else [Copy(ctx, policy) for _ in range(spec.staleness)]
+        self._askers = _askers(ctx.workers) if served and spec.staleness else list(range(ctx.workers.world))
+        """Ranks that ask for coming steps' responses: of a server those alone that know when it has which weights."""
         self._follower: Follower | None = None
         self._all_threads = torch.get_num_threads()
         theirs = max(1, self._all_threads // 2)
@@ -69,7 +73,7 @@ class RolloutsAhead:
     def samples(self, step: int) -> list[Sample]:
         """A step's, the same on all ranks; those of the step ``staleness`` later are begun with the weights as they are now."""
         prompts, tokens = self.prompts_of(step), self.spec.parallel.micro_batch_tokens
-        if not self._copies:
+        if not self.spec.staleness:
             if not prompts:
                 return []
             keys = self._keys(step, len(prompts))
@@ -87,12 +91,14 @@ class RolloutsAhead:
 
     def _speaker(self) -> LoadedModel | ServedModel:
         """Who responds: the policy, or a server that is given its weights as they are now."""
-        if self.spec.sampling.engine == "own":
-            return self.policy
+        return self.policy if self.spec.sampling.engine == "own" else self._server().current()
+
+    def _server(self) -> Follower:
+        """Started with the weights as they are when it is first asked for."""
         if self._follower is None:
             server = following(self.ctx, self.policy, self.spec.sampling, self.spec.server)
             self._follower = self.ctx.closing.enter_context(server)
-        return self._follower.current()
+        return self._follower
 
     def saved(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
         """After so many finished steps, what the next ones will ask for: tensors, whole, the same on all ranks."""
@@ -121,12 +127,27 @@ class RolloutsAhead:
         prompts = self.prompts_of(step) if step < self.total_steps else []
         if not prompts:
             return
-        workers = self.ctx.workers
-        mine = range(len(prompts))[workers.rank :: workers.world]
-        keys = self._keys(step, len(prompts))
-        sampler = self._copies[step % len(self._copies)]  # that of the step which has just been taken
+        mine, keys = self._mine(len(prompts)), self._keys(step, len(prompts))
         asked, of_mine = [prompts[i].ids for i in mine], [keys[i] for i in mine]
+        if self.spec.sampling.engine == "vllm":
+            sample = self._server().sampling(asked, self._wider(), of_mine)
+            self._begun[step] = self._thread.submit(sample if self._asks else _nothing)
+            return
+        sampler = self._copies[step % len(self._copies)]  # that of the step which has just been taken
         self._begun[step] = self._thread.submit(sampler.sampling(asked, self.spec, of_mine))
+
+    @property
+    def _asks(self) -> bool:
+        return self.ctx.workers.rank in self._askers
+
+    def _mine(self, count: int) -> List[int]:
+        """What this rank asks for of a step's responses."""
+        return range(count)[self._askers.index(self.ctx.workers.rank) :: len(self._askers)] if self._asks else range(0)
+
+    def _wider(self) -> Sampling:
+        """As many requests open as all ranks that one asks for would have."""
+        width = self.spec.sampling.batch_size * (self.ctx.workers.world // len(self._askers))
+        return self.spec.sampling.model_copy(update={"batch_size": width})
 
     def _finished(self, step: int) -> list[Response]:
         """All ranks' responses to a step's prompts, once they are there. Raises what sampling raised."""
@@ -135,11 +156,19 @@ class RolloutsAhead:
         if step not in self._begun:
             return []
         own = self._begun.pop(step).result()
-        workers, count = self.ctx.workers, len(self.prompts_of(step))
-        return in_order(workers, range(count)[workers.rank :: workers.world], own)
+        return in_order(self.ctx.workers, self._mine(len(self.prompts_of(step))), own)
 
     def _keys(self, step: int, count: int) -> list[tuple[int, ...]]:
         return [(self.ctx.seed, step, i) for i in range(count)]
+
+
+def _askers(workers: Workers) -> list[int]:
+    """The first process of each machine."""
+    return [rank for rank, local in enumerate(workers.gather_objects([workers.local_rank])) if local == 0]
+
+
+def _nothing() -> list[Response]:
+    return []
 
 
 class Copy:
@@ -150,7 +179,7 @@ class Copy:
         if ctx.workers.zero is not None or is_split(policy.model):
             raise BadInput(
                 f"staleness {ctx.spec.staleness} copies whole weights, which this strategy splits over processes: "
-                "use ddp, or staleness: 0"
+                "use ddp, sampling.engine: vllm, or staleness: 0"
             )
         self.theirs = [weight for weight in policy.model.parameters() if weight.requires_grad]
         shared = {id(weight): weight for weight in policy.model.parameters() if not weight.requires_grad}

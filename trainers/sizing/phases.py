@@ -148,8 +148,9 @@ class _Tally:
             self.serve(model.shape, spec.server)
         split = spec.parallel.splits_weights and self.place.world > 1
         cache = self._generation(model.shape, model.held, spec.sampling, spec.batch_size, prompt, split)
-        copies = spec.staleness * model.parameters * (model.held if model.lora is None else FP32)
-        self.add(Memory(frozen=copies + cache) if spec.staleness else Memory(cache=cache))
+        ahead = spec.staleness if spec.sampling.engine == "own" else 0  # a server has what it samples by
+        copies = ahead * model.parameters * (model.held if model.lora is None else FP32)
+        self.add(Memory(frozen=copies + cache) if ahead else Memory(cache=cache))
 
     def _generation(
         self, shape: ModelShape, held: int, sampling: Sampling, responses: int, prompt: int, split: bool

@@ -197,12 +197,12 @@ class OnPolicySpec(ModelPhaseSpec):
     sampling: Sampling = Sampling()
     """How the model's own responses are generated."""
     staleness: int = Field(default=0, ge=0, le=8)
-    """Steps by which the weights that sample responses are older than those that learn from them. 0 samples in each step; with more, copies of earlier weights sample for coming steps while training goes on. Whole weights only: not with `fsdp`, `deepspeed` or `compile`."""
+    """Steps by which the weights that sample responses are older than those that learn from them. 0 samples in each step; with more, copies of earlier weights, or a vLLM that has them, sample for coming steps while training goes on. Copies are of whole weights: not with `fsdp`, `deepspeed` or `compile`."""
     importance_cap: float | None = Field(default=2.0, ge=1)
     """Largest importance weight of a sampled token, its probability over the sampler's, where the two are not the same weights; `null`: none is weighed."""
 
     server: OwnServer | None = None
-    """How the phase starts a vLLM, with `sampling.engine: vllm`. It has the model's weights as they are before each step."""
+    """How the phase starts a vLLM, with `sampling.engine: vllm`. It has the model's weights as they are before each step, or `staleness` steps earlier."""
 
     @property
     def starts_server(self) -> bool:
@@ -219,10 +219,6 @@ class OnPolicySpec(ModelPhaseSpec):
         check_engine([sampling], [], self.server)
         if sampling.engine == "own":
             return self
-        if self.staleness:
-            raise ValueError(
-                f"staleness {self.staleness} is of sampling.engine own: vLLM has each step's own weights; set 0"
-            )
         if sampling.temperature not in (0, 1) and (sampling.top_p < 1 or sampling.top_k):
             raise ValueError(
                 f"sampling.temperature {sampling.temperature:g} with topP or topK: of a draw that is cut off, vLLM tells "
@@ -234,22 +230,27 @@ class OnPolicySpec(ModelPhaseSpec):
     def _can_be_stale(self) -> Self:
         if self.staleness == 0:
             return self
-        if self.parallel.strategy in ("fsdp", "deepspeed"):
-            raise ValueError(
-                f"staleness {self.staleness} copies whole weights, which parallel.strategy {self.parallel.strategy} splits: "
-                "set ddp or single, or staleness: 0"
-            )
-        if self.parallel.compile:
-            raise ValueError(
-                f"staleness {self.staleness} copies models, which cannot be once they are compiled: "
-                "set parallel.compile: false, or staleness: 0"
-            )
+        if self.sampling.engine == "own":
+            self._check_copies()
         if self.sampling.temperature == 0 and self.importance_cap is not None:
             raise ValueError(
                 f"staleness {self.staleness} weighs tokens by their probabilities, and sampling.temperature 0 has none: "
                 "set importanceCap: null, or another temperature"
             )
         return self
+
+    def _check_copies(self) -> None:
+        """Raise ValueError for models that cannot be copied, which a server need not."""
+        if self.parallel.strategy in ("fsdp", "deepspeed"):
+            raise ValueError(
+                f"staleness {self.staleness} copies whole weights, which parallel.strategy {self.parallel.strategy} splits: "
+                "set ddp or single, sampling.engine: vllm, or staleness: 0"
+            )
+        if self.parallel.compile:
+            raise ValueError(
+                f"staleness {self.staleness} copies models, which cannot be once they are compiled: "
+                "set parallel.compile: false, sampling.engine: vllm, or staleness: 0"
+            )
 
 
 class TrainingSpec(ModelPhaseSpec):

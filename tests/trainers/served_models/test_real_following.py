@@ -68,3 +68,22 @@ def test_ppo_learns_as_it_does_without(run_phase, policy_dir, tiny_reward_dir, t
     assert abs(learnt(found) - statistics.fmean(own)) < 4 * noise + 0.05, (learnt(found), own)
     assert max(line["mismatch"] for line in found) < 1e-4, "weights are those of the round: rounding alone is left"
     assert not left_behind()
+
+
+@pytest.mark.soak
+def test_samples_ahead_are_one_round_old_and_learn_too(run_phase, policy_dir, tiny_reward_dir, tmp_path, monkeypatch):
+    """The server makes the next round's samples while this one is learned from: their mismatch is a round's change, no more."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    server = {"command": vllm_command(), "args": ["--enforce-eager", "--max-num-seqs", "16"]}
+    spec = spec_for(policy_dir, tiny_reward_dir, 9, staleness=1)
+    assert run_phase("ppo", spec, None, tmp_path / "own" / "ppo")[0] == 0
+    spec = spec_for(policy_dir, tiny_reward_dir, 9, staleness=1, server=server, sampling={"engine": "vllm"})
+    assert run_phase("ppo", spec, None, tmp_path / "vllm" / "ppo")[0] == 0
+    own, found = lines(tmp_path / "own" / "ppo"), lines(tmp_path / "vllm" / "ppo")
+    apart = [line["mismatch"] for line in found]
+    print("mismatch", apart, "of copies", [line["mismatch"] for line in own], "learnt", learnt(found), learnt(own))
+    assert [line["staleness"] for line in found] == [0, *[1] * (ROUNDS - 1)]
+    assert apart[0] < 1e-4 < min(apart[1:]) < max(apart) < 3 * max(line["mismatch"] for line in own)
+    assert found[-1]["ended_share"] > found[0]["ended_share"] + 0.4, "it learns"
+    assert not left_behind()

@@ -1,13 +1,17 @@
-"""A vLLM server that follows weights in training: it has those of the moment before it is asked for samples."""
+"""A vLLM server that follows weights in training: those of now, or of some steps ago, while training goes on."""
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from trainers.contract import BadInput
 from trainers.core.context import PhaseContext
 from trainers.core.export import write_model
+from trainers.core.generate import Response
 from trainers.core.models import LoadedModel
 from trainers.core.served.check import check_vocabulary
 from trainers.core.served.model import ServedModel, precision
@@ -32,24 +36,48 @@ class Follower:
         bias = {str(token): -100.0 for token in range(known, rows)}
         self.served = ServedModel(wire, loaded.tokenizer, loaded.chat, known, loaded.positions, bias)
         self._is_current = True
+        self._numbers = count()
 
     def current(self) -> ServedModel:
         """The server's model with the weights as they are now; all processes call it together."""
-        if not self._is_current:
-            self._push()
-        self._is_current = False
+        folder = self._taken()
+        if folder is not None and self.ctx.workers.local_rank == 0:
+            self._read(folder)
+        self.ctx.workers.barrier()
         return self.served
 
-    def _push(self) -> None:
-        write(self.ctx, self.loaded, self.folder)
-        if self.ctx.workers.local_rank == 0:
-            self.server.post(
-                "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-            )
-            # What it remembers of prompts is of the old weights.
-            if not self.server.post("/reset_prefix_cache", {}).get("success"):
-                raise BadInput(f"{self.server.field}: {self.server.url} keeps prompts of earlier weights")
-        self.ctx.workers.barrier()
+    def sampling(
+        self, prompts: list[list[int]], sampling: Sampling, keys: List[tuple[int, ...]]
+    ) -> Callable[[], list[Response]]:
+        """Take the weights over as they are now, all processes together. Returns what samples by them, in whatever thread of
+        a machine's first process, once what was taken over before has sampled.
+        """
+        folder = self._taken()
+
+        def responses() -> list[Response]:
+            if folder is not None:
+                self._read(folder)
+            return self.served.responses(prompts, sampling, keys)
+
+        return responses
+
+    def _taken(self) -> Path | None:
+        """Files of the weights as they are now; None if the server has just been started with them."""
+        if self._is_current:
+            self._is_current = False
+            return None
+        folder = self.folder / str(next(self._numbers))
+        write(self.ctx, self.loaded, folder)
+        return folder
+
+    def _read(self, folder: Path) -> None:
+        """Have the server read weights, which nobody needs as files then."""
+        order = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.server.post("/collective_rpc", order)
+        # What it remembers of prompts is of the old weights.
+        if not self.server.post("/reset_prefix_cache", {}).get("success"):
+            raise BadInput(f"{self.server.field}: {self.server.url} keeps prompts of earlier weights")
+        shutil.rmtree(folder)
 
 
 @contextmanager
@@ -66,7 +94,9 @@ def following(
         own = settings or OwnServer()
         with started(ctx, "sampling", own, str(folder), flags, DEVELOPMENT, [Path(name)]) as server:
             ctx.meter.stage("")
-            yield Follower(ctx, loaded, server, folder)
+            for file in folder.glob("*.safetensors"):  # it has them now, and memory may be what the files are in
+                file.unlink()
+            yield Follower(ctx, loaded, server, Path(name))
 
 
 def write(ctx: PhaseContext, loaded: LoadedModel, folder: Path) -> None:
