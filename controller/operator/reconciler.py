@@ -1,8 +1,9 @@
 """One look at one run: recall it, observe, decide, write the status, act, tell.
 
 It is looked at from memory, which may lag behind, so a look at a run at which nothing is to be done costs no call. What starts,
-is stopped or is taken for ended is observed anew and decided anew first; the status is written against the version that was
-read, and where nothing is written, the run is read again.
+is stopped or is taken for ended is observed anew and decided anew first, unless it follows from ends that nothing can change any
+more (:mod:`controller.operator.certainty`); the status is written against the version that was read, and where nothing is
+written, the run is read again.
 """
 
 import logging
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from controller.api import meta
 from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
-from controller.api.status import AttemptState, RunStatus
+from controller.api.status import RunStatus
 from controller.backends.act import act
 from controller.backends.base import Backend
 from controller.clock import seconds_now
@@ -27,21 +28,11 @@ from controller.kube.calls import Call
 from controller.kube.resources import RUNS, Object
 from controller.memory import Key, Memory
 from controller.operator import events
+from controller.operator.certainty import has_to_be_read, to_do
 from controller.operator.defaults import Defaults
 from controller.operator.meter import OperatorMetrics
 from controller.operator.specs import Specs
-from controller.plan.decide import (
-    ENDED,
-    Action,
-    Apply,
-    Decision,
-    decide,
-    going,
-    is_final,
-    is_terminal,
-    refused,
-    rests,
-)
+from controller.plan.decide import Decision, decide, going, is_final, is_terminal, refused, rests
 from controller.plan.leftovers import next_chore
 from controller.plan.observed import Observed
 from controller.plan.refusal import Refusal
@@ -88,6 +79,8 @@ class Reconciler:
         self._moving: set[Key] = set()
         self._progress_told: dict[Key, float] = {}
         """When a run's progress was last written."""
+        self._silent: dict[Key, float] = {}
+        """Since when there is none any more."""
         self._specs = Specs()
 
     async def look(self, key: Key) -> timedelta | None:
@@ -96,8 +89,7 @@ class Reconciler:
         if document is None or document["metadata"].get("deletionTimestamp"):
             # What belongs to the run goes with it, by owner references.
             self.metrics.run_gone(key)
-            self._moving.discard(key)
-            self._progress_told.pop(key, None)
+            self._forget(key)
             return None
         try:
             run = self._specs.read(document)
@@ -128,11 +120,15 @@ class Reconciler:
 
     def _poll(self, key: Key, moving: bool) -> timedelta | None:
         if not moving:
-            self._moving.discard(key)
-            self._progress_told.pop(key, None)
+            self._forget(key)
             return None
         self._moving.add(key)
         return max(self.poll, timedelta(seconds=len(self._moving) / POLLS_PER_SECOND))
+
+    def _forget(self, key: Key) -> None:
+        self._moving.discard(key)
+        self._progress_told.pop(key, None)
+        self._silent.pop(key, None)
 
     async def _carry_out(
         self, key: Key, run: AlignmentRun, document: Object, think: Callable[[Observed], Decision]
@@ -143,11 +139,10 @@ class Reconciler:
         decision = think(observed)
         if self._only_progress(key, before, decision, think, observed):
             return decision
-        cleared = decision.status.jobs_deleted and not before.jobs_deleted
-        if cleared or _to_do(decision, observed) or _ends(before) != _ends(decision.status):
+        if has_to_be_read(before, decision, observed):
             observed = await self.backend.observe(run, anew=True)
             decision = think(observed)
-        actions = _to_do(decision, observed)
+        actions = to_do(decision, observed)
         news: list[events.Event] = []
         if decision.status != before:
             # Of a run that cannot be read it is not known what it leaves to the operator.
@@ -166,19 +161,27 @@ class Reconciler:
     def _only_progress(
         self, key: Key, before: RunStatus, decision: Decision, think: Callable[[Observed], Decision], observed: Observed
     ) -> bool:
-        """Whether there is nothing to say but how far it is, and that was said a moment ago.
+        """Whether there is nothing to say but how far it is, and that was said, or found to be told no more, a moment ago.
 
         A pod's end is told before its job's: a write in between would have the next job wait.
         """
-        if decision.status == before or decision.actions or not observed.progress:
+        if decision.status == before or decision.actions:
             return False
-        now, last = self._clock(), self._progress_told.get(key)
-        if last is not None and now - last < self.poll.total_seconds() / 2:
-            known = {phase.name: phase.progress for phase in before.phases if phase.progress}
-            if think(replace(observed, progress=known)).status == before:
-                return True
-        self._progress_told[key] = now
+        now, known = self._clock(), {phase.name: phase.progress for phase in before.phases if phase.progress}
+        since = self._since(key, told=bool(observed.progress), known=bool(known), now=now)
+        recent = since is not None and now - since < self.poll.total_seconds() / 2
+        if recent and think(replace(observed, progress=known)).status == before:
+            return True
+        if observed.progress:
+            self._progress_told[key] = now
         return False
+
+    def _since(self, key: Key, *, told: bool, known: bool, now: float) -> float | None:
+        """When a run's progress was last written, or was first found to be told no more."""
+        if told:
+            self._silent.pop(key, None)
+            return self._progress_told.get(key)
+        return self._silent.setdefault(key, now) if known else None
 
     async def _unchanged(self, key: Key, document: Object) -> None:
         """As a write would find out. Raises Conflict."""
@@ -230,21 +233,6 @@ class Reconciler:
         decision = await self._carry_out(key, run, document, lambda observed: refused(before, refusal, observed, now))
         self.metrics.run_seen(key, None, decision.status)
         return self._poll(key, going(decision.status))
-
-
-def _to_do(decision: Decision, observed: Observed) -> list[Action]:
-    """Without the deletions of what is on its way out."""
-    leaving = {(job.phase, job.attempt) for job in observed.jobs if job.leaving}
-    return [a for a in decision.actions if isinstance(a, Apply) or (a.phase, a.attempt) not in leaving]
-
-
-def _ends(status: RunStatus) -> set[tuple[str, int, str]]:
-    """Of attempts, and of phases, which have the number 0."""
-    over = {(phase.name, 0, str(phase.state)) for phase in status.phases if phase.state in ENDED}
-    attempts = [(phase.name, attempt) for phase in status.phases for attempt in phase.attempts]
-    return over | {
-        (name, a.number, str(a.state)) for name, a in attempts if a.state.ended or a.state == AttemptState.STOPPING
-    }
 
 
 def as_far_as_known(document: Object) -> AlignmentRun:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from builders import START, after, document, job, make_run, results, seen, sft
+from builders import START, after, document, dpo, job, make_run, results, seen, sft
 
 from controller.api.run import JOB_SECONDS, AlignmentRun
 from controller.api.status import PhaseProgress, QueueState, QueueStatus, RunStatus
@@ -396,6 +396,15 @@ def test_the_operators_queue_is_for_runs_that_name_none(operators: str | None, r
     assert desk.server.stored["spec"].get("queueName") == runs, "the run's own document stays as it was written"
 
 
+def chain() -> tuple[Desk, AlignmentRun]:
+    """A run of two phases, of which the first runs."""
+    desk, run = Desk(), make_run(sft("base"), dpo("next", "base"))
+    desk.edit(phases=[sft("base"), dpo("next", "base")])
+    desk.look()
+    desk.look(seen(job(run, "base", running_since=after(1))), at=1)
+    return desk, run
+
+
 class TestMemory:
     """What is remembered may be old; what is told of us may be our own."""
 
@@ -408,6 +417,45 @@ class TestMemory:
             desk.look(running, at=second)
         assert desk.backend.anew == 1
         desk.look(seen(results=results(RUN, "base")), at=4)
+        assert desk.backend.anew == 2
+
+    def test_what_follows_from_a_success_that_is_known_is_not_read_anew(self):
+        desk, run = chain()
+        done = seen(job(run, "base", state=JobState.SUCCEEDED), results=results(run, "base"))
+        desk.look(done, at=2)
+        assert desk.server.said[-2:] == ["status", "apply next-1"]
+        assert desk.backend.anew == 1, "that the first job was asked for"
+
+    @pytest.mark.parametrize(
+        "doubt",
+        [
+            "without its word",
+            "lives",
+            "failed",
+            "another's name",
+            "another writes",
+            "no room",
+            "begun before",
+            "to end",
+        ],
+    )
+    def test_whatever_else_is_in_doubt_is_read_anew(self, doubt: str):
+        desk, run = chain()
+        first = job(run, "base", state=JobState.SUCCEEDED)
+        done = seen(first, results=results(run, "base"))
+        failed = job(run, "base", state=JobState.FAILED, failure=FailureClass.BAD_INPUT, finished_at=after(1))
+        other = ObservedJob("next", 1, "another", JobState.LIVE)
+        views = {
+            "without its word": seen(first),
+            "lives": replace(done, jobs=(job(run, "base"),)),
+            "failed": seen(failed),
+            "another's name": replace(done, taken={("next", 1): "somebody's"}),
+            "another writes": replace(done, held={"next": "an earlier run's"}),
+            "no room": replace(done, barred={("next", 1): "quota"}),
+            "begun before": replace(done, jobs=(first, replace(other, state=JobState.FAILED))),
+            "to end": replace(done, jobs=(first, other)),
+        }
+        desk.look(views[doubt], at=2)
         assert desk.backend.anew == 2
 
     def test_what_we_wrote_is_there_at_once_and_wakes_nobody(self):
@@ -518,3 +566,23 @@ def test_progress_is_not_written_at_each_look():
     failed = replace(running, state=JobState.FAILED, failure=FailureClass.INTERRUPTED, message="gone")
     desk.look(going(5, failed))
     assert desk.status.phase_status("base").attempts[0].state == "Failed", "and whatever else there is to say is said"
+
+
+def test_that_a_pod_tells_no_more_waits_for_its_job_to_end():
+    desk, ticks = Desk(), [0.0]
+    desk.reconciler._clock = lambda: ticks[0]
+    desk.look()
+    running, report = (
+        job(RUN, "base", running_since=START),
+        PhaseProgress(step=3, total_steps=9, loss=1.0, updated_at=START),
+    )
+    desk.look(seen(running, progress={"base": report}))
+    ticks[0] = 10 * POLL.total_seconds()
+    writes = len(desk.server.said)
+    desk.look(seen(running))
+    assert len(desk.server.said) == writes, "its end is a moment away"
+    ticks[0] += POLL.total_seconds()
+    desk.look(seen(running))
+    phase = desk.status.phase_status("base")
+    assert phase is not None
+    assert phase.progress == PhaseProgress(step=3, total_steps=9), "it does not come, and the figures are of the past"
