@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -109,14 +110,31 @@ def test_steps_without_own_samples_in_between(run_phase, louder, tmp_path):
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in copies], rel=1e-4)
 
 
-def test_one_that_is_stopped_goes_on_to_the_same_weights(run_phase, stop_after, louder, tmp_path):
+def until(happened) -> None:
+    last = time.monotonic() + 900
+    while not happened():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_phase, louder, tmp_path):
     """With responses of two steps on their way, and a server that is started anew with other weights than the first one."""
-    spec = student_spec(louder, staleness=2, checkpoint={"everySteps": 1})
-    whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "stopped" / "run" / "distill"
+    spec = student_spec(louder, staleness=2, checkpoint={"everySteps": 1}, duration={"maxSteps": 8})
+    whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "killed" / "run" / "distill"
     assert run_phase("distill", spec, None, whole)[0] == 0
-    with stop_after(3):
-        assert run_phase("distill", spec, None, output) == (143, None)
-    assert "on-its-way/" in (output / "checkpoints" / "step-3" / "index.json").read_text()
+    scratch, file = tmp_path / "scratch", tmp_path / "phase.yaml"
+    scratch.mkdir()
+    file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
+    phase = subprocess.Popen(
+        [sys.executable, "-m", "trainers", "distill", "--spec", str(file)],
+        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "TMPDIR": str(scratch)},
+    )
+    until(lambda: (output / "checkpoints" / "step-3").is_dir() or phase.poll() is not None)
+    assert phase.poll() is None
+    phase.kill()
+    phase.wait()
+    until(lambda: nothing_is_left(PROGRAM) and not [*scratch.glob("weights-*"), *scratch.glob("vllm-*")])
+    assert not (output / "result.json").exists()
     assert run_phase("distill", spec, None, output)[0] == 0
     assert_same(weights(output), weights(whole), tolerance=1e-6)
 
