@@ -1,8 +1,8 @@
-"""Decoder layers of llama's kind in few operations, while tokens are sampled one by one.
+"""Decoders of llama's kind in few operations, while tokens are sampled one by one.
 
-A layer of transformers' takes forty small operations beside its products, one of these fifteen: a step of 64 rows of a small
-model takes 7 % less of a CPU, one of a single row as much as before. Linear layers are called, so adapters, packed weights and
-what gathers split ones are as they were; prompts go through transformers' own forward pass.
+transformers takes some sixty operations of a layer and two hundred lines of Python around them, which is most of a small
+model's step. Linear layers are called, so adapters, packed weights and what gathers split ones are as they were; prompts
+go through transformers' own forward pass.
 
 Names: B rows, H heads, D width of a head.
 """
@@ -15,15 +15,57 @@ from typing import Any
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from trainers.core.layers import decoder_layers
+from trainers.core.layers import backbone, decoder_layers
 
 LLAMAS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary angles that change with how far a row has come."""
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosines, and sines with their signs, of tokens' rotary angles: (B, 1, D) each."""
+
+
+class Lean:
+    """A whole model's step: only where nothing hangs on its modules' being called, as what gathers split weights does."""
+
+    def __init__(self, model: Any, longest: int) -> None:
+        decoder = backbone(model)
+        self.layers = list(decoder_layers(model, "sampling")[1])
+        self.kinds = getattr(model.config, "layer_types", None)
+        self.embed, self.norm, self.head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
+        self.rotary = decoder.rotary_emb
+        self.fixed = self.rotary.rope_type not in BY_LENGTH
+        self.longest = longest
+        self.table: Turn | None = None
+
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
+        """(B, V) of what follows the tokens at these positions."""
+        hidden = self.embed(tokens)
+        turn = self._turn(hidden, positions)
+        for number, layer in enumerate(self.layers):
+            seen = mask[self.kinds[number]] if isinstance(mask, dict) and self.kinds else mask
+            hidden = _layer(layer, hidden, seen, turn, cache)
+        found: torch.Tensor = self.head(_normed(self.norm, hidden))
+        return found
+
+    def _turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> Turn:
+        if not self.fixed:
+            return _signed(*self.rotary(hidden, positions[:, None]))
+        if self.table is None:
+            every = torch.arange(self.longest, device=positions.device)[:, None]
+            self.table = _signed(*self.rotary(hidden, every))
+        return self.table[0][positions], self.table[1][positions]
+
+
+def is_lean(model: Any) -> bool:
+    """Whether a model's step can be computed so as a whole."""
+    return _can(model) and not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
 
 
 @contextmanager
 def lean_layers(model: Any) -> Iterator[None]:
-    """A model's layers compute so inside, where they can."""
-    if not _can(model):
+    """A model's layers compute so inside, where they can: for models that are called because something hangs on it."""
+    if not _can(model) or is_lean(model):
         yield
         return
     layers = decoder_layers(model, "sampling")[1]
@@ -48,25 +90,33 @@ def _can(model: Any) -> bool:
     return own and not any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def _forward(layer: Any, own: Any, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
+def _forward(
+    layer: Any,
+    own: Any,
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    past_key_values: Any,
+    **given: Any,
+) -> torch.Tensor:
+    """In the place of a layer's own: (B, 1, width of the model), or a prompt's tokens."""
     if hidden.shape[1] > 1:
-        found: torch.Tensor = own(hidden, **given)
+        states = {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
+        found: torch.Tensor = own(hidden, attention_mask=attention_mask, **states, **given)
         return found
-    hidden = hidden + _attention(layer.self_attn, _normed(layer.input_layernorm, hidden), **given)
+    turn = _signed(*position_embeddings)
+    return _layer(layer, hidden[:, 0], attention_mask, turn, past_key_values)[:, None]
+
+
+def _layer(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None, turn: Turn, cache: Any) -> torch.Tensor:
+    """(B, width of the model)"""
+    hidden = hidden + _attention(layer.self_attn, _normed(layer.input_layernorm, hidden), mask, turn, cache)
     normed, mlp = _normed(layer.post_attention_layernorm, hidden), layer.mlp
     made: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
     return hidden.add_(made)
 
 
-def _attention(
-    module: Any,
-    hidden: torch.Tensor,
-    *,
-    attention_mask: torch.Tensor | None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    past_key_values: Any,
-    **_: Any,
-) -> torch.Tensor:
+def _attention(module: Any, hidden: torch.Tensor, mask: torch.Tensor | None, turn: Turn, cache: Any) -> torch.Tensor:
     """Heads lie in the dimension of rows' tokens, of which there is one: (B, H, D) all along."""
     rows, width = len(hidden), module.head_dim
     query, key, value = (
@@ -74,12 +124,11 @@ def _attention(
     )
     if hasattr(module, "q_norm"):
         query, key = _normed(module.q_norm, query), _normed(module.k_norm, key)
-    query, key = _turned(query, key, *position_embeddings)
-    keys, values = past_key_values.update(key[:, :, None], value[:, :, None], module.layer_idx)
+    query, key = _turned(query, key, turn)
+    keys, values = cache.update(key[:, :, None], value[:, :, None], module.layer_idx)
     # Heads that share keys are tokens of one head here, which sees the same.
     grouped = query.view(rows, keys.shape[1], -1, width)
-    found = _seen(grouped, keys, values, attention_mask, module.scaling)
-    made: torch.Tensor = module.o_proj(found.reshape(rows, 1, -1))
+    made: torch.Tensor = module.o_proj(_seen(grouped, keys, values, mask, module.scaling).reshape(rows, -1))
     return made
 
 
@@ -96,15 +145,17 @@ def _seen(
     return (scores if mask is None else scores + mask).softmax(-1) @ values
 
 
-def _turned(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys by rotary angles (B, 1, D), in one go."""
+def _signed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
     half = cos.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def _turned(query: torch.Tensor, key: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys by rotary angles, in one go."""
     both = torch.cat([query, key], dim=1)
-    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    turned = torch.addcmul(both * cos, both.roll(half, -1), signed)
-    return turned.split([query.shape[1], key.shape[1]], dim=1)
+    turned = torch.addcmul(both * turn[0], both.roll(both.shape[-1] // 2, -1), turn[1])
+    first, second = turned.split([query.shape[1], key.shape[1]], dim=1)
+    return first, second
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from trainers.core.lean import Lean, is_lean
 from trainers.core.padded import without_router_logits
 from trainers.core.sharding import computes_on
 
@@ -57,6 +58,7 @@ class Slots:
         self.device = computes_on(model)
         self.layers = [_Layer(count, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
+        self.lean = Lean(model, longest) if is_lean(model) else None
         self.read: list[tuple[int, ...]] = [()] * count
         """What of its prompt each slot has begun with."""
 
@@ -75,7 +77,11 @@ class Slots:
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
         """(B, V) of what follows the tokens, which are at these positions (below ``width``) of their rows."""
         rows = torch.arange(len(tokens), device=self.device)
-        out = self._pass(tokens[:, None], positions[:, None], self._mask(positions, width), (rows, positions), width)
+        mask = self._mask(positions, width)
+        if self.lean is not None:
+            self._aim((rows, positions), width)
+            return self.lean.logits(tokens, positions, mask, self.cache)
+        out = self._pass(tokens[:, None], positions[:, None], mask, (rows, positions), width)
         return out.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -96,8 +102,7 @@ class Slots:
             self._pass(ids, positions, None, (rows, slice(width)), width)
 
     def _pass(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, place: "Place", width: int) -> Any:
-        for layer in self.layers:
-            layer.place, layer.width = place, width
+        self._aim(place, width)
         return self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -107,6 +112,10 @@ class Slots:
             logits_to_keep=1,
             **without_router_logits(self.model),
         )
+
+    def _aim(self, place: "Place", width: int) -> None:
+        for layer in self.layers:
+            layer.place, layer.width = place, width
 
     def _mask(self, positions: torch.Tensor, width: int) -> Any:
         """What to add to scores: 0 up to a row's position, minus infinity behind it and before its window."""
