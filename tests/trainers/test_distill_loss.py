@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from trainers.phases.distill.loss import generalized_jsd, jsd_and_kl
+from trainers.phases.distill.loss import PIECE_ELEMENTS, generalized_jsd, jsd_and_kl
 from trainers.phases.distill.spec import RewardWeighting
 from trainers.phases.distill.streams import Streams
 from trainers.phases.distill.weights import MODES, correlation, reward_weights
@@ -99,6 +99,19 @@ class TestDivergence:
         student = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(3, 5, dtype=torch.float64)
         assert torch.autograd.gradcheck(lambda z: generalized_jsd(z, teacher, beta, 1.5), (student,))
+
+    @pytest.mark.parametrize("beta", [0, 0.3, 1])
+    def test_positions_that_are_worked_on_apart_are_those_of_all_at_once(self, beta, monkeypatch):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(7, 5), torch.randn(7, 5)
+        student[2, 3] = teacher[2, 3] = -torch.inf
+        student.requires_grad_()
+        value, kl = jsd_and_kl(student, teacher, beta)
+        (slope,) = torch.autograd.grad(value.sum(), student)
+        monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 3 * 5)
+        in_pieces = jsd_and_kl(student, teacher, beta)
+        assert_close(in_pieces, (value, kl))
+        assert_close(torch.autograd.grad(in_pieces[0].sum(), student)[0], slope)
 
     @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
     def test_a_perfect_student_has_none(self, beta):

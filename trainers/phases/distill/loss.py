@@ -3,7 +3,6 @@
 Names: p teacher, q student, k positions, V shared vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -57,6 +56,10 @@ def shared(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, 
     return student[:, :width], teacher[:, :width]
 
 
+PIECE_ELEMENTS = {"cpu": 2**17}
+"""Logits of one model that are worked on at once: what lies in a processor's cache is looked at ten times."""
+
+
 class _GeneralizedJsd(torch.autograd.Function):
     """The gradient is written down instead of recorded: recording keeps about five (k, V) tensors, this one.
 
@@ -68,10 +71,12 @@ class _GeneralizedJsd(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_q, log_p = ((z if temperature == 1 else z / temperature).log_softmax(-1) for z in (student, teacher))
-        value, slope = _value_and_slope(log_p, log_q, beta)
-        ctx.save_for_backward(slope if temperature == 1 else slope.div_(temperature))
-        kl = value.clone() if beta == 0 else _kl(log_p.exp(), log_p, log_q)[0]
+        slope = torch.empty_like(student)
+        rows = max(1, PIECE_ELEMENTS.get(student.device.type, student.numel()) // student.shape[-1])
+        pieces = zip(student.split(rows), teacher.split(rows), slope.split(rows), strict=True)
+        values = [_Piece(z, of_teacher, temperature).formed(beta, out) for z, of_teacher, out in pieces]
+        value, kl = (torch.cat(column) for column in zip(*values, strict=True))
+        ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(kl)
         return value, kl
 
@@ -82,29 +87,44 @@ class _GeneralizedJsd(torch.autograd.Function):
         return grads[0].unsqueeze(-1) * slope, None, None, None
 
 
-def _value_and_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence (k,) and its gradient with respect to the student's scaled logits (k, V).
+class _Piece:
+    """Some positions' two distributions, p of the teacher and q of the student, and their logarithms: (k, V) each."""
 
-    In place and in this order: such tensors are the largest of a step, and beside the two given no more than three are there.
-    """
-    if beta == 0:
-        p = log_p.exp()
-        return _kl(p, log_p, log_q)[0], log_q.exp().sub_(p)
-    if beta == 1:
-        q = log_q.exp()
-        value, terms = _kl(q, log_q, log_p)
-        return value, terms.addcmul_(q, value.unsqueeze(-1), value=-1)
-    # Of logarithms: where p and q both underflow, log(beta p + (1 - beta) q) is log 0.
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    kl_p = _kl(log_p.exp(), log_p, log_m)[0]
-    q = log_q.exp()
-    kl_q, terms = _kl(q, log_q, log_m)
-    slope = terms.addcmul_(q, kl_q.unsqueeze(-1), value=-1).mul_(1 - beta)
-    return beta * kl_p + (1 - beta) * kl_q, slope
+    def __init__(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> None:
+        logits = student, teacher
+        # Without any outcome that is impossible nothing has to be left out of sums. On a device the answer would be waited for.
+        self.whole = student.device.type == "cpu" and all(bool(z.amin() > -torch.inf) for z in logits)
+        q, p = (z if temperature == 1 else z / temperature for z in logits)
+        self.log_q, self.log_p, self.q, self.p = q.log_softmax(-1), p.log_softmax(-1), q.softmax(-1), p.softmax(-1)
+        self.temperature = temperature
 
+    def formed(self, beta: float, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divergence and KL(p || q), (k,) each; the first one's gradient by the student's logits, (k, V), goes into ``slope``."""
+        kl = self._kl(self.p, self.log_p, self.log_q)[0]
+        value = self._value(beta, kl, slope)
+        if self.temperature != 1:
+            slope.div_(self.temperature)
+        return value, kl
 
-def _kl(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q) of each position (k,) and its terms (k, V). What is impossible under p adds 0, whatever q says of it."""
-    terms = (log_p - log_q).mul_(p)
-    terms.masked_fill_(p == 0, 0.0)
-    return terms.sum(-1), terms
+    def _value(self, beta: float, kl: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        if beta == 0:
+            torch.sub(self.q, self.p, out=slope)
+            return kl
+        if beta == 1:
+            value, terms = self._kl(self.q, self.log_q, self.log_p)
+            torch.addcmul(terms, self.q, value.unsqueeze(-1), value=-1, out=slope)
+            return value
+        # Where p and q both underflow, what they are multiplied with does not matter, but has to be a number.
+        mixed = (self.p * beta).add_(self.q, alpha=1 - beta)
+        log_m = mixed.clamp_(min=torch.finfo(mixed.dtype).tiny).log_()
+        kl_p = self._kl(self.p, self.log_p, log_m)[0]
+        kl_q, terms = self._kl(self.q, self.log_q, log_m)
+        torch.addcmul(terms, self.q, kl_q.unsqueeze(-1), value=-1, out=slope).mul_(1 - beta)
+        return beta * kl_p + (1 - beta) * kl_q
+
+    def _kl(self, p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(p || q) of each position (k,) and its terms (k, V). What is impossible under p adds 0, whatever q says of it."""
+        terms = (log_p - log_q).mul_(p)
+        if not self.whole:
+            terms.masked_fill_(p == 0, 0.0)
+        return terms.sum(-1), terms
