@@ -92,7 +92,7 @@ def test_frozen_weights_keep_no_inputs_and_get_no_gradient():
 
 def test_few_shapes_reach_onednn():
     """Each one is a program that it makes and keeps."""
-    counts = [n + -n % products._step(n) for n in range(1, 4097)]
+    counts = [n + -n % products.step(n) for n in range(1, 4097)]
     assert all(0 <= filled - n <= n / 8 for n, filled in enumerate(counts, start=1))
     assert len({n for n in counts if n > 512}) == 3 * 8
 

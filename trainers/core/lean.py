@@ -1,10 +1,10 @@
-"""Decoders of llama's kind in few operations, while tokens are sampled one by one.
+"""Decoders of llama's kind in few operations, while responses are sampled.
 
-transformers takes some sixty operations of a layer and two hundred lines of Python around them, which is most of a small
-model's step. Linear layers are called, so adapters, packed weights and what gathers split ones are as they were; prompts
-go through transformers' own forward pass.
+transformers takes some sixty operations for a layer, and Python around them, which is most of a small model's step. Here a
+prompt is read for its keys and values only, without padding but in attention, and nothing of the last layer is computed
+behind them. Linear layers are called, so adapters, packed weights and what gathers split ones are as they were.
 
-Names: B rows, H heads, D width of a head.
+Names: N tokens, G prompts of at most W tokens, H heads, D width of a head, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,19 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from trainers.core.layers import backbone, decoder_layers
 
 LLAMAS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+JOINED = "joined"
+"""Attribute of an attention: what makes queries, keys and values in one product, where weights are copied anyway."""
 BY_LENGTH = ("dynamic", "longrope")
 """Rotary angles that change with how far a row has come."""
 
 Turn = tuple[torch.Tensor, torch.Tensor]
-"""Cosines, and sines with their signs, of tokens' rotary angles: (B, 1, D) each."""
+"""Cosines, and sines with their signs, of tokens' rotary angles: (N, 1, D) each."""
+Grid = tuple[torch.Tensor, torch.Tensor, int, int]
+"""Which prompt each token is of, (N,), and at which position of it, (N,); G and W."""
 
 
 class Lean:
-    """A whole model's step: only where nothing hangs on its modules' being called, as what gathers split weights does."""
+    """A whole model's passes: only where nothing hangs on its modules' being called, as what gathers split weights does."""
 
     def __init__(self, model: Any, longest: int) -> None:
         decoder = backbone(model)
@@ -34,22 +38,36 @@ class Lean:
         self.kinds = getattr(model.config, "layer_types", None)
         self.embed, self.norm, self.head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
         self.rotary = decoder.rotary_emb
-        self.fixed = self.rotary.rope_type not in BY_LENGTH
         self.longest = longest
         self.table: Turn | None = None
 
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
-        """(B, V) of what follows the tokens at these positions."""
+        """(N, V) of what follows the tokens, each the next one of its row."""
         hidden = self.embed(tokens)
         turn = self._turn(hidden, positions)
         for number, layer in enumerate(self.layers):
-            seen = mask[self.kinds[number]] if isinstance(mask, dict) and self.kinds else mask
-            hidden = _layer(layer, hidden, seen, turn, cache)
+            hidden = _layer(layer, hidden, self._of_kind(mask, number), turn, cache)
         found: torch.Tensor = self.head(_normed(self.norm, hidden))
         return found
 
+    def read(self, tokens: torch.Tensor, grid: Grid, mask: Any, cache: Any) -> None:
+        """Keep keys and values of prompts' tokens. ``mask``, (W, W), where more is hidden than what comes later."""
+        hidden = self.embed(tokens)
+        turn = self._turn(hidden, grid[1])
+        for number, layer in enumerate(self.layers):
+            attention = layer.self_attn
+            query, key, value = _projected(attention, _normed(layer.input_layernorm, hidden), turn)
+            cache.layers[attention.layer_idx].keep(key[:, :, None], value[:, :, None])
+            if number + 1 < len(self.layers):
+                seen = _seen_by_prompts(query, key, value, grid, self._of_kind(mask, number), attention.scaling)
+                hidden = _behind(layer, hidden, attention.o_proj(seen))
+
+    def _of_kind(self, mask: Any, number: int) -> torch.Tensor | None:
+        found: torch.Tensor | None = mask[self.kinds[number]] if isinstance(mask, dict) else mask
+        return found
+
     def _turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> Turn:
-        if not self.fixed:
+        if self.rotary.rope_type in BY_LENGTH:
             return _signed(*self.rotary(hidden, positions[:, None]))
         if self.table is None:
             every = torch.arange(self.longest, device=positions.device)[:, None]
@@ -58,14 +76,14 @@ class Lean:
 
 
 def is_lean(model: Any) -> bool:
-    """Whether a model's step can be computed so as a whole."""
+    """Whether a model's passes can be computed so as a whole."""
     return _can(model) and not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
 
 
 @contextmanager
 def lean_layers(model: Any) -> Iterator[None]:
-    """A model's layers compute so inside, where they can: for models that are called because something hangs on it."""
-    if not _can(model) or is_lean(model):
+    """A model's layers compute tokens so inside, where they can, if it has to be called because something hangs on that."""
+    if is_lean(model) or not _can(model):
         yield
         return
     layers = decoder_layers(model, "sampling")[1]
@@ -86,76 +104,94 @@ def _can(model: Any) -> bool:
 
     Under ZeRO's third stage they have none until then.
     """
-    own = model.config.model_type in LLAMAS and model.config._attn_implementation == "sdpa"
+    config = getattr(model, "config", None)
+    own = getattr(config, "model_type", None) in LLAMAS and config._attn_implementation == "sdpa"
     return own and not any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def _forward(
-    layer: Any,
-    own: Any,
-    hidden: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    past_key_values: Any,
-    **given: Any,
-) -> torch.Tensor:
-    """In the place of a layer's own: (B, 1, width of the model), or a prompt's tokens."""
+def _forward(layer: Any, own: Any, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
+    """In the place of a layer's own forward pass, to which prompts are left."""
     if hidden.shape[1] > 1:
-        states = {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
-        found: torch.Tensor = own(hidden, attention_mask=attention_mask, **states, **given)
+        found: torch.Tensor = own(hidden, **given)
         return found
-    turn = _signed(*position_embeddings)
-    return _layer(layer, hidden[:, 0], attention_mask, turn, past_key_values)[:, None]
+    turn = _signed(*given["position_embeddings"])
+    return _layer(layer, hidden[:, 0], given["attention_mask"], turn, given["past_key_values"])[:, None]
 
 
 def _layer(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None, turn: Turn, cache: Any) -> torch.Tensor:
-    """(B, width of the model)"""
-    hidden = hidden + _attention(layer.self_attn, _normed(layer.input_layernorm, hidden), mask, turn, cache)
+    """Of tokens that are the next ones of their rows."""
+    attention = layer.self_attn
+    query, key, value = _projected(attention, _normed(layer.input_layernorm, hidden), turn)
+    keys, values = cache.update(key[:, :, None], value[:, :, None], attention.layer_idx)
+    # Heads that share keys are tokens of one head here, which sees the same.
+    grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+    seen = _seen(grouped, keys, values, mask, attention.scaling)
+    return _behind(layer, hidden, attention.o_proj(seen.reshape(len(query), -1)))
+
+
+def _projected(attention: Any, hidden: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values: (N, H, D) each. The first two are turned by rotary angles."""
+    heads = _heads(attention, hidden)
+    shared = heads.shape[1] // (attention.num_key_value_groups + 2)
+    both, value = heads[:, :-shared], heads[:, -shared:]
+    if hasattr(attention, "q_norm"):
+        parts = (attention.q_norm, both[:, :-shared]), (attention.k_norm, both[:, -shared:])
+        both = torch.cat([_normed(*part) for part in parts], dim=1)
+    turned = torch.addcmul(both * turn[0], both.roll(both.shape[-1] // 2, -1), turn[1])
+    return turned[:, :-shared], turned[:, -shared:], value
+
+
+def _heads(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Of queries, keys and values, in this order."""
+    if JOINED in attention.__dict__:
+        made = attention.__dict__[JOINED](hidden)
+    else:
+        made = torch.cat([part(hidden) for part in (attention.q_proj, attention.k_proj, attention.v_proj)], dim=-1)
+    return made.view(len(hidden), -1, attention.head_dim)
+
+
+def _behind(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of hidden states and of what its attention adds to them."""
+    hidden = hidden + attended
     normed, mlp = _normed(layer.post_attention_layernorm, hidden), layer.mlp
     made: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
     return hidden.add_(made)
 
 
-def _attention(module: Any, hidden: torch.Tensor, mask: torch.Tensor | None, turn: Turn, cache: Any) -> torch.Tensor:
-    """Heads lie in the dimension of rows' tokens, of which there is one: (B, H, D) all along."""
-    rows, width = len(hidden), module.head_dim
-    query, key, value = (
-        project(hidden).view(rows, -1, width) for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    if hasattr(module, "q_norm"):
-        query, key = _normed(module.q_norm, query), _normed(module.k_norm, key)
-    query, key = _turned(query, key, turn)
-    keys, values = cache.update(key[:, :, None], value[:, :, None], module.layer_idx)
-    # Heads that share keys are tokens of one head here, which sees the same.
-    grouped = query.view(rows, keys.shape[1], -1, width)
-    made: torch.Tensor = module.o_proj(_seen(grouped, keys, values, mask, module.scaling).reshape(rows, -1))
-    return made
-
-
 def _seen(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Attention; a prompt's first token, read alone, comes without a mask.
+    """Attention of tokens to all of their rows; a prompt's first token, read alone, comes without a mask.
 
     On a processor two products take half as long as torch's kernel, which is made for many tokens a row.
     """
-    if keys.device.type != "cpu" or keys.dtype != torch.float32:
+    if mask is None or keys.device.type != "cpu" or keys.dtype != torch.float32:
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = (keys @ (query * scale).transpose(-1, -2)).transpose(-1, -2)  # so the keys are read as they lie
-    return (scores if mask is None else scores + mask).softmax(-1) @ values
+    of_all = mask.transpose(-1, -2).expand(*keys.shape[:3], query.shape[2]).flatten(0, 1)
+    # In this order the keys are read as they lie.
+    scores = torch.baddbmm(of_all, keys.flatten(0, 1), query.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.transpose(1, 2).softmax(-1), values.flatten(0, 1))
+
+
+def _seen_by_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention of prompts' tokens to what is before them: (N, H * D)."""
+    of_prompt, position, count, width = grid
+    both = torch.cat([query, key, value], dim=1)
+    padded = both.new_zeros(count, width, *both.shape[1:])
+    padded[of_prompt, position] = both
+    parts = padded.transpose(1, 2).split([part.shape[1] for part in (query, key, value)], dim=1)
+    grouped = query.shape[1] != key.shape[1]
+    found = scaled_dot_product_attention(
+        *parts, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return found.transpose(1, 2)[of_prompt, position].flatten(1)
 
 
 def _signed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
     half = cos.shape[-1] // 2
     return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-
-
-def _turned(query: torch.Tensor, key: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys by rotary angles, in one go."""
-    both = torch.cat([query, key], dim=1)
-    turned = torch.addcmul(both * turn[0], both.roll(both.shape[-1] // 2, -1), turn[1])
-    first, second = turned.split([query.shape[1], key.shape[1]], dim=1)
-    return first, second
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ a step of 16 to 64 rows takes 2.2 to 2.5 times as long as by oneDNN, which torch
 own, so they are copied at the start: two to three milliseconds a million.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainers.core.products import Linear
+from trainers.core.layers import decoder_layers
+from trainers.core.lean import JOINED, is_lean
+from trainers.core.products import Linear, filled
 
 FEWEST = 8
 """Rows side by side for which it is worth a copy."""
@@ -27,14 +29,19 @@ ROWS = 64
 @contextmanager
 def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """A model's linear layers multiply so inside, where they can. Their weights must not change meanwhile."""
-    layers: list[Any] = _layers(model) if _pays(rows) else []
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-        layer.forward = partial(_product, weight, layer.bias)
+    layers = _layers(model) if _pays(rows) else []
+    joined = _joined(model, layers)
+    apart = [layer for layer in layers if not any(layer in some for some in joined.values())]
+    for attention, some in joined.items():
+        attention.__dict__[JOINED] = _packed(some)
+    for layer in apart:
+        layer.forward = _packed([layer])
     try:
         yield
     finally:
-        for layer in layers:
+        for attention in joined:
+            del attention.__dict__[JOINED]
+        for layer in apart:
             del layer.forward
 
 
@@ -44,9 +51,32 @@ def _layers(model: nn.Module) -> list[Any]:
     return layers if size <= LARGEST_COPY else []
 
 
+def _joined(model: Any, layers: list[Any]) -> dict[nn.Module, list[Any]]:
+    """Attentions whose queries, keys and values are made by layers of these, with the three of each."""
+    if not layers or not is_lean(model):
+        return {}
+    projections = {part.self_attn: _projections(part.self_attn) for part in decoder_layers(model, "sampling")[1]}
+    return {attention: some for attention, some in projections.items() if all(layer in layers for layer in some)}
+
+
+def _projections(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _packed(layers: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product of layers that take the same inputs, with a copy of their weights in oneDNN's order."""
+    weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+    packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, ROWS)
+    return partial(_product, packed, bias)
+
+
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-    return found
+    """Rows are filled up to the next number that there is a program for."""
+    rows = inputs if inputs.ndim == 2 else inputs.flatten(0, -2)
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(filled(rows), weight, bias, "none", [], "")
+    return found if inputs.ndim == 2 and len(found) == len(rows) else found.resize_(*inputs.shape[:-1], found.shape[-1])
 
 
 def _can(module: Any) -> bool:

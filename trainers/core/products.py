@@ -110,25 +110,25 @@ class _Linear(torch.autograd.Function):
 
 def _times(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(..., I) and (O, I) to (..., O)."""
-    found = _by_onednn(_filled(inputs.flatten(0, -2)), weight, bias)
+    found = _by_onednn(filled(inputs.flatten(0, -2)), weight, bias)
     return found.resize_(*inputs.shape[:-1], len(weight))
 
 
 def _gradient(slope: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """(N, O) and (N, I) to (O, I)."""
-    return _by_onednn(_filled(slope).T, _filled(inputs).T)
+    return _by_onednn(filled(slope).T, filled(inputs).T)
 
 
-def _filled(rows: torch.Tensor) -> torch.Tensor:
+def filled(rows: torch.Tensor) -> torch.Tensor:
     """With rows of zeros up to the next number of rows that there is a program for."""
-    missing = -len(rows) % _step(len(rows))
+    missing = -len(rows) % step(len(rows))
     return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def _step(count: int) -> int:
+def step(count: int) -> int:
     return max(1, 2 ** (count.bit_length() - 1) // STEPS)
 
 
 def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, "none", [], "")
     return found

@@ -26,7 +26,7 @@ def sample(
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
     whole = weights.sum(-1).log()
-    known = logits if num_known is None else logits[:, :num_known]
+    known = logits if num_known in (None, logits.shape[-1]) else logits[:, :num_known]
     if sampling.temperature == 0:
         token = known.argmax(-1)
     else:

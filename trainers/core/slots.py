@@ -11,6 +11,7 @@ prompt means its keys and values only. Prompts that are alike are read once and 
 Names: B rows of S slots, V vocabulary.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from itertools import groupby
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from trainers.core.lean import Lean, is_lean
 from trainers.core.padded import without_router_logits
+from trainers.core.products import step
 from trainers.core.sharding import computes_on
 
 ALIKE = frozenset(
@@ -41,6 +43,8 @@ ALIKE = frozenset(
 """Model types that take one mask for all layers."""
 BY_KIND = frozenset({"gemma2", "gemma3_text", "gpt_oss", "qwen2", "qwen3"})
 """Model types that take one for each kind of layer."""
+CELLS = 8192
+"""Prompts that are read at once, times the longest one's tokens."""
 GROWTH = 128
 """Positions that slots grow by, or a quarter of what they have."""
 
@@ -79,9 +83,9 @@ class Slots:
         rows = torch.arange(len(tokens), device=self.device)
         mask = self._mask(positions, width)
         if self.lean is not None:
-            self._aim((rows, positions), width)
+            self._aim(Cells(rows, positions), width)
             return self.lean.logits(tokens, positions, mask, self.cache)
-        out = self._pass(tokens[:, None], positions[:, None], mask, (rows, positions), width)
+        out = self._pass(tokens[:, None], positions[:, None], mask, Cells(rows, positions), width)
         return out.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -92,14 +96,45 @@ class Slots:
         self.read = [was[row] for row in rows.tolist()] + [()] * (self.count - len(rows))
 
     def _read(self, prompts: dict[tuple[int, ...], int]) -> None:
-        """Prompts into slots, those of like length together: padded behind, where nothing of theirs looks."""
-        for _, some in groupby(sorted(prompts, key=len), key=lambda prompt: len(prompt).bit_length()):
+        """Prompts into slots, those of like length together."""
+        by_length = sorted(prompts, key=len)
+        if self.lean is not None:
+            for group in _cut(by_length):
+                self._read_lean(self.lean, group, [prompts[prompt] for prompt in group])
+            return
+        for _, some in groupby(by_length, key=lambda prompt: len(prompt).bit_length()):
             group = list(some)
-            width = len(group[-1])
-            ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in group], device=self.device)
-            rows = torch.tensor([prompts[prompt] for prompt in group], device=self.device)
-            positions = torch.arange(width, device=self.device).expand(len(group), -1)
-            self._pass(ids, positions, None, (rows, slice(width)), width)
+            self._read_padded(group, [prompts[prompt] for prompt in group])
+
+    def _read_lean(self, lean: Lean, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        """All tokens behind each other, and the last one a few times more: products come in few numbers of rows."""
+        count = sum(map(len, prompts))
+        places = [(i, at) for i, prompt in enumerate(prompts) for at in range(len(prompt))]
+        more = -count % step(count)
+        ids = torch.tensor([i for prompt in prompts for i in prompt] + [prompts[-1][-1]] * more, device=self.device)
+        of_prompt, positions = torch.tensor(places + places[-1:] * more, device=self.device).T
+        rows = torch.tensor(slots, device=self.device)[of_prompt]
+        width = max(map(len, prompts))
+        self._aim(Cells(rows, positions), width)
+        lean.read(ids, (of_prompt, positions, len(prompts), width), self._mask_of_prompts(width), self.cache)
+
+    def _mask_of_prompts(self, width: int) -> Any:
+        """(W, W) of what to add to scores, where a window hides some of what is before; None where nothing does."""
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is None or window >= width:
+            return None
+        found = self._mask(torch.arange(width, device=self.device), width)
+        if isinstance(found, dict):
+            return {kind: mask[:, 0, 0] for kind, mask in found.items()}
+        return found[:, 0, 0]
+
+    def _read_padded(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        """Padded behind, where nothing of theirs looks."""
+        width = len(prompts[-1])
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
+        rows = torch.tensor(slots, device=self.device)
+        positions = torch.arange(width, device=self.device).expand(len(prompts), -1)
+        self._pass(ids, positions, None, (rows, slice(width)), width)
 
     def _pass(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, place: "Place", width: int) -> Any:
         self._aim(place, width)
@@ -139,8 +174,23 @@ class Slots:
                 layer.copy(targets, sources)
 
 
-Place = tuple[torch.Tensor, torch.Tensor | slice]
-"""Rows, and a position of each or a range of positions of all, that a pass writes."""
+class Cells:
+    """Rows of tokens, and their positions: where a pass keeps its keys and values."""
+
+    def __init__(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        self.rows, self.positions = rows, positions
+        self.found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def flat(self, heads: int, room: int) -> torch.Tensor:
+        """Numbers of cells in (rows, heads, positions), heads of each token together: the same for all layers."""
+        if (heads, room) not in self.found:
+            at = self.rows[:, None] * heads + torch.arange(heads, device=self.rows.device)
+            self.found[heads, room] = (at * room + self.positions[:, None]).flatten()
+        return self.found[heads, room]
+
+
+Place = Cells | tuple[torch.Tensor, slice]
+"""Where a pass writes: cells, or rows and a range of positions of all."""
 
 
 class _Layer(CacheLayerMixin):
@@ -155,20 +205,25 @@ class _Layer(CacheLayerMixin):
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep new keys and values; what attention looks at: a prompt at itself, a token at all of its row."""
+        self.keep(keys, values)
+        if not isinstance(self.place, Cells):
+            return keys, values
+        rows = len(self.place.rows)
+        return self.keys[:rows, :, : self.width], self.values[:rows, :, : self.width]
+
+    def keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         if self.width > self.keys.shape[2]:
             self._grow()
-        rows, positions = self.place
-        if isinstance(positions, slice):
+        if not isinstance(self.place, Cells):
+            rows, positions = self.place
             for kept, new in ((self.keys, keys), (self.values, values)):
                 kept[rows, :, positions] = new.to(kept.dtype)
-            return keys, values
-        heads = torch.arange(keys.shape[1], device=rows.device)
-        at = ((rows[:, None] * len(heads) + heads) * self.keys.shape[2] + positions[:, None]).flatten()
+            return
+        at = self.place.flat(*self.keys.shape[1:3])
         for kept, new in ((self.keys, keys), (self.values, values)):
             kept.flatten(0, 2).index_copy_(0, at, new.flatten(0, 2).to(kept.dtype))
-        return self.keys[: len(rows), :, : self.width], self.values[: len(rows), :, : self.width]
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """In the type that attention computes in: under autocast it would be made of all positions for every token."""
@@ -198,3 +253,15 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.longest
+
+
+def _cut(prompts: List[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts by length, in runs that are read at once."""
+    some: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if some and (len(some) + 1) * len(prompt) > CELLS:
+            yield some
+            some = []
+        some.append(prompt)
+    if some:
+        yield some
