@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from trainers.core import slots as slots_module
 from trainers.core.generate import generate
+from trainers.core.lean import JOINED
+from trainers.core.packed_linears import FEWEST, packed_linears
 from trainers.core.sampling import sample, warped
 from trainers.core.slots import fits_slots
 from trainers.spec import Sampling
@@ -89,6 +92,47 @@ def test_a_sliding_window_and_grouped_heads_work():
     model = Qwen2ForCausalLM(config).eval()
     stop = common_tokens(model, 2)
     assert [r.ids for r in generate(model, PROMPTS, GREEDY, stop)] == [theirs(model, p, GREEDY, stop) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_windows_of_all_layers_and_angles_that_are_stretched_work(rope):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(1)
+    config = MistralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4, sliding_window=4, max_position_embeddings=64,
+        rope_parameters={"rope_theta": 100.0, "rope_type": "default", **rope},
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    assert max(map(len, PROMPTS)) > config.sliding_window + 1, "a prompt's own tokens are out of sight"
+    assert [r.ids for r in generate(model, PROMPTS, GREEDY, frozenset())] == [
+        theirs(model, p, GREEDY, frozenset()) for p in PROMPTS
+    ]
+
+
+def test_projections_with_biases_in_one_product_work(monkeypatch):
+    """Where there are rows enough for copies of weights, and prompts are read in several passes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):
+                bias.normal_()
+    prompts = [[3 + (7 * i + j) % 37 for j in range(1 + i)] for i in range(FEWEST + 4)]
+    monkeypatch.setattr(slots_module, "CELLS", 16)
+    sampling = GREEDY.model_copy(update={"batch_size": FEWEST})
+    with packed_linears(model, FEWEST):
+        assert all(JOINED in layer.self_attn.__dict__ for layer in model.model.layers)
+    assert [r.ids for r in generate(model, prompts, sampling, frozenset())] == [
+        theirs(model, p, sampling, frozenset()) for p in prompts
+    ]
 
 
 def test_learned_positions_work():

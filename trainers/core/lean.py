@@ -34,8 +34,8 @@ class Lean:
 
     def __init__(self, model: Any, longest: int) -> None:
         decoder = backbone(model)
-        self.layers = list(decoder_layers(model, "sampling")[1])
-        self.kinds = getattr(model.config, "layer_types", None)
+        self.layers: list[Any] = list(decoder_layers(model, "sampling")[1])
+        self.kinds: Any = getattr(model.config, "layer_types", None)
         self.embed, self.norm, self.head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
         self.rotary = decoder.rotary_emb
         self.longest = longest
@@ -104,8 +104,8 @@ def _can(model: Any) -> bool:
 
     Under ZeRO's third stage they have none until then.
     """
-    config = getattr(model, "config", None)
-    own = getattr(config, "model_type", None) in LLAMAS and config._attn_implementation == "sdpa"
+    config: Any = getattr(model, "config", None)
+    own: bool = getattr(config, "model_type", None) in LLAMAS and config._attn_implementation == "sdpa"
     return own and not any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
@@ -181,10 +181,10 @@ def _seen_by_prompts(
     both = torch.cat([query, key, value], dim=1)
     padded = both.new_zeros(count, width, *both.shape[1:])
     padded[of_prompt, position] = both
-    parts = padded.transpose(1, 2).split([part.shape[1] for part in (query, key, value)], dim=1)
-    grouped = query.shape[1] != key.shape[1]
+    sizes = [part.shape[1] for part in (query, key, value)]
+    queries, keys, values = padded.transpose(1, 2).split(sizes, dim=1)
     found = scaled_dot_product_attention(
-        *parts, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=sizes[0] != sizes[1]
     )
     return found.transpose(1, 2)[of_prompt, position].flatten(1)
 

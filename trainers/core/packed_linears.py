@@ -51,11 +51,12 @@ def _layers(model: nn.Module) -> list[Any]:
     return layers if size <= LARGEST_COPY else []
 
 
-def _joined(model: Any, layers: list[Any]) -> dict[nn.Module, list[Any]]:
+def _joined(model: Any, layers: list[Any]) -> dict[Any, list[Any]]:
     """Attentions whose queries, keys and values are made by layers of these, with the three of each."""
     if not layers or not is_lean(model):
         return {}
-    projections = {part.self_attn: _projections(part.self_attn) for part in decoder_layers(model, "sampling")[1]}
+    decoder: list[Any] = list(decoder_layers(model, "sampling")[1])
+    projections = {layer.self_attn: _projections(layer.self_attn) for layer in decoder}
     return {attention: some for attention, some in projections.items() if all(layer in layers for layer in some)}
 
 
