@@ -43,7 +43,7 @@ def test_generated_runs_are_refused_or_looked_at_and_never_a_bug(driver: Driver,
         connection = connect(driver.cluster)
         taken = {run["metadata"]["name"]: run for run in runs if _sent(connection, driver.namespace, run, told)}
         driver.cluster.wait(lambda taken=taken: _looked_at(driver, taken, told), 300, "all are looked at", every=1.0)
-        call(connection, "DELETE", RUNS.format(driver.namespace), {})
+        call(connect(driver.cluster), "DELETE", RUNS.format(driver.namespace), {})
         driver.cluster.wait(lambda: not driver.reader.items(RUNS.format(driver.namespace)), 120, "they are deleted")
         assert operator.metric(BUGS) == bugs, f"seed {SEED}, runs {list(taken)}: see {operator.log}"
     print(f"seed {SEED}: {dict(told)}")
