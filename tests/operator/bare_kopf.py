@@ -1,4 +1,4 @@
-"""kopf with a handler that does nothing but note when it is told of a job's end: what any operator on kopf costs at least."""
+"""kopf with a handler that does nothing but note what it is told of: what any operator on kopf costs at least."""
 
 import sys
 import time
@@ -18,6 +18,7 @@ KUBECONFIG, NOTES = Path(sys.argv[1]), Path(sys.argv[2])
 
 def main() -> None:
     told: set[str] = set()
+    runs: set[str] = set()
     registry = kopf.OperatorRegistry()
     login = login_of(KUBECONFIG)
 
@@ -31,6 +32,12 @@ def main() -> None:
             @kopf.on.event(resource.group, resource.version, resource.plural, registry=registry)
             async def _event(event: Mapping[str, Any], **_: Any) -> None:
                 name = event["object"]["metadata"]["name"]
+                if (
+                    event["object"]["kind"] == "AlignmentRun"
+                    and (uid := event["object"]["metadata"]["uid"]) not in runs
+                ):
+                    runs.add(uid)
+                    notes.write(f"runs {len(runs)}\n")
                 if event["object"]["kind"] == "PyTorchJob" and name not in told and ended(event["object"]):
                     told.add(name)
                     notes.write(f"{name} {time.time()}\n")

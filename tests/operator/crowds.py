@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import psutil
 from cluster.client import Cluster
 from driver import ROOT, OperatorProcess, now
-from ends import share, watched_ends
+from ends import watched_ends
 from kube_http import call, connect
-from scale import PREFIX, bare_kopf, counters, scripted
+from scale import PREFIX, counters, scripted
 
 Object = dict[str, Any]
 RUNS = "/apis/alignment.dev/v1alpha1/namespaces/{}/alignmentruns"
@@ -92,7 +93,17 @@ def started(cluster: Cluster, operator: OperatorProcess, namespace: str, count: 
     begun = time.monotonic()
     operator.start()
     cluster.wait(lambda: seen(operator, namespace, "Succeeded") >= count, 300, "all runs are seen")
-    return time.monotonic() - begun, sum(_process(operator).cpu_times()[:2])
+    return time.monotonic() - begun, peers.cpu(_process(operator))
+
+
+def kopf_started(cluster: Cluster, operator: OperatorProcess, count: int, notes: Path) -> tuple[float, float, float]:
+    """The same of a kopf that does nothing, until it was told of so many runs; and its megabytes."""
+    begun = time.monotonic()
+    with peers.kopf_beside(operator.kubeconfig, notes) as kopf:
+        assert kopf is not None
+        told = f"runs {count}\n"
+        cluster.wait(lambda: notes.exists() and told in notes.read_text(), 300, "it is told of all runs", every=0.2)
+        return time.monotonic() - begun, peers.cpu(kopf), peers.megabytes(kopf)
 
 
 def train(cluster: Cluster, operator: OperatorProcess, namespace: str, count: int) -> None:
@@ -111,19 +122,20 @@ class Successions:
     """Of runs that train, some of which end a phase."""
 
     per_second: float
-    gaps: list[float]
-    """Seconds from a job's end to the next one's creation."""
+    last: float
+    """Seconds from the slowest job's end to the next one's creation."""
     look_ms: float
     wait_ms: float
-    spent: Spent
-    bare: str
-    """What a kopf beside that does nothing had of it."""
+    status_writes: float
+    seconds: float
+    beside: str
+    """What the operator and others have spent on it."""
 
     def __str__(self) -> str:
         return (
-            f"{self.per_second:g} ends a second: the next job {1000 * share(self.gaps, 0.5):.0f} ms after the end, "
-            f"of a hundred 99 within {1000 * share(self.gaps, 0.99):.0f} ms, the last {1000 * max(self.gaps):.0f} ms; "
-            f"a look takes {self.look_ms:.1f} ms after {self.wait_ms:.0f} ms in the queue; {self.spent}{self.bare}"
+            f"{self.per_second:g} ends a second: the last job follows {1000 * self.last:.0f} ms after the end; a look takes "
+            f"{self.look_ms:.1f} ms after {self.wait_ms:.0f} ms in the queue; {self.status_writes:.0f} status writes in "
+            f"{self.seconds:.0f} s\n{self.beside}"
         )
 
 
@@ -131,26 +143,31 @@ def successions(
     cluster: Cluster, operator: OperatorProcess, namespace: str, per_second: float, seconds: float, notes: Path | None
 ) -> Successions:
     """End the first phases of some runs that train, one after another."""
-    with watched_ends(cluster, namespace) as ends, bare_kopf(operator.kubeconfig, notes) as told:
-        time.sleep(5 if notes else 1)  # they list what is there
+    with watched_ends(cluster, namespace) as ends, peers.kopf_beside(operator.kubeconfig, notes) as kopf:
+        time.sleep(10 if notes else 1)  # they list what is there
         pods = _first_pods(cluster, namespace)[: int(per_second * seconds)]
-        before, cpu, begun = counters(operator), sum(_process(operator).cpu_times()[:2]), time.monotonic()
-        connection = connect(cluster)
+        watch, before, begun = peers.Watch(cluster, operator, kopf), counters(operator), time.monotonic()
+        connection, patched = connect(cluster), {}
         for number, pod in enumerate(pods):
             time.sleep(max(0.0, begun + number / per_second - time.monotonic()))
+            patched[pod["metadata"]["labels"]["training.kubeflow.org/job-name"]] = time.time()
             call(connection, "PATCH", f"{PODS.format(namespace)}/{pod['metadata']['name']}/status", _succeeded(pod))
         cluster.wait(lambda: len(ends.gaps()) >= len(pods), 120, f"{len(pods)} jobs follow")
-        used, took = sum(_process(operator).cpu_times()[:2]) - cpu, time.monotonic() - begun
-        after = counters(operator)
+        took, after = time.monotonic() - begun, counters(operator)
         did = {name: value - before[name] for name, value in after.items()}
-        rss = _process(operator).memory_info().rss / 2**20
+        lags = {
+            peers.OPERATOR: ends.gaps(),
+            peers.TRAINING_OPERATOR: [ends.ended[job] - at for job, at in patched.items()],
+        }
+        lags |= {peers.KOPF: peers.told_of_ends(notes, ends)} if notes else {}
         return Successions(
             per_second,
-            ends.gaps(),
+            max(ends.gaps()),
             1000 * did["look_seconds"] / did["looks"],
             1000 * did["wait_seconds"] / did["looks"],
-            Spent(took, used, did["writes"], did["reads"], rss),
-            told(ends),
+            did["writes"],
+            took,
+            peers.table(watch.spent(), len(pods), "phase", lags),
         )
 
 

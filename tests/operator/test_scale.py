@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
-from crowds import add_ended, spent, started, successions, train, trainers
+from crowds import add_ended, kopf_started, spent, started, successions, train, trainers
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
 from sweep import claim
@@ -14,7 +14,7 @@ RUNS = int(os.environ.get("RUNS", "30"))
 PHASES = int(os.environ.get("PHASES", "2"))
 ENDED = int(os.environ.get("ENDED", "40"))
 TRAINING = int(os.environ.get("TRAINING", "10"))
-RATES = tuple(float(rate) for rate in os.environ.get("RATES", "2").split())
+RATES = tuple(float(rate) for rate in os.environ.get("RATES", "2").replace(",", " ").split())
 """Ends a second."""
 SECONDS = 60 if "ENDED" in os.environ else 20
 
@@ -39,9 +39,32 @@ def namespace(kwok_cluster: Cluster, fake: OperatorProcess) -> str:
 
 
 @pytest.mark.slow
+def test_runs_that_have_ended_cost_nothing(
+    kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path
+):
+    kwok_cluster.apply(scripted("model"), namespace)
+    Driver(kwok_cluster, namespace).until_condition("model", "Succeeded", timeout=60)
+    add_ended(kwok_cluster, namespace, kwok_cluster.get("arun", "model", "-n", namespace), ENDED)
+    seconds, cpu = started(kwok_cluster, fake, namespace, ENDED)
+    rest = spent(fake, SECONDS)
+    print(
+        f"{ENDED} runs that have ended: looked at {seconds:.1f} s after the operator's start ({cpu:.1f} CPU-s); at rest {rest}"
+    )
+    if "ENDED" in os.environ:
+        seconds, cpu, megabytes = kopf_started(kwok_cluster, fake, ENDED, tmp_path / "bare")
+        print(
+            f"a kopf that does nothing is told of them {seconds:.1f} s after its start ({cpu:.1f} CPU-s, {megabytes:.0f} MB)"
+        )
+    assert rest.status_writes == 0
+    # Once a minute the versions of all there is are compared with what the watches have told, 500 at a time.
+    assert rest.reads <= 2 * (ENDED // 500 + 4)
+
+
+@pytest.mark.slow
 def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path):
-    beside = tmp_path / "bare" if "RUNS" in os.environ else None
-    figures = run_many(kwok_cluster, fake, namespace, RUNS, PHASES, 60 + 3 * RUNS * PHASES, beside)
+    """Beside those that have ended."""
+    notes = tmp_path / "bare" if "RUNS" in os.environ else None
+    figures = run_many(kwok_cluster, fake, namespace, RUNS, PHASES, 60 + 3 * RUNS * PHASES, notes)
     print(figures)
     assert figures.jobs == PHASES * RUNS
     # A start with the end before it, that it is seen running, and what the pods wait for meanwhile.
@@ -52,21 +75,6 @@ def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespa
 
 
 @pytest.mark.slow
-def test_runs_that_have_ended_cost_nothing(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str):
-    kwok_cluster.apply(scripted("model"), namespace)
-    Driver(kwok_cluster, namespace).until_condition("model", "Succeeded", timeout=60)
-    add_ended(kwok_cluster, namespace, kwok_cluster.get("arun", "model", "-n", namespace), ENDED)
-    seconds, cpu = started(kwok_cluster, fake, namespace, ENDED)
-    rest = spent(fake, SECONDS)
-    print(
-        f"{ENDED} runs that have ended: looked at {seconds:.1f} s after the operator's start ({cpu:.1f} CPU-s); at rest {rest}"
-    )
-    assert rest.status_writes == 0
-    # Once a minute the versions of all there is are compared with what the watches have told, 500 at a time.
-    assert rest.reads <= 2 * (ENDED // 500 + 4)
-
-
-@pytest.mark.slow
 def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path):
     with trainers():
         train(kwok_cluster, fake, namespace, TRAINING)
@@ -74,7 +82,7 @@ def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace
         for i in range(min(TRAINING, 10)):
             kwok_cluster.wait(lambda i=i: "/100000" in driver.status(f"train-{i}").get("step", ""), 300, "it tells")
         going = spent(fake, SECONDS)
-        print(f"{TRAINING} runs that train: {going}")
+        print(f"{TRAINING} runs that train: {going}, {1000 * going.cpu_seconds / TRAINING:.1f} ms of CPU a run")
         notes = tmp_path / "bare" if "TRAINING" in os.environ else None
         for rate in RATES:
             followed = successions(kwok_cluster, fake, namespace, rate, min(SECONDS, TRAINING / 4 / rate), notes)
