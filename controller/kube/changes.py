@@ -12,7 +12,7 @@ from controller.kube.transport import Transport, selector
 
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 CHANGES_OF_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-CATCH_UP_SECONDS = 10
+CATCH_UP_SECONDS = 5
 """Of a watch that is to end soon. Two seconds before, the API server says how far it has told."""
 CATCH_UP_PATIENCE_SECONDS = 2.0
 TOO_OLD = 410

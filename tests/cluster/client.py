@@ -107,7 +107,8 @@ class Cluster:
     def audited(self, user: str = "", verbs: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Audit events in order, of a user whose name contains ``user`` and with one of ``verbs``."""
         assert self.audit_log, "this cluster has no audit log"
-        events = (json.loads(line) for line in self.audit_log.read_text().splitlines())
+        # Of a hundred thousand lines most are of others.
+        events = (json.loads(line) for line in self.audit_log.read_text().splitlines() if user in line)
         wanted = set(verbs)
         return [e for e in events if user in e["user"].get("username", "") and (not wanted or e["verb"] in wanted)]
 

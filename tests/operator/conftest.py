@@ -1,11 +1,13 @@
 """An operator with its own rights against a real API server, Training Operator, Trainer and Kueue."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
 from driver import ROOT, Driver, OperatorProcess, free_port
+from kube_http import Server
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +51,11 @@ def operator(operator_factory: Callable[..., OperatorProcess], prepared: Cluster
 @pytest.fixture
 def driver(request: pytest.FixtureRequest, prepared: Cluster, operator: OperatorProcess) -> Iterator[Driver]:
     """Of PyTorchJobs; those of tests that are of ``both`` once of each kind."""
-    namespace = prepared.namespace("op", restricted=True)
-    yield Driver(prepared, namespace, getattr(request, "param", "PyTorchJob"))
-    prepared.delete_namespace(namespace)
+    server, name = Server(prepared), f"op-{secrets.token_hex(3)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    server.create("/api/v1/namespaces", {"metadata": {"name": name, "labels": labels}})
+    prepared.created.append(name)
+    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+    prepared.wait(lambda: server.get(account), 30, f"the ServiceAccount of {name}")
+    yield Driver(prepared, name, getattr(request, "param", "PyTorchJob"))
+    server.delete(f"/api/v1/namespaces/{name}")

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 from cluster.client import Cluster, KubectlError
 from cluster.jobs import KINDS, Kind
-from kube_http import Reader
+from kube_http import Server
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ class Driver:
     """Of its runs."""
 
     def __post_init__(self) -> None:
-        self.reader = Reader(self.cluster)
+        self.server = Server(self.cluster)
 
     @property
     def kind(self) -> Kind:
@@ -78,11 +78,16 @@ class Driver:
     def apply(self, run: Object) -> None:
         if run["kind"] == "AlignmentRun" and self.backend != "PyTorchJob":
             run = {**run, "spec": {"backend": self.backend, **run["spec"]}}
-        self.cluster.apply(run, self.namespace)
+        if run["kind"] == "AlignmentRun":
+            self.server.apply(self._path(run["metadata"]["name"]), run)
+        else:
+            self.cluster.apply(run, self.namespace)
 
-    def patch(self, run: str, spec: Object) -> str:
-        patch = json.dumps({"spec": spec})
-        return self.cluster.kubectl("patch", "arun", run, "-n", self.namespace, "--type=merge", "-p", patch)
+    def patch(self, run: str, spec: Object) -> None:
+        self.server.merge(self._path(run), {"spec": spec})
+
+    def _path(self, run: str) -> str:
+        return f"/apis/alignment.dev/v1alpha1/namespaces/{self.namespace}/alignmentruns/{run}"
 
     def edit_phase(self, run: str, phase: Object) -> None:
         """Replace one phase, as a user who edits the file and applies it again."""
@@ -100,7 +105,7 @@ class Driver:
     # -- what is there
 
     def run(self, name: str) -> Object:
-        found = self.reader.get(f"/apis/alignment.dev/v1alpha1/namespaces/{self.namespace}/alignmentruns/{name}")
+        found = self.server.get(self._path(name))
         if found is None:
             raise KubectlError(f"there is no run {name} in {self.namespace}")
         return found
@@ -115,7 +120,7 @@ class Driver:
         return next((c for c in self.status(run).get("conditions", []) if c["type"] == kind), {})
 
     def jobs(self) -> list[Object]:
-        return self.reader.items(self.kind.path(self.namespace))
+        return self.server.items(self.kind.path(self.namespace))
 
     def job_names(self) -> list[str]:
         return sorted(job["metadata"]["name"] for job in self.jobs())
@@ -125,7 +130,7 @@ class Driver:
         path = f"/api/v1/namespaces/{self.namespace}/events"
 
         def found() -> list[Object]:
-            ours = [e for e in self.reader.items(path) if e["involvedObject"]["kind"] == "AlignmentRun"]
+            ours = [e for e in self.server.items(path) if e["involvedObject"]["kind"] == "AlignmentRun"]
             return [e for e in ours if not reason or e["reason"] == reason]
 
         return self.cluster.wait(found, 30, f"event {reason}") if reason else found()
@@ -136,10 +141,10 @@ class Driver:
         return self.cluster.wait(lambda: self._job(name), timeout, f"job {name} ({self.namespace})")
 
     def _job(self, name: str) -> Object | None:
-        return self.reader.get(f"{self.kind.path(self.namespace)}/{name}")
+        return self.server.get(f"{self.kind.path(self.namespace)}/{name}")
 
     def delete_job(self, name: str) -> None:
-        self.cluster.kubectl("delete", self.kind.plural, name, "-n", self.namespace)
+        self.server.delete(f"{self.kind.path(self.namespace)}/{name}")
 
     def template(self, job: str) -> Object:
         """Of its pods."""
@@ -154,14 +159,14 @@ class Driver:
         chosen = f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={quote(self.kind.pod(job, index))}"
 
         def pod() -> Object | None:
-            there = [pod for pod in self.reader.items(chosen) if "deletionTimestamp" not in pod["metadata"]]
+            there = [pod for pod in self.server.items(chosen) if "deletionTimestamp" not in pod["metadata"]]
             return max(there, key=lambda pod: pod["metadata"]["creationTimestamp"], default=None)
 
         return self.cluster.wait(pod, 30, f"pod {index} of {job} ({self.namespace})")
 
     def until_pod(self, name: str) -> Object:
         def pod() -> Object | None:
-            return self.reader.get(f"/api/v1/namespaces/{self.namespace}/pods/{name}")
+            return self.server.get(f"/api/v1/namespaces/{self.namespace}/pods/{name}")
 
         return self.cluster.wait(pod, 30, f"pod {name} ({self.namespace})")
 
@@ -218,7 +223,7 @@ class Driver:
         status = {"phase": phase, "containerStatuses": [{**container, "state": state}]}
         status |= {"podIP": address, "podIPs": [{"ip": address}]} if address else {}
         name = self.until_pod_of(job, index)["metadata"]["name"]
-        self.cluster.patch_status("pod", name, self.namespace, status)
+        self.server.merge(f"/api/v1/namespaces/{self.namespace}/pods/{name}/status", {"status": status})
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.client import Cluster
+from cluster.client import Cluster, KubectlError
 
 Object = dict[str, Any]
 
@@ -18,8 +18,8 @@ _configs: dict[str, Object] = {}
 """By the path of a kubeconfig."""
 
 
-class Reader:
-    """Reads as the administrator, on a connection that is kept: a waiting test looks often, and kubectl takes 0.2 s each time."""
+class Server:
+    """Asked as the administrator, on a connection that is kept: tests ask often, and kubectl takes 0.2 s each time."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -28,25 +28,50 @@ class Reader:
     def get(self, path: str) -> Object | None:
         """None for what is not there."""
         try:
-            return self._get(path)
-        except (OSError, http.client.HTTPException):  # it was idle for long, or the API server was started anew
-            self._connection = None
-            return self._get(path)
+            return self._ask("GET", path)
+        except NotThere:
+            return None
 
     def items(self, path: str) -> list[Object]:
         found = self.get(path)
         return found["items"] if found else []
 
-    def _get(self, path: str) -> Object | None:
+    def create(self, path: str, document: Object) -> Object:
+        return self._ask("POST", path, document)
+
+    def apply(self, path: str, document: Object) -> Object:
+        """As `kubectl apply --server-side` and in its name."""
+        return self._ask("PATCH", f"{path}?fieldManager=kubectl&fieldValidation=Strict", document, "apply-patch+yaml")
+
+    def merge(self, path: str, changes: Object) -> Object:
+        """As `kubectl patch --type=merge` and in its name."""
+        return self._ask("PATCH", f"{path}?fieldManager=kubectl-patch", changes, "merge-patch+json")
+
+    def delete(self, path: str) -> None:
+        """One that is not there is an error, as to kubectl. Nobody waits until it is gone."""
+        self._ask("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"})
+
+    def _ask(self, method: str, path: str, body: Object | None = None, kind: str = "json") -> Object:
+        try:
+            return self._answer(method, path, body, kind)
+        except (OSError, http.client.HTTPException):  # it was idle for long, or the API server was started anew
+            self._connection = None
+            return self._answer(method, path, body, kind)
+
+    def _answer(self, method: str, path: str, body: Object | None, kind: str) -> Object:
         self._connection = self._connection or connect(self.cluster)
-        self._connection.request("GET", path)
+        text = None if body is None else json.dumps(body)
+        self._connection.request(method, path, text, {"Content-Type": f"application/{kind}"})
         answer = self._connection.getresponse()
         found: Object = json.loads(answer.read())
-        if answer.status == 404:
-            return None
         if answer.status >= 400:
-            raise RuntimeError(f"GET {path}: {answer.status} {found.get('message')}")
+            error = NotThere if answer.status == 404 else KubectlError
+            raise error(f"{method} {path}: {answer.status} {found.get('message')}")
         return found
+
+
+class NotThere(KubectlError):
+    """Of what was asked for there is none."""
 
 
 def connect(cluster: Cluster) -> http.client.HTTPSConnection:

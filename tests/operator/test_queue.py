@@ -1,12 +1,8 @@
 """Runs that wait in a real Kueue; the kubelet alone is played."""
 
 import time
-from pathlib import Path
 
-from cluster import launch
-from cluster.client import Cluster
-from cluster.controllers import FRAMEWORKS
-from driver import ROOT, Driver, OperatorProcess, both, free_port, manifest, sft
+from driver import Driver, both, manifest, sft
 from kueue import quota
 
 ONE_CPU = {"image": "nothing:1", "resources": {"requests": {"cpu": 1}}}
@@ -98,30 +94,6 @@ class TestQuota:
 
 
 class TestMissing:
-    def test_an_integration_that_is_switched_off(self, prepared, monkeypatch, tmp_path):
-        """As Kueue 0.19 comes: it ignores the queue's label without a word, and the job runs at once."""
-        monkeypatch.setenv(FRAMEWORKS, "batch/job")
-        running = launch.start("api", 0)
-        try:
-            cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
-            for name in ("namespace", "rbac"):
-                cluster.apply(ROOT / f"manifests/base/{name}.yaml")
-            mine = cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
-            operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
-            # Started too early: it says what is missing, and goes on by itself once that is there.
-            missing = "the cluster has no alignmentruns.alignment.dev: apply manifests/base/crd.yaml"
-            cluster.wait(lambda: missing in operator.get("readyz")[1], 30, missing)
-            cluster.apply(ROOT / "manifests/base/crd.yaml")
-            cluster.wait(lambda: operator.get("readyz")[0] == 200, 30, "the operator is ready")
-            driver = Driver(cluster, cluster.namespace("off"))
-            driver.apply(manifest("run", sft(), queueName="gpus"))
-            told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
-            assert "its integration kubeflow.org/pytorchjob is switched off; it runs unqueued" in told["message"]
-            assert not suspended(driver, "run-sft-1")
-            operator.stop("kill")
-        finally:
-            running.stop()
-
     def test_a_queue_that_does_not_exist(self, driver: Driver):
         driver.apply(manifest("run", sft(), queueName="nowhere"))
         told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=40)

@@ -4,17 +4,14 @@ What all kinds of job have alike is tried on both in the other modules.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import launch
-from cluster.client import Cluster, KubectlError
-from driver import ROOT, Driver, OperatorProcess, free_port, manifest, sft
+from cluster.client import KubectlError
+from driver import Driver, manifest, sft
 
 Object = dict[str, Any]
 
-TRAINER = ("trainjobs", "trainingruntimes", "clustertrainingruntimes")
 POD = {
     "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
     "containers": [
@@ -139,40 +136,3 @@ def test_a_run_keeps_the_kind_that_it_has_begun_with(driver: Driver):
     driver.patch("run", {"backend": "PyTorchJob"})
     with pytest.raises(KubectlError, match="backend"):
         driver.apply(manifest("other", sft(), backend="Job"))
-
-
-def test_where_the_trainer_is_not_installed(prepared: Cluster, tmp_path: Path):
-    """A run that asks for it is told; other runs go on; and once it is there, a new start of the operator has it."""
-    running = launch.start("api", 0)
-    try:
-        cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
-        crds = [cluster.get("crd", f"{name}.trainer.kubeflow.org") for name in TRAINER]
-        for crd in crds:
-            cluster.kubectl("delete", "crd", crd["metadata"]["name"], timeout=60)
-        cluster.define(ROOT / "manifests/base/crd.yaml")
-        for name in ("namespace", "rbac"):
-            cluster.apply(ROOT / f"manifests/base/{name}.yaml")
-        mine = cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
-        operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
-        cluster.wait(lambda: operator.get("readyz")[0] == 200, 60, "the operator is ready")
-        asks, other = (Driver(cluster, cluster.namespace("missing"), kind) for kind in ("TrainJob", "PyTorchJob"))
-        asks.apply(manifest("run", sft()))
-        why = "spec.backend: TrainJob: the cluster has no trainjobs.trainer.kubeflow.org that the operator may read; install"
-        asks.until_condition("run", "Accepted", "False", message=why)
-        other.apply(manifest("run", sft()))
-        other.succeed("run-sft-1")
-        other.until_condition("run", "Succeeded")
-        for crd in crds:
-            cluster.define(
-                {
-                    **{key: crd[key] for key in ("apiVersion", "kind", "spec")},
-                    "metadata": {"name": crd["metadata"]["name"]},
-                }
-            )
-        assert operator.process is not None
-        assert operator.process.wait(120) == 0, "it ends, to be started again"
-        operator.start()
-        asks.until_job("run-sft-1", timeout=120)
-        operator.stop("kill")
-    finally:
-        running.stop()

@@ -1,0 +1,77 @@
+"""What a cluster may lack: the kind of runs, Kueue's integration, Kubeflow's Trainer. On one of the tests' own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import launch
+from cluster.client import Cluster
+from cluster.controllers import FRAMEWORKS
+from driver import ROOT, Driver, OperatorProcess, free_port, manifest, sft
+
+TRAINER = ("trainjobs", "trainingruntimes", "clustertrainingruntimes")
+
+
+@pytest.fixture(scope="module")
+def lacking(prepared: Cluster) -> Iterator[tuple[Cluster, Path]]:
+    """An API server whose Kueue takes no PyTorchJobs, without the kind of runs; and credentials of an operator there."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(FRAMEWORKS, "batch/job")
+        running = launch.start("api", 0)
+    try:
+        cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
+        for name in ("namespace", "rbac"):
+            cluster.apply(ROOT / f"manifests/base/{name}.yaml")
+        yield cluster, cluster.service_account_kubeconfig("alignment-system", "alignment-operator")
+    finally:
+        running.stop()
+
+
+def test_an_integration_that_is_switched_off(lacking: tuple[Cluster, Path], tmp_path: Path):
+    """As Kueue 0.19 comes: it ignores the queue's label without a word, and the job runs at once."""
+    cluster, mine = lacking
+    cluster.kubectl("delete", "crd", "alignmentruns.alignment.dev", "--ignore-not-found")
+    operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
+    # Started too early: it says what is missing, and goes on by itself once that is there.
+    missing = "the cluster has no alignmentruns.alignment.dev: apply manifests/base/crd.yaml"
+    cluster.wait(lambda: missing in operator.get("readyz")[1], 30, missing)
+    cluster.apply(ROOT / "manifests/base/crd.yaml")
+    cluster.wait(lambda: operator.get("readyz")[0] == 200, 30, "the operator is ready")
+    driver = Driver(cluster, cluster.namespace("off"))
+    driver.apply(manifest("run", sft(), queueName="gpus"))
+    told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
+    assert "its integration kubeflow.org/pytorchjob is switched off; it runs unqueued" in told["message"]
+    assert not driver.until_job("run-sft-1")["spec"]["runPolicy"].get("suspend")
+    operator.stop()
+
+
+def test_where_the_trainer_is_not_installed(lacking: tuple[Cluster, Path], tmp_path: Path):
+    """A run that asks for it is told; other runs go on; and once it is there, a new start of the operator has it."""
+    cluster, mine = lacking
+    crds = [cluster.get("crd", f"{name}.trainer.kubeflow.org") for name in TRAINER]
+    for crd in crds:
+        cluster.kubectl("delete", "crd", crd["metadata"]["name"], timeout=60)
+    cluster.define(ROOT / "manifests/base/crd.yaml")
+    operator = OperatorProcess(mine, free_port(), tmp_path / "log").start()
+    cluster.wait(lambda: operator.get("readyz")[0] == 200, 60, "the operator is ready")
+    asks, other = (Driver(cluster, cluster.namespace("missing"), kind) for kind in ("TrainJob", "PyTorchJob"))
+    asks.apply(manifest("run", sft()))
+    why = (
+        "spec.backend: TrainJob: the cluster has no trainjobs.trainer.kubeflow.org that the operator may read; install"
+    )
+    asks.until_condition("run", "Accepted", "False", message=why)
+    other.apply(manifest("run", sft()))
+    other.succeed("run-sft-1")
+    other.until_condition("run", "Succeeded")
+    for crd in crds:
+        cluster.define(
+            {
+                **{key: crd[key] for key in ("apiVersion", "kind", "spec")},
+                "metadata": {"name": crd["metadata"]["name"]},
+            }
+        )
+    assert operator.process is not None
+    assert operator.process.wait(120) == 0, "it ends, to be started again"
+    operator.start()
+    asks.until_job("run-sft-1", timeout=120)
+    operator.stop()
