@@ -10,6 +10,7 @@ from cluster.client import Cluster
 from cluster.images import Layer, write_image
 from cluster.installed import Runs
 from driver import ROOT, Driver
+from kube_http import Server
 from kueue import quota
 
 from controller.preflight import load_run
@@ -23,6 +24,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "alignment", "AWS_SECRET_ACCESS_KEY": "a-secret-of-
 RESTRICTED = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
 EXAMPLES = [ROOT / "configs/quickstart.yaml", *(ROOT / "configs/examples").glob("*.yaml")]
 IMAGE = "local/object-store:1"
+RUNS = "/apis/alignment.dev/v1alpha1/namespaces/default/alignmentruns"
 
 
 def read(path: Path) -> dict:
@@ -35,19 +37,8 @@ def read(path: Path) -> dict:
     ids=lambda p: p.stem,
 )
 def test_a_real_api_server_takes_it(prepared: Cluster, path: Path):
-    dry = prepared.kubectl(
-        "create",
-        "-n",
-        "default",
-        "--dry-run=server",
-        "--validate=strict",
-        "-f",
-        "-",
-        "-o",
-        "json",
-        input=path.read_text(),
-    )
-    assert json.loads(dry)["spec"]["phases"]
+    taken = Server(prepared).create(f"{RUNS}?dryRun=All&fieldValidation=Strict", read(path))
+    assert taken["spec"]["phases"]
     load_run(read(path))
 
 
