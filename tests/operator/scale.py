@@ -32,6 +32,8 @@ class Figures:
     """Seconds from a job's end to the next one's creation."""
     status_writes: float
     """Per phase."""
+    reads: float
+    """Per phase."""
     look_ms: float
     wait_ms: float
     beside: str
@@ -82,6 +84,7 @@ def run_many(
             seconds=seconds,
             gaps=ends.gaps(),
             status_writes=used["writes"] / count / phases,
+            reads=used["reads"] / count / phases,
             look_ms=1000 * used["look_seconds"] / used["looks"],
             wait_ms=1000 * used["wait_seconds"] / used["looks"],
             beside=peers.table(watch.spent(), count * phases, "phase", lags),

@@ -69,6 +69,8 @@ def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespa
     assert figures.jobs == PHASES * RUNS
     # A start with the end before it, that it is seen running, and what the pods wait for meanwhile.
     assert figures.status_writes < 7
+    # Jobs and pods at a run's first start; conflicts, and the watchdog's.
+    assert figures.reads < 3
     assert fake.metric('alignment_operator_reconcile_seconds_count{outcome="bug"}') == 0
     driver = Driver(kwok_cluster, namespace)
     assert all(len(p["attempts"]) == 1 for i in range(RUNS) for p in driver.status(f"run-{i}")["phases"])
