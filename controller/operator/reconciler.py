@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 NONE = Defaults()
 POLL = timedelta(seconds=15)
 """Between two looks at a run in which something runs: for its progress."""
-POLLS_PER_SECOND = 30.0
+POLLS_PER_SECOND = 20.0
 """At most, of all runs together: when so many train that it would be more, each is looked at less often."""
 
 
