@@ -87,27 +87,26 @@ def own_engine(spec):
     }
 
 
-@pytest.mark.parametrize("changes", [{"staleness": 3}, {"staleness": 1, "lora": {"rank": 4}}])
-def test_samples_ahead_are_of_the_weights_that_copies_would_have(run_phase, louder, tmp_path, changes):
-    spec = student_spec(louder, **changes)
-    for name, asked in (("copies", own_engine(spec)), ("vllm", spec)):
-        assert run_phase("distill", asked, None, tmp_path / name / "distill")[0] == 0
-    copies, theirs = (lines(tmp_path / name / "distill") for name in ("copies", "vllm"))
-    assert [line["staleness"] for line in theirs] == [min(step, spec["staleness"]) for step in range(6)]
-    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in copies], rel=1e-4)
-    assert [line["mismatch"] for line in theirs] == pytest.approx([line["mismatch"] for line in copies], abs=1e-5)
-    assert theirs[-1]["mismatch"] > 1e-4, "of weights that have changed since"
-    assert nothing_is_left(PROGRAM)
-
-
-def test_steps_without_own_samples_in_between(run_phase, louder, tmp_path):
+@pytest.fixture
+def half(tmp_path):
+    """Every second step learns from traces, and samples nothing."""
     rows = [{"prompt": "sort : B A", "teacher_response": "A B", "reward": 1.0}] * 8
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = student_spec(louder, staleness=2, onPolicyFraction=0.5, traces={"files": str(tmp_path / "traces.jsonl")})
+    return {"onPolicyFraction": 0.5, "traces": {"files": str(tmp_path / "traces.jsonl")}}
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_samples_ahead_are_of_the_weights_that_copies_would_have(run_phase, louder, half, tmp_path, staleness):
+    spec = student_spec(louder, staleness=staleness, **({"lora": {"rank": 4}} if staleness == 1 else half))
     for name, asked in (("copies", own_engine(spec)), ("vllm", spec)):
         assert run_phase("distill", asked, None, tmp_path / name / "distill")[0] == 0
     copies, theirs = (lines(tmp_path / name / "distill") for name in ("copies", "vllm"))
+    own = [(mine, line) for mine, line in zip(copies, theirs, strict=True) if line["on_policy"]]
+    assert [line["staleness"] for _, line in own] == [min(line["step"] - 1, staleness) for _, line in own]
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in copies], rel=1e-4)
+    assert [line["mismatch"] for _, line in own] == pytest.approx([mine["mismatch"] for mine, _ in own], abs=1e-5)
+    assert own[-1][1]["mismatch"] > 1e-4, "of weights that have changed since"
+    assert nothing_is_left(PROGRAM)
 
 
 def until(happened) -> None:
@@ -121,7 +120,7 @@ def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_p
     """With responses of two steps on their way, and a server that is started anew with other weights than the first one."""
     spec = student_spec(louder, staleness=2, checkpoint={"everySteps": 1}, duration={"maxSteps": 8})
     whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "killed" / "run" / "distill"
-    assert run_phase("distill", spec, None, whole)[0] == 0
+    assert run_phase("distill", own_engine(spec), None, whole)[0] == 0
     scratch, file = tmp_path / "scratch", tmp_path / "phase.yaml"
     scratch.mkdir()
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
@@ -139,33 +138,14 @@ def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_p
     assert_same(weights(output), weights(whole), tolerance=1e-6)
 
 
-def test_a_server_that_breaks_beside_a_step_is_infrastructure_and_the_phase_goes_on(
-    run_phase, louder, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    spec = student_spec(louder, staleness=1, checkpoint={"everySteps": 1})
-    broken = spec | {"server": SERVER | {"args": ["--break-after", "14"]}}
-    whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "broken" / "run" / "distill"
-    assert run_phase("distill", spec, None, whole)[0] == 0
-    assert run_phase("distill", broken, None, output)[0] == 75
+def test_a_server_that_breaks_beside_a_step_is_infrastructure(run_phase, louder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spec = student_spec(louder, staleness=1, server=SERVER | {"args": ["--break-after", "14"]})
+    assert run_phase("distill", spec, None, tmp_path / "broken" / "run" / "distill")[0] == 75
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the phase's own vLLM is gone, it ended with status 3: ValueError: no memory for this" in said
     assert nothing_is_left(PROGRAM)
     assert not [*tmp_path.glob("weights-*"), *tmp_path.glob("vllm-*")]
-    # Its arguments are part of what a result is, so only the program may be another one.
-    assert run_phase("distill", broken | {"server": sound(broken["server"], tmp_path)}, None, output)[0] == 0
-    assert_same(weights(output), weights(whole), tolerance=1e-6)
-
-
-def sound(server, folder: Path):
-    """A server that takes the same arguments and does not break."""
-    program = folder / "sound.py"
-    program.write_text(
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import served\n"
-        "at = sys.argv.index('--break-after'); sys.argv[at:at + 2] = []; served.main()\n"
-    )
-    return server | {"command": [sys.executable, str(program), str(PROGRAM.parent)]}
 
 
 @pytest.mark.slow
@@ -173,7 +153,7 @@ def test_two_processes_that_split_the_weights(run_phase, louder, tmp_path):
     """One of them asks for both. Copies of split weights are refused, files are whole."""
     spec = student_spec(louder, staleness=2)
     one, two = tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill"
-    assert run_phase("distill", spec, None, one)[0] == 0
+    assert run_phase("distill", own_engine(spec), None, one)[0] == 0
     file = tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(two), "spec": spec | {"parallel": {"strategy": "fsdp"}}}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
