@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
@@ -274,6 +275,24 @@ def test_bfloat16_and_autocast(model):
     with torch.autocast("cpu", torch.bfloat16):
         again = generate(model, PROMPTS, Sampling(max_new_tokens=5), frozenset(), torch.Generator().manual_seed(0))
     assert all(len(r.ids) == 5 for r in again)
+
+
+def test_weights_trained_in_fp32_have_one_copy_in_bf16_for_all_tokens():
+    """Autocast's own: it lives as long as autocast does around a call of the engine."""
+
+    class Copies(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.made += func is torch.ops.aten._to_copy.default and tuple(args[0].shape) in shapes
+            return func(*args, **(kwargs or {}))
+
+    model = llama()
+    linears = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    shapes = {tuple(weight.shape) for weight in linears}
+    with Copies() as copies, torch.autocast("cpu", torch.bfloat16):
+        generate(model, PROMPTS, GREEDY, frozenset())
+    assert copies.made == len(linears)
 
 
 def test_times_are_kept_for_every_token(model):
