@@ -44,10 +44,26 @@ def main(words: list[str]) -> None:
     works, sampled = [w for w in found if isinstance(w, Work)], [s for s in found if isinstance(s, Sampled)]
     made = f"{heading(folder, words, given, works)}\n\n{render(works, sampled, given.device)}"
     print(f"\n{made}")
-    if given.write and found:
-        PAGE.write_text(spliced(PAGE.read_text(), given.write, made))
+    if given.write:
+        _publish(given, made, failed)
     if failed:
         sys.exit(f"not measured, see above: {', '.join(failed)}; --resume tries these alone")
+
+
+def _publish(given: argparse.Namespace, made: str, failed: list[str]) -> None:
+    """The page's tables are of one whole run: a part, or one for trying things out, would take the place of what is there."""
+    if failed or not _is_whole(given):
+        print(f"\n{PAGE.name} stays as it is: its tables are of all rows, with no fewer rounds or steps than usual")
+    else:
+        PAGE.write_text(spliced(PAGE.read_text(), given.write, made))
+
+
+def _is_whole(given: argparse.Namespace) -> bool:
+    usual = parsed([])
+    rows = all(
+        getattr(given, name) == getattr(usual, name) for name in ("only", "batches", "rows", "size", "device", "steps")
+    )
+    return rows and given.rounds >= 2
 
 
 def compare(given: argparse.Namespace, how: How, peers: Peers, kept: Kept) -> tuple[list[Work | Sampled], list[str]]:

@@ -214,7 +214,31 @@ def test_rows_of_other_settings_and_torn_lines_are_not_taken(peers, tmp_path):
     assert kept(file, {"code": "a"}, resumes=True).row("sft 8") == {"rounds": {}}
     assert kept(file, {"code": "a"}, resumes=True).row("dpo 8") is None
     assert kept(file, {"code": "b"}, resumes=True).row("sft 8") is None
-    assert kept(file, {"code": "a"}, resumes=False).row("sft 8") is None
+    anew = kept(file, {"code": "a"}, resumes=False)
+    assert anew.row("sft 8") is None
+    anew.add("ppo 8", {"rounds": {"ours": []}})
+    rows = kept(file, {"code": "a"}, resumes=True)
+    assert rows.row("sft 8") == {"rounds": {}}, "what is measured anew takes nothing away"
+    assert rows.row("ppo 8") == {"rounds": {"ours": []}}, "behind a torn line"
+    rows.add("sft 8", {"rounds": {"ours": [1]}})
+    assert rows.row("sft 8") == {"rounds": {"ours": [1]}}, "the newest"
+
+
+@pytest.mark.parametrize(
+    ("words", "failed", "written"),
+    [
+        ([], [], True), (["--resume"], [], True), (["--rounds", "2"], [], True),
+        (["--only", "sft"], [], False), (["--rounds", "1"], [], False), (["--batches", "8"], [], False),
+        (["--steps", "5"], [], False), (["--size", "tiny"], [], False), ([], ["ppo 8"], False),
+    ],
+)  # fmt: skip
+def test_the_page_is_written_by_a_whole_run_alone(peers, monkeypatch, tmp_path, words, failed, written):
+    compared = peers("compared")
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- what follows is written by make bench -->\nold\n<!-- until here -->\n")
+    monkeypatch.setattr(compared, "PAGE", page)
+    compared._publish(compared.parsed([*words, "--write", "bench"]), "new", failed)
+    assert ("new" in page.read_text(), "old" in page.read_text()) == (written, not written)
 
 
 def test_arguments_say_what_there_is(peers, capsys):
