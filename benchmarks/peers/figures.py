@@ -1,6 +1,6 @@
 """What was measured of each kind of work, and the figures that follow from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isnan
 from statistics import median
@@ -8,6 +8,8 @@ from typing import Any
 
 WARM_UP = 2
 """Steps at the start that are left out: they import, allocate and look things up."""
+BEHIND = 0.995
+"""Below this a ratio is below 1 as it is printed."""
 PROCESSOR, CLOCK = 0, 1
 """Columns of a mark: seconds of each."""
 
@@ -109,25 +111,30 @@ class Sampled:
 
 
 def peer_wins(works: Iterable[Work], sampled: Iterable[Sampled], column: int, names: dict[str, str]) -> list[str]:
-    """Each figure in which ours is behind, in words."""
+    """Each figure in which ours is behind by a hundredth or more, in words."""
     found = []
     for work in works:
         what, other = f"{names[work.kind]} at {work.batch}", work.best(column)[1]
-        for measure, at in (("tokens per CPU-second", PROCESSOR), ("tokens per second", CLOCK)):
-            if (ratio := median(work.ratios(at))) < 1:
-                found.append(f"{what}: {measure}, {ratio:.2f} of the peer's")
-        for measure, own, its in (
-            ("peak memory", work.ours.peak, other.peak),
-            ("CPU-seconds to the first step", work.ours.start(PROCESSOR), other.start(PROCESSOR)),
-            ("seconds to the first step", work.ours.start(CLOCK), other.start(CLOCK)),
-        ):
-            if own > its:
-                found.append(f"{what}: {measure}, {own / its:.2f} times the peer's")
+        found += [f"{what}: {text}" for text in (*_slower(work), *_dearer(work.ours, other))]
     for row in sampled:
-        for measure, at in (("tokens per CPU-second", PROCESSOR), ("tokens per second", CLOCK)):
-            if (ratio := median(row.ratios(at))) < 1:
-                found.append(f"sampling, {row.batch} rows, {row.lengths}: {measure}, {ratio:.2f} of generate's")
+        found += [f"sampling, {row.batch} rows, {row.lengths}: {text}" for text in _slower(row)]
     return found
+
+
+def _slower(row: Work | Sampled) -> Iterator[str]:
+    for measure, column in (("tokens per CPU-second", PROCESSOR), ("tokens per second", CLOCK)):
+        if (ratio := median(row.ratios(column))) < BEHIND:
+            yield f"{measure}, {ratio:.2f} of the peer's"
+
+
+def _dearer(ours: Side, theirs: Side) -> Iterator[str]:
+    for measure, own, its in (
+        ("peak memory", ours.peak, theirs.peak),
+        ("CPU-seconds to the first step", ours.start(PROCESSOR), theirs.start(PROCESSOR)),
+        ("seconds to the first step", ours.start(CLOCK), theirs.start(CLOCK)),
+    ):
+        if its < own * BEHIND:
+            yield f"{measure}, {own / its:.2f} times the peer's"
 
 
 def _rate(marks: list[list[float]], column: int) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from statistics import median
 
-from figures import CLOCK, PROCESSOR, Sampled, Side, Work, peer_wins
+from figures import BEHIND, CLOCK, PROCESSOR, Sampled, Side, Work, peer_wins
 
 BEGIN, END = "<!-- what follows is written by make {} -->", "<!-- until here -->"
 
@@ -87,7 +87,7 @@ def spread(values: list[float]) -> str:
 
 
 def _ratio(values: list[float]) -> str:
-    wins = " (the peer wins)" if median(values) < 1 else ""
+    wins = " (the peer wins)" if median(values) < BEHIND else ""
     return f"**{median(values):.2f}** ({min(values):.2f}–{max(values):.2f}){wins}"
 
 
