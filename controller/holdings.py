@@ -17,9 +17,12 @@ from trainers.remote.store import Store
 from trainers.spec import SpecModel
 
 M = TypeVar("M", bound=SpecModel)
+F = TypeVar("F", int, float)
 
 LARGEST = 4 << 20
 """Bytes of a file that is read: a result is some kilobytes."""
+LARGEST_FIGURE = 10**15
+"""Of bytes, steps or seconds. One that is larger, or negative, was written by nobody who counted, and counts as none."""
 MARKS = ("result.json", "identity.json")
 """Files by which a phase's folder is known."""
 MARK_OF_ASIDE = re.compile(r"-([0-9a-f]{16}|damaged)(\.\d+)?$")
@@ -152,11 +155,25 @@ def _folders(files: Files) -> set[str]:
 
 def _phase(files: Files, folder: str, status: RunStatus) -> HeldPhase:
     run, *middle, last = PurePosixPath(folder).parts
-    result = _read(files, f"{folder}/result.json", Result)
+    found = _read(files, f"{folder}/result.json", Result)
+    result = found and _counted(found)
     progress = (_read(files, f"{folder}/progress.json", Progress) if result is None else None) or Progress()
     name = MARK_OF_ASIDE.sub("", last) if middle else last
     known = None if middle else status.phase_status(name)
-    return HeldPhase(run, name, folder, bool(middle), result, progress.step, progress.total_steps, known)
+    return HeldPhase(
+        run, name, folder, bool(middle), result, _figure(progress.step), _figure(progress.total_steps), known
+    )
+
+
+def _counted(result: Result) -> Result:
+    """Its figures are added up and shown with those of others."""
+    artifacts = {n: found.model_copy(update={"size": _figure(found.size)}) for n, found in result.artifacts.items()}
+    figures = {"steps": _figure(result.steps), "seconds": _figure(result.seconds)}
+    return result.model_copy(update={"artifacts": artifacts, **figures})
+
+
+def _figure(value: F) -> F:
+    return value if 0 <= value <= LARGEST_FIGURE else type(value)(0)
 
 
 def _run(name: str, phases: Iterable[HeldPhase], status: RunStatus) -> HeldRun:

@@ -173,7 +173,9 @@ def termination_json(termination: Termination) -> str:
     doc = termination.document()
     metrics = {name: value for name, value in termination.metrics.items() if math.isfinite(value)}
     if len(json.dumps(doc["message"])) > TERMINATION_LIMIT // 2:
-        doc["message"] = termination.message.encode("ascii", "replace").decode()[: TERMINATION_LIMIT // 4]
+        ascii_only = termination.message.encode("ascii", "replace").decode()[: TERMINATION_LIMIT // 4]
+        # A control character would be six bytes; none of the others is more than two.
+        doc["message"] = "".join(char if char.isprintable() else " " for char in ascii_only)
     while len(text := json.dumps(doc | {"metrics": metrics}, allow_nan=False)) > TERMINATION_LIMIT and metrics:
         metrics.popitem()
     return text

@@ -1,5 +1,6 @@
 """Texts of strangers: what pods, queues and webhooks say, made fit for statuses, events, logs and terminals."""
 
+import json
 import re
 
 LIMIT = 1024
@@ -30,6 +31,22 @@ def plain(text: str, limit: int = LIMIT) -> str:
     # Longer than a message is, and no pattern has to go through more.
     words = ESCAPE.sub("", text[: 8 * limit]).split()
     return " ".join(CONTROL.sub("", " ".join(words)).split())[:limit].rstrip()
+
+
+def stored_bytes(text: str) -> int:
+    """Of a text in the JSON that etcd keeps: UTF-8, in which the API server writes `<`, `>` and `&` as `\\u003c` and so on."""
+    return len(json.dumps(text, ensure_ascii=False).encode(errors="replace")) - 2 + 5 * sum(map(text.count, "<>&"))
+
+
+def within(text: str, limit: int) -> str:
+    """As much of its beginning as takes so many bytes where it is kept."""
+    if stored_bytes(text) <= limit:
+        return text
+    kept = text[:limit]
+    while (size := stored_bytes(kept)) > limit:
+        # A character takes six bytes at most.
+        kept = kept[: -max((size - limit) // 6, 1)]
+    return kept
 
 
 def for_terminal(line: str) -> str:

@@ -1,5 +1,6 @@
 """`alignctl history`: one page for people about everything that a workspace holds. Static: no scripts, nothing to fetch."""
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from urllib.parse import quote
@@ -66,7 +67,7 @@ def reports(files: Files) -> frozenset[str]:
 
 def link(phase: HeldPhase) -> str:
     """Relative to the page, whatever a folder is called."""
-    return f"./{quote(phase.folder)}/{REPORT}"
+    return f"./{quote(os.fsencode(phase.folder))}/{REPORT}"
 
 
 def metrics(phase: HeldPhase) -> list[tuple[str, float]]:

@@ -18,7 +18,10 @@ from trainers.contract import FailureClass
 
 ALL = "*"
 """In a phase's place: every phase."""
-DIGITS = 18
+DIGITS = 15
+"""Of a number that anybody may write. Beyond, only the next one is taken: nobody can leave none that is larger."""
+LONGEST = 19
+"""Digits that a status has room for."""
 SHOWN = 60
 
 
@@ -33,21 +36,34 @@ class Request:
     """To run anew, with what builds on them. None: what failed tries again."""
 
 
-def parse(text: str) -> Request:
+def largest(seen: int) -> int:
+    """The largest number that is taken after this one."""
+    return max(10**DIGITS - 1, seen + 1)
+
+
+def parse(text: str, seen: int) -> Request:
+    """``seen``: number of the last request, or 0."""
     number, *phases = text.split() or [""]
-    if not (number.isascii() and number.isdigit() and len(number) <= DIGITS and int(number)):
+    is_number = number.isascii() and number.isdigit() and len(number) <= LONGEST
+    if not (is_number and 0 < int(number) <= largest(seen)):
         limit = f"a number from 1 up to {DIGITS} digits, then names of phases"
         why = f'"{plain(text, SHOWN)}" is not {limit}, for example "1" or "2 dpo"'
         raise Malformed(plain(f"annotation {ANNOTATION_RETRY}: {why}"))
     return Request(int(number), tuple(phases))
 
 
-def number_of(text: str | None) -> int:
-    """0 is none, or none that can be read."""
+def following(text: str | None, status: RunStatus, now: int) -> int:
+    """A number that is taken, whatever the annotation says now: larger than what was seen and, if it can be, than what waits.
+
+    What cannot be understood will never be obeyed, and is passed over.
+    """
+    seen = last(status)
     try:
-        return parse(text).number if text is not None else 0
+        waits = parse(text, seen).number if text is not None else 0
     except Malformed:
-        return 0
+        waits = 0
+    wanted = max(now, seen + 1, waits + 1)
+    return wanted if wanted <= largest(seen) else seen + 1
 
 
 def last(status: RunStatus) -> int:
@@ -60,7 +76,7 @@ def is_news(text: str | None, status: RunStatus) -> bool:
     if text is None:
         return False
     try:
-        return parse(text).number > last(status)
+        return parse(text, last(status)).number > last(status)
     except Malformed as error:
         return status.retry is None or status.retry.refused != str(error)
 
@@ -71,7 +87,7 @@ def obey(run: AlignmentRun, before: RunStatus) -> RunStatus:
     if text is None or not is_news(text, before):
         return before
     try:
-        request = parse(text)
+        request = parse(text, last(before))
     except Malformed as error:
         return _kept(before, RetryStatus(number=last(before), refused=str(error)))
     names = [entry.name for entry in run.phases]

@@ -5,13 +5,17 @@ is needed; what the planner itself relies on (gated figures, the last attempt's 
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, PhaseStatus, QueueStatus, RunStatus
+from controller.api.text import within
 
 LIMIT = 100_000
-"""Bytes of a status as JSON."""
+"""Bytes of a status as etcd keeps it, whatever characters are in it."""
+CONDITION_LIMIT = 1024
+"""Bytes of a condition's message, where phases alone cannot make room."""
 
 Squeeze = Callable[[PhaseStatus, Collection[str]], PhaseStatus]
 
@@ -19,19 +23,35 @@ Squeeze = Callable[[PhaseStatus, Collection[str]], PhaseStatus]
 def bounded(status: RunStatus, run: AlignmentRun) -> RunStatus:
     gated = {entry.name: {gate.metric for gate in entry.spec.gates} for entry in run.phases}
     for squeeze in SQUEEZES:
-        if len(status.model_dump_json(by_alias=True, exclude_none=True)) <= LIMIT:
-            break
+        if size(status) <= LIMIT:
+            return status
         phases = tuple(squeeze(phase, gated.get(phase.name, ())) for phase in status.phases)
         status = status.model_copy(update={"phases": phases})
-    return status
+    return status if size(status) <= LIMIT else _few_words(status)
+
+
+def size(status: RunStatus) -> int:
+    written = status.model_dump_json(by_alias=True, exclude_none=True)
+    # The API server writes these as six bytes each.
+    return len(written.encode()) + 5 * sum(map(written.count, "<>&"))
+
+
+def _few_words(status: RunStatus) -> RunStatus:
+    """What is said of the run as a whole."""
+    cut = partial(within, limit=CONDITION_LIMIT)
+    conditions = tuple(c.model_copy(update={"message": cut(c.message)}) for c in status.conditions)
+    changes: dict[str, Any] = {"conditions": conditions, "phase": cut(status.phase)}
+    if status.retry is not None:
+        changes["retry"] = status.retry.model_copy(update={"refused": cut(status.retry.refused)})
+    return status.model_copy(update=changes)
 
 
 def _messages(longest: int) -> Squeeze:
     def squeeze(phase: PhaseStatus, _: Collection[str]) -> PhaseStatus:
-        changes: dict[str, Any] = {n: getattr(phase, n)[:longest] for n in ("message", "needs", "held_by")}
+        changes: dict[str, Any] = {n: within(getattr(phase, n), longest) for n in ("message", "needs", "held_by")}
         changes["attempts"] = tuple(_shortened(a, longest) for a in phase.attempts)
         if phase.queue is not None:
-            changes["queue"] = QueueStatus(state=phase.queue.state, message=phase.queue.message[:longest])
+            changes["queue"] = QueueStatus(state=phase.queue.state, message=within(phase.queue.message, longest))
         return phase.model_copy(update=changes)
 
     return squeeze
@@ -39,7 +59,7 @@ def _messages(longest: int) -> Squeeze:
 
 def _shortened(attempt: Attempt, longest: int) -> Attempt:
     return attempt.model_copy(
-        update={n: getattr(attempt, n)[:longest] for n in ("message", "node", "taken_by", "barred")}
+        update={n: within(getattr(attempt, n), longest) for n in ("message", "node", "taken_by", "barred")}
     )
 
 

@@ -1,5 +1,6 @@
 """What the phases' states mean for the run: its conditions and the words for the printer columns."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -8,6 +9,9 @@ from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.plan.conditions import Claim
 from controller.plan.moments import later
+
+LONGEST = 1e12
+"""Seconds that are told; what says more is not a time."""
 
 MOVING = (PhaseState.READY, PhaseState.RUNNING, PhaseState.BACKING_OFF)
 
@@ -165,7 +169,9 @@ def _phase_column(status: RunStatus, running: Sequence[PhaseStatus]) -> str:
 
 def duration(seconds: float) -> str:
     """`42s`, `3m20s`, `5h07m`, `2d03h`."""
-    total = max(int(seconds + 0.5), 0)
+    if math.isnan(seconds):
+        return "-"
+    total = int(min(max(seconds, 0), LONGEST) + 0.5)
     if total < 60:
         return f"{total}s"
     if total < 3600:

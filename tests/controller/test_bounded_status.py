@@ -3,12 +3,16 @@
 import json
 from datetime import timedelta
 
+import pytest
 from builders import START, after, job, make_run, seen, sft, with_status
+from hypothesis import given
+from hypothesis import strategies as st
 from stories import INFRA, INTERRUPTED, one, phase
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
+from controller.api.status import Attempt, AttemptState, Condition, PhaseState, PhaseStatus, RetryStatus, RunStatus
+from controller.api.text import stored_bytes, within
 from controller.plan.attempts import KEPT
 from controller.plan.bounded import LIMIT, bounded
 from controller.plan.decide import Decision, decide
@@ -92,6 +96,42 @@ def test_a_status_stays_small_whatever_has_happened() -> None:
     for found in small.phases:
         assert found.attempts[-1].number == 17
         assert found.metrics["parameters"] == 7.0
+
+
+def stored(thing: object) -> int:
+    """As Go writes JSON, which is what etcd keeps."""
+    text = json.dumps(thing, ensure_ascii=False, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return len(text.encode())
+
+
+@pytest.mark.parametrize("char", ["a", '"', "é", "字", "😀", "<"])
+@pytest.mark.parametrize("attempts", [1, 2, 18])
+def test_it_is_bounded_in_bytes_whatever_the_language(char: str, attempts: int) -> None:
+    run = make_run(*(sft(f"p{i:02}") for i in range(meta.MAX_PHASES)))
+    failed = [
+        Attempt(number=n, digest="d" * 64, state=AttemptState.FAILED, failure=INFRA, message=char * 1024)
+        for n in range(1, attempts + 1)
+    ]
+    phases = [PhaseStatus(name=e.name, type="sft", message=char * 1024, attempts=tuple(failed)) for e in run.phases]
+    told = [
+        Condition(type=kind, status="True", reason="X", message=char * 4096, last_transition_time=START)
+        for kind in (meta.ACCEPTED, meta.PROGRESSING, meta.SUSPENDED, meta.STALLED, meta.SUCCEEDED, meta.FAILED)
+    ]
+    refused = RetryStatus(refused=char * 4096)
+    small = bounded(RunStatus(phases=tuple(phases), conditions=tuple(told), retry=refused), run)
+    assert stored(small.document()) <= LIMIT
+    assert bounded(small, run) == small
+    assert small.phases[-1].message
+
+
+@given(st.text(max_size=200), st.integers(0, 300))
+def test_a_text_is_cut_to_what_it_takes_where_it_is_kept(text: str, limit: int) -> None:
+    kept = within(text, limit)
+    assert text.startswith(kept)
+    assert stored(kept) - 2 == stored_bytes(kept) <= limit
+    assert kept == text or limit - stored_bytes(kept) < 7, "no more is cut than is needed"
 
 
 def test_what_fits_is_left_as_it_is() -> None:

@@ -12,8 +12,9 @@ from stories import BAD, INTERRUPTED, attempt, condition, one, phase, runs
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import PhaseState, RunStatus
+from controller.api.status import PhaseState, RetryStatus, RunStatus
 from controller.operator import events
+from controller.plan import again
 from controller.plan.again import chosen, is_news
 from controller.plan.bounded import LIMIT
 from controller.plan.decide import Apply, Decision, Delete, decide, rests
@@ -198,12 +199,13 @@ class TestAnew:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", '"" is not a number from 1 up to 18 digits'),
+        ("", '"" is not a number from 1 up to 15 digits'),
         ("abc", '"abc" is not a number from 1 up'),
         ("0", '"0" is not'),
         ("-1", '"-1" is not'),
         ("1.5 base", '"1.5 base" is not'),
-        ("9" * 19, "is not a number"),
+        ("9" * 16, "is not a number"),
+        ("9" * 5000, "is not a number"),
         ("²", "is not a number"),
         ("3 nobody", '"nobody" is not a phase of this run; phases are: base'),
         ("3 \x1b[2Jx", '"x" is not a phase'),
@@ -221,6 +223,20 @@ def test_what_cannot_be_meant_is_told_once_and_changes_nothing(text: str, why: s
     assert RunStatus.model_validate(decision.status.document()) == decision.status
     assert [e.reason for e in events.transitions(run.status, decision.status)] == ["RetryRefused"]
     assert rests(with_status(asked, decision))
+
+
+@pytest.mark.parametrize("seen_before", [0, 7, 10**15 - 1, 10**15, 10**18 - 1])
+@pytest.mark.parametrize("text", [None, "", "999999999999999999", "9" * 15, "9" * 19, "6", "7 base", "nonsense"])
+def test_the_number_that_the_command_writes_is_always_obeyed(text: str | None, seen_before: int) -> None:
+    """Whatever stands there: nobody can leave a number that none follows."""
+    status = (ended(one()).status or RunStatus()).model_copy(update={"retry": RetryStatus(number=seen_before)})
+    for _ in range(2):  # whether or not the operator has met what stands there
+        number = again.following(text, status, 1_800_000_000)
+        decision = decide(asking(ended(one()), str(number), status), seen(), after(9))
+        assert decision.status.retry == RetryStatus(number=number)
+        assert decision.status.phases[0].state != "Failed"
+        if text is not None:
+            status = decide(asking(ended(one()), text, status), seen(), after(9)).status
 
 
 # ---------------------------------------------------------------- whatever order, restart or duplicate

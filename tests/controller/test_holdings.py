@@ -1,18 +1,23 @@
 """What a workspace holds, for terminals and as a page: read from folders that anybody may have written."""
 
 import json
+import math
 import os
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from controller import runs_folder
 from controller.api.problems import InvalidRun
-from controller.commands.history import PAGE, history_command
-from controller.commands.runs import bytes_text, runs_command
+from controller.commands.history import PAGE, history_command, page
+from controller.commands.runs import bytes_text, phase_rows, run_row, runs_command
 from controller.holdings import LARGEST, Folder, HeldRun, holdings
+from controller.plan.verdict import LONGEST, duration
 from trainers.contract import Artifact, Identity, Progress, Result
 from trainers.remote.store import Store
 
@@ -144,6 +149,67 @@ def test_nothing_is_followed_or_believed(root: Path, tmp_path_factory: pytest.Te
     evil = next(run for run in held(root) if run.name == "evil")
     assert sorted(p.name for p in evil.phases) == list("abcdefgh")
     assert not evil.finished
+
+
+def test_figures_that_nobody_counted_break_no_list(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = result("x").document()
+    sizes = {"model": {**whole["artifacts"]["model"], "size": 10**400}}
+    for name, more in {
+        "a": {"artifacts": sizes},
+        "b": {"seconds": 1e308},
+        "c": {"seconds": 1e308, "steps": -5},
+    }.items():
+        (root / "evil" / name).mkdir(parents=True)
+        (root / "evil" / name / "result.json").write_text(json.dumps({**whole, **more}))
+    leave(root, "evil/d", Identity(digest="x"), "identity.json")
+    (root / "evil/d/progress.json").write_text(json.dumps({"step": 10**400, "totalSteps": 10**4000}))
+    for name in (None, "evil"):
+        assert runs_command(str(root), name) == 0
+    assert "older    1       -" in capsys.readouterr().out
+    assert history_command(str(root)) == 0
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5)
+    | st.integers(-(10**400), 10**400) | st.sampled_from([10**400, 1e308, -1e308, 1e16, "\x1b[2J\u202e", 2**63]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+FIELDS = st.sampled_from(["steps", "seconds", "artifacts", "metrics", "finishedAt", "type", "seed", "size", "run"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(FIELDS, ANY, min_size=1, max_size=3), min_size=1, max_size=3))
+def test_whatever_a_result_says_the_others_are_listed(documents: list[dict[str, object]]) -> None:
+    whole = result("x").document()
+    held: dict[str, bytes] = {"good/sft/result.json": json.dumps(whole).encode()}
+    for i, given_ in enumerate(documents):
+        sizes = {"model": {**whole["artifacts"]["model"], "size": given_.pop("size")}} if "size" in given_ else {}
+        held[f"evil/p{i}/result.json"] = json.dumps(
+            {**whole, **({"artifacts": sizes} if sizes else {}), **given_}
+        ).encode()
+
+    class Memory:
+        def names(self, pattern: str) -> list[str]:
+            return [name for name in held if pattern == "*/*/result.json"]
+
+        def read(self, name: str) -> bytes | None:
+            return held.get(name)
+
+    runs = holdings(Memory())
+    assert {run.name for run in runs} == {"good", "evil"}
+    shown = [cell for run in runs for cell in run_row(run)] + [
+        c for run in runs for row in phase_rows(run) for c in row
+    ]
+    assert all(isinstance(cell, str) for cell in shown)
+    assert "helpful" not in page("w", runs, frozenset(), datetime(2026, 1, 1, tzinfo=UTC))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(math.nan, "-"), (-1e308, "0s"), (math.inf, duration(LONGEST)), (1e308, duration(LONGEST))]
+)
+def test_any_number_is_a_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 class Page(HTMLParser):

@@ -60,6 +60,12 @@ class TestTermination:
         assert len(text.encode()) <= contract.TERMINATION_LIMIT
         assert json.loads(text)["failure"] == "BadInput"
 
+    @pytest.mark.parametrize("char", ["\x1b", "\n", "\\", "😀"])
+    def test_a_long_message_of_characters_that_are_written_as_six_bytes_fits_too(self, char):
+        text = contract.termination_json(Termination(failure="BadInput", message=char * 9000))
+        assert len(text) <= contract.TERMINATION_LIMIT
+        assert json.loads(text)["failure"] == "BadInput"
+
     def test_exit_codes_are_distinct_and_in_range(self):
         codes = [failure.code for failure in FAILURES.values() if failure.code is not None]
         assert len(set(codes)) == len(codes)

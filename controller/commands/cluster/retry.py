@@ -60,7 +60,7 @@ def _missed(phase: PhaseStatus) -> bool:
 def _ask(cluster: Cluster, run: ClusterRun, phases: Sequence[str]) -> None:
     """With a number that nobody has used, larger than all before it; whoever asks at the same moment has another."""
     for _ in range(TRIES):
-        number = max(int(time.time()), again.last(run.status) + 1, again.number_of(run.asked_again) + 1)
+        number = again.following(run.asked_again, run.status, int(time.time()))
         text = " ".join([str(number), *phases])
         if patiently(cluster, partial(cluster.annotate, run, meta.ANNOTATION_RETRY, text)):
             return
