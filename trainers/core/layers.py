@@ -11,6 +11,8 @@ from trainers.contract import BadInput
 
 T = TypeVar("T")
 
+HELD = "held"
+"""A type of rotary angles that transformers does not know."""
 NOT_OF_A_LAYER = ("layer_idx", "training")
 """Numbers that a layer has by its place, or for the time being."""
 
@@ -50,6 +52,24 @@ def hold(model: Any, dtype: torch.dtype) -> Any:
         if not kept_in_fp32(model, name):
             weight.data = weight.data.to(dtype)
     return model
+
+
+def hold_angles(model: Any) -> None:
+    """Keep rotary angles as they are: those of short rows, whatever the longest of a batch (:mod:`trainers.rotary`).
+
+    transformers turns them by the type that a module names. One that it does not know leaves them, and fails loudly if a
+    module's tables are made anew.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            module.rope_type = {layer: _held(kind) for layer, kind in kinds.items()}
+        elif isinstance(kinds, str):
+            module.rope_type = _held(kinds)
+
+
+def _held(kind: str) -> str:
+    return HELD if "dynamic" in kind or kind == "longrope" else kind
 
 
 def kept_in_fp32(model: Any, name: str) -> bool:

@@ -20,8 +20,6 @@ from trainers.core.layers import backbone, decoder_layers
 LLAMAS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 JOINED = "joined"
 """Attribute of an attention: what makes queries, keys and values in one product, where weights are copied anyway."""
-BY_LENGTH = ("dynamic", "longrope")
-"""Rotary angles that change with how far a row has come."""
 
 Turn = tuple[torch.Tensor, torch.Tensor]
 """Cosines, and sines with their signs, of tokens' rotary angles: (N, 1, D) each."""
@@ -67,8 +65,6 @@ class Lean:
         return found
 
     def _turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> Turn:
-        if self.rotary.rope_type in BY_LENGTH:
-            return _signed(*self.rotary(hidden, positions[:, None]))
         if self.table is None:
             every = torch.arange(self.longest, device=positions.device)[:, None]
             self.table = _signed(*self.rotary(hidden, every))

@@ -17,12 +17,13 @@ from trainers.core.compiling import compile_layers
 from trainers.core.context import PhaseContext
 from trainers.core.heads import is_adapted, is_plain
 from trainers.core.hub import hub_name
-from trainers.core.layers import hold, keep_layers, keep_split_layers
+from trainers.core.layers import hold, hold_angles, keep_layers, keep_split_layers
 from trainers.core.products import hasten
 from trainers.core.quantization import FourBit
 from trainers.core.sharding import Sharding, is_split, whole_shape
 from trainers.core.vocabulary import num_known
 from trainers.core.weights import check_trainable, read_config, read_model
+from trainers.rotary import same_angles
 from trainers.spec import Lora, ModelRef, Parallel, RewardModelRef
 
 transformers_logging.disable_progress_bar()
@@ -155,7 +156,9 @@ def context_length(model: Any) -> int:
 
 
 def positions(config: Any) -> int:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+    text = config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), same_angles(vars(text)))
+    return min((limit for limit in limits if limit), default=2**20)
 
 
 def length_limit(loaded: LoadedModel, wanted: int) -> int:
@@ -184,6 +187,7 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     place(ctx, model, frozen)
+    _hold_angles(ctx, model)
     chat = chat_format(tokenizer, model)
     if ctx.spec.parallel.compile:
         compile_layers(model, ctx.workers.device)
@@ -206,6 +210,16 @@ def prepared(ctx: PhaseContext, model: Any, tokenizer: Any, lora: Lora | None, f
     plain = adapters.base_model.model if adapters is not None else model
     dtype = DTYPES[ctx.spec.export_dtype]
     return LoadedModel(plain, tokenizer, chat, adapters, dtype, num_known=num_known(model, tokenizer))
+
+
+def _hold_angles(ctx: PhaseContext, model: Any) -> None:
+    hold_angles(model)
+    whole, limit = getattr(model.config.get_text_config(), "max_position_embeddings", None), context_length(model)
+    if ctx.workers.is_main and whole and limit < whole:
+        print(
+            f"{model.config.model_type}: rotary angles change beyond {limit} tokens (longrope), so rows have no more; "
+            "with a short_factor that equals long_factor in config.json the model has the long ones' for all rows"
+        )
 
 
 def check_adapters(parallel: Parallel, adapters: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as List
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from trainers.contract import BadInput
 from trainers.core.sharding import computes_on
@@ -56,17 +57,30 @@ class Padded:
             **without_router_logits(self.model),
         )
         self.cache = getattr(out, self.cache_name, None)
+        kind = self.model.config.model_type
         if self.cache is None:
-            kind = self.model.config.model_type
             raise BadInput(f"models of type {kind} cannot generate: their forward pass gives no cache to go on from")
+        if not _gives_rows(self.cache):
+            cache = type(self.cache).__name__
+            raise BadInput(f"models of type {kind} cannot generate: no rows can be taken out of their {cache}")
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
     def keep(self, rows: torch.Tensor) -> None:
         """Row i is from now on what row ``rows[i]`` was."""
         if self.cache is not None:
-            self.cache.reorder_cache(rows)  # every kind of layer has it, states of linear attention too
+            self.cache.reorder_cache(rows)
         self.real = self.real[rows]
+
+
+def _gives_rows(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: of all of transformers' own kinds, whose layers know how.
+
+    What an architecture adds beside its layers (MiniMax's states) stays behind unless it says so, and masks miss it too.
+    """
+    kind, general = type(cache), Cache.reorder_cache
+    own = getattr(kind, "reorder_cache", None)
+    return own is not None and (own is not general or kind.__module__ == Cache.__module__)
 
 
 def without_router_logits(model: Any) -> dict[str, bool]:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from trainers.model_files import config_problem
+from trainers.rotary import same_angles
 from trainers.sizing.families import DEFAULTS, FAMILIES, READ_DIRECTLY, STATE_SPACE
 from trainers.sizing.parts import Part, layer_norm, norm
 from trainers.spec import Lora, ScratchModel
@@ -125,6 +126,7 @@ def _shape(kind: str, c: dict[str, Any], classifier: bool) -> ModelShape:
         c.setdefault("num_key_value_heads", c["num_attention_heads"])
     around = layer_norm(width) if kind in ("gpt2", "gpt_neox") else norm(width)
     positions = c.get("n_positions" if kind == "gpt2" else "max_position_embeddings") or UNSTATED
+    positions = min(positions, same_angles(c) or positions)
     if kind == "gpt2":
         around += Part(other=positions * width)
     return ModelShape(
