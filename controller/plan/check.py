@@ -12,6 +12,7 @@ from controller.api.volumes import mount_problems
 from controller.plan.adapted import adapter_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.once import of_spec
+from controller.plan.pods import pod_problems, settings_problems
 from controller.plan.resolve import merge_templates, resolve
 from controller.plan.room import room_problems
 from controller.plan.tokenizers import tokenizer_problems
@@ -33,8 +34,8 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
         problems += [*_inherited_problems(run), *_share_problems(run), *room_problems(run, {})]
-        problems += [*adapter_problems(run, {})]
-    return [*problems, *_gpu_problems(run), *_mount_problems(run)]
+        problems += [*adapter_problems(run, {}), *settings_problems(run)]
+    return [*problems, *_gpu_problems(run), *_mount_problems(run), *pod_problems(run)]
 
 
 def check_entries(entries: Sequence[PhaseEntry], types: Mapping[str, PhaseType | None]) -> list[Problem]:

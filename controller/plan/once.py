@@ -14,7 +14,7 @@ KEPT = 256
 
 
 def of_spec(function: Callable[[AlignmentRun], T]) -> Callable[[AlignmentRun], T]:
-    """For functions of phases, template, model, seed and suspension, which never change in place.
+    """For functions of phases, template, model, seed, suspension and priority, which never change in place.
 
     They are told by who they are: to compare two of them would take as long as the work. What is kept is held, so nobody else
     gets its place meanwhile.
@@ -25,7 +25,7 @@ def of_spec(function: Callable[[AlignmentRun], T]) -> Callable[[AlignmentRun], T
     def once(run: AlignmentRun) -> T:
         spec = run.spec
         held = (spec.phases, spec.template, spec.model)
-        key = (*map(id, held), spec.seed, spec.suspend)
+        key = (*map(id, held), spec.seed, spec.suspend, spec.queue_priority)
         if key not in known:
             known[key] = held, function(run)
             if len(known) > KEPT:
