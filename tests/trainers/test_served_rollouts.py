@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.contract import BadInput, Infrastructure
 from trainers.core.served import server as calls
+from trainers.core.served.answers import Part, scored
 from trainers.core.served.server import Server, side_by_side
 from trainers.core.served.wire import LEAST_REST, _likeliest
 from trainers.core.top_k import Shards
@@ -217,17 +218,20 @@ class TestLikeliest:
         "9": {"logprob": np.log(0.2), "rank": 2},
     }
 
+    def likeliest(self, position, k, known):
+        return _likeliest(scored(Part("policy", "", [None, position]), 2, 1, k, min(k, known)), k, known)[0]
+
     def test_the_token_that_stands_there_may_be_none_of_them(self):
-        assert _likeliest(self.POSITION, 2, 100) == pytest.approx([2, 9, np.log(0.6), np.log(0.2), np.log(0.2)])
+        assert self.likeliest(self.POSITION, 2, 100) == pytest.approx([2, 9, np.log(0.6), np.log(0.2), np.log(0.2)])
 
     def test_ids_that_are_not_known_are_among_the_rest(self):
-        found = _likeliest(self.POSITION, 3, 9)
+        found = self.likeliest(self.POSITION, 3, 9)
         assert found == pytest.approx([2, 7, 2, np.log(0.6), np.log(0.1), -np.inf, np.log(0.3)])
 
     def test_all_tokens_leave_no_rest_and_rounding_leaves_little(self):
         both = {"0": {"logprob": np.log(0.5), "rank": 1}, "1": {"logprob": np.log(0.5), "rank": 1}}
-        assert _likeliest(both, 2, 2)[-1] == -np.inf
-        assert _likeliest(both, 2, 3)[-1] == LEAST_REST
+        assert self.likeliest(both, 2, 2)[-1] == -np.inf
+        assert self.likeliest(both, 2, 3)[-1] == LEAST_REST
 
 
 def test_the_wire_says_everything_that_a_server_has_defaults_for(sampled, vllm):

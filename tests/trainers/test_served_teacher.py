@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_what_top_k_leaves_out_is_the_divergence_within_the_rest(vllm):
     """In closed form: KL = KL of the buckets + (rest of p) KL(p within the rest || q within the rest)."""
     wire = connected(Server("teacher", Served(url=vllm.url)), "tiny")
     ids = [5, 9, 7, 30, 12, 8]
-    teacher = ServedTeacher(wire, 8, vllm.rows, 4)
+    teacher = ServedTeacher(wire, 8, vllm.rows, ThreadPoolExecutor(4))
     top, logs, known = teacher.scores(
         [Sequence(np.array(ids), np.array([False, False, True, True, True, True]))], torch.device("cpu")
     )
@@ -172,7 +173,7 @@ def test_the_next_traces_are_asked_about_while_this_step_is_learned_from():
 
 def test_no_more_requests_are_open_than_it_says_and_answers_come_while_the_student_works(vllm):
     wire = connected(Server("teacher", Served(url=vllm.url)), None)
-    teacher = ServedTeacher(wire, 4, vllm.rows, 3)
+    teacher = ServedTeacher(wire, 4, vllm.rows, ThreadPoolExecutor(3))
     sequences = [Sequence(np.array([5, 6, 7 + i]), np.array([False, True, True])) for i in range(9)]
     vllm.most_at_once, vllm.delay = 0, 0.02
     teacher.ask(sequences)

@@ -64,11 +64,12 @@ def open_prompts(
     ctx: PhaseContext, data: PromptData, chat: ChatFormat, where: str, check: Callable[[list[Prompt]], None]
 ) -> Examples[Prompt]:
     """Prompts; those longer than the limit are dropped and counted. Raises BadInput if none is left."""
-    encoding = Encoding("prompt", partial(_prompts, chat, data.max_prompt_length), Prompt, check)
+    encoding = Encoding("prompt", partial(short_prompts, chat, data.max_prompt_length), Prompt, check)
     return open_examples(ctx, data.prompts, encoding, data, f"{where}.prompts")
 
 
-def _prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
+def short_prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
+    """What a row becomes: one that is longer, nothing."""
     ids = prompt_ids(chat, row)
     asked: Row = {key: row[key] for key in ("prompt", "messages", "tools", "teacher") if key in row}
     return [Prompt(asked, ids)] if len(ids) <= longest else []

@@ -74,7 +74,7 @@ def test_draws_have_the_models_probabilities(vllm, policy_dir):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy_dir), AutoTokenizer.from_pretrained(policy_dir)
     sampling = Sampling(engine="vllm", max_new_tokens=1)
     bias = {str(i): -100.0 for i in range(len(tokenizer), model.config.vocab_size)}
-    answers = side_by_side(lambda seed: wire.respond([5, 6, 7], sampling, seed, [1], bias), list(range(600)), 16)
+    answers = side_by_side(lambda seed: wire.respond([5, 6, 7], sampling, seed, [1], bias, 10**6), list(range(600)), 16)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     drawn = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=len(logits))

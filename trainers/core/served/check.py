@@ -13,6 +13,7 @@ from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.served.wire import Wire
+from trainers.core.sharding import whole_shape
 from trainers.core.step import Layout, scored
 from trainers.core.vocabulary import PROBES
 
@@ -35,7 +36,7 @@ def check_vocabulary(wire: Wire, ids: int) -> None:
 
 def check_weights(wire: Wire, loaded: LoadedModel, workers: Workers) -> None:
     """Raise BadInput if the server gives tokens other probabilities than the model's weights do."""
-    rows = _rows(wire, loaded.chat)
+    rows = _rows(wire, loaded.chat, int(whole_shape(loaded.model.get_output_embeddings().weight)[0]))
     theirs = [wire.logprobs(row) for row in rows]
     ours = own_logprobs(workers, loaded, rows)
     pairs = [pair for row in zip(ours, theirs, strict=True) for pair in zip(*row, strict=True)]
@@ -60,7 +61,7 @@ def own_logprobs(workers: Workers, loaded: LoadedModel, rows: List[list[int]]) -
     return scored(workers, layout, items, score)
 
 
-def _rows(wire: Wire, chat: ChatFormat) -> list[list[int]]:
+def _rows(wire: Wire, chat: ChatFormat, vocabulary: int) -> list[list[int]]:
     """Conversations that the template takes, with the server's likeliest answers to them."""
     found = []
     for messages in PROBES:
@@ -69,7 +70,7 @@ def _rows(wire: Wire, chat: ChatFormat) -> list[list[int]]:
         except BadInput:  # a template without a system's turn, say
             continue
         new = min(NEW_TOKENS, wire.positions - len(prompt) - 1)
-        found.append(prompt + wire.continued(prompt, new) if new > 0 else prompt[: wire.positions - 1])
+        found.append(prompt + wire.continued(prompt, new, vocabulary) if new > 0 else prompt[: wire.positions - 1])
     return found
 
 

@@ -75,7 +75,8 @@ class Follower:
         order = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self.server.post("/collective_rpc", order)
         # What it remembers of prompts is of the old weights.
-        if not self.server.post("/reset_prefix_cache", {}).get("success"):
+        said = self.server.post("/reset_prefix_cache", {})
+        if not isinstance(said, dict) or said.get("success") is not True:
             raise BadInput(f"{self.server.field}: {self.server.url} keeps prompts of earlier weights")
         shutil.rmtree(folder)
 

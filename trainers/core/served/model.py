@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
-from trainers.contract import Diverged
 from trainers.core.chat import ChatFormat, format_of
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
@@ -41,16 +40,14 @@ class ServedModel:
     """What keeps the server from ids that its matrices have rows for and the tokenizer no token."""
 
     def responses(self, prompts: List[list[int]], sampling: Sampling, keys: List[tuple[int, ...]]) -> list[Response]:
-        """One to each prompt, of which ``keys`` are all the randomness. Raises Diverged for probabilities that are no numbers."""
+        """One to each prompt, of which ``keys`` are all the randomness."""
         stops = sorted(self.chat.stop_ids)
         self.wire.check_length(max(map(len, prompts), default=0) + sampling.max_new_tokens)
 
         def ask(i: int) -> Answer:
-            return self.wire.respond(prompts[i], sampling, seed_of(keys[i]), stops, self.bias)
+            return self.wire.respond(prompts[i], sampling, seed_of(keys[i]), stops, self.bias, self.num_known)
 
         found = side_by_side(ask, list(range(len(prompts))), sampling.batch_size)
-        if not all(np.isfinite(answer.logprobs).all() for answer in found):
-            raise Diverged("the log-probabilities of the server's responses are not finite: a weight is no number")
         return [Response(a.ids, a.ids[-1] in self.chat.stop_ids, a.logprobs) for a in found]
 
 

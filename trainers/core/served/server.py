@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
+from trainers.core.served.answers import plain
 from trainers.core.served.connections import Connections, Reply, route
 from trainers.spec import Served
 
@@ -67,7 +68,7 @@ class Server:
         assert at.url is not None
         self.field, self.timeout, self._stopping = field, timeout, stopping
         self.patience = PATIENCE_SECONDS if patience is None else patience
-        self.url = at.url.rstrip("/").removesuffix("/v1")
+        self.url = address(at.url)
         """What it is called where something is said of it."""
         self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
         self._watcher = watcher
@@ -118,7 +119,7 @@ class Server:
             raise self._refusal(path, reply)
         try:
             return json.loads(reply.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not reply.measured:
                 raise Unanswered("its answer breaks off") from error
             raise BadInput(f"{self.field}: {self.url}{path} answers with no JSON: is it a vLLM server?") from error
@@ -143,6 +144,11 @@ class Server:
         if self._key_variable is None:
             return "set keyVariable to the environment variable that holds it"
         return f"it is not the one in {self._key_variable}"
+
+
+def address(url: str) -> str:
+    """Of a server, with or without what all paths begin with."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def side_by_side(work: Callable[[A], B], items: list[A], width: int) -> list[B]:
@@ -171,9 +177,9 @@ def _key(field: str, variable: str | None) -> str | None:
 def _said(reply: Reply) -> str:
     """The server's own reason, one line of it."""
     text = reply.body[: 1 << 16].decode(errors="replace")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         document = json.loads(text)
         found = document.get("error", document) if isinstance(document, dict) else document
         text = found.get("message") or found.get("detail") or text if isinstance(found, dict) else found
     lines = str(text).strip().splitlines() or [reply.reason]
-    return lines[0][:300]
+    return plain(lines[0])

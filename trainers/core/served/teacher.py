@@ -16,7 +16,7 @@ from trainers.contract import BadInput
 from trainers.core.batch import Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.context import PhaseContext
-from trainers.core.served.server import Server
+from trainers.core.served.server import Server, address
 from trainers.core.served.wire import Wire, connected
 from trainers.core.top_k import Stored
 from trainers.core.vocabulary import PROBES
@@ -30,10 +30,12 @@ SCORE_SECONDS = 180.0
 class ServedTeacher:
     """Answers are asked for ahead of when they are needed, a bounded number at a time."""
 
-    def __init__(self, wire: Wire, k: int, known: int, concurrency: int, meter: TeacherMeter | None = None) -> None:
+    def __init__(
+        self, wire: Wire, k: int, known: int, pool: ThreadPoolExecutor, meter: TeacherMeter | None = None
+    ) -> None:
+        """``known``: ids below this are what both models can say. ``pool``: of those who ask the server."""
         self.wire, self.k, self.known, self.meter = wire, k, known, meter
-        """``known``: ids below this are what both models can say."""
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher")
+        self._pool = pool
         self._asked: dict[bytes, deque[Future[np.ndarray]]] = defaultdict(deque)
         self._waited = 0.0
 
@@ -115,8 +117,37 @@ class Teachers:
             teacher.close()
 
 
-def served_teacher(
-    ctx: PhaseContext, name: str, field: str, at: Teaching, chat: ChatFormat, rows: int, longest: int
+def served_teachers(
+    ctx: PhaseContext, at: Mapping[str, tuple[str, Teaching]], chat: ChatFormat, rows: int, longest: int
+) -> Teachers:
+    """Teachers by the names that rows have for them, each with its field; see :func:`_teacher`."""
+    pools = asking([teaching for _, teaching in at.values()])
+    return Teachers(
+        {
+            name: _teacher(ctx, name, field, teaching, pools[address(str(teaching.url))], chat, rows, longest)
+            for name, (field, teaching) in at.items()
+        }
+    )
+
+
+def asking(teachings: Iterable[Teaching]) -> dict[str, ThreadPoolExecutor]:
+    """Those who ask each server, by its address: no more than any of its teachers allows."""
+    widths: dict[str, int] = {}
+    for teaching in teachings:
+        server = address(str(teaching.url))
+        widths[server] = min(teaching.concurrency, widths.get(server, teaching.concurrency))
+    return {server: ThreadPoolExecutor(width, thread_name_prefix="teacher") for server, width in widths.items()}
+
+
+def _teacher(
+    ctx: PhaseContext,
+    name: str,
+    field: str,
+    at: Teaching,
+    pool: ThreadPoolExecutor,
+    chat: ChatFormat,
+    rows: int,
+    longest: int,
 ) -> ServedTeacher:
     """The teacher that rows call so, of a student that has so many rows of tokens and learns on ``longest`` tokens at most.
 
@@ -133,7 +164,7 @@ def served_teacher(
         raise BadInput(f"{field}.topK {at.top_k}: the teacher and the student share {known} tokens")
     wire.likeliest([0, 0], 1, at.top_k, known)
     ctx.meter.stage("")
-    return ServedTeacher(wire, at.top_k, known, at.concurrency, meter)
+    return ServedTeacher(wire, at.top_k, known, pool, meter)
 
 
 def _key(sequence: Sequence) -> bytes:

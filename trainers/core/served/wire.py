@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from trainers.contract import BadInput
+from trainers.core.served.answers import Part, Scored, plain, scored, shown
 from trainers.core.served.server import Server
 from trainers.spec import Sampling
 
 LEAST_REST = float(np.log(2.0**-23))
 """Lowest log-probability of all other tokens together: what the kept ones leave of 1, and they are known to fp32's rounding."""
+
+UNTOLD = 2**20
+"""Positions of a server that does not say how many it takes."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,18 @@ class Wire:
             )
 
     def respond(
-        self, prompt: List[int], sampling: Sampling, seed: int, stops: List[int], bias: Mapping[str, float]
+        self,
+        prompt: List[int],
+        sampling: Sampling,
+        seed: int,
+        stops: List[int],
+        bias: Mapping[str, float],
+        vocabulary: int,
     ) -> Answer:
-        """A response to a prompt. All is said that the server would else take from its model's files or its own settings."""
+        """A response to a prompt, of ids below ``vocabulary``.
+
+        All is said that the server would else take from its model's files or its own settings.
+        """
         found = self._complete(
             prompt,
             max_tokens=sampling.max_new_tokens,
@@ -62,13 +75,18 @@ class Wire:
             return_tokens_as_token_ids=True,
             **({"logit_bias": bias} if bias else {}),
         )
-        ids, logprobs = found.get("token_ids"), (found.get("logprobs") or {}).get("token_logprobs")
-        if not ids or not logprobs or len(ids) != len(logprobs):
-            raise self._no_such_answer("token_ids")
+        ids = _generated(found, sampling.max_new_tokens, vocabulary)
+        of_tokens = found.member("logprobs").member("token_logprobs")
+        logprobs = of_tokens.logprobs()
+        if len(logprobs) != len(ids):
+            raise of_tokens.wrong(f"a list of {len(ids)}, as many as tokens,")
+        if not set(stops).isdisjoint(ids[:-1]):
+            raise found.member("token_ids").wrong("a response that its end token ends")
         if len(ids) < sampling.max_new_tokens and ids[-1] not in stops:
+            why = ", ".join(shown(found.optional(name).value) for name in ("finish_reason", "stop_reason"))
             raise BadInput(
-                f"{self.server.field}: {self.server.url} ended a response by itself ({found.get('finish_reason')}, "
-                f"{found.get('stop_reason')}): start it without stop tokens and token limits of its own"
+                f"{self.server.field}: {self.server.url} ended a response by itself ({why}): "
+                "start it without stop tokens and token limits of its own"
             )
         return Answer(ids, logprobs)
 
@@ -78,29 +96,33 @@ class Wire:
 
         Ids from ``known`` on are among the others. A place that nothing is left for repeats the first id, at -inf.
         """
-        found = [_likeliest(position, k, known) for position in self._scored(ids, k)[first:]]
-        return np.array(found, dtype=np.float64).reshape(len(found), 2 * k + 1)
+        return _likeliest(self._scored(ids, first, k, min(k, known)), k, known)
 
-    def continued(self, ids: List[int], new_tokens: int) -> list[int]:
-        """The likeliest tokens behind these, whatever ends a response."""
-        found = self._complete(ids, max_tokens=new_tokens, temperature=0, return_token_ids=True).get("token_ids")
-        if not found:
-            raise self._no_such_answer("token_ids")
-        return list(found)
+    def continued(self, ids: List[int], new_tokens: int, vocabulary: int) -> list[int]:
+        """The likeliest tokens behind these, of ids below ``vocabulary``, whatever ends a response."""
+        found = self._complete(ids, max_tokens=new_tokens, temperature=0, return_token_ids=True)
+        return _generated(found, new_tokens, vocabulary)
 
     def logprobs(self, ids: List[int]) -> list[float]:
         """Of every token but the first."""
-        scored = self._scored(ids, 1)
-        return [float(position[str(token)]["logprob"]) for position, token in zip(scored[1:], ids[1:], strict=True)]
+        found = self._scored(ids, 1, 1, 1)
+        stands = found.ids == np.array(ids[1:])[:, None]
+        for number in np.flatnonzero(~stands.any(axis=1))[:1]:
+            raise BadInput(
+                f"{self.server.field}: {self.server.url} answers without the token that stands there, {ids[number + 1]}, "
+                f"in prompt_logprobs[{number + 1}]: it must be vLLM 0.10.2 or newer"
+            )
+        return [float(value) for value in found.logprobs[stands]]
 
     def takes(self, token: int) -> bool:
         """Whether an id is in the vocabulary."""
         try:
-            self._complete([token], max_tokens=1, temperature=0)
+            said = self._said([token], max_tokens=1, temperature=0)
         except BadInput as refusal:
             if "vocabulary" in str(refusal):
                 return False
             raise
+        self._choice(said)
         return True
 
     def tokens(self, text: str) -> list[int] | None:
@@ -116,67 +138,79 @@ class Wire:
             found = self.server.post("/tokenize", {"model": self.name, **body})
         except BadInput:
             return None
-        return found.get("tokens") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or found.get("tokens") is None:
+            return None
+        return Part(self._who, "tokens", found["tokens"]).tokens()
 
-    def _scored(self, ids: List[int], k: int) -> list[dict[str, dict[str, Any]]]:
+    def _scored(self, ids: List[int], first: int, k: int, least: int) -> Scored:
         try:
-            found = self._complete(ids, max_tokens=1, temperature=0, prompt_logprobs=k)
+            said = self._said(ids, max_tokens=1, temperature=0, prompt_logprobs=k)
         except BadInput as refusal:
             if "logprobs" in str(refusal):
                 raise BadInput(f"{refusal}; start the server with --max-logprobs {k}") from refusal
             raise
-        scored = found.get("prompt_logprobs")
-        if not isinstance(scored, list) or len(scored) != len(ids):
-            raise self._no_such_answer("prompt_logprobs")
-        return scored
+        return scored(self._choice(said).member("prompt_logprobs"), len(ids), first, k, least)
 
-    def _complete(self, prompt: List[int], **settings: Any) -> dict[str, Any]:
-        plain = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "ignore_eos": True}
-        answer = self.server.post("/v1/completions", {"model": self.name, "prompt": list(prompt), **plain, **settings})
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not choices:
-            raise self._no_such_answer("choices")
-        found: dict[str, Any] = choices[0]
-        return found
+    def _complete(self, prompt: List[int], **settings: Any) -> Part:
+        return self._choice(self._said(prompt, **settings))
 
-    def _no_such_answer(self, what: str) -> BadInput:
-        return BadInput(
-            f"{self.server.field}: {self.server.url} answers without {what}: it must be vLLM 0.10.2 or newer"
-        )
+    def _said(self, prompt: List[int], **settings: Any) -> Any:
+        """Raises BadInput for what the server refuses."""
+        plainly = {
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "ignore_eos": True,
+        }
+        return self.server.post("/v1/completions", {"model": self.name, "prompt": list(prompt), **plainly, **settings})
+
+    def _choice(self, said: Any) -> Part:
+        choices = Part(self._who, "", said).member("choices")
+        for choice in choices.items():
+            return choice
+        raise choices.wrong("a list of one")
+
+    @property
+    def _who(self) -> str:
+        return f"{self.server.field}: {self.server.url}"
+
+
+def _generated(choice: Part, most: int, vocabulary: int) -> list[int]:
+    part = choice.member("token_ids")
+    ids = part.tokens(vocabulary)
+    if not 0 < len(ids) <= most:
+        raise part.wrong(f"a list of 1 to {most}")
+    return ids
 
 
 def connected(server: Server, served_as: str | None) -> Wire:
     """The model of this name, or the only one. Raises BadInput if the server has no such model."""
-    document = server.get("/v1/models")
-    listed = document.get("data") if isinstance(document, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(model, dict) and "id" in model for model in listed):
-        raise BadInput(f"{server.field}: {server.url} lists no models: is it a vLLM server?")
-    names = [str(model["id"]) for model in listed]
+    data = Part(f"{server.field}: {server.url}", "", server.get("/v1/models")).member("data")
+    names = [model.member("id").text() for model in data.items()]
+    has = plain(", ".join(names))
     if served_as is None and len(names) != 1:
-        raise BadInput(
-            f"{server.field}: {server.url} has {', '.join(names) or 'no models'}: set servedAs to one of them"
-        )
+        raise BadInput(f"{server.field}: {server.url} has {has or 'no models'}: set servedAs to one of them")
     if served_as is not None and served_as not in names:
-        raise BadInput(
-            f"{server.field}.servedAs: {server.url} has no {served_as!r}, but {', '.join(names) or 'nothing'}"
-        )
-    model = listed[names.index(served_as)] if served_as is not None else listed[0]
-    return Wire(server, str(model["id"]), int(model.get("max_model_len") or 2**20))
+        raise BadInput(f"{server.field}.servedAs: {server.url} has no {served_as!r}, but {has or 'nothing'}")
+    model = data.items()[0 if served_as is None else names.index(served_as)]
+    length = model.optional("max_model_len")
+    return Wire(server, model.member("id").text(), UNTOLD if length.value is None else length.count())
 
 
-def _likeliest(position: Mapping[str, Mapping[str, Any]], k: int, known: int) -> list[float]:
-    """One row. Beside the k likeliest the server names the token that stands there, which may be none of them."""
-    by_rank = sorted(position.items(), key=lambda entry: int(entry[1]["rank"]))[:k]
-    kept = [(int(token), float(entry["logprob"])) for token, entry in by_rank if int(token) < known]
-    ids = [token for token, _ in kept] or [0]
-    logs = [log for _, log in kept] or [-np.inf]
-    lacking = k - len(ids)
-    return [*ids, *ids[:1] * lacking, *logs, *[-np.inf] * lacking, _rest(logs, known)]
+def _likeliest(found: Scored, k: int, known: int) -> np.ndarray:
+    """Beside the k likeliest the server names the token that stands there, which may be none of them."""
+    ids, logprobs = found.ids[:, :k], found.logprobs[:, :k]
+    order = np.argsort((ids < 0) | (ids >= known), axis=1, kind="stable")
+    ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+    kept = (ids >= 0) & (ids < known)
+    ids = np.where(kept, ids, np.where(kept[:, :1], ids[:, :1], 0))
+    logprobs = np.where(kept, logprobs, -np.inf)
+    return np.concatenate([ids, logprobs, _rest(logprobs, kept.sum(axis=1) >= known)[:, None]], axis=1)
 
 
-def _rest(logs: list[float], known: int) -> float:
-    """Log-probability of all tokens that are not kept."""
-    if len(logs) >= known:
-        return -np.inf
-    left = 1 - float(np.exp(logs).sum())
-    return float(np.log(left)) if left > np.exp(LEAST_REST) else LEAST_REST
+def _rest(logprobs: np.ndarray, all_kept: np.ndarray) -> np.ndarray:
+    """Log-probability of all tokens that are not kept, (T,)."""
+    left = 1 - np.exp(logprobs).sum(axis=1)
+    some = np.where(left > np.exp(LEAST_REST), np.log(np.maximum(left, np.exp(LEAST_REST))), LEAST_REST)
+    return np.where(all_kept, -np.inf, some)

@@ -30,11 +30,11 @@ from trainers.core.importance import Importance, prefix_importance, sampler_logp
 from trainers.core.memory import print_memory
 from trainers.core.models import LoadedModel, length_limit, load_causal_lm, load_some_layers, speak_alike
 from trainers.core.reward_models import load_reward_model
-from trainers.core.rollouts import Prompt, Sample, check_room, open_prompts
+from trainers.core.rollouts import Prompt, Sample, check_room, short_prompts
 from trainers.core.rollouts_ahead import RolloutsAhead
 from trainers.core.rows import Row
 from trainers.core.scoring import Scorer, check_scoring, hidden_states
-from trainers.core.served.teacher import Teachers, served_teacher
+from trainers.core.served.teacher import Teachers, served_teachers
 from trainers.core.sharding import whole_shape
 from trainers.core.step import Layout, Measures, accumulate, in_eval_mode
 from trainers.core.token_scores import logprobs_of, score_tokens, token_mask
@@ -294,8 +294,7 @@ def _served(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, held: Ex
         return None
     rows = int(whole_shape(student.model.get_output_embeddings().weight)[0])
     longest = length_limit(student, spec.max_length)
-    found = {name: served_teacher(ctx, name, *at, student.chat, rows, longest) for name, at in asked.items()}
-    served = Teachers(found)
+    served = served_teachers(ctx, asked, student.chat, rows, longest)
     held.callback(served.close)
     student.num_known = lowest(student.num_known, served.known)
     return served
@@ -398,15 +397,19 @@ def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: 
     # A sample that did not fit maxLength would be trained behind another prompt than it was sampled from.
     longest = min(spec.prompts.max_prompt_length, spec.max_length - spec.sampling.max_new_tokens)
     data = spec.prompts.model_copy(update={"max_prompt_length": longest})
-    teachers = [teacher.name for teacher in spec.teachers]
+    teachers = tuple(teacher.name for teacher in spec.teachers)
 
     def check(prompts: list[Prompt]) -> None:
         check_room(student, prompts, spec.sampling)
-        for prompt in prompts:
-            _teacher_of(prompt.row, teachers)
         check_known((p.ids for p in prompts), known, student.tokenizer, "prompts", "teacher")
 
-    return open_prompts(ctx, data, student.chat, "prompts", check)
+    encoding = Encoding("prompt", partial(_taught_prompts, teachers, student.chat, longest), Prompt, check)
+    return open_examples(ctx, data.prompts, encoding, data, "prompts.prompts")
+
+
+def _taught_prompts(teachers: tuple[str, ...], chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
+    _teacher_of(row, teachers)
+    return short_prompts(chat, longest, row)
 
 
 def _own_batch(
