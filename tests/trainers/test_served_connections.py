@@ -44,6 +44,10 @@ def reply_and_go(connection: socket.socket, question: bytes) -> bool:
     return False
 
 
+def deeper_than_can_be_read(connection: socket.socket, question: bytes) -> bool:
+    return reply(connection, b"[" * 100_000 + b"]" * 100_000)
+
+
 def hang_up(connection: socket.socket, question: bytes) -> bool:
     return False
 
@@ -288,3 +292,8 @@ def test_a_redirect_is_refused():
 def test_a_host_that_is_none():
     with pytest.raises(BadInput, match="names no host"):
         Server("policy", Served(url="http://a..b:80"), patience=1).get("/v1/models")
+
+
+def test_an_answer_of_too_many_brackets_is_none_of_json():
+    with listening(deeper_than_can_be_read) as listener, pytest.raises(BadInput, match="answers with no JSON"):
+        server_of(listener).get("/v1/models")

@@ -2,12 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from finished import lines
 from served import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainers.core.batch import Sequence
+from trainers.core.served.server import Server
+from trainers.core.served.teacher import ServedTeacher, asking
+from trainers.core.served.wire import connected
+from trainers.spec import Teaching
 from trainers.synthetic import generate
 
 
@@ -101,6 +107,48 @@ def test_rollouts_keep_whom_a_row_is_for(run_phase, tiny_model_dir, rows, tmp_pa
     assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == 0
     left = [json.loads(line) for line in (tmp_path / "run" / "rollout" / "traces.jsonl").read_text().splitlines()]
     assert [row["teacher"] for row in left] == [row["teacher"] for row in rows]
+
+
+@pytest.mark.parametrize(("wrong", "named"), [({"domain": "c"}, "'c'"), ({}, "None")])
+def test_a_prompt_of_no_teacher_is_told_with_its_line_before_training(
+    run_phase, servers, tiny_model_dir, rows, tmp_path, capsys, wrong, named
+):
+    prompts = [{"prompt": row["prompt"], "domain": row["teacher"]} for row in rows]
+    prompts[5] = {"prompt": rows[5]["prompt"], **wrong}
+    source = {"files": written(tmp_path / "prompts.jsonl", prompts), "columns": {"teacher": "domain"}}
+    spec = spec_for(servers, tiny_model_dir, "", onPolicyFraction=1) | {
+        "prompts": {"prompts": [source], "maxPromptLength": 32},
+        "sampling": {"maxNewTokens": 6},
+    }
+    del spec["traces"]
+    code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"prompts.jsonl:6: the row's teacher is {named}, which is none of teachers (a, b)" in said
+    assert not (tmp_path / "run" / "distill" / "metrics.jsonl").exists()
+
+
+def test_teachers_of_one_server_share_its_bound(servers):
+    """Whatever it is asked for, and whoever is asked: no more than the lowest concurrency of its teachers."""
+    loud, quiet = servers
+    at = [
+        Teaching(url=url, served_as="any", concurrency=concurrency)
+        for url, concurrency in ((loud.url, 3), (f"{loud.url}/v1/", 5), (quiet.url, 7))
+    ]
+    pools = asking(at)
+    assert set(pools) == {loud.url, quiet.url}
+    wire = connected(Server("teachers", at[0]), "loud")
+    teachers = [ServedTeacher(wire, 4, loud.rows, pools[loud.url]) for _ in range(2)]
+    loud.most_at_once, loud.delay = 0, 0.02
+    sequences = [Sequence(np.array([5, 6, 7 + i]), np.array([False, True, True])) for i in range(9)]
+    for teacher in teachers:
+        teacher.ask(sequences)
+    for teacher in teachers:
+        assert teacher.scores(sequences, torch.device("cpu"))[0].shape == (18, 4)
+    loud.delay = 0
+    assert loud.most_at_once <= 3
+    for pool in pools.values():
+        pool.shutdown()
 
 
 def test_a_name_of_no_teacher(run_phase, servers, tiny_model_dir, rows, tmp_path, capsys):
