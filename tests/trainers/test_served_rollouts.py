@@ -213,9 +213,9 @@ class TestLikeliest:
     """Of one position's answer, against probabilities by hand."""
 
     POSITION = {
-        "7": {"logprob": np.log(0.1), "rank": 3},
-        "2": {"logprob": np.log(0.6), "rank": 1},
-        "9": {"logprob": np.log(0.2), "rank": 2},
+        "7": {"logprob": float(np.log(0.1)), "rank": 3},
+        "2": {"logprob": float(np.log(0.6)), "rank": 1},
+        "9": {"logprob": float(np.log(0.2)), "rank": 2},
     }
 
     def likeliest(self, position, k, known):
@@ -229,7 +229,7 @@ class TestLikeliest:
         assert found == pytest.approx([2, 7, 2, np.log(0.6), np.log(0.1), -np.inf, np.log(0.3)])
 
     def test_all_tokens_leave_no_rest_and_rounding_leaves_little(self):
-        both = {"0": {"logprob": np.log(0.5), "rank": 1}, "1": {"logprob": np.log(0.5), "rank": 1}}
+        both = {"0": {"logprob": float(np.log(0.5)), "rank": 1}, "1": {"logprob": float(np.log(0.5)), "rank": 1}}
         assert self.likeliest(both, 2, 2)[-1] == -np.inf
         assert self.likeliest(both, 2, 3)[-1] == LEAST_REST
 

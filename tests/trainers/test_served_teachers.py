@@ -109,13 +109,19 @@ def test_rollouts_keep_whom_a_row_is_for(run_phase, tiny_model_dir, rows, tmp_pa
     assert [row["teacher"] for row in left] == [row["teacher"] for row in rows]
 
 
-@pytest.mark.parametrize(("wrong", "named"), [({"domain": "c"}, "'c'"), ({}, "None")])
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"teacher": "c"}, "the row's teacher is 'c', which is none of teachers (a, b)"),
+        ({}, "the row has no teacher: it must name one of teachers (a, b)"),
+    ],
+)
 def test_a_prompt_of_no_teacher_is_told_with_its_line_before_training(
-    run_phase, servers, tiny_model_dir, rows, tmp_path, capsys, wrong, named
+    run_phase, servers, tiny_model_dir, rows, tmp_path, capsys, wrong, why
 ):
-    prompts = [{"prompt": row["prompt"], "domain": row["teacher"]} for row in rows]
+    prompts = [{"prompt": row["prompt"], "teacher": row["teacher"]} for row in rows]
     prompts[5] = {"prompt": rows[5]["prompt"], **wrong}
-    source = {"files": written(tmp_path / "prompts.jsonl", prompts), "columns": {"teacher": "domain"}}
+    source = {"files": written(tmp_path / "prompts.jsonl", prompts)}
     spec = spec_for(servers, tiny_model_dir, "", onPolicyFraction=1) | {
         "prompts": {"prompts": [source], "maxPromptLength": 32},
         "sampling": {"maxNewTokens": 6},
@@ -124,7 +130,7 @@ def test_a_prompt_of_no_teacher_is_told_with_its_line_before_training(
     code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
     assert code == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"prompts.jsonl:6: the row's teacher is {named}, which is none of teachers (a, b)" in said
+    assert said.startswith("BadInput: ") and said.endswith(f"prompts.jsonl:6: {why}")
     assert not (tmp_path / "run" / "distill" / "metrics.jsonl").exists()
 
 

@@ -364,10 +364,12 @@ def _examples(chat: ChatFormat, max_length: int, teachers: tuple[str, ...], row:
 
 
 def _teacher_of(row: Row, teachers: List[str]) -> str:
-    """Whom a row is learned from; nobody in particular where there is one teacher. Raises BadInput for a name of none."""
+    """Whom a row is learned from; nobody in particular where there is one teacher. Raises BadInput for a name of none, or no name."""
     if not teachers:
         return ""
     name = row.get("teacher")
+    if name is None:
+        raise BadInput(f"the row has no teacher: it must name one of teachers ({', '.join(teachers)})")
     if name not in teachers:
         raise BadInput(f"the row's teacher is {name!r}, which is none of teachers ({', '.join(teachers)})")
     return str(name)
