@@ -364,7 +364,7 @@ def _examples(chat: ChatFormat, max_length: int, teachers: tuple[str, ...], row:
 
 
 def _teacher_of(row: Row, teachers: List[str]) -> str:
-    """Whom a row is learned from; nobody in particular where there is one teacher. Raises BadInput for a name of none, or no name."""
+    """Whom a row is learned from; nobody in particular where there is one. Raises BadInput for any other name, or none."""
     if not teachers:
         return ""
     name = row.get("teacher")
