@@ -9,7 +9,6 @@ from families.architectures import SIZES
 from families.matrix import exported, tokens, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trainers.contract import BadInput
 from trainers.core.batch import Sequence, collate
 from trainers.core.generate import generate
 from trainers.core.layers import hold_angles
@@ -145,13 +144,3 @@ def test_the_loss_of_a_phase_is_that_of_its_rows_alone(run_phase, tiny_model_dir
     assert len(whole[0]) < LIMIT < len(whole[1])
     scored = [fresh(after, ids[-LIMIT:])[-len(answer) :] for ids, answer in zip(whole, answers, strict=True)]
     assert result.metrics["evalLoss"] == pytest.approx(-torch.cat(scored).mean().item(), rel=1e-4)
-
-
-def test_a_cache_that_keeps_its_rows_is_refused_by_name():
-    """MiniMax's has states beside its layers, which stayed behind when a row ended."""
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "block_size": 4}
-    kinds = ["linear_attention", "full_attention"]
-    config = AutoConfig.for_model("minimax", **SIZES, **experts, vocab_size=61, layer_types=kinds)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(BadInput, match="minimax cannot generate: no rows can be taken out of their MiniMaxCache"):
-        generate(model, [[5, 6], [7]], Sampling(temperature=0, max_new_tokens=4), frozenset())

@@ -37,7 +37,7 @@ class Padded:
 
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
         """(B, V) of what follows the last token of each row."""
-        ids, mask = tokens[:, None], None
+        ids, mask, first = tokens[:, None], None, self.unread is not None
         if self.unread is not None:
             ids, mask, self.unread = self.unread, self.real, None
             positions = (self.real.cumsum(-1) - 1).clamp(min=0)
@@ -60,9 +60,10 @@ class Padded:
         kind = self.model.config.model_type
         if self.cache is None:
             raise BadInput(f"models of type {kind} cannot generate: their forward pass gives no cache to go on from")
-        if not _gives_rows(self.cache):
-            cache = type(self.cache).__name__
-            raise BadInput(f"models of type {kind} cannot generate: no rows can be taken out of their {cache}")
+        if first and (own := _own_kind(self.cache)) is not None:
+            raise BadInput(
+                f"models of type {kind} cannot generate: {own}, a cache of their own, does not keep rows apart as needed"
+            )
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
@@ -73,14 +74,16 @@ class Padded:
         self.real = self.real[rows]
 
 
-def _gives_rows(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: of all of transformers' own kinds, whose layers know how.
+def _own_kind(cache: Any) -> str | None:
+    """The part of a cache that is an architecture's own, and of which rows side by side are not what they are alone.
 
-    What an architecture adds beside its layers (MiniMax's states) stays behind unless it says so, and masks miss it too.
+    What MiniMax keeps beside its layers stays behind when a row ends, and its masks miss it; layers of DeepSeek V4 compress
+    tokens in windows that begin with the padding. A cache that says itself how rows are taken out is believed.
     """
-    kind, general = type(cache), Cache.reorder_cache
-    own = getattr(kind, "reorder_cache", None)
-    return own is not None and (own is not general or kind.__module__ == Cache.__module__)
+    if getattr(type(cache), "reorder_cache", None) in (None, Cache.reorder_cache):
+        parts = [cache, *getattr(cache, "layers", ())]
+        return next((type(part).__name__ for part in parts if type(part).__module__ != Cache.__module__), None)
+    return None
 
 
 def without_router_logits(model: Any) -> dict[str, bool]:
