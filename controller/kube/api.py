@@ -24,6 +24,8 @@ from controller.kube.transport import Transport
 class Api:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self._workloads = WORKLOADS
+        """The version that was served last is tried first."""
 
     # -- runs
 
@@ -99,11 +101,15 @@ class Api:
         return await self.transport.listed(Call("list", PODS), namespace, labels)
 
     async def list_workloads(self, namespace: str, labels: Mapping[str, str]) -> list[Object] | None:
-        """Kueue's; None where Kueue is not installed."""
-        try:
-            return await self.transport.listed(Call("list", WORKLOADS), namespace, labels)
-        except NotFound:
-            return None
+        """Kueue's, of whichever version is served; None where Kueue is not installed."""
+        for resource in self._workloads:
+            try:
+                found = await self.transport.listed(Call("list", resource), namespace, labels)
+            except NotFound:
+                continue
+            self._workloads = (resource, *(other for other in WORKLOADS if other != resource))
+            return found
+        return None
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
         """Warning events about an object."""

@@ -32,7 +32,7 @@ CALLS = (
     *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "delete")),
     *(Call("get", resource) for resource in BETWEEN),
     *(Call(verb, TRAINING_RUNTIMES) for verb in ("get", "create", "update")),
-    Call("list", WORKLOADS),
+    *(Call("list", resource) for resource in WORKLOADS),
     Call("create", EVENTS),
     Call("list", CORE_EVENTS),
 )

@@ -29,7 +29,8 @@ TRAINING_RUNTIMES = Resource("trainer.kubeflow.org", "v1alpha1", "trainingruntim
 JOBSETS = Resource("jobset.x-k8s.io", "v1alpha2", "jobsets")
 BATCH_JOBS = Resource("batch", "v1", "jobs")
 PODS = Resource("", "v1", "pods")
-WORKLOADS = Resource("kueue.x-k8s.io", "v1beta2", "workloads")
+WORKLOADS = tuple(Resource("kueue.x-k8s.io", version, "workloads") for version in ("v1beta2", "v1beta1"))
+"""As newer and as older clusters serve them. What is read of them is alike in both: owners, labels and conditions."""
 EVENTS = Resource("events.k8s.io", "v1", "events")
 CORE_EVENTS = Resource("", "v1", "events")
 """The same events by their older name, under which they can be selected by the object that they are about."""

@@ -1,4 +1,4 @@
-"""An admission webhook that refuses jobs, as a cluster's own policies may: a server with a certificate, and its registration."""
+"""What refuses jobs in a cluster: an admission webhook (a server with a certificate, and its registration), and a policy."""
 
 import base64
 import json
@@ -15,12 +15,19 @@ from cluster.client import Cluster
 
 NAME = "jobs.refused.example"
 WORDS = "jobs need a cost centre"
+SAID = "jobs need \x1b[2Ja cost \u202ecentre"
+"""With what a terminal would obey."""
+CODES = (400, 403, 404, 409, 422, 429, 500)
+"""A webhook may choose any. A job called `refused422-…` meets that one, others 403."""
+POLICY = "policied"
+"""Jobs of that name are the policy's."""
 
 
 class _Refuses(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["request"]
-        answer = {"uid": request["uid"], "allowed": False, "status": {"code": 403, "message": WORDS}}
+        code = next((code for code in CODES if request["name"].startswith(f"refused{code}-")), 403)
+        answer = {"uid": request["uid"], "allowed": False, "status": {"code": code, "message": SAID}}
         body = json.dumps({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": answer}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -55,6 +62,33 @@ def refused_jobs(cluster: Cluster, namespace: str, folder: Path, answers: bool) 
             server.server_close()
 
 
+@contextmanager
+def policy(cluster: Cluster, namespace: str) -> Iterator[None]:
+    """One that names no reason: it says 422, as for an object that is invalid."""
+    rule = {"apiGroups": ["kubeflow.org"], "apiVersions": ["*"], "operations": ["CREATE"], "resources": ["pytorchjobs"]}
+    expression = f"!object.metadata.name.startsWith('{POLICY}')"
+    spec = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "validations": [{"expression": expression, "message": WORDS}],
+    }
+    binding = {
+        "policyName": NAME,
+        "validationActions": ["Deny"],
+        "matchResources": {"namespaceSelector": _only(namespace)},
+    }
+    for kind, part in (("ValidatingAdmissionPolicy", spec), ("ValidatingAdmissionPolicyBinding", binding)):
+        api = "admissionregistration.k8s.io/v1"
+        cluster.apply({"apiVersion": api, "kind": kind, "metadata": {"name": NAME}, "spec": part})
+    try:
+        yield
+    finally:
+        cluster.kubectl("delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", NAME)
+
+
+def _only(namespace: str) -> dict[str, Any]:
+    return {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+
+
 def _registration(port: int, namespace: str, authority: bytes) -> dict[str, Any]:
     return {
         "apiVersion": "admissionregistration.k8s.io/v1",
@@ -75,7 +109,9 @@ def _registration(port: int, namespace: str, authority: bytes) -> dict[str, Any]
                         "resources": ["pytorchjobs"],
                     }
                 ],
-                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+                "namespaceSelector": _only(namespace),
+                # The rest is for the policy to refuse, which is asked at the same time.
+                "matchConditions": [{"name": "others", "expression": f"!object.metadata.name.startsWith('{POLICY}')"}],
                 "failurePolicy": "Fail",
                 "sideEffects": "None",
                 "admissionReviewVersions": ["v1"],

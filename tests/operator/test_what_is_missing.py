@@ -1,4 +1,4 @@
-"""What a cluster may lack: the kind of runs, Kueue's integration, Kubeflow's Trainer. On one of the tests' own."""
+"""What a cluster may lack: the kind of runs, an integration or version of Kueue, Kubeflow's Trainer. On one of the tests' own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,11 @@ import pytest
 from cluster import launch
 from cluster.client import Cluster
 from cluster.controllers import FRAMEWORKS
-from driver import ROOT, Driver, OperatorProcess, free_port, manifest, sft
+from driver import ROOT, Driver, Object, OperatorProcess, free_port, manifest, sft
+from kube_http import Server
 
+WORKLOADS, KUEUE = "workloads.kueue.x-k8s.io", "app.kubernetes.io/name=kueue"
+NOW = "2026-01-01T00:00:00Z"
 TRAINER = ("trainjobs", "trainingruntimes", "clustertrainingruntimes")
 
 
@@ -41,8 +44,42 @@ def test_an_integration_that_is_switched_off(lacking: tuple[Cluster, Path], tmp_
     driver.apply(manifest("run", sft(), queueName="gpus"))
     told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=60)
     assert "its integration kubeflow.org/pytorchjob is switched off; it runs unqueued" in told["message"]
-    assert not driver.until_job("run-sft-1")["spec"]["runPolicy"].get("suspend")
+    job = driver.until_job("run-sft-1")
+    assert not job["spec"]["runPolicy"].get("suspend")
+    # Under the operator's eyes Kueue becomes one of before v1beta2, and its word is heard.
+    _serve_only_v1beta1(cluster)
+    _say_of(driver, job, "an older Kueue has let it go")
+    driver.until_condition("run", "Admitted", timeout=60)
+    assert driver.phase("run", "sft")["queue"]["message"] == "an older Kueue has let it go"
     operator.stop()
+
+
+def _serve_only_v1beta1(cluster: Cluster) -> None:
+    """As the API server had it before Kueue's v1beta2: Kueue itself goes on, and is not asked about what this test makes."""
+    cluster.kubectl("delete", "mutatingwebhookconfigurations,validatingwebhookconfigurations", "-l", KUEUE)
+    crd = cluster.get("crd", WORKLOADS)
+    versions = [{**one, "served": one["name"] == "v1beta1"} for one in crd["spec"]["versions"]]
+    changes = {"spec": {"versions": versions, "conversion": {"strategy": "None", "webhook": None}}}
+    Server(cluster).merge(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{WORKLOADS}", changes)
+
+
+def _say_of(driver: Driver, job: Object, words: str) -> None:
+    """A Workload of this job, as Kueue makes them, that is admitted with these words."""
+    path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{driver.namespace}/workloads"
+    uid, owner = job["metadata"]["uid"], {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "controller": True}
+    pods = {"spec": {"containers": [{"name": "pytorch", "image": "nothing:1"}], "restartPolicy": "Never"}}
+    workload = {
+        "apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload",
+        "metadata": {
+            "name": "of-run", "labels": {"kueue.x-k8s.io/job-uid": uid},
+            "ownerReferences": [{**owner, "name": job["metadata"]["name"], "uid": uid}],
+        },
+        "spec": {"queueName": "gpus", "podSets": [{"name": "main", "count": 1, "template": pods}]},
+    }  # fmt: skip
+    driver.cluster.wait(lambda: "items" in (driver.server.get(path) or {}), 30, "v1beta1 is served")
+    driver.server.create(path, workload)
+    told = {"type": "Admitted", "status": "True", "reason": "Admitted", "message": words, "lastTransitionTime": NOW}
+    driver.server.merge(f"{path}/of-run/status", {"status": {"conditions": [told]}})
 
 
 def test_where_the_trainer_is_not_installed(lacking: tuple[Cluster, Path], tmp_path: Path):

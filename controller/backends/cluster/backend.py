@@ -8,13 +8,13 @@ from typing import Any
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import PhaseProgress, QueueState, QueueStatus
-from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, runtimes
+from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, refusals, runtimes
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
-from controller.kube.answers import ApiError, Conflict
+from controller.kube.answers import EXISTS, ApiError
 from controller.kube.api import Api
 from controller.kube.resources import Resource
 from controller.memory import Anew, Memory
@@ -26,13 +26,6 @@ from trainers.contract import FailureClass
 
 Object = dict[str, Any]
 
-REFUSALS = {
-    400: FailureClass.BAD_INPUT,
-    422: FailureClass.BAD_INPUT,
-}
-"""Answers to a job's creation that asking again does not change."""
-FORBIDDEN = 403
-"""A quota is full, or a right is missing: nothing has failed, and it is asked again until there is room."""
 WAIT_FOR_EVENTS = timedelta(seconds=10)
 SHOWN_PODS = 2
 
@@ -115,26 +108,17 @@ class ClusterBackend:
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:
         """Of a job of this name that is someone else's the next look tells."""
-        uid = run.metadata.uid or ""
-        if why := await self.walls.raise_for(run):
-            self._barred.add(run, job, why)
-            return
         try:
-            await self._create(run, job)
+            if why := await self.walls.raise_for(run):
+                self._barred.add(run, job, why)
+            else:
+                await self._create(run, job)
         except runtimes.Taken as owner:
             self._taken.add(run, job, str(owner))
-        except Conflict:
-            return
         except ApiError as error:
-            if error.status == FORBIDDEN:
+            if refusals.is_unanswered(error):
                 self._barred.add(run, job, error.message)
-                return
-            if error.status not in REFUSALS:
-                raise
-            why = f"the API server refused the job: {error.message}"
-            self._unless_seen[uid, job.name] = _failed(job, REFUSALS[error.status], why)
-        else:
-            self._unless_seen[uid, job.name] = _failed(job, FailureClass.INTERRUPTED, history.DELETED)
+            raise
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
         """By name alone it could be anybody's: a job that this look has not seen to be the run's is not touched."""
@@ -145,6 +129,22 @@ class ClusterBackend:
     # -- details
 
     async def _create(self, run: AlignmentRun, job: PhaseJob) -> None:
+        """Raises what is to be asked again at once."""
+        uid = run.metadata.uid or ""
+        try:
+            await self._ask_for(run, job)
+        except ApiError as error:
+            if refusals.waits(error):
+                self._barred.add(run, job, error.message)
+            elif error.status in refusals.INVALID:
+                why = f"the API server refused the job: {error.message}"
+                self._unless_seen[uid, job.name] = _failed(job, refusals.INVALID[error.status], why)
+            elif error.reason != EXISTS:
+                raise
+        else:
+            self._unless_seen[uid, job.name] = _failed(job, FailureClass.INTERRUPTED, history.DELETED)
+
+    async def _ask_for(self, run: AlignmentRun, job: PhaseJob) -> None:
         kind, owner = kinds.of_run(run), _owner(run)
         settings = replace(self.settings, image=begun_with(run, job) or self.settings.image)
         wanted, runtime = kind.render(job, owner, settings), kind.runtime(job, owner, settings)

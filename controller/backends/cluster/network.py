@@ -5,7 +5,7 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.backends.cluster import ownership
+from controller.backends.cluster import ownership, refusals
 from controller.backends.cluster.references import reference
 from controller.kube.answers import ApiError, Conflict
 from controller.kube.api import Api
@@ -15,7 +15,6 @@ Object = dict[str, Any]
 
 MOST_PROCESSES = 64
 """Of a pod; each has a port for its metrics."""
-FORBIDDEN = 403
 AGAIN = "its NetworkPolicy is being changed by somebody else"
 
 
@@ -31,12 +30,12 @@ class Walls:
             return ""
         try:
             return await self._raise(policy(run, self.readers), run)
-        except Conflict:
-            return AGAIN
         except ApiError as error:
-            if error.status != FORBIDDEN:
+            if refusals.waits(error):
+                return error.message
+            if not isinstance(error, Conflict):
                 raise
-            return error.message
+            return AGAIN
 
     async def _raise(self, wanted: Object, run: AlignmentRun) -> str:
         metadata = wanted["metadata"]

@@ -259,7 +259,9 @@ def _without_workload(job: Object, installed: bool) -> str:
         cause = f"WorkloadPriorityClass {priority} does not exist, or " if priority else ""
         return f"{asked} Kueue makes no Workload for the job, which waits: {cause}it has a reason that its log tells"
     missing = (
-        f"its integration {kinds.of_job(job).INTEGRATION} is switched off" if installed else "Kueue is not installed"
+        f"its integration {kinds.of_job(job).INTEGRATION} is switched off"
+        if installed
+        else "Kueue is not installed, or serves neither v1beta2 nor v1beta1 of its kinds"
     )
     return f"{asked} nothing queues the job: {missing}; it runs unqueued"
 
