@@ -44,7 +44,7 @@ def test_generated_runs_are_refused_or_looked_at_and_never_a_bug(driver: Driver,
         taken = {run["metadata"]["name"]: run for run in runs if _sent(connection, driver.namespace, run, told)}
         driver.cluster.wait(lambda taken=taken: _looked_at(driver, taken, told), 300, "all are looked at", every=1.0)
         call(connect(driver.cluster), "DELETE", RUNS.format(driver.namespace), {})
-        driver.cluster.wait(lambda: not driver.reader.items(RUNS.format(driver.namespace)), 120, "they are deleted")
+        driver.cluster.wait(lambda: not driver.server.items(RUNS.format(driver.namespace)), 120, "they are deleted")
         assert operator.metric(BUGS) == bugs, f"seed {SEED}, runs {list(taken)}: see {operator.log}"
     print(f"seed {SEED}: {dict(told)}")
     assert min(told["refused by the API server"], told["accepted"], told["refused by the operator"]) >= max(
@@ -66,7 +66,7 @@ def _sent(connection: HTTPSConnection, namespace: str, run: Object, told: Counte
 
 def _looked_at(driver: Driver, taken: dict[str, Object], told: Counter[str]) -> bool:
     """Each is accepted, or told what is wrong with it in lines that name the field."""
-    found = {run["metadata"]["name"]: _accepted(run) for run in driver.reader.items(RUNS.format(driver.namespace))}
+    found = {run["metadata"]["name"]: _accepted(run) for run in driver.server.items(RUNS.format(driver.namespace))}
     if any(not found[name] for name in taken):
         return False
     for name, run in taken.items():
