@@ -35,7 +35,7 @@ from trainers.spec import ArtifactRef, Lora, Optim, OwnServer, PhaseSpec, Sampli
 ShapeOf = Callable[[ArtifactRef], ModelShape]
 """The shape of the model that a reference means. Raises UnknownSize."""
 
-SCORES, DIVERGENCE, STORED = 2, 7, 5
+SCORES, DIVERGENCE, STORED = 2, 4, 5
 """Tensors of a chunk of logits that are there at once: its logits, and their log-probabilities, which become the gradient; of
 a divergence both models' and its terms; of a divergence from stored scores the student's alone, by autograd."""
 
