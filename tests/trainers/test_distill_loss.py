@@ -77,6 +77,15 @@ class TestLiterals:
 
 
 class TestDivergence:
+    @pytest.mark.parametrize("beta", [0, 0.5, 1])
+    def test_of_no_position_there_is_none(self, beta):
+        """As of a pass in which a process has none of the batch's answers."""
+        student = torch.randn(0, 50, requires_grad=True)
+        value, kl = jsd_and_kl(student, torch.randn(0, 50), beta, 0.7)
+        value.sum().backward()
+        assert value.shape == kl.shape == (0,)
+        assert student.grad.shape == (0, 50)
+
     @pytest.mark.parametrize("beta", [0, 0.05, 0.3, 0.5, 0.9, 1])
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
     def test_value_and_gradient_are_trls(self, beta, temperature):

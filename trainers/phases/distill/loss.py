@@ -96,7 +96,7 @@ class _Piece:
     def __init__(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> None:
         logits = student, teacher
         # Without any outcome that is impossible nothing has to be left out of sums. On a device the answer would be waited for.
-        self.whole = student.device.type == "cpu" and all(bool(z.amin() > -torch.inf) for z in logits)
+        self.whole = student.device.type == "cpu" and all(bool((z.amin(-1) > -torch.inf).all()) for z in logits)
         q, p = (z if temperature == 1 else z / temperature for z in logits)
         self.log_q, self.log_p, self.q, self.p = q.log_softmax(-1), p.log_softmax(-1), q.softmax(-1), p.softmax(-1)
         self.temperature = temperature
