@@ -14,7 +14,7 @@ from controller.compose import Document
 from controller.first_rows import row_problems
 from controller.plan.adapted import adapter_problems
 from controller.plan.check import check_entries, check_run
-from controller.plan.pods import variables_said_twice
+from controller.plan.pods import said_twice
 from controller.plan.room import room_problems
 from controller.plan.shapes import Configs, sources
 from controller.plan.tokenizers import model_pairs, root
@@ -49,7 +49,7 @@ def load_run(document: Document, base_dir: Path | None = None, local: bool = Fal
         problems = from_validation(error, AlignmentRun, document)
         raise InvalidRun([*problems, *_problems_of_the_readable(document)]) from error
     problems = check_run(run)
-    problems += variables_said_twice(run)
+    problems += said_twice(run)
     if local:
         problems += _local_problems(run)
     if base_dir is not None:

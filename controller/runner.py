@@ -12,7 +12,7 @@ from controller import runs_folder
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import RunStatus
-from controller.backends.act import act
+from controller.backends.base import act
 from controller.backends.local.backend import LocalBackend
 from controller.plan.decide import Decision, decide, is_terminal
 from trainers.failures import is_disk_full, no_room

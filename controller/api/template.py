@@ -15,6 +15,10 @@ from trainers.spec import SpecModel
 BY_PATH: dict[str, JsonValue] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["mountPath"]}
 BY_NAME: dict[str, JsonValue] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
 """The API server refuses two of one key."""
+ONCE: dict[str, JsonValue] = {"x-kubernetes-list-type": "set"}
+BY_PLACE: dict[str, JsonValue] = {
+    "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["topologyKey", "whenUnsatisfiable"],
+}  # fmt: skip
 LARGEST_ID = 2**31 - 1
 
 
@@ -89,9 +93,9 @@ class Template(SpecModel):
     """Requests and limits of each pod."""
     server: ServerContainer | None = None
     """Where vLLM runs for phases that start one; in the trainers' own container unless set."""
-    env: tuple[EnvVar, ...] = Field(default=(), max_length=128)
+    env: tuple[EnvVar, ...] = Field(default=(), max_length=128, json_schema_extra=BY_NAME)
     """Environment variables, of the server's container too."""
-    secret_refs: tuple[SecretName, ...] = Field(default=(), max_length=16)
+    secret_refs: tuple[SecretName, ...] = Field(default=(), max_length=16, json_schema_extra=ONCE)
     """Secrets whose keys become environment variables (a hub token, object store credentials)."""
     claims: tuple[ClaimMount, ...] = Field(default=(), max_length=16, json_schema_extra=BY_PATH)
     """Claims to mount besides the workspace."""
@@ -105,7 +109,9 @@ class Template(SpecModel):
     """Taints that are tolerated."""
     affinity: Affinity | None = None
     """Nodes and pods that the pods go to or keep away from."""
-    topology_spread_constraints: tuple[TopologySpread, ...] | None = Field(default=None, max_length=8)
+    topology_spread_constraints: tuple[TopologySpread, ...] | None = Field(
+        default=None, max_length=8, json_schema_extra=BY_PLACE
+    )
     """How evenly the pods of a job are spread."""
     labels: Labels | None = None
     """Labels of the pods, beside the run's own."""
@@ -123,7 +129,7 @@ class Template(SpecModel):
     """Scheduler of the pods; the cluster's default unless set."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """When nodes pull the image; IfNotPresent unless set, of a tag `latest` Always."""
-    image_pull_secrets: tuple[SecretName, ...] | None = Field(default=None, max_length=8)
+    image_pull_secrets: tuple[SecretName, ...] | None = Field(default=None, max_length=8, json_schema_extra=ONCE)
     """Secrets to pull images with, beside those of the service account."""
     security_context: SecurityContext | None = None
     """User and groups of the pods."""

@@ -1,9 +1,11 @@
-"""What the planner needs from whatever runs the jobs."""
+"""What the planner needs from whatever runs the jobs, and how a decision reaches it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from controller.api.run import AlignmentRun
+from controller.plan.decide import Action, Apply
 from controller.plan.job import PhaseJob
 from controller.plan.observed import Observed, ObservedJob
 
@@ -29,3 +31,13 @@ class HasLogs(Protocol):
 
     def log_file(self, run: str, phase: str, attempt: int | None = None) -> Path | None:
         """The log of an attempt, the newest unless told; None if there is none."""
+
+
+async def act(backend: Backend, run: AlignmentRun, actions: Iterable[Action], observed: Observed) -> None:
+    """``observed``: what was decided upon. Nothing else is deleted."""
+    seen = {(job.phase, job.attempt): job for job in observed.jobs}
+    for action in actions:
+        if isinstance(action, Apply):
+            await backend.apply(run, action.job)
+        else:
+            await backend.delete(run, action.phase, action.attempt, seen.get((action.phase, action.attempt)))

@@ -19,8 +19,7 @@ from controller.api import meta
 from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
 from controller.api.status import RunStatus
-from controller.backends.act import act
-from controller.backends.base import Backend
+from controller.backends.base import Backend, act
 from controller.clock import seconds_now
 from controller.kube.answers import ApiError, Conflict
 from controller.kube.api import Api
@@ -35,7 +34,6 @@ from controller.operator.specs import Specs
 from controller.plan.decide import Decision, decide, going, is_final, is_terminal, refused, rests
 from controller.plan.leftovers import next_chore
 from controller.plan.observed import Observed
-from controller.plan.refusal import Refusal
 from controller.plan.shapes import Configs
 
 logger = logging.getLogger(__name__)
@@ -229,8 +227,8 @@ class Reconciler:
         if is_final(before, run.metadata.generation):
             self.metrics.run_seen(key, None, before)
             return None
-        refusal, now = Refusal(message, run.spec.suspend, run.metadata.generation), self.now()
-        decision = await self._carry_out(key, run, document, lambda observed: refused(before, refusal, observed, now))
+        now = self.now()
+        decision = await self._carry_out(key, run, document, lambda seen: refused(run, before, message, seen, now))
         self.metrics.run_seen(key, None, decision.status)
         return self._poll(key, going(decision.status))
 

@@ -6,7 +6,7 @@ is needed; what the planner itself relies on (gated figures, the last attempt's 
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import Any, NewType
 
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, PhaseStatus, QueueStatus, RunStatus
@@ -17,17 +17,19 @@ LIMIT = 100_000
 CONDITION_LIMIT = 1024
 """Bytes of a condition's message, where phases alone cannot make room."""
 
+Bounded = NewType("Bounded", RunStatus)
+"""One that :func:`bounded` has seen. No decision has another."""
 Squeeze = Callable[[PhaseStatus, Collection[str]], PhaseStatus]
 
 
-def bounded(status: RunStatus, run: AlignmentRun) -> RunStatus:
+def bounded(status: RunStatus, run: AlignmentRun) -> Bounded:
     gated = {entry.name: {gate.metric for gate in entry.spec.gates} for entry in run.phases}
     for squeeze in SQUEEZES:
         if size(status) <= LIMIT:
-            return status
+            return Bounded(status)
         phases = tuple(squeeze(phase, gated.get(phase.name, ())) for phase in status.phases)
         status = status.model_copy(update={"phases": phases})
-    return status if size(status) <= LIMIT else _few_words(status)
+    return Bounded(status if size(status) <= LIMIT else _few_words(status))
 
 
 def size(status: RunStatus) -> int:

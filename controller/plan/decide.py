@@ -13,7 +13,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.plan import again, clocks, leftovers
 from controller.plan import attempts as history
-from controller.plan.bounded import bounded
+from controller.plan.bounded import Bounded, bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
 from controller.plan.job import PhaseJob, build_job
@@ -52,7 +52,7 @@ Action = Apply | Delete
 
 @dataclass(frozen=True)
 class Decision:
-    status: RunStatus
+    status: Bounded
     actions: tuple[Action, ...] = ()
     delete_run: bool = False
     """The run has had its time: it goes, if it is still as it was when it was read."""
@@ -68,7 +68,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     if is_final(before, generation) and not _asks(run, before):
         return _at_rest(run, before, observed, now)
     if problems := [*map(str, check_run(run)), *observed.problems]:
-        return refused(before, Refusal("; ".join(problems), run.spec.suspend, generation), observed, now)
+        return refused(run, before, "; ".join(problems), observed, now)
     obeyed = again.obey(run, before)
     if is_final(before, generation) and obeyed.phases == before.phases:
         return _at_rest(run, obeyed, observed, now)
@@ -96,10 +96,11 @@ def _asks(run: AlignmentRun, status: RunStatus) -> bool:
     return again.is_news(run.metadata.annotations.get(meta.ANNOTATION_RETRY), status)
 
 
-def refused(before: RunStatus, refusal: Refusal, observed: Observed, now: datetime) -> Decision:
-    """For a run that makes no sense, which may be one that cannot even be read."""
+def refused(run: AlignmentRun, before: RunStatus, message: str, observed: Observed, now: datetime) -> Decision:
+    """For a run that makes no sense, which may be one that cannot even be read. ``message``: every problem."""
+    refusal = Refusal(message, run.spec.suspend, run.metadata.generation)
     status, stop = refuse(before, refusal, observed, now)
-    return Decision(status, tuple(Delete(phase, number) for phase, number in stop))
+    return Decision(bounded(status, run), tuple(Delete(phase, number) for phase, number in stop))
 
 
 def going(status: RunStatus) -> bool:
@@ -109,6 +110,7 @@ def going(status: RunStatus) -> bool:
 
 def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: datetime) -> Decision:
     """An end stays. Jobs of a finished run go when their time has come; a live one has outlived a lost deletion."""
+    before = bounded(before, run)
     end = leftovers.end_of_run(run, before)
     if end is not None and end <= now:
         return Decision(before, _end_live(observed), delete_run=True)
@@ -116,7 +118,7 @@ def _at_rest(run: AlignmentRun, before: RunStatus, observed: Observed, now: date
     if due is None or now < due:
         return Decision(before, _end_live(observed), requeue_after=due - now if due else None)
     jobs = [job for job in observed.jobs if not job.past]
-    status = before if jobs else before.model_copy(update={"jobs_deleted": True})
+    status = before if jobs else bounded(before.model_copy(update={"jobs_deleted": True}), run)
     actions = tuple(Delete(job.phase, job.attempt) for job in jobs)
     return Decision(status, actions, requeue_after=end - now if end else None)
 
@@ -267,7 +269,7 @@ def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:
 
 def _status(
     run: AlignmentRun, before: RunStatus, steps: Mapping[str, Step], started: datetime, halted: bool, now: datetime
-) -> RunStatus:
+) -> Bounded:
     phases = tuple(steps[entry.name].status for entry in run.phases)
     live = any(step.live for step in steps.values())
     generation = run.metadata.generation

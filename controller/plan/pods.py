@@ -1,5 +1,6 @@
 """What no pod can be: said at once, since the pods would be refused when they are made, and nobody told but by an event."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from controller.api import meta
@@ -60,14 +61,24 @@ def settings_problems(run: AlignmentRun) -> Iterator[Problem]:
             yield Problem(f"spec.phases[{phase.name}].{phase.type.name}", said)
 
 
-def variables_said_twice(run: AlignmentRun) -> Iterator[Problem]:
-    """The last one would count, which is no mistake of a run that is there already."""
+def said_twice(run: AlignmentRun) -> Iterator[Problem]:
+    """As the CRD says it. Of a run that is there from before it did, the last one counts."""
     for path, template in templates(run):
-        names = [item.name for item in template.env]
-        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            yield Problem(
-                f"{path}.env[{name}].name", f'"{name}" is the name of {names.count(name)} variables; one of each'
-            )
+        for where, words, names in _keyed(template):
+            for name, count in Counter(names).items():
+                if count > 1:
+                    yield Problem(f"{path}.{where.format(name)}", f'"{name}" {words.format(count)}; one of each')
+
+
+def _keyed(template: Template) -> Iterator[tuple[str, str, list[str]]]:
+    """Where, what is said of a key that is there more than once, and the keys."""
+    yield "env[{}].name", "is the name of {} variables", [item.name for item in template.env]
+    yield "resourceClaims[{}].name", "is the name of {} claims", [item.name for item in template.resource_claims or ()]
+    yield "secretRefs", "is there {} times", list(template.secret_refs)
+    yield "imagePullSecrets", "is there {} times", list(template.image_pull_secrets or ())
+    spreads = template.topology_spread_constraints or ()
+    spread = [f"{item.topology_key}, {item.when_unsatisfiable}" for item in spreads]
+    yield "topologySpreadConstraints", "is what {} of them say (topologyKey, whenUnsatisfiable)", spread
 
 
 def _annotation_bytes(run: AlignmentRun, phase: ResolvedPhase) -> int:

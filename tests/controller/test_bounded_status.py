@@ -7,6 +7,7 @@ import pytest
 from builders import START, after, job, make_run, seen, sft, with_status
 from hypothesis import given
 from hypothesis import strategies as st
+from statuses import crowded, stored
 from stories import INFRA, INTERRUPTED, one, phase
 
 from controller.api import meta
@@ -64,28 +65,6 @@ def test_memory_is_halved_as_often_as_it_ran_out() -> None:
     assert phase(again).attempts[-1].halvings == 9
 
 
-def crowded(n: int) -> tuple[AlignmentRun, RunStatus]:
-    """As much as there can be to say of each of n phases."""
-    gates = [{"metric": "parameters", "atLeast": 1}]
-    run = make_run(*({"name": f"{'p' * 27}-{i:02}", "sft": sft("x")["sft"] | {"gates": gates}} for i in range(n)))
-    digest = "d" * 64
-    failed = [
-        Attempt(
-            number=i, digest=digest, settings="s" * 16, state=AttemptState.FAILED, failure=list(FailureClass)[i % 9],
-            message="\x07" * 1024, job="j" * 50, node="n" * 253, started_at=START, finished_at=START, times=9,
-        ) for i in range(1, 17)
-    ]  # fmt: skip
-    live = Attempt(number=17, digest=digest, settings="s" * 16, state=AttemptState.RUNNING, started_at=START)
-    figures = {f"figure/{i}": 1 / 3 for i in range(200)} | {"parameters": 7.0}
-    phases = [
-        PhaseStatus(
-            name=entry.name, type="sft", digest=digest, artifact_digest=digest, state=PhaseState.RUNNING,
-            message="m" * 1024, needs="n" * 300, attempts=(*failed, live), metrics=figures, started_at=START,
-        ) for entry in run.phases
-    ]  # fmt: skip
-    return run, RunStatus(phases=tuple(phases))
-
-
 def test_a_status_stays_small_whatever_has_happened() -> None:
     run, status = crowded(meta.MAX_PHASES)
     # Each text is bounded as it is written (4,096 characters), which alone is not enough.
@@ -96,14 +75,6 @@ def test_a_status_stays_small_whatever_has_happened() -> None:
     for found in small.phases:
         assert found.attempts[-1].number == 17
         assert found.metrics["parameters"] == 7.0
-
-
-def stored(thing: object) -> int:
-    """As Go writes JSON, which is what etcd keeps."""
-    text = json.dumps(thing, ensure_ascii=False, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return len(text.encode())
 
 
 @pytest.mark.parametrize("char", ["a", '"', "é", "字", "😀", "<"])

@@ -16,7 +16,7 @@ from controller.api.status import PhaseState, RetryStatus, RunStatus
 from controller.operator import events
 from controller.plan import again
 from controller.plan.again import chosen, is_news
-from controller.plan.bounded import LIMIT
+from controller.plan.bounded import LIMIT, bounded
 from controller.plan.decide import Apply, Decision, Delete, decide, rests
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
@@ -122,7 +122,7 @@ class TestRetry:
         run = one()
         status = decide(run, seen(), START).status
         missed = status.phases[0].model_copy(update={"state": PhaseState.FAILED, "failure": FailureClass.GATE_FAILED})
-        run = with_status(run, Decision(status.model_copy(update={"phases": (missed,)})))
+        run = with_status(run, Decision(bounded(status.model_copy(update={"phases": (missed,)}), run)))
         asked = asking(run, "1")
         assert decide(asked, seen(), after(1)).status.phases[0].attempts == missed.attempts
 

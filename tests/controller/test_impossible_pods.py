@@ -105,11 +105,34 @@ def test_settings_that_pods_have_no_room_for(char: str, size: int) -> None:
     assert "262,144 is what Kubernetes takes" in problem
 
 
-def test_two_variables_of_a_name_are_told_and_what_runs_with_them_goes_on() -> None:
-    twice = {"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}
-    with pytest.raises(InvalidRun, match=r'spec.template.env\[A\].name: "A" is the name of 2 variables'):
-        load_run(document(sft("base"), template=twice))
-    assert not check_run(make_run(sft("base"), template=twice))
+TWICE = {
+    'env[A].name: "A" is the name of 2 variables': {"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
+    'secretRefs: "hub" is there 3 times': {"secretRefs": ["hub", "other", "hub", "hub"]},
+    'imagePullSecrets: "pull" is there 2 times': {"imagePullSecrets": ["pull", "pull"]},
+    'resourceClaims[gpu].name: "gpu" is the name of 2 claims': {
+        "resourceClaims": [{"name": "gpu", "resourceClaimName": "a"}, {"name": "gpu", "resourceClaimName": "b"}]
+    },
+    'topologySpreadConstraints: "zone, DoNotSchedule" is what 2 of them say': {
+        "topologySpreadConstraints": [{"topologyKey": "zone"}, {"topologyKey": "zone", "maxSkew": 2}]
+    },
+}
+
+
+@pytest.mark.parametrize("said", TWICE)
+def test_what_is_said_twice_is_told_and_what_runs_with_it_goes_on(said: str) -> None:
+    for path, run in (
+        ("spec.template", document(sft("base"), template=TWICE[said])),
+        ("spec.phases[base].template", document(sft("base") | {"template": TWICE[said]})),
+    ):
+        with pytest.raises(InvalidRun) as caught:
+            load_run(run)
+        assert f"{path}.{said}" in str(caught.value)
+        assert not check_run(make_run(*run["spec"]["phases"], template=run["spec"].get("template", {})))
+
+
+def test_the_same_place_of_another_kind_is_not_said_twice() -> None:
+    spread = [{"topologyKey": "zone"}, {"topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}]
+    load_run(document(sft("base"), template={"topologySpreadConstraints": spread}))
 
 
 def test_it_is_told_at_once_and_ends_nothing_that_runs() -> None:

@@ -23,7 +23,6 @@ from controller.operator.queue import WorkQueue
 from controller.operator.run_series import ENDED, RESULTS
 from controller.plan.decide import decide, refused
 from controller.plan.observed import JobState
-from controller.plan.refusal import Refusal
 from trainers.contract import FailureClass
 
 INFRA = FailureClass.INFRASTRUCTURE
@@ -229,7 +228,7 @@ def test_a_state_has_one_series_and_the_state_before_has_none():
 
 def test_an_invalid_run_has_failed():
     """It cannot be read, so there is nothing to say of its phases."""
-    invalid = refused(RunStatus(), Refusal("no such field", False, 1), seen(), after(0)).status
+    invalid = refused(RUN, RunStatus(), "no such field", seen(), after(0)).status
     found = shown(None, invalid)
     assert found["run_state", "ns", "Failed", "a"] == 1
     assert not {name for name, *_ in found} & {"phase_state", "run_info"}

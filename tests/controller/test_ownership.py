@@ -167,6 +167,24 @@ class TestEarlierRuns:
         assert look(Shelf(a_job())).held == {"sft": "PyTorchJob test-sft-1 of nobody"}
         assert look(Shelf(a_job(EARLIER, ended="Failed"))).held == {}
 
+    @pytest.mark.parametrize(
+        "made",
+        [
+            {"name": "by-hand"},
+            {"name": "test-other-1"},
+            {"digest": None},
+            {"labels": labelled(phase="other"), "name": "other"},
+            {"labels": labelled(attempt="x"), "name": "test-sft-x"},
+        ],
+    )
+    def test_what_nobody_owns_is_one_only_if_the_operator_could_have_made_it(self, made: Object):
+        """Labels are words: one made by hand had held the phase up for as long as it lived."""
+        by_hand = a_job(name=made.get("name", "test-sft-1"), labels=made.get("labels"))
+        if "digest" in made:
+            del by_hand["metadata"]["annotations"]
+        observed = look(Shelf(by_hand), a_run(asked=False))
+        assert (observed.held, observed.jobs, observed.taken) == ({}, (), {})
+
     @pytest.mark.parametrize("reference", [WEB, ANOTHERS])
     def test_what_is_somebody_elses_holds_nothing(self, reference: Object):
         assert look(Shelf(a_job(reference))).held == {}

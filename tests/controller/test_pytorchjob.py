@@ -57,6 +57,13 @@ class TestRender:
         ]
         assert "PET_MASTER_ADDR" not in environment(document)
 
+    def test_variables_by_which_pods_meet_are_there_once(self):
+        """The API server refuses a pod that has one of them twice."""
+        given = {"env": [{"name": "PET_MASTER_PORT", "value": "1"}, {"name": "A", "value": "1"}], "nodes": 2}
+        names = [item["name"] for item in container(rendered(make_run(sft("base"), template=given)))["env"]]
+        assert len(names) == len(set(names))
+        assert environment(rendered(make_run(sft("base"), template=given)))["PET_MASTER_PORT"] == "23456"
+
     def test_an_attempt_says_whose_it_is_and_which(self):
         """So that of two that write to one folder the later one may."""
         variables = environment(

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 from builders import after, artifact, dpo, is_settled, job, make_run, results, seen, sft, started, stopped, with_status
+from statuses import crowded, stored
 from stories import FAILED, INFRA, RUN, SUCCEEDED, attempt, condition, ends, one, phase, report, runs, story
 
 from controller.api import meta
 from controller.api.status import PhaseState, RunStatus
 from controller.operator import events
-from controller.plan.decide import Decision, decide
+from controller.operator.reconciler import as_far_as_known
+from controller.plan.bounded import LIMIT
+from controller.plan.decide import Decision, decide, refused
 
 LACKING = ("spec.workspace: is not set",)
 """What an operator says whose default is gone."""
@@ -79,6 +82,17 @@ def test_what_was_asked_for_and_is_not_there_is_asked_for_when_the_run_is_mended
     assert (started(during), phase(during).state) == ([], PhaseState.WAITING)
     assert condition(during, meta.FAILED) == "True/InvalidSpec"
     assert started(mended) == ["base-1"]
+
+
+def test_a_refusal_leaves_a_status_that_can_be_written() -> None:
+    """Of all that can have been said before, and of problems without end."""
+    run, crowd = crowded(meta.MAX_PHASES)
+    problems = "; ".join("<" * 4000 for _ in range(64))
+    for known in (run, as_far_as_known({"metadata": {"name": "test"}})):
+        status = refused(known, crowd, problems, seen(), after(1)).status
+        assert stored(status.document()) <= LIMIT
+        assert refused(known, status, problems, seen(), after(1)).status == status
+        assert len(status.phases) == meta.MAX_PHASES
 
 
 def test_who_suspends_it_stops_it() -> None:

@@ -41,6 +41,16 @@ REFUSED = {
     "root": ({"securityContext": {"runAsUser": 0}}, "greater than or equal to 1"),
     "two kinds": ({"volumes": [{"mountPath": "/a", "emptyDir": {}, "csi": {"driver": "a"}}]}, "set exactly one of"),
     "one place twice": ({"volumes": [{"mountPath": "/a", "emptyDir": {}}] * 2}, "Duplicate value"),
+    "a variable twice": (
+        {"env": [{"name": "A"}, {"name": "B"}, {"name": "A", "value": "x"}]},
+        "env[2]: Duplicate value",
+    ),
+    "a Secret twice": ({"secretRefs": ["a", "a"]}, "secretRefs[1]: Duplicate value"),
+    "a pull secret twice": ({"imagePullSecrets": ["a", "a"]}, "imagePullSecrets[1]: Duplicate value"),
+    "one spread twice": (
+        {"topologySpreadConstraints": [{"topologyKey": "a"}] * 2},
+        "topologySpreadConstraints[1]: Duplicate",
+    ),
     "the phase's place": ({"claims": [{"claimName": "a", "mountPath": "/etc/alignment"}]}, "the pod's own"),
     "the node's folder": ({"volumes": [{"mountPath": "/a", "hostPath": {"path": "/"}}]}, "hostPath"),
 }

@@ -27,6 +27,34 @@ COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in b
 ALIGNCTL = [command for command in COMMANDS if command.startswith("alignctl")]
 
 
+def modules_of(text: str) -> list[str]:
+    """Files that a text names, from the root: one without a folder is in a folder that was named before it."""
+    found: list[str] = []
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        folders = ["", "controller/", *sorted({f"{Path(path).parent}/" for path in found} - {"controller/"})]
+        there = [folder + name for folder in folders if (ROOT / folder / name).is_file()]
+        assert len(there) == 1, f"{name}: {there}"
+        found += there
+    return found
+
+
+def test_the_way_to_the_first_pod_is_there_and_short() -> None:
+    """Fifteen files, of which nobody visits both kinds of jobs; each is imported by one before it, or imports one."""
+    [way] = re.findall(r"From `kubectl apply` to a phase's first pod.*?\n\n", TEXT, re.DOTALL)
+    files = modules_of(way[: way.index("In the pod,")])
+    assert len(files) == len(set(files)) <= 15
+    names = {path: path.removesuffix(".py").replace("/", ".") for path in files}
+    texts = {path: (ROOT / path).read_text() for path in files}
+
+    def knows(one: str, other: str) -> bool:
+        package, _, module = names[other].rpartition(".")
+        imported = rf"from {names[other]} import|from {package} import [^\n]*\b{module}\b"
+        return re.search(imported, texts[one]) is not None
+
+    for i, path in enumerate(files[1:], 1):
+        assert any(knows(path, other) or knows(other, path) for other in files[:i]), path
+
+
 def call(command: str, cwd: Path, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["ALIGNMENT_METRICS_PORT"] = "0"

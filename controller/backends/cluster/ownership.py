@@ -36,10 +36,18 @@ def is_of_job(thing: Object, job: Object) -> bool:
 
 
 def is_of_earlier_run(job: Object, run: AlignmentRun) -> bool:
-    """Of one of the same name, or left behind by it. Of the latter its labels are all there is: enough to be careful."""
+    """Of one of the same name, or left behind by it."""
     owner = controller_of(job)
     other = (group_of(owner), owner.get("kind"), owner.get("name")) == (meta.GROUP, meta.KIND, run.name)
-    return other or not owner
+    return other or (not owner and _was_made_for(job, run))
+
+
+def _was_made_for(job: Object, run: AlignmentRun) -> bool:
+    """Whether a job that nobody owns is as an operator makes them for a run of this name. Anybody can write labels."""
+    found = job["metadata"]
+    which = _labelled(found.get("labels") or {})
+    named = which is not None and found["name"] == job_name(run.name, *which)
+    return named and bool((found.get("annotations") or {}).get(meta.ANNOTATION_DIGEST))
 
 
 def told(thing: Object, kind: str = "") -> str:

@@ -128,13 +128,13 @@ def phase_file(job: PhaseJob, owner: Owner) -> str:
 
 
 def _container(job: PhaseJob, owner: Owner, image: str | None, name: str, rendezvous: list[Object]) -> Object:
-    policy = job.template.image_pull_policy
+    policy, met = job.template.image_pull_policy, {item["name"] for item in rendezvous}
     return {
         "name": name,
         "image": job.image or image,
         **({"imagePullPolicy": policy} if policy else {}),
         "command": ["python", *start.program(job, PHASE_FILE)],
-        "env": _environment(job, owner) + rendezvous,
+        "env": [item for item in _environment(job, owner) if item["name"] not in met] + rendezvous,
         "envFrom": [{"secretRef": {"name": name}} for name in job.template.secret_refs],
         "ports": _ports(job.procs_per_node),
         "resources": _resources(job.template),
