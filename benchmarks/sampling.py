@@ -1,12 +1,13 @@
 """Sampling of responses: ours beside transformers' ``generate``, and beside the matrix products that it takes at least.
 
-    python benchmarks/sampling.py [--batches 1,16,64] [--threads 1] [--rounds 3] [--lengths uniform,varied] [--split]
+    python benchmarks/sampling.py [--batches 1,16,64] [--threads 1] [--rounds 3] [--lengths uniform,varied] [--system 0] [--split]
 
 A small random model (7.4M parameters, vocabulary 8,192, fp32), prompts of 8 to 40 tokens. ``uniform``: every response has
 --tokens tokens. ``varied``: one in 41 of all tokens ends a response, the same for both, so that lengths are geometric.
 Both sample at temperature 1. Ours and theirs take turns; a figure is tokens per second of the processor (of the clock in
 brackets), the median of the rounds. The roofs are the products of linear layers alone, by each library that can do them: of the
 prompts' tokens, and of as many full steps as the tokens make. --split says where ours spends its time.
+--system puts so many tokens before every prompt, the same for all, which the roof reads once; with --tokens 1 that is most of it.
 
 ``make bench`` has the same rows in its table. Figures, and what did and did not help, are in docs/benchmarks.md.
 """
@@ -43,11 +44,14 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def prompts(count: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
+def prompts(count: int, vocabulary: int = VOCABULARY, system: int = 0) -> list[list[int]]:
+    """Of 8 to 40 tokens, behind so many that all have in common."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, 41, (count,), generator=generator).tolist()
     least = ends(vocabulary)[-1] + 1
-    return [torch.randint(least, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    own = [torch.randint(least, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    common = torch.randint(least, vocabulary, (system,), generator=generator).tolist()
+    return [common + prompt for prompt in own]
 
 
 def ends(vocabulary: int) -> list[int]:
@@ -81,10 +85,10 @@ def theirs(of: Any, asked: list[list[int]], batch: int, tokens: int, stops: list
     return made
 
 
-def roofs(of: Any, asked: list[list[int]], batch: int, tokens: int) -> dict[str, float]:
+def roofs(of: Any, asked: list[list[int]], batch: int, tokens: int, system: int) -> dict[str, float]:
     """Tokens per second, by what multiplies, if there were nothing but products: of the prompts, and of full steps."""
     layers = [layer.weight for layer in of.model.modules() if isinstance(layer, torch.nn.Linear)]
-    read, step = sum(map(len, asked)), [*layers, of.lm_head.weight]
+    read, step = sum(map(len, asked)) - system * (len(asked) - 1), [*layers, of.lm_head.weight]
     return {
         name: tokens / (roof.seconds(layers, read, way) + roof.seconds(step, batch, way) * tokens / batch)
         for name, way in roof.ways(of.device.type).items()
@@ -98,10 +102,11 @@ def timed(run: Callable[[], int]) -> list[float]:
     return [tokens / (time.process_time() - processor), tokens / (time.perf_counter() - clock), tokens]
 
 
-def compare(of: Any, batch: int, tokens: int, varied: bool, rounds: int) -> dict[str, Any]:
+def compare(of: Any, batch: int, tokens: int, varied: bool, rounds: int, system: int = 0) -> dict[str, Any]:
     """Both sides' rounds, taking turns, and the roofs of the same work."""
     vocabulary = of.config.vocab_size
-    asked = prompts(max(4 * batch, FEWEST["varied"]) if varied else max(batch, FEWEST["uniform"]), vocabulary)
+    count = max(4 * batch, FEWEST["varied"]) if varied else max(batch, FEWEST["uniform"])
+    asked = prompts(count, vocabulary, system)
     stops, most = (ends(vocabulary), 4 * tokens) if varied else ([], tokens)
     figures: dict[str, list[list[float]]] = {"ours": [], "generate": []}
     for run in (ours, theirs):  # first calls import, allocate and look things up
@@ -110,7 +115,7 @@ def compare(of: Any, batch: int, tokens: int, varied: bool, rounds: int) -> dict
         for name, run in (("ours", ours), ("generate", theirs)):
             figures[name].append(timed(partial(run, of, asked, batch, most, stops)))
     made = int(median(found[2] for found in figures["ours"]))
-    return {"sides": figures, "roofs": roofs(of, asked, batch, made)}
+    return {"sides": figures, "roofs": roofs(of, asked, batch, made, system)}
 
 
 def line(found: dict[str, Any], batch: int, varied: bool) -> str:
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lengths", default="uniform,varied")
+    parser.add_argument("--system", type=int, default=0)
     parser.add_argument("--split", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -162,7 +168,8 @@ def main() -> None:
     with torch.no_grad():
         for batch in map(int, arguments.batches.split(",")):
             for varied in (lengths == "varied" for lengths in arguments.lengths.split(",")):
-                print(line(compare(of, batch, arguments.tokens, varied, arguments.rounds), batch, varied), flush=True)
+                found = compare(of, batch, arguments.tokens, varied, arguments.rounds, arguments.system)
+                print(line(found, batch, varied), flush=True)
             if arguments.split:
                 split(of, batch, arguments.tokens)
 

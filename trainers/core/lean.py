@@ -10,7 +10,7 @@ Names: N tokens, G prompts of at most W tokens, H heads, D width of a head, V vo
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
@@ -23,8 +23,17 @@ JOINED = "joined"
 
 Turn = tuple[torch.Tensor, torch.Tensor]
 """Cosines, and sines with their signs, of tokens' rotary angles: (N, 1, D) each."""
-Grid = tuple[torch.Tensor, torch.Tensor, int, int]
-"""Which prompt each token is of, (N,), and at which position of it, (N,); G and W."""
+
+
+class Grid(NamedTuple):
+    """Tokens of prompts that lie behind each other, as G rows of W: which row each is in, and where, (N,) both."""
+
+    row: torch.Tensor
+    column: torch.Tensor
+    rows: int
+    columns: int
+    slots: torch.Tensor | None = None
+    """Of each row, where what is looked at is kept: None where prompts begin, which look at themselves alone."""
 
 
 class Lean:
@@ -48,16 +57,24 @@ class Lean:
         found: torch.Tensor = self.head(_normed(self.norm, hidden))
         return found
 
-    def read(self, tokens: torch.Tensor, grid: Grid, mask: Any, cache: Any) -> None:
-        """Keep keys and values of prompts' tokens. ``mask``, (W, W), where more is hidden than what comes later."""
+    def read(self, tokens: torch.Tensor, positions: torch.Tensor, grid: Grid, mask: Any, cache: Any) -> None:
+        """Keep keys and values of prompts' tokens.
+
+        ``mask``: (W, W) where more is hidden than what comes later, (G, 1, W, positions) where something was read before.
+        """
         hidden = self.embed(tokens)
-        turn = self._turn(hidden, grid[1])
+        turn = self._turn(hidden, positions)
         for number, layer in enumerate(self.layers):
             attention = layer.self_attn
             query, key, value = _projected(attention, _normed(layer.input_layernorm, hidden), turn)
-            cache.layers[attention.layer_idx].keep(key[:, :, None], value[:, :, None])
+            kept = cache.layers[attention.layer_idx]
+            kept.keep(key[:, :, None], value[:, :, None])
             if number + 1 < len(self.layers):
-                seen = _seen_by_prompts(query, key, value, grid, self._of_kind(mask, number), attention.scaling)
+                if grid.slots is None:
+                    keys, values = _in_rows(key, grid), _in_rows(value, grid)
+                else:
+                    keys, values = kept.of(grid.slots)
+                seen = _seen_by_prompts(query, keys, values, grid, self._of_kind(mask, number), attention.scaling)
                 hidden = _behind(layer, hidden, attention.o_proj(seen))
 
     def _of_kind(self, mask: Any, number: int) -> torch.Tensor | None:
@@ -170,19 +187,26 @@ def _seen(
 
 
 def _seen_by_prompts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Attention of prompts' tokens to what is before them: (N, H * D)."""
-    of_prompt, position, count, width = grid
-    both = torch.cat([query, key, value], dim=1)
-    padded = both.new_zeros(count, width, *both.shape[1:])
-    padded[of_prompt, position] = both
-    sizes = [part.shape[1] for part in (query, key, value)]
-    queries, keys, values = padded.transpose(1, 2).split(sizes, dim=1)
     found = scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=sizes[0] != sizes[1]
+        _in_rows(query, grid),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
     )
-    return found.transpose(1, 2)[of_prompt, position].flatten(1)
+    return found.transpose(1, 2)[grid.row, grid.column].flatten(1)
+
+
+def _in_rows(heads: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """(N, H, D) to (G, H, W, D)."""
+    padded = heads.new_zeros(grid.rows, grid.columns, *heads.shape[1:])
+    padded[grid.row, grid.column] = heads
+    return padded.transpose(1, 2)
 
 
 def _signed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:

@@ -6,9 +6,10 @@ and a mask says up to where each of them has come. transformers' modules compute
 its interface, and the mask is given to them ready-made.
 
 What a prompt's last token is followed by is found in the first step of its row, beside the steps of other rows: reading a
-prompt means its keys and values only. Prompts that are alike are read once and copied.
+prompt means its keys and values only. Prompts that are alike are read once and copied; so is what prompts begin with alike
+(:mod:`trainers.core.beginnings`), where a model's passes are computed in own functions.
 
-Names: B rows of S slots, V vocabulary.
+Names: B rows of S slots, V vocabulary; G prompts, of which at most L tokens are read behind others, W positions.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from trainers.core.lean import Lean, is_lean
+from trainers.core.beginnings import FEWEST, Piece, Prompt, levels, longest_beginning
+from trainers.core.lean import Grid, Lean, is_lean
 from trainers.core.padded import without_router_logits
 from trainers.core.products import step
 from trainers.core.sharding import computes_on
@@ -63,16 +65,20 @@ class Slots:
         self.layers = [_Layer(count, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.lean = Lean(model, longest) if is_lean(model) else None
-        self.read: list[tuple[int, ...]] = [()] * count
+        self.read: list[Prompt] = [()] * count
         """What of its prompt each slot has begun with."""
 
     def fill(self, rows: List[int], prompts: List[list[int]]) -> None:
-        """Read all but the last tokens of prompts into slots, each different one once."""
+        """Read all but the last tokens of prompts into slots: each different one once, and what several begin with."""
         wanted = {row: tuple(prompt[:-1]) for row, prompt in zip(rows, prompts, strict=True)}
-        there = {prefix: row for row, prefix in enumerate(self.read) if wanted.get(row, prefix) == prefix}
-        new = {prefix: row for row, prefix in wanted.items() if prefix and prefix not in there}
-        self._read(new)
-        first = there | new
+        first = {prefix: row for row, prefix in reversed(wanted.items()) if prefix}
+        for layer in self.layers:
+            layer.room = max(map(len, first), default=0)
+        known = self._reuse(first)
+        if self.lean is not None:
+            self._read_levels(self.lean, first, known)
+        else:
+            self._read_whole({prefix: row for prefix, row in first.items() if known[prefix] < len(prefix)})
         copies = {row: first[prefix] for row, prefix in wanted.items() if prefix and first[prefix] != row}
         self._copy(list(copies), list(copies.values()))
         for row, prefix in wanted.items():
@@ -95,28 +101,64 @@ class Slots:
         was = list(self.read)
         self.read = [was[row] for row in rows.tolist()] + [()] * (self.count - len(rows))
 
-    def _read(self, prompts: dict[tuple[int, ...], int]) -> None:
+    def _reuse(self, prompts: dict[Prompt, int]) -> dict[Prompt, int]:
+        """Copy from slots what they begin with of prompts: how many first tokens each has of it. Nothing has been read yet.
+
+        All at once, so slots that are about to be filled anew still have what they had.
+        """
+        there = {prefix: row for row, prefix in enumerate(self.read) if prefix}
+        ordered = sorted(there)
+        copies, known = {}, dict.fromkeys(prompts, 0)
+        for prompt, row in prompts.items():
+            length, like = longest_beginning(prompt, ordered)
+            if length == len(prompt) or (self.lean is not None and length >= FEWEST):
+                known[prompt] = length
+                if self.read[row][:length] != prompt[:length]:
+                    copies[row] = there[like]
+        self._copy(list(copies), list(copies.values()), slice(max(known.values(), default=0)))
+        return known
+
+    def _read_levels(self, lean: Lean, slots: dict[Prompt, int], known: dict[Prompt, int]) -> None:
+        """Beginnings that prompts share, copied to all who share them, then what is behind these."""
+        for pieces in levels(known):
+            for behind in (False, True):
+                for some in _cut(sorted((p for p in pieces if bool(p.start) is behind), key=lambda p: len(p.tokens))):
+                    self._read_lean(lean, some, [slots[piece.of] for piece in some], behind)
+            for piece in pieces:
+                self._copy([slots[other] for other in piece.others], [slots[piece.of]], slice(len(piece.tokens)))
+
+    def _read_whole(self, prompts: dict[Prompt, int]) -> None:
         """Prompts into slots, those of like length together."""
-        by_length = sorted(prompts, key=len)
-        if self.lean is not None:
-            for group in _cut(by_length):
-                self._read_lean(self.lean, group, [prompts[prompt] for prompt in group])
-            return
-        for _, some in groupby(by_length, key=lambda prompt: len(prompt).bit_length()):
+        for _, some in groupby(sorted(prompts, key=len), key=lambda prompt: len(prompt).bit_length()):
             group = list(some)
             self._read_padded(group, [prompts[prompt] for prompt in group])
 
-    def _read_lean(self, lean: Lean, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+    def _read_lean(self, lean: Lean, pieces: List[Piece], slots: List[int], behind: bool) -> None:
         """All tokens behind each other, and the last one a few times more: products come in few numbers of rows."""
-        count = sum(map(len, prompts))
-        places = [(i, at) for i, prompt in enumerate(prompts) for at in range(len(prompt))]
-        more = -count % step(count)
-        ids = torch.tensor([i for prompt in prompts for i in prompt] + [prompts[-1][-1]] * more, device=self.device)
-        of_prompt, positions = torch.tensor(places + places[-1:] * more, device=self.device).T
-        rows = torch.tensor(slots, device=self.device)[of_prompt]
-        width = max(map(len, prompts))
-        self._aim(Cells(rows, positions), width)
-        lean.read(ids, (of_prompt, positions, len(prompts), width), self._mask_of_prompts(width), self.cache)
+        places = [(i, at) for i, piece in enumerate(pieces) for at in range(piece.start, len(piece.tokens))]
+        places += places[-1:] * (-len(places) % step(len(places)))
+        ids = torch.tensor([pieces[i].tokens[at] for i, at in places], device=self.device)
+        of_piece, positions = torch.tensor(places, device=self.device).T
+        rows = torch.tensor(slots, device=self.device)
+        width = max(len(piece.tokens) for piece in pieces)
+        self._aim(Cells(rows[of_piece], positions), width)
+        if not behind:
+            grid = Grid(of_piece, positions, len(pieces), width)
+            lean.read(ids, positions, grid, self._mask_of_prompts(width), self.cache)
+            return
+        starts = torch.tensor([piece.start for piece in pieces], device=self.device)
+        longest = max(len(piece.tokens) - piece.start for piece in pieces)
+        grid = Grid(of_piece, positions - starts[of_piece], len(pieces), longest, rows)
+        lean.read(ids, positions, grid, self._mask_behind(starts, longest, width), self.cache)
+
+    def _mask_behind(self, starts: torch.Tensor, longest: int, width: int) -> Any:
+        """(G, 1, L, W) of what to add to scores of tokens that stand behind these positions of their rows."""
+        positions = starts[:, None] + torch.arange(longest, device=self.device)
+        found = self._mask(positions.clamp(max=width - 1).flatten(), width)
+        shape = (len(starts), 1, longest, width)
+        if isinstance(found, dict):
+            return {kind: mask.view(shape) for kind, mask in found.items()}
+        return found.view(shape)
 
     def _mask_of_prompts(self, width: int) -> Any:
         """(W, W) of what to add to scores, where a window hides some of what is before; None where nothing does."""
@@ -128,7 +170,7 @@ class Slots:
             return {kind: mask[:, 0, 0] for kind, mask in found.items()}
         return found[:, 0, 0]
 
-    def _read_padded(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+    def _read_padded(self, prompts: List[Prompt], slots: List[int]) -> None:
         """Padded behind, where nothing of theirs looks."""
         width = len(prompts[-1])
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
@@ -168,10 +210,10 @@ class Slots:
         zeros = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device)
         return zeros.masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def _copy(self, targets: Any, sources: Any) -> None:
+    def _copy(self, targets: Any, sources: Any, positions: slice = slice(None)) -> None:
         if len(targets):
             for layer in self.layers:
-                layer.copy(targets, sources)
+                layer.copy(targets, sources, positions)
 
 
 class Cells:
@@ -198,6 +240,8 @@ class _Layer(CacheLayerMixin):
 
     place: Place
     width: int
+    room: int
+    """Positions that prompts take which are about to be read, some of them later than others."""
 
     def __init__(self, count: int, longest: int) -> None:
         super().__init__()
@@ -237,12 +281,17 @@ class _Layer(CacheLayerMixin):
     def _grow(self) -> None:
         """With zeros: what a mask hides is multiplied by zero, and has to be a number."""
         there = self.keys.shape[2]
-        more = min(max(GROWTH, there // 4, self.width - there), self.longest - there)
+        more = min(max(GROWTH, there // 4, self.width - there, self.room - there), self.longest - there)
         self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
-    def copy(self, targets: Any, sources: Any) -> None:
+    def copy(self, targets: Any, sources: Any, positions: slice) -> None:
         if self.is_initialized:
-            self.keys[targets], self.values[targets] = self.keys[sources], self.values[sources]
+            for kept in (self.keys, self.values):
+                kept[targets, :, positions] = kept[sources, :, positions]
+
+    def of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some rows, as far as a pass looks."""
+        return self.keys[rows, :, : self.width], self.values[rows, :, : self.width]
 
     def get_seq_length(self) -> int:
         """Of prompts, which begin: to later tokens a mask is given."""
@@ -255,13 +304,13 @@ class _Layer(CacheLayerMixin):
         return self.longest
 
 
-def _cut(prompts: List[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts by length, in runs that are read at once."""
-    some: list[tuple[int, ...]] = []
-    for prompt in prompts:
-        if some and (len(some) + 1) * len(prompt) > CELLS:
+def _cut(pieces: List[Piece]) -> Iterator[list[Piece]]:
+    """Pieces by length, in runs that are read at once."""
+    some: list[Piece] = []
+    for piece in pieces:
+        if some and (len(some) + 1) * len(piece.tokens) > CELLS:
             yield some
             some = []
-        some.append(prompt)
+        some.append(piece)
     if some:
         yield some
