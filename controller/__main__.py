@@ -62,6 +62,14 @@ MetricsReaders = Annotated[
         show_default=False,
     ),
 ]
+LargestRuns = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LARGEST_RUNS",
+        help='Most that a run takes at once, in JSON: [{"namespaces": ["a"], "most": {"nodes": 8, "nvidia.com/gpu": 64}}].',
+        show_default=False,
+    ),
+]
 LeaseNamespace = Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the Lease.")]
 Port = Annotated[int, typer.Option(envvar="PORT", help="Port of /healthz, /readyz and /metrics.")]
 Workers = Annotated[int, typer.Option(envvar="WORKERS", min=1, help="Runs that are looked at side by side.")]
@@ -80,6 +88,7 @@ def operator(
     default_backend: DefaultBackend = BackendName.PYTORCHJOB,
     trainer_user: User = USER,
     metrics_readers: MetricsReaders = None,
+    largest_runs: LargestRuns = None,
     lease_namespace: LeaseNamespace = "default",
     port: Port = 8080,
     workers: Workers = 8,
@@ -88,6 +97,7 @@ def operator(
     log_level: LogLevel = "info",
 ) -> None:
     """Watch AlignmentRuns and carry them out as PyTorchJobs or TrainJobs."""
+    from controller.operator import largest
     from controller.operator.app import Options, main
     from controller.operator.defaults import Defaults
     from controller.operator.login import NoCredentials, login_of
@@ -95,9 +105,9 @@ def operator(
 
     configure(log_format, log_level)
     try:
-        readers = _peers(metrics_readers)
+        readers, largest_of = _peers(metrics_readers), largest.largest_runs(largest_runs)
         login = login_of(kubeconfig)
-    except (BadPeers, NoCredentials) as error:
+    except (BadPeers, largest.BadLargest, NoCredentials) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     workspace = Workspace(claim_name=default_claim) if default_claim else None
@@ -105,7 +115,7 @@ def operator(
         identity=f"{os.environ.get('POD_NAME', os.uname().nodename)}-{uuid.uuid4().hex[:8]}",
         lease_namespace=lease_namespace,
         namespaces=tuple(namespace),
-        pods=Settings(default_image or None, trainer_user or None, readers),
+        pods=Settings(default_image or None, trainer_user or None, readers, largest_of),
         defaults=Defaults(workspace, default_queue or None, default_image or None, default_backend),
         port=port,
         workers=workers,

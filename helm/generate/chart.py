@@ -63,6 +63,14 @@ ALLOWED: Schema = {
     "uniqueItems": True,
     "items": {"type": "string", "pattern": r"^[^\s*]*\*?$", "minLength": 1},
 }
+LARGEST_RUN: Schema = {
+    "type": "object",
+    "minProperties": 1,
+    "properties": {"nodes": {"type": "integer", "minimum": 1}},
+    # Devices are whole, and a pod that names none has none.
+    "patternProperties": {QUALIFIED.replace("/)?", "/)"): {"type": "integer", "minimum": 0}},
+    "additionalProperties": False,
+}
 LIMITS: Schema = {
     "type": "object",
     "required": ["name"],
@@ -73,6 +81,7 @@ LIMITS: Schema = {
         **dict.fromkeys(("images", "serviceAccounts", "claims", "secrets", "queues"), ALLOWED),
         "nodeSelector": {"type": "object", "patternProperties": {QUALIFIED: ALLOWED}, "additionalProperties": False},
         "maxNodes": {"type": "integer", "minimum": 1},
+        "largestRun": LARGEST_RUN,
     },
     "oneOf": [{"required": ["namespaces"]}, {"required": ["namespaceSelector"]}],
     "additionalProperties": False,

@@ -15,6 +15,7 @@ from cluster.assets import locate
 from chart.helm import CHART, NAME, NAMESPACE, HelmError, Object, helm, one, template
 from controller.api import meta
 from controller.api.run import AlignmentRun
+from controller.operator.largest import largest_runs
 from controller.preflight import load_run
 from generate.alerts import OPERATOR_NAMESPACE
 from generate.crd import crd
@@ -33,7 +34,14 @@ EVERYTHING: Object = {
     "image": {"digest": DIGEST, "pullPolicy": "Always"},
     "watchNamespaces": ["team-a", "team-b"],
     "limits": [
-        {"name": "a", "namespaces": ["team-a"], "images": ["a/*"], "nodeSelector": {"pool": ["a"]}, "maxNodes": 4},
+        {
+            "name": "a",
+            "namespaces": ["team-a"],
+            "images": ["a/*"],
+            "nodeSelector": {"pool": ["a"]},
+            "maxNodes": 4,
+            "largestRun": {"nodes": 2_000_000, "nvidia.com/gpu": 64},
+        },
         {
             "name": "b",
             "namespaceSelector": {"matchLabels": {"tenant": "b"}},
@@ -178,9 +186,15 @@ def test_the_operator_is_told_by_its_environment_what_its_options_are() -> None:
         "WATCH_NAMESPACES": "team-a team-b", "DEFAULT_WORKSPACE_CLAIM": "work", "DEFAULT_QUEUE": "gpus",
         "DEFAULT_TRAINER_IMAGE": "registry.example.com/mirror/alignment-trainer:2.0", "LOG_FORMAT": "text",
         "LOG_LEVEL": "debug", "WORKERS": "16", "WATCHDOG_SECONDS": "30.5", "TRAINER_USER": "1000",
-        "DEFAULT_BACKEND": "TrainJob", "METRICS_READERS": found["METRICS_READERS"],
+        "DEFAULT_BACKEND": "TrainJob", "METRICS_READERS": found["METRICS_READERS"], "LARGEST_RUNS": found["LARGEST_RUNS"],
     }  # fmt: skip
     assert not {"WATCH_NAMESPACES", "DEFAULT_QUEUE", "DEFAULT_WORKSPACE_CLAIM"} & environment(template()).keys()
+
+
+def test_the_operator_is_told_how_large_runs_may_be() -> None:
+    told = largest_runs(environment(template(EVERYTHING))["LARGEST_RUNS"])
+    assert told == {"team-a": {"nodes": 2_000_000, "nvidia.com/gpu": 64}}
+    assert "LARGEST_RUNS" not in environment(template({"limits": [{"name": "a", "namespaces": ["a"], "maxNodes": 1}]}))
 
 
 def test_metrics_of_trainers_are_for_the_operator_and_whom_the_values_list() -> None:

@@ -128,6 +128,14 @@ BAD = {
     "an asterisk within": (
         {"limits": [{"name": "x", "namespaces": ["x"], "images": ["a*b"]}]}, "at '/limits/0/images/0': 'a*b' does not match"
     ),
+    "a largest run of what a pod need not name": (
+        {"limits": [{"name": "x", "namespaces": ["x"], "largestRun": {"cpu": 8}}]},
+        "at '/limits/0/largestRun': additional properties 'cpu' not allowed",
+    ),
+    "a largest run of namespaces by their labels": (
+        {"limits": [{"name": "x", "namespaceSelector": {"matchLabels": {"a": "b"}}, "largestRun": {"nodes": 8}}]},
+        "limits of x: largestRun needs namespaces by name",
+    ),
     "both ways to scrape": (
         {"monitoring": {"podMonitor": ON, "serviceMonitor": ON}},
         "monitoring.podMonitor.enabled and monitoring.serviceMonitor.enabled are both true",

@@ -20,6 +20,7 @@ from controller.plan.observed import JobState, Observed, ObservedJob
 
 Object = dict[str, Any]
 
+PLAIN = Settings()
 RUN = "alignment.dev/v1alpha1", "AlignmentRun", "test"
 MINE = owner(*RUN, "run-1")
 EARLIER = owner(*RUN, "run-0")
@@ -83,15 +84,16 @@ def a_run(asked: bool = True) -> AlignmentRun:
     return run.model_copy(update={"status": decide(run, seen(), START).status}) if asked else run
 
 
-def backend(shelf: Shelf) -> ClusterBackend:
+def backend(shelf: Shelf, settings: Settings = PLAIN) -> ClusterBackend:
     api: Any = shelf
     figures: Any = NoFigures()
-    return ClusterBackend(api, Memory(api), figures, Settings())
+    moment = datetime.now(UTC).replace(microsecond=0)
+    return ClusterBackend(api, Memory(api), figures, settings, lambda: moment)
 
 
-def look(shelf: Shelf, run: AlignmentRun | None = None) -> Observed:
+def look(shelf: Shelf, run: AlignmentRun | None = None, settings: Settings = PLAIN) -> Observed:
     """As the API server tells, and the same from what is remembered of it."""
-    asked, run = backend(shelf), run or a_run()
+    asked, run = backend(shelf, settings), run or a_run()
     found = asyncio.run(asked.observe(run))
     names, shelf.asked = shelf.asked, []
     assert asyncio.run(asked.observe(run, anew=False)) == found

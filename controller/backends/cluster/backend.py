@@ -19,6 +19,8 @@ from controller.kube.api import Api
 from controller.kube.resources import Resource
 from controller.memory import Anew, Memory
 from controller.plan import attempts as history
+from controller.plan.at_once import size_problems
+from controller.plan.check import check_run
 from controller.plan.job import PhaseJob
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.place import folder_of
@@ -199,6 +201,9 @@ class ClusterBackend:
                     f"spec.phases[{entry.name}].template.image: is not set, neither is spec.template.image, "
                     "and this operator has no default"
                 )
+        most = self.settings.largest_runs.get(run.metadata.namespace or "default", {})
+        if most and run.phases and not check_run(run):
+            found += map(str, size_problems(run, most))
         return found
 
     async def _queues(

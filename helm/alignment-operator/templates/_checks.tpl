@@ -6,6 +6,11 @@
 {{- if and .Values.watchNamespaces .Values.test.namespace (not (has .Values.test.namespace .Values.watchNamespaces)) }}
 {{- fail (printf "test.namespace is %s, which is not one of watchNamespaces (%s): nobody would carry out the test's run" .Values.test.namespace (join ", " .Values.watchNamespaces)) }}
 {{- end }}
+{{- range .Values.limits }}
+{{- if and .largestRun (not .namespaces) }}
+{{- fail (printf "limits of %s: largestRun needs namespaces by name in place of namespaceSelector: the operator enforces it, and has no right to read a namespace's labels" .name) }}
+{{- end }}
+{{- end }}
 {{- if .Values.watchNamespaces }}
 {{- /* Whoever makes ClusterRoles may look for one that is for all; others may not, and an install would fail. */ -}}
 {{- if .Values.rbac.aggregate }}

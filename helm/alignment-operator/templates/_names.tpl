@@ -41,3 +41,16 @@ app.kubernetes.io/component: operator
 {{- define "alignment.testNamespace" -}}
 {{ .Values.test.namespace | default (first .Values.watchNamespaces) | default .Release.Namespace }}
 {{- end }}
+
+{{- /* For the operator: what runs of some namespaces may take at once. */ -}}
+{{- define "alignment.largest" -}}
+{{- $found := list -}}
+{{- range .Values.limits -}}
+{{- if .largestRun -}}
+{{- $most := dict -}}
+{{- range $what, $amount := .largestRun -}}{{- $_ := set $most $what (int $amount) -}}{{- end -}}
+{{- $found = append $found (dict "namespaces" .namespaces "most" $most) -}}
+{{- end -}}
+{{- end -}}
+{{- with $found -}}{{ toJson . }}{{- end -}}
+{{- end }}
