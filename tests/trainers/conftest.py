@@ -12,9 +12,6 @@ import pytest
 import yaml
 from hypothesis import settings
 
-# Results must not depend on how a sum is split over threads, and the tests share their cores.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 # Deadlines measure how busy the machine is; the same examples every time keep a red test red.
 settings.register_profile("trainers", deadline=None, derandomize=True)
 settings.load_profile("trainers")
