@@ -5,7 +5,7 @@ import os
 from hypothesis import settings
 
 # Results must not depend on how a sum is split over threads, and the tests share their cores. OpenMP reads it once, when torch is
-# first imported: told later, every thread of a test kept a team of its own, and 350 of those took a core to wait with.
+# first imported: told later, every thread in which a test computes keeps a team of its own.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest_plugins = ["cluster.fixtures", "cluster.installed", "monitoring.observed"]
