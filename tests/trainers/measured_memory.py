@@ -4,6 +4,7 @@ Processes are forked from one that has imported what phases need, which else wou
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -49,11 +50,17 @@ class Reached:
 
 @contextmanager
 def prepared_process() -> Iterator[None]:
-    """Inside, a process stands by that has imported what phases need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    with patch.dict(os.environ, MALLOC | {"OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0"}):
+    """Inside, a process stands by that has imported what phases need.
+
+    It is one of its own: one that other tests have started was started without the settings of memory.
+    """
+    server = multiprocessing.forkserver.ForkServer()
+    server.set_forkserver_preload(IMPORTED)
+    settings = MALLOC | {"OMP_NUM_THREADS": "1", "ALIGNMENT_METRICS_PORT": "0"}
+    connect = patch.object(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process)
+    with patch.dict(os.environ, settings), connect:
         yield
+    server._stop()
 
 
 def reached(kind: str, spec: dict[str, Any], folder: Path, processes: int = 1) -> Reached:

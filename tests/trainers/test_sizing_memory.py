@@ -103,11 +103,12 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(held):
 
 
 def test_a_chunk_of_logits_is_what_losses_hold() -> None:
-    """The number stands twice: what the losses import is part of a result's identity, and plans are not."""
-    from trainers.core import head_losses
+    """Numbers stand twice: what the losses import is part of a result's identity, and plans are not."""
+    from trainers.core import head_losses, products
     from trainers.sizing import memory
 
     assert memory.CHUNK_ELEMENTS == head_losses.CHUNK_ELEMENTS
+    assert memory.BLOCK == products.BLOCK
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "phi3"])

@@ -26,6 +26,8 @@ AT_ONCE = 2 / 3
 """Share of what a layer would keep for its backward pass that is there at once where there is none."""
 PREFETCHED = 2
 """Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
+BLOCK = 8192
+"""Rows of a head's gradient that a processor makes at once, as in `trainers.core.products`."""
 FEWEST_ROWS, LARGEST_COPY = 8, 2**30
 """Those of `trainers/core/packed_linears.py`, which knows torch."""
 
@@ -300,7 +302,7 @@ def activations(place: Place, model: Trained, tokens: int, row: int, masked: boo
     kept += wide * shape.around.wide + FP32 * shape.width
     if masked:
         kept += FP32 * row
-    head = head_bytes(model, tokens, trained=model.lora is None) + model.beside
+    head = head_bytes(model, tokens, trained=model.lora is None) + model.beside + _turned(place, model, tokens)
     return tokens * kept + _copies(place, model) + head
 
 
@@ -337,6 +339,15 @@ def head_bytes(model: Trained, tokens: int, trained: bool) -> int:
     chunk = min(CHUNK_ELEMENTS, tokens * model.shape.vocabulary)
     gradient = FP32 * trained * model.shape.embedding
     return FP32 * model.head * chunk + gradient + head_copy(model.shape, model.held)
+
+
+def _turned(place: Place, model: Trained, tokens: int) -> int:
+    """On a processor some of a chunk's gradient in another order, and what it adds to that of a trained head."""
+    if place.gpu or not model.head or model.lora is not None:
+        return 0
+    rows = min(BLOCK, model.shape.vocabulary)
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // model.shape.vocabulary))
+    return FP32 * rows * (chunk + model.shape.width)
 
 
 def head_copy(shape: ModelShape, held: int) -> int:
