@@ -11,6 +11,7 @@ from controller import runs_folder
 from controller.api.problems import InvalidRun
 from controller.commands import where
 from controller.commands.cluster.errors import ClusterError
+from controller.commands.say import say
 from trainers import __version__
 
 app = typer.Typer(
@@ -127,7 +128,7 @@ Kubeconfig = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"alignctl {__version__}")
+        say(f"alignctl {__version__}")
         raise typer.Exit
 
 
@@ -172,11 +173,11 @@ def validate(
 
     document = compose(read_document(file), [read_document(path) for path in fragment], setting)
     loaded = load_run(document, file.resolve().parent)
-    typer.echo(f"{file}: run {loaded.name} is valid, {len(loaded.phases)} phases")
+    say(f"{file}: run {loaded.name} is valid, {len(loaded.phases)} phases")
     # Sizes are an estimate: a warning, and no error.
     sizes = sizes_here(loaded, file.resolve().parent) if states_memory(loaded) else {}
     for misfit in misfits(sizes.values()):
-        typer.secho(f"warning: {misfit}", fg="yellow", err=True)
+        say(f"warning: {misfit}", color="yellow", err=True)
 
 
 @app.command()
@@ -300,7 +301,7 @@ def resume(
     place = where.choose(root, context, namespace, kubeconfig)
     if isinstance(place, where.Place):
         raise typer.Exit(cluster_resume(place, name))
-    typer.echo(f"a run in a workspace continues with: alignctl run FILE --workspace {place}", err=True)
+    say(f"a run in a workspace continues with: alignctl run FILE --workspace {place}", err=True)
     raise typer.Exit(BAD_INPUT)
 
 
@@ -349,7 +350,7 @@ def _ask_again(place: Path | where.Place, name: str, phases: list[str]) -> None:
     if isinstance(place, where.Place):
         raise typer.Exit(cluster_retry(place, name, phases))
     anew = "".join(f" --anew {shlex.quote(phase)}" for phase in phases)
-    typer.echo(f"a run in a workspace tries again with: alignctl run FILE{anew} --workspace {place}", err=True)
+    say(f"a run in a workspace tries again with: alignctl run FILE{anew} --workspace {place}", err=True)
     raise typer.Exit(BAD_INPUT)
 
 
@@ -436,4 +437,5 @@ def main() -> None:
 
 
 def _say_error(text: object) -> None:
-    typer.secho(f"error: {text}", fg="red", err=True)
+    """Names and values in it are a document's, which a stranger may have written."""
+    say(f"error: {text}", color="red", err=True)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-import typer
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from controller import runs_folder
 from controller.api.text import plain
 from controller.commands.runs import bytes_text, cost, reading, state
+from controller.commands.say import say
 from controller.holdings import Bucket, Files, Folder, HeldPhase, HeldRun, holdings
 from trainers.files import write_atomic
 from trainers.phases.package import templating
@@ -37,7 +37,7 @@ def history_command(root: str) -> int:
     with reading(root) as files:
         text = page(root, holdings(files), reports(files), datetime.now(UTC))
         address = _write(files, text)
-    typer.echo(f"history: {address}")
+    say(f"history: {address}")
     return 0
 
 

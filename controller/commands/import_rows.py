@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import typer
-
 from controller.api.problems import InvalidRun, Problem, nearest
+from controller.commands.say import say
 from trainers.contract import BadInput
 from trainers.formats import FORMATS
 from trainers.formats.importer import Imported, import_rows
@@ -20,7 +19,7 @@ def import_command(name: str, source: str, target: Path, columns: list[str], ski
         raise InvalidRun([Problem("", str(error))]) from error
     except OSError as error:
         raise InvalidRun([Problem("", f"{error.filename or target}: {error.strerror}")]) from error
-    typer.echo(_summary(target, found))
+    say(_summary(target, found))
     return 0
 
 

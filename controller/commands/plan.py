@@ -2,11 +2,11 @@
 
 import asyncio
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from controller.commands.run import Request, local_backend
+from controller.commands.say import say
 from controller.commands.sizes import COLUMNS, plain_lines, remarks, row, sizes_here
 from controller.plan.explain import PhasePlan, explain
 from controller.plan.sizes import PhaseSize
@@ -30,11 +30,11 @@ def plan_command(request: Request) -> int:
     else:
         width = max(len(plan.name) for plan in plans)
         for plan in plans:
-            typer.echo(f"{plan.name:<{width}}  {plan.type:<8}  {plan.action:<8}  {plan.why}")
+            say(f"{plan.name:<{width}}  {plan.type:<8}  {plan.action:<8}  {plan.why}")
         if known:
-            typer.echo("\n".join(["", TITLE, *plain_lines(known)]))
+            say("\n".join(["", TITLE, *plain_lines(known)]))
     for remark in remarks(needed):
-        typer.secho(remark, fg="yellow", err=True)
+        say(remark, color="yellow", err=True)
     return 0
 
 

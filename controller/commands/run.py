@@ -9,7 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
 from controller import runs_folder
@@ -21,6 +20,7 @@ from controller.backends.local import process
 from controller.backends.local.backend import Command, LocalBackend, phase_command
 from controller.backends.local.machine import Machine, this_machine
 from controller.commands.display import LiveTable, PlainLines
+from controller.commands.say import say
 from controller.commands.table import comparison_table, plain_table, read_comparison
 from controller.compose import Document, compose, read_document
 from controller.plan import again
@@ -132,15 +132,15 @@ async def _check_inputs(run: AlignmentRun, backend: LocalBackend, only: Collecti
 
 def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Collection[str] | None) -> int:
     console = Console()
-    display = LiveTable(console) if console.is_terminal else PlainLines(lambda text: print(text, flush=True))
+    display = LiveTable(console) if console.is_terminal else PlainLines(say)
     runner = Runner(run, backend, request.workspace, display, only)
     with display:
         outcome = asyncio.run(runner.drive())
     status = runner.run.status or RunStatus()
     if outcome == Outcome.INTERRUPTED:
-        typer.echo(f"stopped. The same command continues where it was: alignctl run {continuing(request)}")
+        say(f"stopped. The same command continues where it was: alignctl run {continuing(request)}")
     elif outcome == Outcome.SUSPENDED:
-        typer.echo("suspended: " + ", ".join(p.name for p in status.phases if p.state == PhaseState.SUSPENDED))
+        say("suspended: " + ", ".join(p.name for p in status.phases if p.state == PhaseState.SUSPENDED))
     report_rows(run, request.workspace)
     report_failures(status, run.name, backend)
     if outcome == Outcome.SUCCEEDED:
@@ -167,15 +167,15 @@ def report_rows(run: AlignmentRun, root: Path) -> None:
         result = PhaseDir(root / run.name / phase.name).read_result()
         for record in result.data if result is not None else ():
             if not record.whole:
-                typer.echo(f"{phase.name}: {record}")
+                say(f"{phase.name}: {record}")
 
 
 def report_failures(status: RunStatus, run: str, backend: LocalBackend) -> None:
     """For each failed phase the class, what it said, and where to read on."""
     for phase in status.phases:
         if phase.state == PhaseState.FAILED:
-            typer.echo("")
-            typer.secho(f"phase {phase.name} failed: {_reason(phase)}", fg="red", bold=True)
+            say("")
+            say(f"phase {phase.name} failed: {_reason(phase)}", color="red", bold=True)
             _show_log(backend.log_file(run, phase.name))
 
 
@@ -186,9 +186,9 @@ def _reason(phase: PhaseStatus) -> str:
 def _show_log(log: Path | None) -> None:
     if log is None:
         return
-    typer.echo(f"log: {log}")
+    say(f"log: {log}")
     for line in process.tail(log, LOG_LINES):
-        typer.echo(f"  {line}")
+        say(f"  {line}")
 
 
 def report_results(run: AlignmentRun, root: Path, console: Console) -> None:
@@ -197,14 +197,14 @@ def report_results(run: AlignmentRun, root: Path, console: Console) -> None:
         directory = root / run.name / phase.name
         comparison = read_comparison(directory / "results.json") if phase.type.produces == "evaluation" else None
         if comparison is not None:
-            typer.echo("")
+            say("")
             if console.is_terminal:
                 console.print(comparison_table(comparison))
             else:
-                typer.echo("\n".join(plain_table(comparison)))
+                say("\n".join(plain_table(comparison)))
     reports = [
         root / run.name / phase.name / "report.html" for phase in resolve(run) if phase.type.produces == "package"
     ]
     for report in reports:
         if report.exists():
-            typer.echo(f"\nreport: {report}")
+            say(f"\nreport: {report}")

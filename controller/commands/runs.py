@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
-
 from controller import runs_folder
 from controller.api.text import plain
 from controller.commands.find import named
+from controller.commands.say import say
 from controller.holdings import Bucket, Files, Folder, HeldPhase, HeldRun, holdings
 from controller.plan.verdict import duration
 from trainers.contract import PhaseError
@@ -28,12 +27,12 @@ def runs_command(root: str, name: str | None) -> int:
     with reading(root) as files:
         runs = holdings(files)
     if not runs:
-        typer.echo(f"{root} holds nothing of any run")
+        say(f"{root} holds nothing of any run")
     elif name is None:
-        say(RUNS, map(run_row, runs))
+        say_table(RUNS, map(run_row, runs))
     else:
         chosen = named(name, [run.name for run in runs], root)
-        say(PHASES, phase_rows(next(run for run in runs if run.name == chosen)))
+        say_table(PHASES, phase_rows(next(run for run in runs if run.name == chosen)))
     return 0
 
 
@@ -91,9 +90,9 @@ def bytes_text(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == UNITS[0] else f"{size:.1f} {unit}"
 
 
-def say(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def say_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns of plain text: names and messages are whoever's who wrote to the workspace."""
     table = [head, *([plain(cell, WIDEST) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

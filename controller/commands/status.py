@@ -14,6 +14,7 @@ from controller.api.problems import InvalidRun, Problem
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.commands.display import LiveTable, PlainLines, status_table
 from controller.commands.find import find_run
+from controller.commands.say import say
 from controller.plan.decide import is_terminal
 from controller.plan.verdict import duration
 
@@ -84,7 +85,7 @@ def print_status(title: str, status: RunStatus) -> None:
 
 def follow_status(frames: Iterable[RunStatus]) -> None:
     console = Console()
-    display = LiveTable(console) if console.is_terminal else PlainLines(lambda text: print(text, flush=True))
+    display = LiveTable(console) if console.is_terminal else PlainLines(say)
     with display:
         for status in frames:
             display.show(status)

@@ -5,10 +5,9 @@ import signal
 import time
 from pathlib import Path
 
-import typer
-
 from controller import runs_folder
 from controller.backends.local import process
+from controller.commands.say import say
 
 
 def stop_command(root: Path, timeout: float) -> int:
@@ -16,15 +15,15 @@ def stop_command(root: Path, timeout: float) -> int:
     pid = runs_folder.holder(root)
     if pid:
         os.kill(pid, signal.SIGTERM)
-        typer.echo(f"stopping process {pid}: unfinished work is being saved")
+        say(f"stopping process {pid}: unfinished work is being saved")
         if not _released(root, timeout):
-            typer.echo(f"process {pid} has not ended within {timeout:g} s", err=True)
+            say(f"process {pid} has not ended within {timeout:g} s", err=True)
             return 1
     left = process.end_all(root, grace=timeout) if root.is_dir() else 0
     if not pid and not left:
-        typer.echo(f"nothing runs in {root}")
+        say(f"nothing runs in {root}")
     else:
-        typer.echo("stopped; run it again to continue")
+        say("stopped; run it again to continue")
     return 0
 
 

@@ -18,6 +18,7 @@ from controller.api.text import LIMIT, for_terminal, plain
 from controller.backends.cluster import evidence, observe
 from controller.commands.cluster.pods import Pod
 from controller.commands.logs import print_line
+from controller.commands.say import say
 from controller.kube.answers import ApiError
 from controller.kube.calls import Call
 from controller.kube.resources import RUNS
@@ -182,3 +183,23 @@ def test_no_word_of_a_pod_is_a_label_but_its_figures_names():
     status = RunStatus(phases=(PhaseStatus(name="base", type="sft", attempts=(attempt,), metrics={plain(NASTY): 1.0}),))
     metrics.run_seen(Key("ns", "test"), run, status)
     assert f'metric="{TAME}"' in metrics.page().decode()
+
+
+def test_what_commands_say_is_text_alone(capsys):
+    """A gate on a metric of this name set a terminal's title when the run was validated."""
+    say('gates[0].metric: "\x1b]0;pwn\x07\x1b[31mX" is no metric\nof this phase', color="red", err=True)
+    assert capsys.readouterr().err == 'gates[0].metric: "X" is no metric\nof this phase\n'
+
+
+def test_an_event_of_the_future_is_not_the_newest():
+    """It is anybody's who may write events: one of 2030 gave a run its reason for years."""
+
+    def event(message: str, last: str, created: str):
+        return {"reason": "R", "message": message, "lastTimestamp": last, "metadata": {"creationTimestamp": created}}
+
+    forged = event("forged", "2999-01-01T00:00:00Z", "2026-01-01T00:00:00Z")
+    real = event("real", after(seconds=-1).isoformat(), "2026-01-01T00:00:01Z")
+    later = event("later", after(seconds=5).isoformat(), "2026-01-01T00:00:02Z")
+    assert observe.warning([forged, real, later], after(seconds=5)) == "R: later"
+    assert observe.warning([real, later], after(seconds=5)) == "R: later"
+    assert observe.warning([real], START) == "R: real"

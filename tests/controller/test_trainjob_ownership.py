@@ -53,7 +53,8 @@ class Shelf:
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
         self.told_of.append(uid)
-        return [{"reason": "FailedCreate", "message": "exceeded quota"}] if uid == "batch-1" else []
+        said = {"reason": "FailedCreate", "message": "exceeded quota", "metadata": {"creationTimestamp": NOW}}
+        return [said] if uid == "batch-1" else []
 
 
 def thing(name: str, uid: str, *owners: Object, labels: Object | None = None, **more: Any) -> Object:

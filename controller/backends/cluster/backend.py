@@ -182,7 +182,7 @@ class ClusterBackend:
         for thing in [*made, *idle[:SHOWN_PODS]]:
             warnings = await self.api.list_warnings(job["metadata"]["namespace"], thing["metadata"]["uid"])
             if warnings:
-                return replace(seen, message=observe.warning(warnings))
+                return replace(seen, message=observe.warning(warnings, now))
         return seen
 
     def _problems(self, run: AlignmentRun) -> list[str]:

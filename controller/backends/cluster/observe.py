@@ -202,10 +202,17 @@ def first_start(pods: Sequence[Object]) -> datetime | None:
     return min((evidence.timestamp(start) for start in starts if start), default=None)
 
 
-def warning(events: Sequence[Object]) -> str:
-    """The newest of some warning events, in one line."""
-    last = max(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+def warning(events: Sequence[Object], now: datetime) -> str:
+    """The newest of some warning events, in one line. Whoever may write events may write these: none is of the future."""
+    at = {id(event): min(_told_at(event), now) for event in events}
+    last = max(events, key=lambda event: (at[id(event)], event["metadata"].get("creationTimestamp", "")))
     return f"{last.get('reason', '')}: {last.get('message', '')}"
+
+
+def _told_at(event: Object) -> datetime:
+    return evidence.timestamp(
+        event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+    )
 
 
 # ---------------------------------------------------------------- results and queues

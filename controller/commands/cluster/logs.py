@@ -1,7 +1,5 @@
 """`alignctl logs` of a run in a cluster."""
 
-import typer
-
 from controller.api.problems import InvalidRun, Problem
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.errors import ClusterError
@@ -12,6 +10,7 @@ from controller.commands.cluster.reading import FINAL, Wanted, find_phase, missi
 from controller.commands.cluster.run import ClusterRun, newest
 from controller.commands.find import interesting_phase
 from controller.commands.logs import print_line
+from controller.commands.say import say
 from controller.commands.where import Place
 
 
@@ -42,12 +41,12 @@ def _print(cluster: Cluster, wanted: Wanted) -> int:
     if reading.pod is not None and reading.pod.has_log:
         _print_all(cluster, reading.pod)
         if missing := missing_peer(cluster, reading):
-            typer.echo(missing, err=True)
+            say(missing, err=True)
         return 0
     why = why_silent(cluster, reading)
     if reading.attempt is None or (reading.pods and reading.pod is None):
         raise InvalidRun([Problem("", why)])
-    typer.echo(why, err=True)
+    say(why, err=True)
     return 1 if reading.gone else 0
 
 
@@ -67,5 +66,5 @@ class _Notes:
 
     def __call__(self, text: str) -> None:
         if text != self._last:
-            typer.echo(text, err=True)
+            say(text, err=True)
             self._last = text

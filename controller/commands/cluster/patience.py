@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import typer
-
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.errors import ClusterError
+from controller.commands.say import say
 
 T = TypeVar("T")
 
@@ -35,5 +34,5 @@ def patiently(
                 raise
             failures += 1
             if failures == 2:  # the first may well be over by now
-                typer.echo(f"{error}; trying again", err=True)
+                say(f"{error}; trying again", err=True)
         time.sleep(PAUSE_SECONDS)

@@ -4,8 +4,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import typer
-
 from controller.api import meta
 from controller.api.problems import InvalidRun, Problem, nearest
 from controller.api.status import PhaseStatus
@@ -14,6 +12,7 @@ from controller.commands.cluster.errors import ClusterError
 from controller.commands.cluster.patience import patiently
 from controller.commands.cluster.run import ClusterRun, newest
 from controller.commands.cluster.status import existing
+from controller.commands.say import say
 from controller.commands.where import Place
 from controller.plan import again
 from trainers.contract import FailureClass
@@ -33,9 +32,9 @@ def cluster_retry(place: Place, name: str, phases: Sequence[str]) -> int:
     _ask(cluster, run, phases)
     whole = again.ALL in phases
     what = "all phases run anew" if whole else f"{', '.join(phases)} and what builds on it: run anew" if phases else ""
-    typer.echo(f"run {name}: {what or ', '.join(tried) + ' tries again'}")
+    say(f"run {name}: {what or ', '.join(tried) + ' tries again'}")
     follow = f"watch it with: {place.command('status --watch', name)}"
-    typer.echo(f"it is stopped, and begins with: {place.command('resume', name)}" if run.asked_to_stop else follow)
+    say(f"it is stopped, and begins with: {place.command('resume', name)}" if run.asked_to_stop else follow)
     return 0
 
 
@@ -47,9 +46,9 @@ def _check(run: ClusterRun, phases: Sequence[str]) -> None:
 
 
 def _say_nothing_failed(run: ClusterRun, place: Place) -> int:
-    typer.echo(f"run {run.name} has no phase to try again: {run.state}")
+    say(f"run {run.name} has no phase to try again: {run.state}")
     for phase in filter(_missed, run.status.phases):
-        typer.echo(f"phase {phase.name} has finished and missed its gate: --from {phase.name} runs it anew")
+        say(f"phase {phase.name} has finished and missed its gate: --from {phase.name} runs it anew")
     return 0
 
 

@@ -2,12 +2,11 @@
 
 import time
 
-import typer
-
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.patience import patiently
 from controller.commands.cluster.run import ClusterRun, the_one
 from controller.commands.cluster.status import existing
+from controller.commands.say import say
 from controller.commands.where import Place
 
 POLL_SECONDS = 1.0
@@ -21,7 +20,7 @@ def cluster_stop(place: Place, name: str | None, timeout: float) -> int:
     if run.ended:
         return _say_ended(run)
     patiently(cluster, lambda: cluster.suspend(run.name, True))
-    typer.echo(f"stopping run {run.name}: unfinished work is being saved")
+    say(f"stopping run {run.name}: unfinished work is being saved")
     return _await(cluster, place, run.name, timeout)
 
 
@@ -32,13 +31,13 @@ def _await(cluster: Cluster, place: Place, name: str, timeout: float) -> int:
             return _say_ended(run)
         waiting = ", ".join(run.active_phases)
         if run.settled and waiting and waiting != told:
-            typer.echo(f"waiting for {waiting}")
+            say(f"waiting for {waiting}")
             told = waiting
         if time.monotonic() > end:
-            typer.echo(_late(run, timeout), err=True)
+            say(_late(run, timeout), err=True)
             return 1
         time.sleep(POLL_SECONDS)
-    typer.echo(f"stopped; it continues with: {place.command('resume', name)}")
+    say(f"stopped; it continues with: {place.command('resume', name)}")
     return 0
 
 
@@ -49,7 +48,7 @@ def _late(run: ClusterRun, timeout: float) -> str:
 
 
 def _say_ended(run: ClusterRun) -> int:
-    typer.echo(f"run {run.name} has ended: {run.state}")
+    say(f"run {run.name} has ended: {run.state}")
     return 0
 
 
@@ -61,9 +60,9 @@ def cluster_resume(place: Place, name: str | None) -> int:
         return _say_ended(run)
     if run.asked_to_stop:
         patiently(cluster, lambda: cluster.suspend(run.name, False))
-        typer.echo(f"run {run.name} goes on; watch it with: {place.command('status --watch', run.name)}")
+        say(f"run {run.name} goes on; watch it with: {place.command('status --watch', run.name)}")
     else:
-        typer.echo(f"run {run.name} is not stopped: {run.state}")
+        say(f"run {run.name} is not stopped: {run.state}")
     for phase in run.suspended_phases:
-        typer.echo(f"phase {phase} stays suspended: its own `suspend` is true")
+        say(f"phase {phase} stays suspended: its own `suspend` is true")
     return 0
