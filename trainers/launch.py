@@ -108,6 +108,7 @@ def _run(
     remote_lease: Lease | None = None,
 ) -> Result:
     _leave_out_unused(spec)
+    from trainers.core.allocation import keep_freed_memory
     from trainers.core.context import PhaseContext
     from trainers.core.device import device_name, peak_flops, sensors
     from trainers.core.parallel import Workers
@@ -116,6 +117,8 @@ def _run(
     directory = PhaseDir(Path(file.output))
     spec = spec.model_copy(update={"parallel": as_launched(spec.parallel, os.environ)})
     workers = Workers(spec.parallel, Path(file.base_dir))
+    if workers.device.type == "cpu":
+        keep_freed_memory()
     labels = {"run": file.run, "phase": file.phase, "type": kind.name, "rank": str(workers.rank)}
     with ExitStack() as until_all_is_kept:
         with workers.heard_of():
