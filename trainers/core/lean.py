@@ -215,7 +215,10 @@ def _signed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    if not hidden.dtype == norm.weight.dtype == torch.float32:  # transformers rounds before it multiplies by the weight
+    """In two operations instead of eight where halves are: transformers rounds before it multiplies by the weight."""
+    if hidden.dtype != norm.weight.dtype:
         found: torch.Tensor = norm(hidden)
         return found
-    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+    halves = hidden.dtype != torch.float32
+    normed = rms_norm(hidden, hidden.shape[-1:], None if halves else norm.weight, norm.variance_epsilon)
+    return norm.weight * normed if halves else normed
