@@ -12,6 +12,7 @@ from trainers import keeper
 from trainers.contract import KEEPER_VARIABLE
 
 PROGRAM = Path(__file__).with_name("served.py")
+MEMORY_LOG = Path(__file__).with_name("vllm_memory.log")
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 12}}], "maxPromptLength": 32}
 
 
@@ -77,6 +78,7 @@ def test_one_that_breaks_is_told_of_at_once(run_phase, louder, tmp_path, capsys)
     [
         ("import sys; print('error: no flag --x', file=sys.stderr); sys.exit(2)", 2, "status 2: error: no flag --x"),
         ("print('RuntimeError: a GPU is lost'); print('bye'); exit(1)", 75, "status 1: RuntimeError: a GPU is lost"),
+        (f"print(open({str(MEMORY_LOG)!r}).read()); exit(1)", 2, "memory utilization (0.92, 21.66 GiB)"),
         ("import os; os.kill(os.getpid(), 9)", 75, "it was killed by signal 9: it has said nothing"),
     ],
 )
@@ -85,6 +87,7 @@ def test_one_that_does_not_come_to_answer(run_phase, louder, tmp_path, capsys, p
     assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == status
     said = capsys.readouterr().err.splitlines()[-1]
     assert "policy: the phase's own vLLM is gone before it answered" in said and reason in said
+    assert (str(MEMORY_LOG) in program) is ("set --gpu-memory-utilization in server.args" in said)
 
 
 def test_one_that_takes_too_long(run_phase, louder, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """A vLLM server that the phase starts from a model's own folder: it answers to the phase's processes and nobody else."""
 
 import http.client
-import re
 import socket
 import tempfile
 import time
@@ -17,11 +16,14 @@ from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.context import PhaseContext
 from trainers.core.served.connections import Connections
 from trainers.core.served.line import Ended, Line
+from trainers.core.served.log import is_of_memory, last_words
 from trainers.core.served.server import Server, Unanswered
 from trainers.spec import OwnServer, Served
 
-CAUSE = re.compile(r"\b\w*(Error|Exception): .*")
-"""A line of the log that says why, which in vLLM's is seldom the last one."""
+MEMORY_HINT = (
+    "set --gpu-memory-utilization in server.args (of all memory there, a processor's too), "
+    "or VLLM_CPU_KVCACHE_SPACE (GiB) in the environment of one on a processor"
+)
 
 
 class StartedServer(Server):
@@ -52,9 +54,14 @@ class StartedServer(Server):
             raise
 
     def _end(self, line: Line, ended: Ended) -> Exception:
+        said = last_words(line.log)
         when = "" if self.answered else " before it answered"
-        text = f"{self.field}: {self.url} is gone{when}, {ended.how}: {last_words(line.log)}"
-        return BadInput(f"{text}; server says how it is started") if ended.of_order else Infrastructure(text)
+        text = f"{self.field}: {self.url} is gone{when}, {ended.how}: {said}"
+        if ended.of_order:
+            return BadInput(f"{text}; server says how it is started")
+        if not self.answered and is_of_memory(said):  # what it may take is a setting, which the next attempt has too
+            return BadInput(f"{text}; {MEMORY_HINT}")
+        return Infrastructure(text)
 
 
 @contextmanager
@@ -102,16 +109,6 @@ def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnSer
                 f"(server.startTimeoutSeconds): {said}"
             )
         time.sleep(0.2)
-
-
-def last_words(log: Path) -> str:
-    """Of a log: the first line that names an error, or the last ones; one line of it."""
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "it has said nothing"
-    named = next((found[0] for line in lines if (found := CAUSE.search(line))), None)
-    return (named or " / ".join(lines[-3:]) or "it has said nothing")[:500]
 
 
 class _SocketConnection(http.client.HTTPConnection):

@@ -1,0 +1,77 @@
+"""Why a vLLM has ended, by its log. Imports no torch.
+
+Its lines have the process, the level, the time and the place in front, in several forms over its versions:
+`(EngineCore pid=7) ERROR 11-30 04:32:49 [core.py:1510] ValueError: …`. A process that dies writes a plain traceback as well, and
+those that waited for it say that somebody else failed.
+"""
+
+import re
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from pathlib import Path
+
+LINE = re.compile(
+    r"(?:\(.{1,60} pid=\d+(?:, [^)]{1,40})?\) ?)?"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
+    r"(?P<words>.*)"
+)
+EXCEPTION = re.compile(r"(?:[\w-]+\.)*\w*(?:Error|Exception)(?:: .*)?$|[\w./-]+: error: .*")
+"""The last line of a traceback, and what a program says of its arguments."""
+
+SOMEBODY_ELSE = re.compile(r"root cause|initialization failed|EngineDeadError|stack trace", re.IGNORECASE)
+ANOTHER = "During handling of the above exception, another exception occurred"
+SEVERAL = re.compile(r"\d+ validation errors? for ")
+"""What pydantic says, whose reason is on the next line."""
+
+OF_MEMORY = re.compile(
+    r"less than desired .*memory utilization|No available memory for the cache|larger than the available KV cache memory"
+    r"|out of memory|OutOfMemoryError"
+)
+MOST = 500
+
+
+@dataclass(frozen=True)
+class Said:
+    level: str
+    """Empty for what is no line of vLLM's logger."""
+    words: str
+
+
+def last_words(log: Path) -> str:
+    """On one line: the error that the others come from, or else the last lines."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return "it has said nothing"
+    lines = [_said(line) for line in text.splitlines() if line.strip()]
+    return (_cause(lines) or " / ".join(line.words.strip() for line in lines[-3:]) or "it has said nothing")[:MOST]
+
+
+def is_of_memory(words: str) -> bool:
+    """Whether what is said is that it may take too much memory, or too little."""
+    return OF_MEMORY.search(words) is not None
+
+
+def _said(line: str) -> Said:
+    found = LINE.match(line)
+    assert found is not None
+    return Said(found["level"] or "", found["words"].rstrip())
+
+
+def _cause(lines: List[Said]) -> str:
+    """Logged as an error before what a dying process writes: the first was before what it brought about."""
+    logged = _exceptions([line for line in lines if line.level in ("ERROR", "CRITICAL")])
+    plain = _exceptions([line for line in lines if not line.level])[::-1]
+    found = [*logged, *plain]
+    return next((words for words in found if not SOMEBODY_ELSE.search(words)), found[0] if found else "")
+
+
+def _exceptions(lines: List[Said]) -> list[str]:
+    found: list[str] = []
+    for i, line in enumerate(lines):
+        if line.words.startswith(ANOTHER):
+            del found[-1:]
+        elif EXCEPTION.match(line.words):
+            reason = f" {lines[i + 1].words.strip()}" if SEVERAL.search(line.words) and i + 1 < len(lines) else ""
+            found.append(line.words + reason)
+    return found
