@@ -8,7 +8,7 @@ from controller.api import meta
 from controller.api.run import RunSpec
 from controller.api.status import RunStatus
 from generate import NOTICE
-from generate.rules import one_member_rule, reference_paths, reference_rules, self_reference_rules, tighten
+from generate.rules import one_member_rule, reference_paths, reference_rule, self_reference_rule, tighten
 from generate.structural import DETAILS, Schema, structural_schema
 
 COLUMNS = (
@@ -98,8 +98,8 @@ def spec_schema() -> Schema:
     phases |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
     for steps in reference_paths():
         tighten(phases["items"], steps, meta.MAX_PHASES, meta.PHASE_NAME_LENGTH)
-    phases["x-kubernetes-validations"] = reference_rules()
-    phases["items"]["x-kubernetes-validations"] = [one_member_rule(), *self_reference_rules()]
+    phases["x-kubernetes-validations"] = [reference_rule()]
+    phases["items"]["x-kubernetes-validations"] = [one_member_rule(), self_reference_rule()]
     return schema
 
 
