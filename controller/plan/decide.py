@@ -21,6 +21,7 @@ from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Situation, Step, artifact_digests, step_phase
 from controller.plan.refusal import Refusal, is_refused, refuse
+from controller.plan.removed import removed_steps
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.sizes import is_unknown, run_sizes, sentence
 from controller.plan.verdict import MOVING, run_claims, summary
@@ -77,7 +78,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     before = _time_anew(obeyed) if is_terminal(before) else obeyed
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
-    steps = _with_needs(run, phases, steps, before, observed)
+    steps = _with_needs(run, phases, steps, before, observed) | removed_steps(run, before, observed, now)
     steps, jobs = _start(run, phases, steps, observed.capacity)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
@@ -270,7 +271,8 @@ def _avoided(run: AlignmentRun, status: PhaseStatus) -> tuple[str, ...]:
 def _status(
     run: AlignmentRun, before: RunStatus, steps: Mapping[str, Step], started: datetime, halted: bool, now: datetime
 ) -> Bounded:
-    phases = tuple(steps[entry.name].status for entry in run.phases)
+    wanted = [entry.name for entry in run.phases]
+    phases = tuple(steps[name].status for name in (*wanted, *(name for name in steps if name not in wanted)))
     live = any(step.live for step in steps.values())
     generation = run.metadata.generation
     claims = run_claims(run, phases, live, halted, now)

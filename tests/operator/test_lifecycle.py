@@ -223,6 +223,18 @@ class TestEdits:
         driver.until_job("run-sft-2")
         assert driver.job_names() == ["run-sft-2"]
 
+    @both
+    def test_that_removes_a_running_phase_ends_its_job_too(self, driver: Driver):
+        driver.apply(manifest("run", sft(), sft("other")))
+        driver.start("run-sft-1")
+        driver.start("run-other-1")
+        driver.until_phase("run", "sft", "Running")
+        driver.patch("run", {"phases": [sft("other")]})
+        driver.cluster.wait(lambda: driver.job_names() == ["run-other-1"], 60, "the removed phase's job is gone")
+        driver.succeed("run-other-1")
+        driver.until_condition("run", "Succeeded", timeout=60)
+        assert [p["name"] for p in driver.status("run")["phases"]] == ["other"]
+
     def test_that_changes_nothing_of_a_result_reruns_nothing(self, driver: Driver):
         driver.apply(manifest("run", sft()))
         driver.succeed("run-sft-1")
