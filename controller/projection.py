@@ -28,15 +28,16 @@ RUN = {
     "spec": True,
     "status": True,
 }
+JOB = {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}, "finalizers": True}
 PYTORCHJOB = {
     "kind": True,
-    "metadata": {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}},
+    "metadata": JOB,
     "spec": {"runPolicy": {"suspend": True, "managedBy": True}, "pytorchReplicaSpecs": {"Worker": {"replicas": True}}},
     "status": {"conditions": CONDITIONS, "completionTime": True, "startTime": True},
 }
 TRAINJOB = {
     "kind": True,
-    "metadata": {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}},
+    "metadata": JOB,
     "spec": {"suspend": True, "managedBy": True, "trainer": {"numNodes": True}},
     "status": {"conditions": CONDITIONS},
 }

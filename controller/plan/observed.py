@@ -53,6 +53,8 @@ class ObservedJob:
     """Another backend carries it out for this one: of how it does nothing is seen but that it has begun and ended."""
     leaving: bool = False
     """It has been deleted, and is on its way out."""
+    kept_by: tuple[str, ...] = ()
+    """What keeps it although it has been deleted, and is not the backend's to take away."""
     past: bool = False
     """Ended before the user asked again: its number is taken, its failure is forgiven."""
 

@@ -13,7 +13,7 @@ from controller.plan import strangers
 from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
-from controller.plan.said import said_of
+from controller.plan.said import said_of, with_keepers
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
 from trainers.contract import FailureClass
@@ -152,7 +152,7 @@ def _unfinished(
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
-        state, said = PhaseState.RUNNING, said_of(going, _current(going, jobs), phase, at.policy)
+        state, said = PhaseState.RUNNING, said_of(going, _current(going, jobs), phase, digest, at.policy)
     current = _current(going, jobs) if state == PhaseState.RUNNING else None
     held_by = ""
     if state in (PhaseState.READY, PhaseState.RUNNING):
@@ -161,7 +161,7 @@ def _unfinished(
         name=phase.name,
         type=phase.type.name,
         state=state,
-        message=strangers.waits_for(held_by) if held_by else said,
+        message=strangers.waits_for(held_by) if held_by else with_keepers(said, jobs),
         held_by=held_by,
         digest=digest,
         failure=failures[-1].failure if failures and state == PhaseState.FAILED and not late else None,

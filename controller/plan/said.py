@@ -1,20 +1,36 @@
 """What a running phase says: of the attempt that counts, what keeps it, and how many nodes it has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from controller.api.run import FailurePolicy
 from controller.api.status import Attempt, AttemptState
-from controller.plan.observed import ObservedJob
+from controller.plan.observed import JobState, ObservedJob
 from controller.plan.resolve import ResolvedPhase
 
+OTHER = "stopping an attempt for other settings"
+STOPPED = "waits for the end of an attempt that was stopped"
+MOST_NAMES = 3
 
-def said_of(going: Sequence[Attempt], job: ObservedJob | None, phase: ResolvedPhase, policy: FailurePolicy) -> str:
+
+def with_keepers(said: str, jobs: Iterable[ObservedJob]) -> str:
+    """With what keeps attempts that were stopped from being gone, since nobody else will ever say it."""
+    told = [
+        f"job {job.name} was deleted and stays until somebody removes its finalizer {', '.join(job.kept_by[:MOST_NAMES])}"
+        for job in jobs
+        if job.kept_by and job.state == JobState.LIVE
+    ]
+    return "; ".join(filter(None, (said, *told)))
+
+
+def said_of(
+    going: Sequence[Attempt], job: ObservedJob | None, phase: ResolvedPhase, digest: str | None, policy: FailurePolicy
+) -> str:
     """``going``: attempts that have not ended; ``job``: the live one of the last of them."""
     last = going[-1] if going else None
     if last is None:
         return ""
     if last.state == AttemptState.STOPPING:
-        return last.message or "stopping an attempt for other settings"
+        return last.message if last.failure else OTHER if last.digest != digest else STOPPED
     if last.failure:
         return f"{last.failure}: {last.message}"
     fewer = f"on {last.nodes} of {phase.nodes} nodes" if 0 < last.nodes < phase.nodes else ""

@@ -214,7 +214,7 @@ class TestObserve:
         assert got.guessed, "one that was seen before counts more"
 
     def test_a_pod_of_a_job_that_the_queue_stopped_has_not_failed(self):
-        got = self.look(job("Suspended", suspend=True), pod(phase="Failed", terminated=terminated(143)))
+        got = self.look(job("Suspended", suspend=True, queue="gpus"), pod(phase="Failed", terminated=terminated(143)))
         assert (got.state, got.failure, got.may_start_since) == (JobState.LIVE, None, None)
 
     def test_a_succeeded_workers_peer_may_still_be_at_work(self):

@@ -188,6 +188,23 @@ class TestSuspension:
         driver.until_condition("run", "Succeeded")
 
 
+@both
+def test_a_job_that_somebody_suspends_is_one_that_does_not_begin(driver: Driver):
+    """It held up its run for ever, without a word."""
+    driver.apply(manifest("run", sft(), failurePolicy={**FAST, "startupTimeoutSeconds": 1}))
+    driver.start("run-sft-1")
+    driver.until_phase("run", "sft", "Running")
+    suspended = {"runPolicy": {"suspend": True}} if driver.backend == "PyTorchJob" else {"suspend": True}
+    held = ("patch", driver.kind.plural, "run-sft-1", "-n", driver.namespace, "--type=merge")
+    driver.cluster.kubectl(*held, "-p", json.dumps({"spec": suspended}))
+    driver.start("run-sft-2")
+    [attempt, _] = driver.phase("run", "sft")["attempts"]
+    assert (attempt["state"], attempt["failure"]) == ("Failed", "StartupTimeout")
+    assert attempt["message"].startswith(
+        "not running after 1 s: its job is suspended, and not by a queue; it goes on when spec."
+    )
+
+
 class TestEdits:
     def test_of_a_phase_that_has_not_begun(self, driver: Driver):
         driver.apply(manifest("run", sft(), dpo()))
@@ -229,10 +246,22 @@ class TestEdits:
         driver.start("run-sft-1")
         driver.start("run-other-1")
         driver.until_phase("run", "sft", "Running")
+        hold = ("patch", driver.kind.plural, "run-sft-1", "-n", driver.namespace, "--type=merge", "-p")
+        driver.cluster.kubectl(*hold, json.dumps({"metadata": {"finalizers": ["example.com/slow"]}}))
         driver.patch("run", {"phases": [sft("other")]})
-        driver.cluster.wait(lambda: driver.job_names() == ["run-other-1"], 60, "the removed phase's job is gone")
         driver.succeed("run-other-1")
+        driver.until_phase("run", "other", "Succeeded")
+        said = (
+            "is not in the spec any more: its attempt is being stopped; "
+            "job run-sft-1 was deleted and stays until somebody removes its finalizer example.com/slow"
+        )
+        driver.cluster.wait(
+            lambda: driver.phase("run", "sft").get("message") == said, 60, "the run says what keeps the job"
+        )
+        assert driver.condition("run", "Succeeded")["status"] == "False"
+        driver.cluster.kubectl(*hold, json.dumps({"metadata": {"finalizers": None}}))
         driver.until_condition("run", "Succeeded", timeout=60)
+        assert driver.job_names() == ["run-other-1"]
         assert [p["name"] for p in driver.status("run")["phases"]] == ["other"]
 
     def test_that_changes_nothing_of_a_result_reruns_nothing(self, driver: Driver):

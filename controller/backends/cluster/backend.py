@@ -214,7 +214,7 @@ class ClusterBackend:
         for job in jobs:
             if _name(job) in known and not observe.is_suspended(job):
                 statuses[_name(job)] = known[_name(job)]
-            elif observe.is_queued(job) and not observe.ended(job):
+            elif (observe.is_queued(job) or observe.is_suspended(job)) and not observe.ended(job):
                 found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
                 workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
                 status = observe.queue_status(job, workload, found is not None, now)

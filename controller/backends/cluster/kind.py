@@ -38,6 +38,8 @@ class JobKind(Protocol):
     """To a TrainingRuntime, in which its pods are."""
     CONTAINER: str
     """The one that trains."""
+    SUSPEND: str
+    """Its field that does it."""
     PLACE: re.Pattern[str]
     """In a pod's name its place in the job: node rank."""
 
@@ -54,7 +56,7 @@ class JobKind(Protocol):
         """How many pods it has."""
 
     def is_suspended(self, job: Mapping[str, Any]) -> bool:
-        """By its queue: we never suspend a job."""
+        """By its queue, or by somebody: we never suspend a job."""
 
     def managed_by(self, job: Mapping[str, Any]) -> str | None:
         """Who carries it out, if that is said."""

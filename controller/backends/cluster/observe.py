@@ -22,6 +22,8 @@ Object = Mapping[str, Any]
 
 MULTIKUEUE = "kueue.x-k8s.io/multikueue"
 """Carries jobs out in other clusters, and copies their status here; their pods are there."""
+OF_KUBERNETES = ("foregroundDeletion", "orphan")
+"""Finalizers by which it deletes what an object has made, or lets that be."""
 PATIENCE_SECONDS = 30.0
 """For a pod to disappear after its grace is over."""
 DIGEST = re.compile(r"[-0-9A-Za-z_.:]{1,128}", re.ASCII)
@@ -51,10 +53,11 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         started_at=_not_before(job, first_start(pods)),
         queue=queue,
         leaving=meta_.get("deletionTimestamp") is not None,
+        kept_by=kept_by(job),
         elsewhere=is_elsewhere(job),
     )
-    if is_suspended(job):
-        return base
+    if is_suspended(job) and not ended(job):
+        return base if queue or base.elsewhere or is_queued(job) else _suspended(base, job, now)
     if base.elsewhere:
         return _elsewhere(base, job, now)
     return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods, now)
@@ -81,6 +84,22 @@ def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datet
     state = JobState.LIVE if going_down else JobState.FAILED
     end = None if going_down else finished
     return replace(base, state=state, finished_at=end, guessed=seen is None, **_told(seen or _gone(job), job))
+
+
+def _suspended(base: ObservedJob, job: Object, now: datetime) -> ObservedJob:
+    """By somebody, and no queue will let it go. It waits as one whose pods find no place, since it was suspended.
+
+    Kueue suspends jobs without a queue's label, too, where it is told to manage them, and makes their Workload afterwards.
+    """
+    made = evidence.timestamp(job["metadata"]["creationTimestamp"])
+    if (now - made).total_seconds() < QUEUE_PATIENCE_SECONDS:
+        return base
+    told, kind = condition(job, "Suspended"), kinds.of_job(job)
+    at = told.get("lastTransitionTime") if told.get("status") == "True" else None
+    why = (
+        f"its job is suspended, and not by a queue; it goes on when {kind.SUSPEND} of {kind.KIND} {base.name} is false"
+    )
+    return replace(base, message=why, may_start_since=max(made, evidence.timestamp(at)) if at else now)
 
 
 def _elsewhere(base: ObservedJob, job: Object, now: datetime) -> ObservedJob:
@@ -151,8 +170,14 @@ def finished_at(job: Object) -> datetime | None:
 
 
 def is_suspended(job: Object) -> bool:
-    """By Kueue: we never suspend a job."""
+    """By Kueue, or by somebody: we never suspend a job."""
     return kinds.of_job(job).is_suspended(job)
+
+
+def kept_by(job: Object) -> tuple[str, ...]:
+    """Finalizers of somebody's that keep a deleted job."""
+    found = job["metadata"] if job["metadata"].get("deletionTimestamp") else {}
+    return tuple(name for name in found.get("finalizers") or () if name not in OF_KUBERNETES)
 
 
 def is_elsewhere(job: Object) -> bool:
@@ -247,13 +272,13 @@ def is_queued(job: Object) -> bool:
 
 
 def queue_status(job: Object, workload: Object | None, installed: bool, now: datetime) -> QueueStatus | None:
-    """What Kueue says about a job; None in the first seconds."""
+    """What Kueue says about a job; None in the first seconds, and of one that it has nothing to do with."""
     if workload is not None:
         found = _workload_status(workload)
         alone = found.state == QueueState.QUOTA_RESERVED and is_elsewhere(job) and kinds.of_job(job).REFERS
         return found.model_copy(update={"message": f"{found.message}; {WITHOUT_RUNTIME}"}) if alone else found
     age = (now - evidence.timestamp(job["metadata"]["creationTimestamp"])).total_seconds()
-    if age < QUEUE_PATIENCE_SECONDS:
+    if not is_queued(job) or age < QUEUE_PATIENCE_SECONDS:
         return None
     return QueueStatus(state=QueueState.MISSING, message=_without_workload(job, installed))
 

@@ -28,6 +28,7 @@ PROPAGATION = "Foreground"
 CONTAINER = "pytorch"
 """The Training Operator demands this name."""
 REFERS = False
+SUSPEND = "spec.runPolicy.suspend"
 PLACE = re.compile("-worker-([0-9]+)$")
 RANK = "metadata.labels['training.kubeflow.org/replica-index']"
 

@@ -28,6 +28,7 @@ PROPAGATION = "Background"
 CONTAINER = "node"
 """The Trainer demands this name."""
 REFERS = True
+SUSPEND = "spec.suspend"
 SET = "node"
 """What the JobSet calls the one Job in it."""
 PLACE = re.compile("-([0-9]+)-[a-z0-9]{5}$")
