@@ -54,6 +54,8 @@ class Spec(NamedTuple):
     lean: bool = False
     """Whether all phases have other micro-batches, which changes no result."""
     suspend: bool = False
+    removed: bool = False
+    """Whether the last phase is not in it."""
     more: int = 0
     """What the budgets have more."""
 
@@ -68,6 +70,7 @@ def run_of(spec: Spec) -> AlignmentRun:
         settings["gates"] = [{"metric": "parameters", "atLeast": FIGURE + (name in spec.strict)}]
         settings["parallel"] = {"microBatchTokens": 64 if spec.lean else 8192}
         phase["suspend"] = name in spec.suspended
+    phases = phases[:-1] if spec.removed else phases
     retries = {name: number + spec.more for name, number in RETRIES.items()}
     return make_run(*phases, queueName="gpus", suspend=spec.suspend, failurePolicy={**POLICY, "retries": retries})
 
@@ -229,7 +232,7 @@ class World(RuleBasedStateMachine):
     # -- the user
 
     def settings(self, name: str) -> str:
-        return settings_of(self.spec)[name]
+        return settings_of(self.spec).get(name, "not in the spec")
 
     def edit(self, **changes: object) -> None:
         before = {name: self.settings(name) for name in NEEDS}
@@ -264,6 +267,10 @@ class World(RuleBasedStateMachine):
     @rule()
     def the_user_changes_what_changes_no_result(self) -> None:
         self.edit(lean=not self.spec.lean)
+
+    @rule()
+    def the_user_removes_the_last_phase_or_puts_it_back(self) -> None:
+        self.edit(removed=not self.spec.removed)
 
     @precondition(lambda self: self.spec.more < 2)
     @rule()
@@ -378,6 +385,9 @@ class World(RuleBasedStateMachine):
         for _ in range(400):
             decision = self.step(self.look())
             if is_terminal(decision.status):
+                assert not (self.spec.removed and [job for job in self.live() if job.phase == "ppo"]), (
+                    "it has been stopped"
+                )
                 succeeded = [p.state == PhaseState.SUCCEEDED for p in decision.status.phases]
                 assert not {p.name for p in decision.status.phases if p.state == PhaseState.SUCCEEDED} & {
                     *self.spec.strict
