@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from trainers import __version__
 from trainers.contract import BadInput, PhaseFile, PhaseType
@@ -52,6 +53,20 @@ def _versions(writer: object) -> str:
     )
 
 
+OF_LISTS = {
+    "tuple_type": "Input should be a list",
+    "too_short": "It has {actual_length} items, and {min_length} or more belong there",
+    "too_long": "It has {actual_length} items, and {max_length} or fewer belong there",
+}
+"""Kinds of errors for which pydantic speaks of tuples, which neither YAML nor JSON has."""
+
+
+def in_words(detail: ErrorDetails) -> str:
+    """What pydantic says of a value."""
+    said = OF_LISTS.get(detail["type"])
+    return detail["msg"] if said is None else said.format(**detail.get("ctx", {}))
+
+
 def _first_problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
@@ -59,7 +74,7 @@ def _first_problem(error: Exception) -> str:
     if not first["loc"]:  # of settings that do not go together: the message has all that matters
         return first["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']} (got {str(first['input'])[:80]!r})"
+    return f"{place}: {in_words(first)} (got {str(first['input'])[:80]!r})"
 
 
 def set_at(document: Any, path: str, value: object) -> None:

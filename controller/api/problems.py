@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from controller.api.meta import DNS_LABEL
 from controller.api.quantities import QUANTITY
+from trainers.phase_file import in_words
 
 Location = tuple[int | str, ...]
 
@@ -87,8 +88,8 @@ def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0
     if kind in ("literal_error", "enum"):
         return f"{value} is not one of {context['expected']}" + _nearest_literal(detail)
     if detail["input"] is None:
-        return f"is empty; {_lower(detail['msg'])}"
-    return f"{value}: {_lower(detail['msg'])}"
+        return f"is empty; {_lower(in_words(detail))}"
+    return f"{value}: {_lower(in_words(detail))}"
 
 
 def _nearest_literal(detail: ErrorDetails) -> str:

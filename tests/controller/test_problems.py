@@ -65,7 +65,15 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         document(BASE, {"name": "ppo", "ppo": {"policy": {"phase": "base"}, "data": PROMPTS}}),
         "spec.phases[ppo].ppo.rewardModel: is required and not set",
     ),
-    "no phases": (document(), "spec.phases: a list: tuple should have at least 1 item after validation, not 0"),
+    "a text for a list": (
+        document(BASE, rollout({"phase": "base"}, sampling={"engine": "vllm"}, server={"command": "vllm serve"})),
+        'spec.phases[rollout].rollout.server.command: "vllm serve": input should be a list',
+    ),
+    "a list of nothing": (
+        document(BASE, rollout({"phase": "base"}, sampling={"engine": "vllm"}, server={"command": []})),
+        "spec.phases[rollout].rollout.server.command: a list: it has 0 items, and 1 or more belong there",
+    ),
+    "no phases": (document(), "spec.phases: a list: it has 0 items, and 1 or more belong there"),
     "two members": (
         document({**BASE, "reward": REWARD["reward"]}),
         f"spec.phases[base]: a phase has exactly one of {MEMBERS}; got sft and reward",
@@ -185,6 +193,21 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "a response as long as a scratch model": (
         document(BASE, distill({"phase": "base"}, sampling={"maxNewTokens": 1024}, maxLength=2000)),
         "spec.phases[distill].distill.sampling.maxNewTokens: 1024: the model has 1024 positions, for a prompt and the response "
+        "together",
+    ),
+    "an evaluation's response as long as a model": (
+        document(BASE, {"name": "e", "evaluate": {
+            "models": [{"phase": "base"}, {"source": "./short"}], "data": {"rows": PROMPTS["prompts"]},
+            "benchmarks": [{"name": "long", "length": {"sampling": {"maxNewTokens": 16}}},
+                           {"name": "ok", "length": {"sampling": {"maxNewTokens": 8}}}]}}),
+        "spec.phases[e].evaluate.benchmarks[long].length.sampling.maxNewTokens: 16: model short has 16 positions, for a prompt "
+        "and the response together",
+    ),
+    "an evaluation that says no length": (
+        document(rollout({"source": "./short"}, sampling={"maxNewTokens": 8}), {"name": "e", "evaluate": {
+            "models": [{"source": "./short"}], "data": {"rows": PROMPTS["prompts"]},
+            "benchmarks": [{"name": "a", "length": {}}]}}),
+        "spec.phases[e].evaluate.sampling.maxNewTokens: 256: model short has 16 positions, for a prompt and the response "
         "together",
     ),
     "a response as long as a model in a folder": (

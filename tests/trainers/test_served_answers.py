@@ -220,6 +220,7 @@ def four(logprob: float) -> dict[str, Any]:
         four(NAN),
         four(3.0),
         four(-0.1),  # probabilities of 3.6
+        four(-9999.0),  # likeliest of more tokens than there are
         {"7": {"logprob": -1.0, "rank": 1}},
         {**position(7, 4), "x": {"logprob": -9.0, "rank": 3}},
         {**position(7, 4), "04": {"logprob": -9.0, "rank": 3}},

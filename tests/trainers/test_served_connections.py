@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from trainers.contract import BadInput, Infrastructure
+from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.served.server import Server, Watcher, side_by_side
 from trainers.spec import Served
 
@@ -297,3 +297,54 @@ def test_a_host_that_is_none():
 def test_an_answer_of_too_many_brackets_is_none_of_json():
     with listening(deeper_than_can_be_read) as listener, pytest.raises(BadInput, match="answers with no JSON"):
         server_of(listener).get("/v1/models")
+
+
+def test_https_to_a_port_of_http():
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def answer() -> None:
+            connection, _ = door.accept()
+            with connection:
+                connection.recv(1 << 12)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                with suppress(OSError):
+                    connection.recv(1 << 12)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(BadInput, match=r"speaks no TLS .*: write http:// if it has none"):
+            Server("policy", Served(url=f"https://127.0.0.1:{door.getsockname()[1]}"), patience=60).get("/v1/models")
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+def test_a_stop_is_noticed_though_answers_hang(begun):
+    """Some have come, and others do not: they are neither waited for nor asked for again."""
+    asked, stop = threading.Event(), threading.Event()
+
+    def hang(connection: socket.socket, question: bytes) -> bool:
+        asked.set()
+        return connection.recv(1) != b""  # until the other end lets go
+
+    with listening(*[reply] * begun, *[hang] * 8) as listener:
+        server = server_of(listener, stopping=stop.is_set, finishing=0.2)
+        threading.Thread(target=lambda: asked.wait(60) and stop.set()).start()
+        with pytest.raises(Interrupted, match="the phase can go on"):
+            side_by_side(lambda number: ask(server, number), range(8), 2, server.look)
+        assert len(listener.questions) <= begun + 2
+        with pytest.raises(Interrupted):
+            server.get("/v1/models")
+
+
+def test_what_a_step_has_begun_is_finished_behind_a_stop():
+    with listening(late) as listener:
+        server = server_of(listener, stopping=lambda: True, finishing=60)
+        assert len(side_by_side(lambda number: ask(server, number), range(4), 2, server.look)) == 4
+
+
+def test_a_call_of_the_main_thread_hears_a_stop():
+    """A check of a server's weights asks so: one question after the other."""
+    with listening(lambda connection, question: connection.recv(1) != b"") as listener:
+        begun = time.monotonic()
+        server = server_of(listener, stopping=lambda: bool(listener.questions), finishing=0.2)
+        with pytest.raises(Interrupted):
+            server.get("/v1/models")
+        assert time.monotonic() - begun < 60

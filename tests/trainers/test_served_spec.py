@@ -25,6 +25,10 @@ def rollout(policy=None, sampling=None, **changes):
     return spec_of("rollout", policy=policy, data=PROMPTS, sampling=VLLM if sampling is None else sampling, **changes)
 
 
+def own(*args):
+    return rollout({"phase": "dpo"}, server={"args": list(args)})
+
+
 def evaluation(models, sampling=None, **changes):
     return spec_of("evaluate", models=models, sampling=sampling or {}, **{**EVALUATION, **changes})
 
@@ -94,6 +98,13 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         (lambda: rollout({"phase": "dpo"}, {}, server={}), "server is of no use to sampling.engine own"),
         (lambda: rollout(server={}), "policy.url names one that is there already: leave server or url out"),
         (lambda: rollout({"phase": "dpo"}, server={"args": ["--port=80"]}), "--port=80 is set by the phase"),
+        (lambda: own("--logprobs-mode", "raw_logits"), "--logprobs-mode is set by the phase"),
+        (lambda: own("--serv", "x"), "--serv is set by the phase"),
+        (lambda: own("--hf_overrides={}"), "--hf_overrides={} makes it another model than the phase's"),
+        (lambda: own("--hf-overrides.rope_theta", "1"), "--hf-overrides.rope_theta makes it another model"),
+        (lambda: own("--tokenizer", "x"), "--tokenizer makes it another model"),
+        (lambda: own("--load-format", "dummy"), "--load-format dummy has random weights"),
+        (lambda: own("--load_format=dummy"), "--load-format dummy has random weights"),
         (lambda: rollout({"phase": "dpo"}, server={"command": []}), "at least 1 item"),
         (lambda: evaluation([{"phase": "a"}], server={}), "server is of no use to sampling.engine own"),
         (lambda: evaluation([{"phase": "a", "url": URL}], VLLM, server={}), "models[0].url names one"),
@@ -123,6 +134,30 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
 def test_what_does_not_go_together(make, reason):
     found = said(make)
     assert reason in found and "\n" not in found
+
+
+def test_what_rounds_otherwise_or_is_faster_is_the_users_choice():
+    words = (
+        "--dtype",
+        "half",
+        "--quantization",
+        "fp8",
+        "--load-format",
+        "safetensors",
+        "-q=fp8",
+        "--max-model-len",
+        "9",
+    )
+    flags = (
+        "--gpu-memory-utilization=0.5",
+        "--enforce-eager",
+        "--max-num-seqs",
+        "16",
+        "--trust-remote-code",
+        "-tp",
+        "2",
+    )
+    assert own(*words, *flags).server.args == (*words, *flags)
 
 
 def test_a_benchmark_may_have_an_engine_of_its_own():

@@ -1,7 +1,7 @@
 """Models that a vLLM server has: where it is, and what it calls them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -10,6 +10,9 @@ from pydantic import Field, StringConstraints, model_validator
 from trainers.spec.base import SpecModel
 
 HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
+
+SHORTEST = 4
+"""Letters of a beginning that vLLM may take for one flag, with the dashes."""
 
 Word = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
@@ -24,9 +27,29 @@ SET_BY_THE_PHASE = frozenset(
         "--ssl-keyfile",
         "--root-path",
         "--config",
+        "--logprobs-mode",
     }
 )
-"""Flags of vLLM by which its server would be another's, or not be found."""
+"""Flags of vLLM by which its server would be another's, or not be found, or tell what was not asked for."""
+
+ANOTHER_MODEL = frozenset(
+    {
+        "--tokenizer",
+        "--tokenizer-mode",
+        "--tokenizer-revision",
+        "--skip-tokenizer-init",
+        "--revision",
+        "--code-revision",
+        "--hf-config-path",
+        "--hf-overrides",
+        "--model-class-overrides",
+        "--logits-processors",
+    }
+)
+"""Flags of vLLM 0.32 by which tokens or probabilities would not be those of the phase's model (`vllm/engine/arg_utils.py`).
+
+What an arithmetic rounds is the user's choice: `--dtype`, `--quantization`, `--kv-cache-dtype`.
+"""
 
 
 class Served(SpecModel):
@@ -89,9 +112,19 @@ class OwnServer(SpecModel):
     @model_validator(mode="after")
     def _ours(self) -> Self:
         for word in self.args:
-            if word.split("=")[0].replace("_", "-") in SET_BY_THE_PHASE:
+            if _means(word, SET_BY_THE_PHASE):
                 raise ValueError(f"args: {word} is set by the phase: leave it out")
+            if _means(word, ANOTHER_MODEL):
+                raise ValueError(f"args: {word} makes it another model than the phase's: leave it out")
+        if any(value == "dummy" for name, value in self.flags.items() if _means(name, {"--load-format"})):
+            raise ValueError("args: --load-format dummy has random weights: leave it out")
         return self
+
+
+def _means(word: str, flags: Set[str]) -> bool:
+    """Whether vLLM takes a word for one of these flags: underscores, `--flag=value`, `--flag.key value`, beginnings."""
+    name = re.split(r"[=.]", word, maxsplit=1)[0].replace("_", "-")
+    return len(name) > SHORTEST and name.startswith("--") and any(flag.startswith(name) for flag in flags)
 
 
 def address_problem(url: str) -> str | None:

@@ -108,7 +108,7 @@ def scored(part: Part, length: int, first: int, k: int, least: int) -> Scored:
     ids, logprobs, ranks = (np.take_along_axis(table[:, i], order, axis=1) for i in range(3))
     for number in np.flatnonzero(~_fit(ids, logprobs, ranks))[:1]:
         raise positions[first + number].wrong(
-            f"{wanted}, probabilities that fall with the rank and sum up to no more than 1"
+            f"{wanted}, probabilities that fall with the rank, sum up to no more than 1 and leave the likeliest its share"
         )
     return Scored(ids.astype(np.int64), logprobs)
 
@@ -128,9 +128,10 @@ def _position(value: Any) -> np.ndarray | None:
 def _fit(ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """Which positions hold what they should, (T,)."""
     low, high = (ids >= 0) & (logprobs >= LOWEST) & (ranks >= 1), (ids < MOST_TOKENS) & (logprobs <= ROUNDING)
+    likely = logprobs[:, 0] >= -np.log(MOST_TOKENS)  # of the likeliest of so many
     falling = logprobs[:, 1:] <= logprobs[:, :-1] + ROUNDING
     together = np.exp(np.minimum(logprobs, ROUNDING)).sum(axis=1)
-    return ((low & high) | np.isinf(ranks)).all(axis=1) & falling.all(axis=1) & (together <= 1 + ROUNDING)
+    return ((low & high) | np.isinf(ranks)).all(axis=1) & falling.all(axis=1) & likely & (together <= 1 + ROUNDING)
 
 
 def _is_logprob(value: Any) -> bool:

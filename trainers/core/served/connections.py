@@ -3,9 +3,11 @@
 import base64
 import http.client
 import select
+import socket
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -32,6 +34,16 @@ class Connections:
     def __init__(self, make: Make) -> None:
         self._make = make
         self._idle: deque[http.client.HTTPConnection] = deque()
+        self._busy: set[http.client.HTTPConnection] = set()
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        """Break off what is being asked, for good: those who wait for an answer are told that there is none."""
+        self._abandoned = True
+        for connection in list(self._busy):
+            if (end := connection.sock) is not None:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def ask(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Reply:
         """Raises OSError or http.client.HTTPException if there is no whole answer.
@@ -62,13 +74,18 @@ class Connections:
     def _asked(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> Reply:  # fmt: skip
+        self._busy.add(connection)
         try:
+            if self._abandoned:
+                raise ConnectionAbortedError("nothing more is asked")
             answer = _begun(connection, method, path, body, headers)
             measured = answer.length is not None or bool(answer.chunked)
             found = Reply(answer.status, answer.reason, answer.read(), measured)
         except BaseException:
             connection.close()  # whatever else comes on it would be of this question
             raise
+        finally:
+            self._busy.discard(connection)
         if answer.will_close:
             connection.close()
         else:

@@ -15,6 +15,7 @@ from trainers.core.generate import Response
 from trainers.core.models import LoadedModel
 from trainers.core.served.check import check_vocabulary
 from trainers.core.served.model import ServedModel, precision
+from trainers.core.served.server import TRAINING_SECONDS
 from trainers.core.served.started import StartedServer, started
 from trainers.core.served.wire import connected
 from trainers.core.sharding import whole_shape
@@ -95,6 +96,7 @@ def following(
         own = settings or OwnServer()
         with started(ctx, "sampling", own, str(folder), flags, DEVELOPMENT, [Path(name)]) as server:
             ctx.meter.stage("")
+            server.finishing = TRAINING_SECONDS
             for file in folder.glob("*.safetensors"):  # it has them now, and memory may be what the files are in
                 file.unlink()
             yield Follower(ctx, loaded, server, Path(name))

@@ -47,7 +47,7 @@ class ServedModel:
         def ask(i: int) -> Answer:
             return self.wire.respond(prompts[i], sampling, seed_of(keys[i]), stops, self.bias, self.num_known)
 
-        found = side_by_side(ask, list(range(len(prompts))), sampling.batch_size)
+        found = side_by_side(ask, range(len(prompts)), sampling.batch_size, self.wire.server.look)
         return [Response(a.ids, a.ids[-1] in self.chat.stop_ids, a.logprobs) for a in found]
 
 

@@ -12,7 +12,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence as List
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -30,12 +31,24 @@ ANSWER_SECONDS = 600.0
 PATIENCE_SECONDS = 120.0
 """How long a call is tried again; after that the attempt ends, and the next one has waits of its own."""
 
+FINISHING_SECONDS = 10.0
+"""How long calls go on once the process was asked to stop, where only what a batch has begun is lost."""
+
+TRAINING_SECONDS = 60.0
+"""The same where a whole step would be lost, and those before it since the last checkpoint: half of a pod's grace."""
+
+LOOK_SECONDS = 0.5
+"""How often those who wait for answers look whether to stop."""
+
 LONGEST_WAIT = 15.0
 
 BUSY = (408, 425, 429)
 """Statuses below 500 that say: ask again later."""
 
 REFUSED = (401, 403)
+
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+"""What OpenSSL calls an answer in plain HTTP, over its versions."""
 
 
 class Unanswered(Exception):
@@ -63,11 +76,17 @@ class Server:
         patience: float | None = None,
         timeout: float = ANSWER_SECONDS,
         watcher: Watcher | None = None,
+        finishing: float | None = None,
     ) -> None:
-        """``stopping``: whether this process was asked to stop, so that no call is tried again."""
+        """``stopping``: whether this process was asked to stop, so that no call is tried again.
+
+        ``finishing``: seconds from then on in which calls are made and waited for nevertheless.
+        """
         assert at.url is not None
         self.field, self.timeout, self._stopping = field, timeout, stopping
         self.patience = PATIENCE_SECONDS if patience is None else patience
+        self.finishing = FINISHING_SECONDS if finishing is None else finishing
+        self._finished_at: float | None = None
         self.url = address(at.url)
         """What it is called where something is said of it."""
         self._key_variable, self._key = at.key_variable, _key(field, at.key_variable)
@@ -83,9 +102,29 @@ class Server:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self._call(path, json.dumps(body, separators=(",", ":")).encode())
 
+    def look(self) -> None:
+        """Raises Interrupted once this process was asked to stop and has had its time; nothing is waited for from then on."""
+        if not self._stopping():
+            return
+        if self._finished_at is None:
+            self._finished_at = time.monotonic() + self.finishing
+        if time.monotonic() >= self._finished_at:
+            self._gone.set()
+            self._connections.abandon()
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
+
     def _call(self, path: str, body: bytes | None) -> Any:
-        wait, until = 0.25, None
+        if threading.current_thread() is threading.main_thread():  # which hears of signals, and only between two steps
+            return side_by_side(lambda _: self._answered(path, body), [None], 1, self.look)[0]
+        return self._answered(path, body)
+
+    def _answered(self, path: str, body: bytes | None) -> Any:
+        pause, until = 0.25, None
         while True:
+            self.look()
             try:
                 began = time.monotonic()
                 found = self._once(path, body)
@@ -93,17 +132,17 @@ class Server:
                     self._watcher.answered(time.monotonic() - began)
                 return found
             except Unanswered as problem:
+                if self._stopping():
+                    raise self._interrupted() from problem
                 now = time.monotonic()
                 until = until or now + self.patience
-                if now + wait > until or self._gone.is_set():
+                if now + pause > until or self._gone.is_set():
                     self._gone.set()
                     raise Infrastructure(f"{self.field}: {self.url} does not answer ({problem})") from problem
-            if self._stopping():
-                raise Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
             if self._watcher is not None:
                 self._watcher.asked_again()
-            self._gone.wait(wait * random.uniform(0.5, 1))
-            wait = min(2 * wait, LONGEST_WAIT)
+            self._gone.wait(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LONGEST_WAIT)
 
     def _once(self, path: str, body: bytes | None) -> Any:
         headers = {"Content-Type": "application/json", **self._headers}
@@ -138,6 +177,8 @@ class Server:
         if isinstance(error, ssl.SSLCertVerificationError):
             why = f"its certificate is not trusted ({error.verify_message}): set SSL_CERT_FILE to its authority's"
             return BadInput(f"{self.field}: {self.url}: {why}")
+        if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
+            return BadInput(f"{self.field}: {self.url} speaks no TLS ({error.reason}): write http:// if it has none")
         return Unanswered(str(error) or type(error).__name__)
 
     def _key_hint(self) -> str:
@@ -151,16 +192,29 @@ def address(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def side_by_side(work: Callable[[A], B], items: list[A], width: int) -> list[B]:
-    """``work`` of every item, in order, at most ``width`` at a time; the first failure ends it."""
+def side_by_side(
+    work: Callable[[A], B], items: List[A], width: int, look: Callable[[], None] = lambda: None
+) -> list[B]:
+    """``work`` of every item, in order, at most ``width`` at a time; the first failure ends it, as does what ``look`` raises."""
     if not items:
         return []
     pool = ThreadPoolExecutor(min(width, len(items)), thread_name_prefix="served")
     try:
-        waiting = [pool.submit(work, item) for item in items]
-        return [future.result() for future in waiting]
+        return awaited([pool.submit(work, item) for item in items], look)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after a failure nobody waits for what hangs
+
+
+def awaited(futures: List[Future[B]], look: Callable[[], None]) -> list[B]:
+    """Their results, or the first failure; ``look`` is called while they are waited for."""
+    left: set[Future[B]] = set(futures)
+    while left:
+        done, left = wait(left, LOOK_SECONDS, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if left:
+            look()
+    return [future.result() for future in futures]
 
 
 def _key(field: str, variable: str | None) -> str | None:

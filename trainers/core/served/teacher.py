@@ -16,7 +16,7 @@ from trainers.contract import BadInput
 from trainers.core.batch import Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.context import PhaseContext
-from trainers.core.served.server import Server, address
+from trainers.core.served.server import TRAINING_SECONDS, Server, address, awaited
 from trainers.core.served.wire import Wire, connected
 from trainers.core.top_k import Stored
 from trainers.core.vocabulary import PROBES
@@ -69,7 +69,7 @@ class ServedTeacher:
         answer = asked.popleft()
         if not asked:
             del self._asked[_key(sequence)]
-        return answer.result()
+        return awaited([answer], self.wire.server.look)[0]
 
     def _scored(self, sequence: Sequence) -> np.ndarray:
         scored = np.array(sequence.scored)
@@ -155,7 +155,9 @@ def _teacher(
     """
     ctx.meter.stage(f"asking {at.url}")
     meter = ctx.meter.teacher(name)
-    server = Server(field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS, watcher=meter)
+    server = Server(
+        field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS, watcher=meter, finishing=TRAINING_SECONDS
+    )
     wire = connected(server, at.served_as)
     wire.check_length(longest + 1)  # a server adds a token to whatever it scores
     check_tokens(wire, chat)

@@ -166,7 +166,7 @@ def _served_scores(
         return policy.wire.likeliest(whole, first, k, policy.num_known)
 
     mine = range(len(samples))[workers.rank :: workers.world]
-    return in_order(workers, mine, side_by_side(ask, [samples[i] for i in mine], width))
+    return in_order(workers, mine, side_by_side(ask, [samples[i] for i in mine], width, policy.wire.server.look))
 
 
 def _own_scores(spec: RolloutSpec, ctx: PhaseContext, loaded: LoadedModel, samples: list[Sample]) -> list[np.ndarray]:
