@@ -5,6 +5,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,24 @@ def models(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> dict[str, str]:
-    """Files of rows whose sequences all have the same length: what is too long loses the left end of its prompt."""
+    """Files of rows whose sequences all have the same length: what is too long loses the left end of its prompt.
+
+    Prompts that are answered differ from their beginning on: what is alike is read once.
+    """
+    letters = [" ".join(some) for some in islice(permutations("ABCDEFGH", 3), 64)]
     prompt, answers = "copy A B C " * 8, ["A B C D " * 11, "B C D E " * 11]
     kinds = {
         "sft": {"prompt": prompt, "response": answers[0]},
         "pairs": {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
-        "prompts": {"prompt": "copy A B C " * 8},
         "traces": {"prompt": "copy A B C", "teacher_response": "A B C D " * 13, "reward": 1.0},
-        "long": {"prompt": "copy A B C " * 62},
     }
     folder = tmp_path_factory.mktemp("rows")
     for name, row in kinds.items():
         (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 64)
-    return {name: str(folder / f"{name}.jsonl") for name in kinds}
+    for name, times in (("prompts", 8), ("long", 62)):
+        lines = [json.dumps({"prompt": f"copy {some} " * times}) for some in letters]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {name: str(folder / f"{name}.jsonl") for name in [*kinds, "prompts", "long"]}
 
 
 def spec_of(cell: Cell, models: dict[str, Path], rows: dict[str, str], size: str) -> dict[str, Any]:
