@@ -34,7 +34,11 @@ class Runs:
             **product.TEMPLATE,
             **own,
             **template,
-            "env": [*ONE_THREAD, *own.get("env", []), *template.get("env", [])],
+            "env": [
+                *{
+                    entry["name"]: entry for entry in [*ONE_THREAD, *own.get("env", []), *template.get("env", [])]
+                }.values()
+            ],
         }
         document = {
             "apiVersion": "alignment.dev/v1alpha1", "kind": "AlignmentRun", "metadata": {"name": name},

@@ -38,7 +38,7 @@ def scene(
         scene = Scene(kwok_cluster, proxy, operator, ends, request.param)
         calm = f"calm-{request.param.lower()}"
         scene.begin([calm])
-        scene.finish([calm], 60)
+        scene.finish([calm], 300)
         scene.finish([calm, "none"], 2)  # the last event is told after the last write
         scene.calm = plain(scene.statuses()[calm], calm)
         scene.calls = len(proxy.seen(path=calls_of(calm)))
