@@ -130,6 +130,7 @@ def _run(
                 open_directory(directory, identity)
             workers.barrier()
             meter = Meter(directory, labels, _metrics_port(workers.local_rank), spec.tracking)
+            until_all_is_kept.callback(meter.take_page_down)
             device = device_name(workers.device)
             meter.describe(device, workers.world, peak_flops(device), sensors(workers.device, labels))
             ctx = PhaseContext(file, kind, spec, directory, workers, meter, identity.origins, uploads, stored, lease)

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 import psutil
 from prometheus_client import CollectorRegistry, start_http_server
@@ -51,7 +53,8 @@ class Meter:
         self.tracking = tracking
         self.registry = CollectorRegistry()
         self._collectors = {m.name: m.collector(self.registry, COMMON_LABELS) for m in METRICS}
-        self.port = self._serve(port)
+        self._server = self._serve(port)
+        self.port = int(self._server.server_port)
         self.step = 0
         self.total_steps = 0
         self.seconds_before = 0.0
@@ -162,6 +165,10 @@ class Meter:
         if self._tracker is not None:
             self._tracker.finish()
 
+    def take_page_down(self) -> None:
+        """Its last figures have been there until now. Nobody waits for the server, which looks up twice a second."""
+        threading.Thread(target=_end, args=[self._server], daemon=True).start()
+
     # -- details
 
     def _update_gauges(self, values: Mapping[str, float]) -> None:
@@ -224,18 +231,22 @@ class Meter:
         self._progress = self._progress.model_copy(update=update)
         write_atomic(self.directory.progress, json.dumps(self._progress.document(), allow_nan=False))
 
-    def _serve(self, port: int) -> int:
+    def _serve(self, port: int) -> WSGIServer:
         """Serve /metrics. A port of its own choice (0) is for this machine only; a taken one is not worth failing for."""
         try:
-            server, _ = start_http_server(port, "0.0.0.0" if port else "127.0.0.1", registry=self.registry)  # noqa: S104
+            return start_http_server(port, "0.0.0.0" if port else "127.0.0.1", registry=self.registry)[0]  # noqa: S104
         except OSError as error:
             print(f"metrics: port {port} cannot be used ({error.strerror}), taking another", file=sys.stderr)
-            server, _ = start_http_server(0, "127.0.0.1", registry=self.registry)
-        return int(server.server_port)
+            return start_http_server(0, "127.0.0.1", registry=self.registry)[0]
 
     def _of(self, name: str, *more: str) -> Any:
         """The series of a metric; ``more`` are the values of its further labels."""
         return self._collectors[PREFIX + name].labels(*(self.labels[label] for label in COMMON_LABELS), *more)
+
+
+def _end(server: WSGIServer) -> None:
+    server.shutdown()
+    server.server_close()
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ Processes are forked from one that has imported what phases need, which else wou
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import sys
 import time
@@ -60,6 +61,8 @@ def prepared_process() -> Iterator[None]:
     connect = patch.object(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process)
     with patch.dict(os.environ, settings), connect:
         yield
+    # By itself it ends once nobody holds the other end of its pipe, and processes that tests have forked since then do.
+    os.kill(server._forkserver_pid, signal.SIGKILL)
     server._stop()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,29 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_model(reference):
     assert sum(p.numel() for p in model.parameters()) == result.metrics["parameters"]
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-6"]
+
+
+def test_a_phase_takes_its_page_down(run_phase, tiny_model_dir, tmp_path, monkeypatch):
+    """Hundreds of phases in one process left so many servers that each looked up twice a second."""
+    ports: list[int] = []
+    began = Meter.begin
+
+    def begin(self, *arguments):
+        assert urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics").status == 200
+        ports.append(self.port)
+        began(self, *arguments)
+
+    monkeypatch.setattr(Meter, "begin", begin)
+    assert run_phase("sft", spec_for(tiny_model_dir, duration={"maxSteps": 1}), None, tmp_path / "run" / "sft")[0] == 0
+    deadline = time.monotonic() + 60
+    while _answers(ports[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_checkpoints_are_told_from_the_start(run_phase, tiny_model_dir, tmp_path, monkeypatch):
