@@ -1,13 +1,12 @@
 """The operator: `python -m controller`, in a pod or with --kubeconfig."""
 
 import asyncio
-import json
 import logging
 import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -97,7 +96,7 @@ def operator(
     log_level: LogLevel = "info",
 ) -> None:
     """Watch AlignmentRuns and carry them out as PyTorchJobs or TrainJobs."""
-    from controller.operator import largest
+    from controller.operator import largest, peers
     from controller.operator.app import Options, main
     from controller.operator.defaults import Defaults
     from controller.operator.login import NoCredentials, login_of
@@ -105,9 +104,9 @@ def operator(
 
     configure(log_format, log_level)
     try:
-        readers, largest_of = _peers(metrics_readers), largest.largest_runs(largest_runs)
+        readers, largest_of = peers.peers(metrics_readers), largest.largest_runs(largest_runs)
         login = login_of(kubeconfig)
-    except (BadPeers, largest.BadLargest, NoCredentials) as error:
+    except (peers.BadPeers, largest.BadLargest, NoCredentials) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     workspace = Workspace(claim_name=default_claim) if default_claim else None
@@ -123,22 +122,6 @@ def operator(
     )
     logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
     sys.exit(asyncio.run(main(options, login)))
-
-
-class BadPeers(ValueError):
-    """The message names the option, its value and what would be right."""
-
-
-def _peers(text: str | None) -> tuple[dict[str, Any], ...] | None:
-    if not text:
-        return None
-    try:
-        peers = json.loads(text)
-    except ValueError:
-        peers = None
-    if not isinstance(peers, list) or not all(isinstance(peer, dict) for peer in peers):
-        raise BadPeers(f"--metrics-readers {text}: is no JSON list of a NetworkPolicy's peers; [] lets everybody in")
-    return tuple(peers)
 
 
 if __name__ == "__main__":

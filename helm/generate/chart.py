@@ -58,6 +58,52 @@ ENV: Schema = {
     },
 }
 
+SELECTOR: Schema = {
+    "type": "object",
+    "properties": {
+        "matchLabels": LABELS,
+        "matchExpressions": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["key", "operator"],
+                "properties": {
+                    "key": {"type": "string", "pattern": QUALIFIED},
+                    "operator": {"enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
+                    "values": {"type": "array", "items": LABEL},
+                },
+                "additionalProperties": False,
+                "if": {"properties": {"operator": {"enum": ["In", "NotIn"]}}},
+                "then": {"required": ["values"], "properties": {"values": {"minItems": 1}}},
+                "else": {"properties": {"values": {"maxItems": 0}}},
+            },
+        },
+    },
+    "additionalProperties": False,
+}
+NETWORK: Schema = {"type": "string", "pattern": "^[0-9A-Fa-f.:]+/[0-9]{1,3}$"}
+PEERS: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "minProperties": 1,
+        "properties": {
+            "podSelector": SELECTOR,
+            "namespaceSelector": SELECTOR,
+            "ipBlock": {
+                "type": "object",
+                "required": ["cidr"],
+                "properties": {"cidr": NETWORK, "except": {"type": "array", "items": NETWORK}},
+                "additionalProperties": False,
+            },
+        },
+        "additionalProperties": False,
+        # Whoever is known by an address is not selected.
+        "dependencies": {"ipBlock": {"maxProperties": 1}},
+    },
+}
+"""As a NetworkPolicy has them."""
+
 ALLOWED: Schema = {
     "type": "array",
     "uniqueItems": True,
@@ -106,9 +152,8 @@ RULES: dict[str, Schema] = {
         "properties": dict.fromkeys(("requests", "limits"), QUANTITIES) | {"claims": OBJECTS},
         "additionalProperties": False,
     },
-    **dict.fromkeys(
-        ("tolerations", "topologySpreadConstraints", "from", "metricsFrom", "relabelings", "metricRelabelings"), OBJECTS
-    ),
+    **dict.fromkeys(("tolerations", "topologySpreadConstraints", "relabelings", "metricRelabelings"), OBJECTS),
+    **dict.fromkeys(("from", "metricsFrom"), PEERS),
     **dict.fromkeys(("interval", "scrapeTimeout"), DURATION),
     **dict.fromkeys(("workspaceClaim", "priorityClassName", "namespace", "storageClassName"), NAME),
     "image.repository": REPOSITORY,

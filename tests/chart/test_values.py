@@ -28,7 +28,8 @@ VALUES = list(walk(read_values((CHART / "values.yaml").read_text())))
 OTHER: dict[str, Any] = {
     **dict.fromkeys(("interval", "scrapeTimeout"), "7s"),
     **{key: [{"name": "x"}] for key in ("imagePullSecrets", "extraEnv")},
-    **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings", "from", "metricsFrom")},
+    **{key: [{"x": "y"}] for key in ("tolerations", "relabelings", "metricRelabelings")},
+    **{key: [{"namespaceSelector": {}}] for key in ("from", "metricsFrom")},
     "topologySpreadConstraints": [],
     "limits": [{"name": "x", "namespaces": ["x"], "maxNodes": 1}],
     "pullPolicy": "Never", "digest": DIGEST, "logFormat": "text", "logLevel": "debug", "size": "9Gi",
@@ -135,6 +136,19 @@ BAD = {
     "a largest run of namespaces by their labels": (
         {"limits": [{"name": "x", "namespaceSelector": {"matchLabels": {"a": "b"}}, "largestRun": {"nodes": 8}}]},
         "limits of x: largestRun needs namespaces by name",
+    ),
+    "two limits of one name": (
+        {"limits": [{"name": "a", "namespaces": ["x"], "maxNodes": 1}, {"name": "a", "namespaces": ["b"], "maxNodes": 2}]},
+        "limits: two have the name a",
+    ),
+    "a peer that selects by a word": (
+        {"networkPolicy": {"trainers": {"metricsFrom": [{"namespaceSelector": "foo"}]}}},
+        "at '/networkPolicy/trainers/metricsFrom/0/namespaceSelector': got string, want object",
+    ),
+    "a peer that is nobody": ({"networkPolicy": {"from": [{}]}}, "at '/networkPolicy/from/0': minProperties: got 0, want 1"),
+    "a peer by address and name": (
+        {"networkPolicy": {"from": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}},
+        "at '/networkPolicy/from/0': maxProperties: got 2, want 1",
     ),
     "both ways to scrape": (
         {"monitoring": {"podMonitor": ON, "serviceMonitor": ON}},

@@ -104,6 +104,14 @@ def test_so_does_a_run_whose_network_policy_is_denied(code: int):
     assert (found.barred, found.jobs, raised) == ({SFT: HOOK}, (), None)
 
 
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_so_does_one_whose_network_policy_is_refused(code: int):
+    """It is the operator's setting that is wrong and not the run's: no attempt fails for it."""
+    found, raised = refused(code, "json: cannot unmarshal string", "BadRequest", settings=WALLED)
+    why = "the API server refused its NetworkPolicy: json: cannot unmarshal string"
+    assert (found.barred, found.jobs, raised) == ({SFT: why}, (), None)
+
+
 @pytest.mark.parametrize(("code", "reason"), [(422, "Invalid"), (403, "Forbidden"), (401, "Unauthorized")])
 def test_what_a_policy_denies_waits_whatever_its_reason(code: int, reason: str):
     found, raised = refused(code, POLICY, reason, **CAUSES)

@@ -138,9 +138,8 @@ class ClusterBackend:
         except ApiError as error:
             if refusals.waits(error):
                 self._barred.add(run, job, error.message)
-            elif error.status in refusals.INVALID:
-                why = f"the API server refused the job: {error.message}"
-                self._unless_seen[uid, job.name] = _failed(job, refusals.INVALID[error.status], why)
+            elif why := refusals.refused(error, "the job"):
+                self._unless_seen[uid, job.name] = _failed(job, FailureClass.BAD_INPUT, why)
             elif error.reason != EXISTS:
                 raise
         else:

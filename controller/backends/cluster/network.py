@@ -33,6 +33,8 @@ class Walls:
         except ApiError as error:
             if refusals.waits(error):
                 return error.message
+            if why := refusals.refused(error, "its NetworkPolicy"):
+                return why
             if not isinstance(error, Conflict):
                 raise
             return AGAIN

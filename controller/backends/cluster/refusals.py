@@ -8,12 +8,8 @@ or in quotation marks. (k8s.io/apiserver, pkg/admission: plugin/webhook/errors, 
 import re
 
 from controller.kube.answers import ApiError
-from trainers.contract import FailureClass
 
-INVALID = {
-    400: FailureClass.BAD_INPUT,
-    422: FailureClass.BAD_INPUT,
-}
+INVALID = (400, 413, 422)
 """Answers about the object itself, which asking again does not change."""
 FORBIDDEN = 403
 """A quota is full, or a right is missing."""
@@ -28,6 +24,11 @@ UNANSWERED = re.compile(r"(?:Internal error occurred: )?failed calling webhook "
 def waits(error: ApiError) -> bool:
     """Nothing has failed: it may not be made now, and is asked for again until it may."""
     return error.status == FORBIDDEN or DENIED.match(error.message) is not None
+
+
+def refused(error: ApiError, what: str) -> str:
+    """What is said of an object that will never do as it is; empty where it may be asked for again."""
+    return f"the API server refused {what}: {error.message}" if error.status in INVALID and not waits(error) else ""
 
 
 def is_unanswered(error: ApiError) -> bool:

@@ -6,7 +6,12 @@
 {{- if and .Values.watchNamespaces .Values.test.namespace (not (has .Values.test.namespace .Values.watchNamespaces)) }}
 {{- fail (printf "test.namespace is %s, which is not one of watchNamespaces (%s): nobody would carry out the test's run" .Values.test.namespace (join ", " .Values.watchNamespaces)) }}
 {{- end }}
+{{- $limits := list }}
 {{- range .Values.limits }}
+{{- if has .name $limits }}
+{{- fail (printf "limits: two have the name %s, and a policy of one would take the other's place: each needs a name of its own" .name) }}
+{{- end }}
+{{- $limits = append $limits .name }}
 {{- if and .largestRun (not .namespaces) }}
 {{- fail (printf "limits of %s: largestRun needs namespaces by name in place of namespaceSelector: the operator enforces it, and has no right to read a namespace's labels" .name) }}
 {{- end }}
