@@ -10,3 +10,7 @@ class BackendName(enum.StrEnum):
     """Of the Kubeflow Training Operator v1."""
     TRAINJOB = "TrainJob"
     """Of the Kubeflow Trainer v2."""
+
+
+CONTAINERS = {BackendName.PYTORCHJOB: "pytorch", BackendName.TRAINJOB: "node"}
+"""What each demands that the container of the trainers is called."""

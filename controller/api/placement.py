@@ -12,6 +12,8 @@ RULE: dict[str, JsonValue] = {
     "message": "Exists and DoesNotExist have no values, others do",
 }
 
+MOST = 2**31 - 1
+
 
 class NodeAffinity(SpecModel):
     """What a label of the node must be or, with a weight, should be."""
@@ -68,11 +70,11 @@ class TopologySpread(SpecModel):
 
     topology_key: str = Field(pattern=KEY, max_length=317)
     """Label of nodes: those with the same value are one place."""
-    max_skew: int = Field(default=1, ge=1)
+    max_skew: int = Field(default=1, ge=1, le=MOST)
     """How many more one place may have than another."""
     when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "DoNotSchedule"
     """What happens where that cannot be."""
-    min_domains: int | None = Field(default=None, ge=1)
+    min_domains: int | None = Field(default=None, ge=1, le=MOST)
     """How many places there are to be at least; with DoNotSchedule."""
     match_labels: Selected | None = None
     """Labels of the pods that are counted; those of the same job unless set."""

@@ -35,7 +35,7 @@ class ObjectMeta(SpecModel):
     namespace: str | None = None
     """Namespace; ignored in local runs."""
     labels: dict[str, str] = {}
-    """Labels, handed on to every object made for the run."""
+    """Labels, handed on to every object made for the run but for those of Kueue and of controllers of jobs."""
     annotations: dict[str, str] = {}
     """Annotations."""
     generation: int | None = None

@@ -10,6 +10,7 @@ from controller.api.quantities import byte_count
 from controller.api.run import AlignmentRun, PhaseEntry
 from controller.api.volumes import mount_problems
 from controller.plan.adapted import adapter_problems
+from controller.plan.foreign import profile_problems
 from controller.plan.graph import cycle, edges
 from controller.plan.once import of_spec
 from controller.plan.pods import pod_problems, settings_problems
@@ -34,7 +35,7 @@ def check_run(run: AlignmentRun) -> list[Problem]:
     if not problems:
         problems += [*tokenizer_problems(run), *_gate_problems(run), *_node_problems(run), *_process_problems(run)]
         problems += [*_inherited_problems(run), *_share_problems(run), *room_problems(run, {})]
-        problems += [*adapter_problems(run, {}), *settings_problems(run)]
+        problems += [*adapter_problems(run, {}), *settings_problems(run), *profile_problems(run)]
     return [*problems, *_gpu_problems(run), *_mount_problems(run), *pod_problems(run)]
 
 

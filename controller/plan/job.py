@@ -9,6 +9,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.template import Template
 from controller.api.workspace import Workspace
+from controller.plan.foreign import handed_on
 from controller.plan.resolve import ResolvedPhase
 from trainers import __version__
 from trainers.contract import Input, PhaseFile
@@ -94,7 +95,7 @@ def build_job(
         queue_priority=run.spec.queue_priority,
         node_lost_seconds=run.spec.failure_policy.node_lost_seconds,
         avoid_nodes=avoid_nodes,
-        labels={**run.metadata.labels, **job_labels(run.name, phase.name, phase.type.name, attempt)},
+        labels={**handed_on(run.metadata.labels), **job_labels(run.name, phase.name, phase.type.name, attempt)},
         alone=alone,
     )
 

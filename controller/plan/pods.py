@@ -17,13 +17,14 @@ from controller.api.syntax import (
     SUBDOMAIN,
     VALUE,
     Syntax,
-    is_extended,
 )  # fmt: skip
 from controller.api.template import Resources, Template
 from controller.api.text import UNFIT
+from controller.plan.foreign import foreign_problems, queue_problems
 from controller.plan.job import build_job
 from controller.plan.place import folder_of
 from controller.plan.resolve import ResolvedPhase, resolve
+from controller.plan.shares import share_problems
 
 ANNOTATIONS_LIMIT = 256 * 1024
 """Bytes of a pod's annotations, with their names: a phase's settings are one of them."""
@@ -38,12 +39,16 @@ Said = Iterator[tuple[str, str, Syntax]]
 
 def pod_problems(run: AlignmentRun) -> Iterator[Problem]:
     """Of templates, each as it is written, and of the run's priority."""
+    yield from queue_problems(run)
     if run.spec.queue_priority:
         yield from _misspelt([("spec.queuePriority", run.spec.queue_priority, SHORT_SUBDOMAIN)])
     for path, template in templates(run):
         yield from _misspelt((f"{path}.{where}", value, syntax) for where, value, syntax in _all_said(template))
         yield from _toleration_problems(path, template)
-        yield from _share_problems(path, template)
+        for where, resources in _resources(template):
+            yield from share_problems(f"{path}.{where}", resources)
+        yield from _volume_problems(path, template)
+        yield from foreign_problems(path, template)
         yield from _variable_problems(path, template)
 
 
@@ -177,18 +182,19 @@ def _toleration_problems(path: str, template: Template) -> Iterator[Problem]:
             )
         if toleration.operator == "Exists" and toleration.value:
             yield Problem(f"{where}.value", f"{_seen(toleration.value)}: Exists has no value; with one it is Equal")
-        if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
-            yield Problem(f"{where}.tolerationSeconds", f"{toleration.toleration_seconds} needs effect: NoExecute")
+        seconds = toleration.toleration_seconds
+        if seconds is not None and toleration.effect != "NoExecute":
+            yield Problem(f"{where}.tolerationSeconds", f"{seconds} needs effect: NoExecute")
+        if seconds is not None and not -(2**63) <= seconds < 2**63:
+            yield Problem(f"{where}.tolerationSeconds", f"{seconds} is more than 64 bits hold; unset is for ever")
 
 
-def _share_problems(path: str, template: Template) -> Iterator[Problem]:
-    for where, resources in _resources(template):
-        for kind, given in (("requests", resources.requests), ("limits", resources.limits)):
-            for name, quantity in given.items():
-                if is_extended(name) and number(quantity).denominator != 1:
-                    yield Problem(
-                        f"{path}.{where}.{kind}[{name}]", f'"{quantity}" is not a whole number, as of all devices'
-                    )
+def _volume_problems(path: str, template: Template) -> Iterator[Problem]:
+    for i, volume in enumerate(template.volumes or ()):
+        if volume.ephemeral and not number(volume.ephemeral.size):
+            yield Problem(
+                f"{path}.volumes[{i}].ephemeral.size", f'"{volume.ephemeral.size}" is no size: more than 0 (500Gi)'
+            )
 
 
 def _variable_problems(path: str, template: Template) -> Iterator[Problem]:

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 from builders import START, document, job, make_run, seen, sft, with_status
+from pod_templates import REFUSED, TAKEN, UNREADABLE
 
 from controller.api import meta
 from controller.api.problems import InvalidRun
 from controller.api.syntax import ANNOTATION, IMAGE, QUALIFIED, RESOURCE, SUBDOMAIN, VALUE
+from controller.api.workspace import Workspace
+from controller.operator.defaults import Defaults
 from controller.plan.check import check_run
-from controller.plan.decide import decide
+from controller.plan.decide import Apply, decide
+from controller.plan.foreign import LONGEST, PROFILE
 from controller.plan.observed import JobState
 from controller.plan.pods import ANNOTATIONS_LIMIT, VARIABLE_LIMIT
 from controller.preflight import load_run
@@ -18,6 +22,9 @@ from controller.preflight import load_run
 ANSWERS = Path(__file__).parent / "syntax/answers.jsonl"
 """What Kubernetes' own functions say (`syntax/main.go`, of k8s.io/apimachinery v0.37.1 and distribution/reference v0.6.0)."""
 RULES = {"subdomain": SUBDOMAIN, "qualified": QUALIFIED, "annotation": ANNOTATION, "value": VALUE, "image": IMAGE}
+
+
+WORK = Defaults(workspace=Workspace(claim_name="work"))
 
 
 def test_names_are_what_kubernetes_takes_for_them() -> None:
@@ -53,7 +60,14 @@ IMPOSSIBLE = {
     "selector": ({"nodeSelector": {"bad key!": "x"}}, 'nodeSelector: "bad key!" is not a key'),
     "selected": ({"nodeSelector": {"a": "b c"}}, 'nodeSelector[a]: "b c" is not a label\'s value'),
     "resource": ({"resources": {"limits": {"bad name!!": 1}}}, 'resources.limits: "bad name!!" is not a resource'),
-    "half a device": ({"resources": {"limits": {"nvidia.com/gpu": "1500m"}}}, 'limits[nvidia.com/gpu]: "1500m" is not a whole'),
+    "Job's label": ({"labels": {"job-name": "x"}}, 'labels: "job-name" is how another controller knows its pods'),
+    "JobSet's label": ({"labels": {"jobset.sigs.k8s.io/jobset-uid": "x"}}, "labels: "),
+    "Trainer's label": ({"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "x"}}, "labels: "),
+    "Kueue's label": ({"labels": {"kueue.x-k8s.io/pod-group-name": "x"}}, "labels: "),
+    "Job's annotation": ({"annotations": {"batch.kubernetes.io/job-completion-index": "7"}}, "annotations["),
+    "seconds of more bits": (
+        {"tolerations": [{"key": "a", "effect": "NoExecute", "tolerationSeconds": 2**63}]}, "is more than 64 bits hold"
+    ),
     "unseen": ({"image": "nothing:1\u202e\x07"}, 'image: "nothing:1\\u202e\\x07" is not an image'),
     "server": ({"server": {"image": "a//b"}}, 'server.image: "a//b" is not an image'),
     "secret": ({"secretRefs": ["a..b"]}, 'secretRefs[0]: "a..b" is not a name'),
@@ -73,13 +87,61 @@ IMPOSSIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("template", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+@pytest.mark.parametrize(("template", "said"), (ALL := IMPOSSIBLE | REFUSED).values(), ids=ALL)
 def test_what_no_pod_can_be_is_told_with_its_field(template: dict[str, object], said: str) -> None:
     [problem] = map(str, check_run(make_run(sft("base"), template=template)))
     assert problem.startswith("spec.template.")
     assert said in problem
     [problem] = map(str, check_run(make_run({**sft("base"), "template": template})))
     assert problem.startswith("spec.phases[base].template.")
+
+
+@pytest.mark.parametrize("template", TAKEN.values(), ids=TAKEN)
+def test_what_a_pod_can_be_is_taken(template: dict[str, object]) -> None:
+    assert not check_run(make_run(sft("base"), template=template))
+
+
+@pytest.mark.parametrize(("template", "said"), UNREADABLE.values(), ids=UNREADABLE)
+def test_what_the_schema_refuses(template: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidRun, match=said):
+        load_run(document(sft("base"), template=template))
+
+
+def test_profiles_are_of_containers_that_are_there() -> None:
+    def said(of: str, **spec: object) -> list[str]:
+        annotations = {"annotations": {f"{PROFILE}{of}": "unconfined"}}
+        return [str(p) for p in check_run(make_run(sft("base"), template=annotations, **spec))]
+
+    assert not said("node")
+    assert not said("node", backend="TrainJob")
+    [problem] = said("node", backend="PyTorchJob")
+    assert (
+        problem
+        == f"spec.phases[base].template.annotations[{PROFILE}node]: is of no container of its pods; they have pytorch"
+    )
+    assert said("server")
+
+
+def test_a_runs_labels_of_other_controllers_are_not_handed_on() -> None:
+    labels = {"team": "a", "job-name": "x", "jobset.sigs.k8s.io/replicatedjob-name": "y", LONGEST: "60"}
+    run = make_run(sft("base"))
+    run = run.model_copy(update={"metadata": run.metadata.model_copy(update={"labels": labels})})
+    [action] = [a for a in decide(WORK.applied(run), seen(), START).actions if isinstance(a, Apply)]
+    assert action.job.labels.keys() & labels.keys() == {"team", LONGEST}
+    assert not check_run(run)
+
+
+def test_a_queue_is_not_asked_for_by_a_label() -> None:
+    queue = "kueue.x-k8s.io/queue-name"
+
+    def said(**spec: object) -> list[str]:
+        run = make_run(sft("base"), **spec)
+        labelled = run.metadata.model_copy(update={"labels": {queue: "gpus"}})
+        return [str(p) for p in check_run(run.model_copy(update={"metadata": labelled}))]
+
+    assert said() == [f'metadata.labels[{queue}]: "gpus" is read of jobs only; set spec.queueName: gpus']
+    assert said(queueName="other")
+    assert not said(queueName="gpus")
 
 
 def test_a_priority_is_a_name() -> None:

@@ -62,6 +62,21 @@ def test_a_runtime_comes_and_goes_with_its_job(trainjobs: Driver):
         trainjobs.cluster.wait(lambda kind=kind: not trainjobs.cluster.items(kind, *ours), 30, f"no {kind} are left")
 
 
+def test_a_runs_labels_of_other_controllers_do_not_keep_it_from_its_pods(trainjobs: Driver):
+    """A Job with somebody else's `job-name` in its template is never made, which only the JobSet's events would tell."""
+    run = manifest("run", sft())
+    foreign = {"job-name": "x", "batch.kubernetes.io/controller-uid": "y", "jobset.sigs.k8s.io/jobset-name": "z"}
+    queue = {"kueue.x-k8s.io/queue-name": "theirs"}
+    run["metadata"]["labels"] = {"team": "a", **foreign, **queue}
+    trainjobs.apply(run)
+    said = trainjobs.until_condition("run", "Accepted", status="False", reason="InvalidSpec")
+    assert 'queue-name]: "theirs" is read of jobs only; set spec.queueName: theirs' in said["message"]
+    trainjobs.cluster.kubectl("label", "arun", "run", "-n", trainjobs.namespace, "kueue.x-k8s.io/queue-name-")
+    labels = trainjobs.until_pod_of("run-sft-1")["metadata"]["labels"]
+    assert labels["team"] == "a"
+    assert foreign.items() & labels.items() == set()
+
+
 def test_a_strangers_runtime_is_passed_by_and_left_alone(trainjobs: Driver):
     trainjobs.apply(a_runtime("run-sft-1"))
     theirs = runtimes(trainjobs)["run-sft-1"]

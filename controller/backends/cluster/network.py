@@ -9,6 +9,7 @@ from controller.backends.cluster import ownership, refusals
 from controller.backends.cluster.references import reference
 from controller.kube.answers import ApiError, Conflict
 from controller.kube.api import Api
+from controller.plan.foreign import handed_on
 from trainers.contract import DEFAULT_METRICS_PORT
 
 Object = dict[str, Any]
@@ -63,7 +64,7 @@ def policy(run: AlignmentRun, readers: Sequence[Object]) -> Object:
         "metadata": {
             "name": f"{run.name}-{run.metadata.uid[:8]}",
             "namespace": run.metadata.namespace or "default",
-            "labels": {**run.metadata.labels, **own["matchLabels"], meta.LABEL_PART_OF: run.name},
+            "labels": {**handed_on(run.metadata.labels), **own["matchLabels"], meta.LABEL_PART_OF: run.name},
             "ownerReferences": [reference(run.name, run.metadata.uid)],
         },
         "spec": {

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from controller.api.backend import CONTAINERS, BackendName
 from controller.backends.cluster import pod
 from controller.backends.cluster.conditions import condition
 from controller.backends.cluster.kind import Owner
@@ -25,7 +26,7 @@ INSTALL = "the Kubeflow Training Operator v1"
 INTEGRATION = "kubeflow.org/pytorchjob"
 MAKERS = {(PYTORCHJOBS.group, KIND): PYTORCHJOBS}
 PROPAGATION = "Foreground"
-CONTAINER = "pytorch"
+CONTAINER = CONTAINERS[BackendName.PYTORCHJOB]
 """The Training Operator demands this name."""
 REFERS = False
 SUSPEND = "spec.runPolicy.suspend"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from controller.api.backend import CONTAINERS, BackendName
 from controller.backends.cluster import pod
 from controller.backends.cluster.conditions import condition
 from controller.backends.cluster.kind import Owner
@@ -25,7 +26,7 @@ INTEGRATION = "trainer.kubeflow.org/trainjob"
 MAKERS = {(TRAINJOBS.group, KIND): TRAINJOBS, (JOBSETS.group, "JobSet"): JOBSETS, (BATCH_JOBS.group, "Job"): BATCH_JOBS}
 PROPAGATION = "Background"
 """While a TrainJob is there the Trainer makes a JobSet that is gone anew, also of one that is being deleted."""
-CONTAINER = "node"
+CONTAINER = CONTAINERS[BackendName.TRAINJOB]
 """The Trainer demands this name."""
 REFERS = True
 SUSPEND = "spec.suspend"
