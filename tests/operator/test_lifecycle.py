@@ -191,7 +191,7 @@ class TestSuspension:
 @both
 def test_a_job_that_somebody_suspends_is_one_that_does_not_begin(driver: Driver):
     """It held up its run for ever, without a word."""
-    driver.apply(manifest("run", sft(), failurePolicy={**FAST, "startupTimeoutSeconds": 1}))
+    driver.apply(manifest("run", sft(), failurePolicy={**FAST, "startupTimeoutSeconds": 15}))
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")
     suspended = {"runPolicy": {"suspend": True}} if driver.backend == "PyTorchJob" else {"suspend": True}
@@ -201,7 +201,7 @@ def test_a_job_that_somebody_suspends_is_one_that_does_not_begin(driver: Driver)
     [attempt, _] = driver.phase("run", "sft")["attempts"]
     assert (attempt["state"], attempt["failure"]) == ("Failed", "StartupTimeout")
     assert attempt["message"].startswith(
-        "not running after 1 s: its job is suspended, and not by a queue; it goes on when spec."
+        "not running after 15 s: its job is suspended, and not by a queue; it goes on when spec."
     )
 
 
