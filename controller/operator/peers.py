@@ -70,7 +70,7 @@ class Block(SpecModel):
         whole = ipaddress.ip_network(self.cidr, strict=False)
         for text in self.but or ():
             part = ipaddress.ip_network(text, strict=False)
-            if part.version != whole.version or part == whole or not part.subnet_of(whole):  # type: ignore[arg-type]
+            if part.network_address not in whole or part.prefixlen <= whole.prefixlen:
                 raise ValueError(f'"{text}" is no part of cidr, "{self.cidr}"')
         return self
 

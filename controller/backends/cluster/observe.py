@@ -229,8 +229,7 @@ def first_start(pods: Sequence[Object]) -> datetime | None:
 
 def warning(events: Sequence[Object], now: datetime) -> str:
     """The newest of some warning events, in one line. Whoever may write events may write these: none is of the future."""
-    at = {id(event): min(_told_at(event), now) for event in events}
-    last = max(events, key=lambda event: (at[id(event)], event["metadata"].get("creationTimestamp", "")))
+    last = max(events, key=lambda event: (min(_told_at(event), now), event["metadata"]["creationTimestamp"]))
     return f"{last.get('reason', '')}: {last.get('message', '')}"
 
 
