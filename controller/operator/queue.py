@@ -1,10 +1,14 @@
 """Which runs want a look: each at most once in the queue, never two looks at one run at a time, namespaces in turn.
 
 Two lines: of what has happened, and of looks that time brings, mostly for the progress of what trains. A thousand of these
-may come at once, and a job that has ended does not stand behind them.
+may come at once, and a job that has ended does not stand behind them. Nor does it meet the API server busy with their writes:
+they begin evenly. Runs that were started together came up together in each minute, and for ten seconds of it, with sixty
+status writes a second, the next job of a run took 0.3 to 0.8 s where it takes 0.05.
 """
 
 import asyncio
+import contextlib
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +18,8 @@ FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 120.0
 DUE_AT_ONCE = 4
 """Looks that time has brought, at most; one of them has its place always, so that they go on whatever happens."""
+DUE_PER_SECOND = 25.0
+"""At most; somewhat more than the reconciler asks for, so that they do not pile up."""
 
 
 class Line:
@@ -64,6 +70,8 @@ class WorkQueue:
         self._timers: dict[Key, tuple[asyncio.TimerHandle, Line]] = {}
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
+        self._next_due = -math.inf
+        """When the next look that time has brought may begin."""
 
     def __len__(self) -> int:
         return len(self._news) + len(self._due)
@@ -94,9 +102,12 @@ class WorkQueue:
         """A key, and for how many seconds it has waited. Call :meth:`done` after it has been worked on."""
         while (line := self._next()) is None:
             self._changed.clear()
-            await self._changed.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._until_due())
         key, since = line.pop()
         self._working[key] = line
+        if line is self._due:
+            self._next_due = self._clock() + 1 / DUE_PER_SECOND
         return key, self._clock() - since
 
     def done(self, key: Key) -> None:
@@ -106,10 +117,17 @@ class WorkQueue:
             self._add(key, line)
 
     def _next(self) -> Line | None:
-        going = sum(line is self._due for line in self._working.values())
-        if self._due and going < (1 if self._news else DUE_AT_ONCE):
+        if self._has_place() and self._clock() >= self._next_due:
             return self._due
         return self._news if self._news else None
+
+    def _has_place(self) -> bool:
+        """Whether there is a look that is due, and place for it."""
+        going = sum(line is self._due for line in self._working.values())
+        return bool(self._due) and going < (1 if self._news else DUE_AT_ONCE)
+
+    def _until_due(self) -> float | None:
+        return self._next_due - self._clock() if self._has_place() else None
 
     def _add(self, key: Key, line: Line) -> None:
         if key in self._working:

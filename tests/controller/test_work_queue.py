@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from virtual_time import now, run
 
 from controller.memory import Key
-from controller.operator.queue import DUE_AT_ONCE, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, WorkQueue
+from controller.operator.queue import DUE_AT_ONCE, DUE_PER_SECOND, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, WorkQueue
+from controller.operator.reconciler import POLLS_PER_SECOND
 
 A, B, C = (Key("ns", name) for name in "abc")
 
@@ -231,9 +232,32 @@ def test_what_has_happened_does_not_stand_behind_what_is_due():
         assert await taken(queue, 4) == [DUE[0], A, B, C]
         queue.done(DUE[0])
         queue.add(Key("ns", "d"))
+        await asyncio.sleep(1 / DUE_PER_SECOND)
         assert await taken(queue, 2) == [DUE[1], Key("ns", "d")]
 
     run(go())
+
+
+def test_looks_that_come_due_together_begin_evenly():
+    """Runs that were started together; and what happens meanwhile does not wait for them."""
+
+    async def go():
+        queue, began = WorkQueue(now), now()
+        for key in DUE:
+            queue.add_due(key)
+        for number in range(len(DUE) // 2):
+            assert await arrives(queue) == (0 if number == 0 else 1 / DUE_PER_SECOND)
+        queue.add(A)
+        assert await queue.get() == (A, 0)
+        while queue:
+            await arrives(queue)
+        assert round(now() - began, 6) == (len(DUE) - 1) / DUE_PER_SECOND
+        await asyncio.sleep(1)
+        queue.add_due(B)
+        assert await arrives(queue) == 0, "one alone does not wait"
+
+    run(go())
+    assert DUE_PER_SECOND > POLLS_PER_SECOND, "or they would wait longer and longer"
 
 
 def test_looks_that_are_due_leave_room_for_others():
