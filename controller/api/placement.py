@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from controller.api.labels import KEY, LabelValue, Selected
+from controller.api.problems import shown
 from trainers.spec import SpecModel
 
 RULE: dict[str, JsonValue] = {
@@ -13,6 +14,8 @@ RULE: dict[str, JsonValue] = {
 }
 
 MOST = 2**31 - 1
+LARGEST = 2**63 - 1
+"""That the scheduler compares with."""
 
 
 class NodeAffinity(SpecModel):
@@ -34,13 +37,21 @@ class NodeAffinity(SpecModel):
         if bool(self.values) == (self.operator in ("Exists", "DoesNotExist")):
             wanted = "has no values" if self.values else "needs values"
             raise ValueError(f"{self.key}: {self.operator} {wanted}")
-        if self.operator in ("Gt", "Lt") and not (len(self.values) == 1 and self.values[0].isdigit()):
-            raise ValueError(f"{self.key}: {self.operator} needs one value, a whole number")
+        if self.operator in ("Gt", "Lt") and not (len(self.values) == 1 and _is_int64(self.values[0])):
+            given = shown(", ".join(self.values))
+            raise ValueError(
+                f"{self.key}: {self.operator} needs one value, a whole number up to {LARGEST}, not {given}"
+            )
         return self
 
     @property
     def expression(self) -> dict[str, object]:
         return self.document(exclude={"weight"}, exclude_defaults=True) | {"operator": self.operator}
+
+
+def _is_int64(text: str) -> bool:
+    """A label has no sign. Of longer texts Python would not make a number at all."""
+    return text.isdigit() and int(text) <= LARGEST
 
 
 class PodAffinity(SpecModel):

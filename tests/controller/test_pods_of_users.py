@@ -235,6 +235,11 @@ REFUSED = {
     "values missing": ({"affinity": {"nodes": [{"key": "a"}]}}, "a: In needs values"),
     "values given": ({"affinity": {"nodes": [{"key": "a", "operator": "Exists", "values": ["b"]}]}}, "has no values"),
     "no number": ({"affinity": {"nodes": [{"key": "a", "operator": "Gt", "values": ["b"]}]}}, "a whole number"),
+    "two numbers": ({"affinity": {"nodes": [{"key": "a", "operator": "Lt", "values": ["1", "2"]}]}}, 'not "1, 2"'),
+    "no number of 64 bits": (
+        {"affinity": {"nodes": [{"key": "a", "operator": "Gt", "values": ["9223372036854775808"]}]}},
+        'a: Gt needs one value, a whole number up to 9223372036854775807, not "9223372036854775808"',
+    ),
     "root": ({"securityContext": {"runAsUser": 0}}, "greater than or equal to 1"),
     "two kinds": (
         {"volumes": [{"mountPath": "/a", "emptyDir": {}, "image": {"reference": "a"}}]},
@@ -252,6 +257,13 @@ REFUSED = {
 def test_what_cannot_be_is_refused(template, message):
     with pytest.raises(ValidationError, match=message):
         AlignmentRun.model_validate(document(sft("base"), template=template))
+
+
+def test_a_node_may_be_compared_with_any_number_of_64_bits():
+    run = make_run(
+        sft("base"), template={"affinity": {"nodes": [{"key": "a", "operator": "Lt", "values": [str(2**63 - 1)]}]}}
+    )
+    assert run.spec.template.affinity.nodes[0].values == ("9223372036854775807",)
 
 
 CLAIM = {"claimName": "a", "mountPath": "/a"}
