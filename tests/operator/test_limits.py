@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chart.helm import template
 from cluster.client import Cluster
-from driver import Driver, both, manifest, sft
+from driver import Driver, OperatorProcess, both, dpo, manifest, sft
 
 Object = dict[str, Any]
 KINDS = ("ValidatingAdmissionPolicyBinding", "ValidatingAdmissionPolicy")
@@ -123,3 +123,31 @@ def test_a_run_that_was_there_before_gets_no_further_job(driver: Driver, limit: 
     limit("")
     driver.patch("run", {"suspend": False})
     driver.cluster.wait(driver.job_names, 60, "it goes on")
+
+
+def test_a_run_that_takes_too_much_at_once_goes_on_when_it_is_edited_or_the_limit_lifted(
+    driver: Driver, operator: OperatorProcess, operator_factory: Callable[..., OperatorProcess]
+):
+    """The operator has the limit as an option, so whoever changes it starts it anew."""
+    operator.stop()
+    most = [{"namespaces": [driver.namespace], "most": {"nodes": 2}}]
+    limited = operator_factory("--metrics-readers", "[]", "--largest-runs", json.dumps(most)).start()
+    two = {"template": {"nodes": 2}}
+    chain, side_by_side = (sft(), dpo() | two), (sft(), sft("other") | two)
+    for name, phases in {"fits": chain, "edited": side_by_side, "waits": side_by_side}.items():
+        driver.apply(manifest(name, *phases))
+    why = (
+        "spec.phases: sft, other may run at once, with 3 nodes in all; a run in this namespace takes at most 2 at once"
+    )
+    for name in ("edited", "waits"):
+        driver.until_condition(name, "Accepted", "False", reason="InvalidSpec", message=why, timeout=60)
+    driver.until_job("fits-sft-1")
+    driver.edit_phase("edited", sft("other"))
+    driver.until_condition("edited", "Accepted")
+    driver.until_job("edited-other-1")
+    assert driver.job_names() == ["edited-other-1", "edited-sft-1", "fits-sft-1"]
+    assert limited.stop() == 0
+    operator.start()
+    driver.until_condition("waits", "Accepted", timeout=60)
+    driver.until_job("waits-other-1")
+    assert "waits-sft-1" in driver.job_names()
