@@ -25,13 +25,12 @@ def named(run: str, names: Sequence[str], where: str) -> str:
     return run
 
 
-def interesting_phase(status: RunStatus, run: str) -> str:
-    """What runs, else what failed, else what ran last."""
+def interesting_phase(status: RunStatus) -> str | None:
+    """What runs, else what failed, else what ran last; None if nothing has run."""
     for state in (PhaseState.RUNNING, PhaseState.FAILED, PhaseState.BACKING_OFF):
         for phase in status.phases:
             if phase.state == state:
                 return phase.name
     ran = [p for p in status.phases if p.attempts and p.finished_at]
-    if not ran:
-        raise InvalidRun([Problem(run, "nothing has run yet, so there is no log")])
-    return max(ran, key=lambda p: p.finished_at or datetime.min.replace(tzinfo=UTC)).name
+    last = max(ran, key=lambda p: p.finished_at or datetime.min.replace(tzinfo=UTC), default=None)
+    return last.name if last else None

@@ -16,7 +16,9 @@ from controller.commands.find import find_run, interesting_phase
 
 def logs_command(root: Path, run: str | None, phase: str | None, attempt: int | None, follow: bool) -> int:
     name = find_run(root, run)
-    phase = phase or interesting_phase(runs_folder.read_status(root, name) or RunStatus(), name)
+    phase = phase or interesting_phase(runs_folder.read_status(root, name) or RunStatus())
+    if phase is None:
+        raise InvalidRun([Problem(name, "nothing has run yet, so there is no log")])
     directory = root / name / phase
     numbers = process.attempt_numbers(directory)
     if not numbers:

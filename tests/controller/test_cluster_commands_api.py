@@ -127,15 +127,20 @@ def test_a_cluster_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
 
 def test_why_there_is_no_log(bench: Bench) -> None:
     bench.run()
-    assert bench.call("logs") == (2, "error: helpful: nothing has run yet, so there is no log\n")
+    unseen = "phase base was not started: the operator has not seen the run yet\n"
+    assert bench.call("logs") == (1, unseen)
+    bench.write(phase("base", "Waiting", message="for room"), phase="Waiting")
+    assert bench.call("logs") == (1, "phase base was not started: Waiting: for room\n")
+    bench.write(phase("base", "Blocked"), held={"Failed": "bad"}, phase="Failed")
+    assert bench.call("logs") == (1, "run helpful has ended, and nothing of it has run: bad\n")
     bench.write(BASE, phase("dpo", "Running", attempt()), phase("reward", "Waiting", message="for base"), phase="dpo")
-    assert bench.call("logs")[1] == "dpo, attempt 1: its pods have not been made yet\n"
-    assert bench.call("logs", "reward") == (2, "error: phase reward was not started: Waiting: for base\n")
+    assert bench.call("logs") == (1, "dpo, attempt 1: its pods have not been made yet\n")
+    assert bench.call("logs", "reward") == (1, "phase reward was not started: Waiting: for base\n")
     assert bench.call("logs", "rewrad")[1].endswith("phases are: base, dpo, reward (did you mean reward?)\n")
     gone = "base, attempt 1: its pods are gone and their logs with them. It ended with Succeeded\n"
     assert bench.call("logs", "base") == (1, gone)
     name = bench.pod("dpo")
-    assert bench.call("logs") == (0, f"pod {name} does not run yet: not scheduled yet\n")
+    assert bench.call("logs") == (1, f"pod {name} does not run yet: not scheduled yet\n")
     unscheduled = {
         "type": "PodScheduled",
         "status": "False",
@@ -143,7 +148,7 @@ def test_why_there_is_no_log(bench: Bench) -> None:
         "message": "0/2 nodes have a GPU",
     }
     bench.cluster.patch_status("pod", name, bench.namespace, {"conditions": [unscheduled]})
-    assert bench.call("logs") == (0, f"pod {name} does not run yet: Unschedulable: 0/2 nodes have a GPU\n")
+    assert bench.call("logs") == (1, f"pod {name} does not run yet: Unschedulable: 0/2 nodes have a GPU\n")
     assert bench.call("logs", "--pod", "3") == (2, "error: no pod 3 of dpo, attempt 1; its pods are: 0\n")
     assert bench.call("logs", "--attempt", "2")[1] == "dpo, attempt 2: nothing is left of it\n"
 
@@ -397,7 +402,7 @@ def test_these_rights_are_enough(bench: Bench) -> None:
     name = bench.pod("base")
     bench.kubeconfig = bench.cluster.service_account_kubeconfig(bench.namespace, "default")
     assert bench.call("status")[0] == 0
-    assert bench.call("logs") == (0, f"pod {name} does not run yet: not scheduled yet\n")
+    assert bench.call("logs") == (1, f"pod {name} does not run yet: not scheduled yet\n")
     assert bench.call("stop", "--timeout", "0")[0] == 1
     assert bench.call("resume")[0] == 0
 

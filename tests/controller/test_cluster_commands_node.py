@@ -33,12 +33,14 @@ def bench(node_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Iterator
     node_cluster.delete_namespace(bench.namespace)
 
 
-def talker(bench: Bench, attempt: int = 1, index: int = 0, image: str = "local/python:1") -> str:
+def talker(
+    bench: Bench, attempt: int = 1, index: int = 0, image: str = "local/python:1", program: str = PROGRAM
+) -> str:
     """A pod that prints, in the place of one that trains."""
     labels = {"alignment.dev/run": "helpful", "alignment.dev/phase": "base", "alignment.dev/attempt": str(attempt)}
     labels["training.kubeflow.org/replica-index"] = str(index)
     name = f"helpful-base-{attempt}-worker-{index}"
-    command = ["python3", "-c", PROGRAM, f"attempt {attempt} pod {index}:"]
+    command = ["python3", "-c", program, f"attempt {attempt} pod {index}:"]
     container = {"name": "pytorch", "image": image, "imagePullPolicy": "Never", "command": command}
     spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0, "containers": [container]}
     pod: dict[str, Any] = {
@@ -102,11 +104,16 @@ def test_logs_of_pods_that_have_ended_or_cannot_start(bench: Bench) -> None:
     for index in (0, 1):
         talker(bench, 1, index)
     bare = talker(bench, 1, 2, image="local/missing:1")
+    silent, ended = talker(bench, 1, 3, program="import time; time.sleep(3600)"), talker(bench, 1, 4, program="")
     pods = ("get", "pods", "-n", bench.namespace, "-o", "jsonpath={.items[*].status.phase}")
-    bench.cluster.wait(lambda: bench.cluster.kubectl(*pods).count("Succeeded") == 2, 60, "the pods ended")
+    bench.cluster.wait(lambda: bench.cluster.kubectl(*pods).count("Succeeded") == 3, 60, "the pods ended")
     for index in (0, 1):
         code, output = bench.call("logs", "--pod", str(index))
         assert (code, output.splitlines()[0], output.splitlines()[-1]) == (0, f"attempt 1 pod {index}: 0", "the end")
         assert len(output.splitlines()) == LINES + 1
     code, output = bench.call("logs", "--pod", "2")
-    assert (code, output.startswith(f"pod {bare} does not run yet: ErrImageNeverPull local/missing:1: ")) == (0, True)
+    assert (code, output.startswith(f"pod {bare} does not run yet: ErrImageNeverPull local/missing:1: ")) == (1, True)
+    running = ("get", "pod", silent, "-n", bench.namespace, "-o", "jsonpath={.status.phase}")
+    bench.cluster.wait(lambda: bench.cluster.kubectl(*running) == "Running", 60, "one runs")
+    assert bench.call("logs", "--pod", "3") == (0, f"pod {silent} runs and has printed nothing yet\n")
+    assert bench.call("logs", "--pod", "4") == (0, f"pod {ended} ended without a word\n")

@@ -1,5 +1,6 @@
 """`alignctl logs` of a run in a cluster."""
 
+from controller.api import meta
 from controller.api.problems import InvalidRun, Problem
 from controller.commands.cluster.client import Cluster
 from controller.commands.cluster.errors import ClusterError
@@ -13,14 +14,20 @@ from controller.commands.logs import print_line
 from controller.commands.say import say
 from controller.commands.where import Place
 
+NO_LOG = 1
+"""As kubectl ends where there is no log yet, or any more. That a log is empty is no error to either."""
+
 
 def cluster_logs(
     place: Place, name: str | None, phase: str | None, attempt: int | None, index: int, follow: bool
 ) -> int:
     cluster = Cluster(place)
     run = newest(patiently(cluster, cluster.runs, known=False), name, cluster.namespace)
-    found = find_phase(run, phase or (follow and _next_phase(run)) or interesting_phase(run.status, run.name))
-    wanted = Wanted(run.name, found.name, attempt, index)
+    chosen = phase or (follow and _next_phase(run)) or interesting_phase(run.status) or _next_phase(run)
+    if chosen is None:
+        say(f"run {run.name} has ended, and nothing of it has run: {_end(run)}", err=True)
+        return NO_LOG
+    wanted = Wanted(run.name, find_phase(run, chosen).name, attempt, index)
     if not follow:
         return _print(cluster, wanted)
     for line in follow_lines(cluster, wanted, _Notes()):
@@ -36,6 +43,11 @@ def _next_phase(run: ClusterRun) -> str | None:
     return next(iter([name for name in run.active_phases if name in unfinished] or unfinished), None)
 
 
+def _end(run: ClusterRun) -> str:
+    failed = run.status.condition(meta.FAILED)
+    return failed.message if failed is not None and failed.status == "True" else run.state
+
+
 def _print(cluster: Cluster, wanted: Wanted) -> int:
     reading = read(cluster, wanted)
     if reading.pod is not None and reading.pod.has_log:
@@ -44,18 +56,22 @@ def _print(cluster: Cluster, wanted: Wanted) -> int:
             say(missing, err=True)
         return 0
     why = why_silent(cluster, reading)
-    if reading.attempt is None or (reading.pods and reading.pod is None):
+    if reading.pods and reading.pod is None:
         raise InvalidRun([Problem("", why)])
     say(why, err=True)
-    return 1 if reading.gone else 0
+    return NO_LOG
 
 
 def _print_all(cluster: Cluster, pod: Pod) -> None:
+    empty = True
     try:
         for line in cluster.log(pod):
+            empty = False
             print_line(line.decode(errors="replace"))
     except ClusterError as error:
         raise ClusterError(f"the log of pod {pod.name} cannot be read: {error}", error.code) from error
+    if empty:
+        say(f"pod {pod.name} {'ended without a word' if pod.ended else 'runs and has printed nothing yet'}", err=True)
 
 
 class _Notes:

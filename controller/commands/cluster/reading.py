@@ -96,7 +96,7 @@ def why_silent(cluster: Cluster, reading: Reading) -> str:
     if reading.pod is not None:
         return _not_running(cluster, reading.pod)
     if reading.attempt is None:
-        return f"phase {reading.phase.name} was not started: {_state(reading.phase)}"
+        return f"phase {reading.phase.name} was not started: {_state(reading)}"
     if reading.pods:
         known = ", ".join(map(str, sorted(reading.pods)))
         return f"no pod {reading.index} of {_name(reading)}; its pods are: {known}"
@@ -132,7 +132,10 @@ def _without_pods(reading: Reading) -> str:
     return f"its pods are gone and their logs with them. It ended with {told}"
 
 
-def _state(phase: PhaseStatus) -> str:
+def _state(reading: Reading) -> str:
+    phase = reading.phase
+    if not reading.run.status.conditions:
+        return "the operator has not seen the run yet"
     if phase.state == PhaseState.SUCCEEDED:
         return "an earlier result is reused"
     return ": ".join(filter(None, (str(phase.state), phase.message)))
