@@ -11,6 +11,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.backends.cluster.scrape import OUTCOMES
+from controller.clock import seconds_now
 from controller.kube.calls import Call
 from controller.memory import Key
 from controller.operator.metrics import METRICS, PREFIX, RUN_METRICS, RUN_STATES
@@ -95,6 +96,17 @@ class OperatorMetrics:
                 self._waited(key, phase, attempt)
                 if attempt.state.ended and attempt.number not in ended:
                     self._used(key, run, phase, attempt)
+        for phase in before.phases:
+            if after.phase_status(phase.name) is None:
+                self._removed(key, run, phase)
+
+    def _removed(self, key: Key, run: AlignmentRun, phase: PhaseStatus) -> None:
+        """One that an edit took out is forgotten when its attempt has ended, so nothing else tells of that end."""
+        end = {"state": AttemptState.STOPPED, "finished_at": seconds_now()}
+        for attempt in phase.attempts:
+            self._asked.pop((key, phase.name, attempt.number), None)
+            if not attempt.state.ended:
+                self._used(key, run, phase, attempt.model_copy(update=end))
 
     def _phase(self, before: PhaseStatus | None, after: PhaseStatus) -> None:
         old = before.state if before else PhaseState.WAITING
@@ -128,7 +140,9 @@ class OperatorMetrics:
 
     def _used(self, key: Key, run: AlignmentRun, phase: PhaseStatus, attempt: Attempt) -> None:
         if attempt.started_at is not None and attempt.finished_at is not None:
-            seconds = gpus_of(run, phase.name, attempt) * (attempt.finished_at - attempt.started_at).total_seconds()
+            gpus = gpus_of(run, phase.name, attempt)
+            known = self._series.gpus(key).get(phase.name, 0) if gpus is None else gpus
+            seconds = known * (attempt.finished_at - attempt.started_at).total_seconds()
             labels = {"namespace": key.namespace, "type": phase.type, "outcome": attempt.state}
             self._of("gpu_seconds_total", **labels).inc(max(seconds, 0.0))
 

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from controller.api import meta
 from controller.api.status import Attempt, AttemptState, Condition, PhaseState, PhaseStatus, RunStatus
+from controller.clock import seconds_now
 from controller.kube.calls import CALLS, LEASE_CALLS
 from controller.memory import Key
 from controller.operator import metrics
@@ -247,6 +248,27 @@ def test_gpus_are_those_of_all_pods_while_they_are_at_work():
     measured.transition(KEY, run, RunStatus(phases=(running,)), RunStatus(phases=(ended,)))
     measured.transition(KEY, run, RunStatus(phases=(ended,)), RunStatus(phases=(ended,)))
     assert samples(measured)["gpu_seconds_total", "ns", "sft", "Stopped"] == 1600
+
+
+def test_gpus_of_a_phase_that_an_edit_took_out_count_until_it_is_gone():
+    gpus = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
+    run, edited = make_run(sft("base"), sft("other"), template=gpus), make_run(sft("other"), template=gpus)
+    begun = seconds_now() - timedelta(seconds=100)
+    base = PhaseStatus(name="base", type="sft", state=PhaseState.RUNNING)
+    running, stopping = (
+        RunStatus(phases=(base.model_copy(update={"attempts": (attempt(1, state, started_at=begun),)}),))
+        for state in (AttemptState.RUNNING, AttemptState.STOPPING)
+    )
+    measured, which = OperatorMetrics(), ("phase_gpus", "ns", "sft", "a", "base")
+    measured.run_seen(KEY, run, running)
+    for _ in range(3):
+        measured.transition(KEY, edited, running, stopping)
+        measured.run_seen(KEY, edited, stopping)
+        assert samples(measured)[which] == 8
+    measured.transition(KEY, edited, stopping, RunStatus())
+    measured.run_seen(KEY, edited, RunStatus())
+    assert which not in samples(measured)
+    assert 800 <= samples(measured)["gpu_seconds_total", "ns", "sft", "Stopped"] < 1600
 
 
 def attempt(number: int, state: AttemptState, **more: Any) -> Attempt:
