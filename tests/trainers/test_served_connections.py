@@ -1,7 +1,9 @@
 """Connections to a server that are kept: real sockets, and a server that breaks off wherever it is told to."""
 
+import asyncio
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
+from cluster import pki
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.served.server import Server, Watcher, side_by_side
@@ -89,7 +92,7 @@ class Listener:
         return f"http://127.0.0.1:{self.port}"
 
     def serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):
+        with connection, suppress(OSError, ValueError):  # a handshake of TLS is no question
             lines = connection.makefile("rb")
             while head := lines.readline():
                 headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(lines.readline, b"\r\n"))
@@ -313,6 +316,33 @@ def test_https_to_a_port_of_http():
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(BadInput, match=r"speaks no TLS .*: write http:// if it has none"):
             Server("policy", Served(url=f"https://127.0.0.1:{door.getsockname()[1]}"), patience=60).get("/v1/models")
+
+
+def test_http_to_a_port_of_https(tmp_path):
+    """As uvicorn has it, and so vLLM: it closes the connection without a word. Such a server may also be on its way down."""
+    pki.Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.crt", tmp_path / "ca.key")
+    loop = asyncio.new_event_loop()
+    door = loop.run_until_complete(asyncio.start_server(lambda reader, writer: None, "127.0.0.1", ssl=context))
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{door.sockets[0].getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(BadInput, match=f"policy: {url} speaks TLS and no plain HTTP: write https://"):
+            Server("policy", Served(url=url), patience=600).get("/v1/models")
+        assert time.monotonic() - began < 300, "it is not tried again"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+
+
+def test_an_alert_of_tls_from_who_then_answers_plainly_is_asked_again():
+    def alert(connection: socket.socket, question: bytes) -> bool:
+        connection.sendall(b"\x15\x03\x03\x00\x02\x02\x46")
+        return False
+
+    with listening(alert) as listener:
+        ask(server_of(listener), 1)
 
 
 @pytest.mark.parametrize("begun", [0, 3])

@@ -4,6 +4,7 @@ import base64
 import http.client
 import select
 import socket
+import ssl
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from functools import partial
 from urllib.parse import SplitResult, unquote, urlsplit
 
 Make = Callable[[], http.client.HTTPConnection]
+
+HANDSHAKE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,19 @@ def _tunnel(by: SplitResult, at: SplitResult, timeout: float) -> http.client.HTT
     found = http.client.HTTPSConnection(by.hostname or "", by.port or http.client.HTTP_PORT, timeout=timeout)
     found.set_tunnel(at.hostname or "", at.port, _permit(by))
     return found
+
+
+def speaks_tls(url: str) -> bool:
+    """Whether a server that has no word for a question in plain HTTP has one for TLS. Who it is does not matter."""
+    at, context = urlsplit(url), ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    where = (at.hostname or "", at.port or http.client.HTTP_PORT)
+    try:
+        with socket.create_connection(where, HANDSHAKE_SECONDS) as door:
+            context.wrap_socket(door, server_hostname=at.hostname).close()
+    except OSError:
+        return False
+    return True
 
 
 def _permit(by: SplitResult) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.served.answers import plain
-from trainers.core.served.connections import Connections, Reply, route
+from trainers.core.served.connections import Connections, Reply, Unheard, route, speaks_tls
 from trainers.spec import Served
 
 A = TypeVar("A")
@@ -49,6 +49,9 @@ REFUSED = (401, 403)
 
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 """What OpenSSL calls an answer in plain HTTP, over its versions."""
+
+WORDLESS = (Unheard, http.client.BadStatusLine)
+"""How a port of TLS answers a question in plain HTTP: it closes the connection, or sends an alert."""
 
 
 class Unanswered(Exception):
@@ -179,7 +182,14 @@ class Server:
             return BadInput(f"{self.field}: {self.url}: {why}")
         if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
             return BadInput(f"{self.field}: {self.url} speaks no TLS ({error.reason}): write http:// if it has none")
+        if isinstance(error, WORDLESS) and self._is_asked_plainly and speaks_tls(self.url):
+            return BadInput(f"{self.field}: {self.url} speaks TLS and no plain HTTP: write https://")
         return Unanswered(str(error) or type(error).__name__)
+
+    @property
+    def _is_asked_plainly(self) -> bool:
+        """Without TLS, and not by a proxy, which is named in front of each path."""
+        return self.url.startswith("http://") and not self._base.startswith("http://")
 
     def _key_hint(self) -> str:
         if self._key_variable is None:
