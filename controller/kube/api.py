@@ -20,6 +20,9 @@ from controller.kube.resources import (
 )
 from controller.kube.transport import Transport
 
+MOST_WARNINGS = 20
+"""Kubernetes counts one that comes again in place of writing it again, and forgets it after an hour."""
+
 
 class Api:
     def __init__(self, transport: Transport) -> None:
@@ -112,9 +115,11 @@ class Api:
         return None
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
-        """Warning events about an object."""
-        fields = {"fieldSelector": f"involvedObject.uid={uid},type=Warning"}
-        return await self.transport.listed(Call("list", CORE_EVENTS), namespace, {}, more=fields)
+        """Warning events about an object. Anybody may write some, of a megabyte each: no more are read than there ever are."""
+        fields = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": str(MOST_WARNINGS)}
+        page = await self.transport.call(Call("list", CORE_EVENTS), namespace, None, query=fields)
+        found: list[Object] | None = page.get("items")
+        return found or []
 
     # -- the operator's own
 

@@ -188,3 +188,16 @@ def test_workloads_are_read_by_the_version_that_is_served():
     old, new = [{"of": "v1beta1"}], [{"of": "v1beta2"}]
     assert asyncio.run(served(answers, act)) == [old, old, new, new, None]
     assert asked == [f"v1beta{n}" for n in (2, 1, 1, 1, 2, 2, 2, 1)]
+
+
+def test_of_the_warnings_about_a_pod_no_more_are_read_than_there_ever_are():
+    """Anybody may write them, of a megabyte each: all of ten thousand were read, page by page."""
+    asked: list[dict[str, str]] = []
+
+    def answers(request: web.Request) -> tuple[int, Object]:
+        asked.append(dict(request.query))
+        return 200, {"metadata": {"continue": "more"}, "items": [{"reason": "R"}] * int(request.query["limit"])}
+
+    found = asyncio.run(served(answers, lambda api: api.list_warnings("default", "u")))
+    assert len(found) == 20
+    assert asked == [{"fieldSelector": "involvedObject.uid=u,type=Warning", "limit": "20"}]
