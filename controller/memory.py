@@ -116,6 +116,9 @@ class Reads(Protocol):
 
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]: ...
 
+    async def list_made(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        """Pods by labels of their controller's, where some are missing that should have ours: of these no watch tells."""
+
 
 class Memory:
     """Reads as :class:`Api` does, of what is kept."""
@@ -148,6 +151,9 @@ class Memory:
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
         return self.shelves[PODS].of(Key(namespace, labels[meta.LABEL_RUN]))
 
+    async def list_made(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        return await self.api.list_pods(namespace, labels)
+
     async def get_job(self, kind: Resource, namespace: str, name: str) -> Object | None:
         """Asked for where a job is not among those of its run: then nothing but the truth helps."""
         return await self.api.get_job(kind, namespace, name)
@@ -172,3 +178,6 @@ class Anew:
 
     async def get_job(self, kind: Resource, namespace: str, name: str) -> Object | None:
         return await self.api.get_job(kind, namespace, name)
+
+    async def list_made(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        return await self.api.list_pods(namespace, labels)

@@ -10,6 +10,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, RetryStatus, RunStatus
 from controller.api.text import plain
+from controller.plan.said import LABELS_LOST
 
 NOTE_LIMIT = 1024
 """Bytes of a note that Kubernetes takes."""
@@ -50,6 +51,8 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
         yield Event("Warning", "WillNotFit", f"{name} {after.needs}")
     if after.held_by and not before.held_by:
         yield Event("Warning", meta.WAITING_FOR_EARLIER_RUN, f"{name} {after.message}")
+    if LABELS_LOST in after.message and LABELS_LOST not in before.message:
+        yield Event("Warning", "LabelsLost", f"{name}: {after.message}")
     if after.state == before.state:
         return
     if after.state == PhaseState.SUCCEEDED:

@@ -55,6 +55,8 @@ class ObservedJob:
     """It has been deleted, and is on its way out."""
     kept_by: tuple[str, ...] = ()
     """What keeps it although it has been deleted, and is not the backend's to take away."""
+    unlabelled: tuple[str, ...] = ()
+    """What of it has lost the labels by which the backend is told of it."""
     past: bool = False
     """Ended before the user asked again: its number is taken, its failure is forgiven."""
 

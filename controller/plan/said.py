@@ -10,16 +10,21 @@ from controller.plan.resolve import ResolvedPhase
 OTHER = "stopping an attempt for other settings"
 STOPPED = "waits for the end of an attempt that was stopped"
 MOST_NAMES = 3
+LABELS_LOST = "somebody took labels away from"
+SEEN_LATE = "it goes on, and what becomes of it is noticed later"
+"""No watch tells of what does not have them."""
 
 
-def with_keepers(said: str, jobs: Iterable[ObservedJob]) -> str:
-    """With what keeps attempts that were stopped from being gone, since nobody else will ever say it."""
-    told = [
+def with_meddling(said: str, jobs: Iterable[ObservedJob]) -> str:
+    """With what somebody has done to jobs that have not ended, since nobody else will ever say it."""
+    live = [job for job in jobs if job.state == JobState.LIVE]
+    kept = [
         f"job {job.name} was deleted and stays until somebody removes its finalizer {', '.join(job.kept_by[:MOST_NAMES])}"
-        for job in jobs
-        if job.kept_by and job.state == JobState.LIVE
+        for job in live
+        if job.kept_by
     ]
-    return "; ".join(filter(None, (said, *told)))
+    lost = [f"{LABELS_LOST} {', '.join(job.unlabelled[:MOST_NAMES])}: {SEEN_LATE}" for job in live if job.unlabelled]
+    return "; ".join(filter(None, (said, *kept, *lost)))
 
 
 def said_of(

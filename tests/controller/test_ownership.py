@@ -11,8 +11,10 @@ from pods import job, owner, pod, said, terminated
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, QueueState, QueueStatus
+from controller.backends.cluster import observe
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.settings import Settings
+from controller.kube.resources import PYTORCHJOBS
 from controller.memory import Memory
 from controller.plan.decide import decide
 from controller.plan.job import job_name
@@ -40,11 +42,11 @@ class Shelf:
         return [job for job in self.jobs if labels.items() <= job["metadata"]["labels"].items()]
 
     async def list_pods(self, namespace: str, labels: Object) -> list[Object]:
-        return list(self.pods)
+        return [pod for pod in self.pods if labels.items() <= pod["metadata"]["labels"].items()]
 
     async def get_job(self, kind: Any, namespace: str, name: str) -> Object | None:
         self.asked.append(name)
-        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
+        return next((job for job in self.jobs if kind == PYTORCHJOBS and job["metadata"]["name"] == name), None)
 
     async def delete_job(self, kind: Any, namespace: str, name: str, uid: str, propagation: str) -> None:
         self.deleted.append((name, uid))
@@ -140,6 +142,7 @@ class TestJobs:
     def test_ours_stays_the_same_attempt_whatever_becomes_of_its_labels(self, labels: Object):
         [found] = look(Shelf(a_job(MINE, labels=labels))).jobs
         assert (found.phase, found.attempt) == ("sft", 1)
+        assert found.unlabelled == (() if labels else ("PyTorchJob test-sft-1",))
 
     def test_an_older_operators_names_stay(self):
         """Recorded or not: the job is there, and it is the run's."""
@@ -234,6 +237,28 @@ class TestPods:
         forged = self.done(*([reference] if reference else []))
         observed = look(Shelf(a_job(MINE, ended="Succeeded"), pods=(forged,)))
         assert observed.results == {}
+
+    def test_one_without_our_labels_is_found_as_its_controller_finds_it(self):
+        own = owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")
+        done = self.done(own)
+        of_theirs = {name: value for name, value in done["metadata"]["labels"].items() if name not in labelled()}
+        bare = {**done, "metadata": {**done["metadata"], "labels": of_theirs}}
+        observed = look(Shelf(a_job(MINE, ended="Succeeded"), pods=(bare,)))
+        assert observed.results["sft"].artifact_digest == "a"
+        assert observed.jobs[0].unlabelled == ("Pod test-sft-1-worker-0",)
+        both = look(Shelf(a_job(MINE, ended="Succeeded", labels={}), pods=(bare,)))
+        assert both.jobs[0].unlabelled == ("PyTorchJob test-sft-1", "Pod test-sft-1-worker-0")
+
+    def test_one_is_looked_for_when_it_is_late_or_the_job_has_ended(self):
+        """Pods come after their job, and one of many nodes has them one by one."""
+        made = datetime.fromisoformat(a_job(MINE)["metadata"]["creationTimestamp"])
+        soon, late = made + timedelta(seconds=59), made + timedelta(seconds=61)
+        assert [observe.lacks_pods(a_job(MINE), [], at) for at in (soon, late)] == [False, True]
+        assert observe.lacks_pods(a_job(MINE, ended="Failed"), [], soon)
+        assert not observe.lacks_pods(a_job(MINE), [pod()], late)
+        leaving = {"deletionTimestamp": late.isoformat()}
+        gone = a_job(MINE)
+        assert not observe.lacks_pods({**gone, "metadata": {**gone["metadata"], **leaving}}, [], late)
 
     def test_rank_0_is_the_pod_of_that_name(self):
         own = owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")

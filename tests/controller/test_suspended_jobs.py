@@ -1,4 +1,4 @@
-"""Jobs that somebody else holds: suspended, though they have no queue, or kept by a finalizer after they were deleted."""
+"""What somebody does to jobs: suspended though they have no queue, kept by a finalizer, without the labels they are known by."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +12,7 @@ from test_trainjob import job as trainjob
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus
 from controller.backends.cluster import observe
+from controller.operator.events import transitions
 from controller.plan.decide import Decision, decide
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FailureClass
@@ -114,3 +115,21 @@ def test_one_that_is_stopped_for_other_settings_says_that():
     trains = job(RUN, "base", running_since=START, message="waits for a volume")
     *_, stops = looks((RUN, []), (RUN, [trains]), (other, [trains]))
     assert stops.status.phases[0].message == "stopping an attempt for other settings"
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_labels_that_somebody_took_away_are_told_once():
+    trains = job(RUN, "base", running_since=START)
+    bare = replace(trains, unlabelled=("PyTorchJob test-base-1", "Pod test-base-1-worker-0"))
+    before, lost, again, given_back = (
+        decision.status
+        for decision in looks((RUN, []), (RUN, [trains]), (RUN, [bare]), (RUN, [bare]), (RUN, [trains]))[1:]
+    )
+    said = "somebody took labels away from PyTorchJob test-base-1, Pod test-base-1-worker-0"
+    assert lost.phases[0].message == f"{said}: it goes on, and what becomes of it is noticed later"
+    assert [(e.type, e.reason, e.note) for e in transitions(before, lost)] == [
+        ("Warning", "LabelsLost", f"phase base: {lost.phases[0].message}")
+    ]
+    assert (list(transitions(lost, again)), given_back.phases[0].message) == ([], "")

@@ -81,7 +81,13 @@ BETWEEN: dict[str, list[Object]] = {
     "jobsets": [thing(NAME, "set-1", JOB)], "jobs": [thing(f"{NAME}-node-0", "batch-1", SET)],
 }  # fmt: skip
 DONE = a_pod(
-    state={"terminated": terminated(0, said(None, digest="d", artifactDigest="a", metrics={}))}, phase="Succeeded"
+    state={"terminated": terminated(0, said(None, digest="d", artifactDigest="a", metrics={}))}, phase="Succeeded",
+    labels=labelled(**{"jobset.sigs.k8s.io/jobset-name": NAME}),
+)  # fmt: skip
+BARE = a_pod(
+    state=DONE["status"]["containerStatuses"][0]["state"],
+    phase="Succeeded",
+    labels={"jobset.sigs.k8s.io/jobset-name": NAME},
 )
 
 
@@ -134,6 +140,20 @@ class TestChain:
     )
     def test_a_broken_link_makes_it_nobodys_word(self, between: dict[str, list[Object]]):
         assert look(Shelf(trainjobs=[train_job(MINE, ended="Complete")], pods=[DONE], **between)).results == {}
+
+    @pytest.mark.parametrize(("pod", "lost"), [(DONE, "what has made Pod"), (BARE, "Pod")], ids=["above", "the pod"])
+    def test_what_has_lost_our_labels_is_found_link_for_link(self, pod: Object, lost: str):
+        between = {
+            kind: [{**one, "metadata": {**one["metadata"], "labels": {}}} for one in BETWEEN[kind]] for kind in BETWEEN
+        }
+        observed = look(Shelf(trainjobs=[train_job(MINE, ended="Complete")], pods=[pod], **between))
+        assert observed.results["sft"].artifact_digest == "a"
+        assert observed.jobs[0].unlabelled == (f"{lost} {NAME}-node-0-0-abcde",)
+
+    def test_a_circle_of_controllers_ends(self):
+        """Who may write owner references could have kept a worker of the operator busy for ever."""
+        there = [thing(f"{NAME}-node-0", "batch-1", MAKER)]
+        assert look(Shelf(pods=[a_pod()], jobs=there), a_run(None)).held == {}
 
     def test_a_failure_is_read_as_anywhere(self):
         killed = a_pod(state={"terminated": terminated(137, reason="OOMKilled")}, phase="Failed")

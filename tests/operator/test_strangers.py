@@ -5,6 +5,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from driver import FAST, Driver, both_in_soak, manifest, now, sft
 
 from controller.api.run import AlignmentRun
@@ -229,16 +230,24 @@ def test_a_run_of_the_same_name_waits_for_the_job_of_the_one_before(driver: Driv
 
 
 @both_in_soak
-def test_a_job_whose_labels_are_taken_away_stays_the_runs(driver: Driver):
+@pytest.mark.parametrize("thing", ["job", "pod"])
+def test_what_loses_our_labels_stays_the_runs(driver: Driver, thing: str):
     driver.apply(manifest("run", sft()))
     ours = uid_of(driver)
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")
-    none = dict.fromkeys(driver.until_job("run-sft-1")["metadata"]["labels"])
+    found = driver.until_job("run-sft-1") if thing == "job" else driver.until_pod_of("run-sft-1")
+    none = {
+        name: None for name in found["metadata"]["labels"] if name.startswith(("alignment.dev/", "app.kubernetes.io/"))
+    }
     patch = ("-n", driver.namespace, "--type=merge", "-p", json.dumps({"metadata": {"labels": none}}))
-    driver.cluster.kubectl("patch", driver.kind.plural, "run-sft-1", *patch)
+    kind = driver.kind.plural if thing == "job" else "pod"
+    driver.cluster.kubectl("patch", kind, found["metadata"]["name"], *patch)
+    if thing == "job":
+        [told] = driver.events("LabelsLost")
+        assert f"labels away from {driver.backend} run-sft-1" in told["message"]
     driver.succeed("run-sft-1")
-    driver.until_condition("run", "Succeeded", timeout=40)
+    driver.until_condition("run", "Succeeded", timeout=60)
     assert (driver.job_names(), uid_of(driver)) == (["run-sft-1"], ours)
 
 

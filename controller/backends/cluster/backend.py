@@ -82,7 +82,10 @@ class ClusterBackend:
         queues = await self._queues(namespace, jobs, {} if anew else _admitted(run), now)
         seen = [
             await self._explained(
-                observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now),
+                replace(
+                    observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now),
+                    unlabelled=found.unlabelled.get(_name(job), ()),
+                ),
                 [job, *found.between.get(_name(job), ())],
                 pods,
                 now,

@@ -1,6 +1,6 @@
 """What there is of a run, by whose it is: its own jobs and pods, what has their names, what writes to its folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,6 +21,8 @@ class Belongings:
     """By the name of their job, in their order."""
     between: dict[str, list[Object]]
     """By the name of the job, what it has made beside its pods."""
+    unlabelled: dict[str, tuple[str, ...]]
+    """By the name of the job, what of it has lost our labels, by which watches tell of it."""
     leaving: frozenset[Attempted]
     """Attempts that were asked to end, of which the job is gone and pods go on."""
     taken: dict[Attempted, str]
@@ -45,9 +47,19 @@ async def gather(source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun
     jobs = [*own, *unlabelled]
     ordered = sorted(await source.list_pods(namespace, labels), key=evidence.index)
     pods, left = ownership.by_job(ordered, [*jobs, *others], between)
+    strays = {name: found async for name, found in _strays(source, kind, run, jobs, pods, now)}
+    pods |= {name: sorted([*pods.get(name, ()), *found], key=evidence.index) for name, found in strays.items()}
     leaving, held = _writers(run, await _without_job(source, namespace, left), now)
     held |= _held(run, others, pods, now)
-    return Belongings(jobs, pods, ownership.made_by(jobs, between), leaving, taken, held)
+    made = ownership.made_by(jobs, between)
+    return Belongings(jobs, pods, made, _told(unlabelled, strays), leaving, taken, held)
+
+
+def _told(jobs: Sequence[Object], strays: Mapping[str, Sequence[Object]]) -> dict[str, tuple[str, ...]]:
+    found = {name: [*map(_lost, pods)] for name, pods in strays.items()}
+    for job in jobs:
+        found.setdefault(job["metadata"]["name"], []).insert(0, f"{job['kind']} {job['metadata']['name']}")
+    return {name: tuple(things) for name, things in found.items()}
 
 
 def _writers(run: AlignmentRun, pods: Sequence[Object], now: datetime) -> tuple[frozenset[Attempted], dict[str, str]]:
@@ -83,21 +95,50 @@ async def _by_name(
     return found, taken
 
 
+def _lost(pod: Object) -> str:
+    """It, or what is between it and its job."""
+    name = f"Pod {pod['metadata']['name']}"
+    return f"what has made {name}" if meta.LABEL_RUN in (pod["metadata"].get("labels") or {}) else name
+
+
+async def _strays(
+    source: Reads, kind: JobKind, run: AlignmentRun, jobs: Sequence[Object], pods: Mapping[str, Sequence[Object]], now: datetime
+) -> AsyncIterator[tuple[str, list[Object]]]:  # fmt: skip
+    """Pods without our labels, by the name of their job: looked for as its controller does, where some are missing."""
+    namespace, going = run.metadata.namespace or "default", set(ownership.going(run).values())
+    for job in jobs:
+        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+        there = pods.get(name, ())
+        if name not in going or not observe.lacks_pods(job, there, now):
+            continue
+        known = {pod["metadata"]["uid"] for pod in there}
+        others = [p for p in await source.list_made(namespace, {kind.PODS: name}) if p["metadata"]["uid"] not in known]
+        if found := [pod for pod in others if await _job_of(source, namespace, controller_of(pod)) == uid]:
+            yield name, found
+
+
 async def _without_job(source: Reads, namespace: str, pods: Sequence[Object]) -> list[Object]:
     """Those whose job is gone; with labels like ours, a job of somebody else's may have pods, too."""
     makers = {owner["uid"]: owner for pod in pods if (owner := controller_of(pod))}
-    gone = {uid for uid, owner in makers.items() if not await _has_job(source, namespace, owner)}
+    gone = {uid for uid, owner in makers.items() if await _job_of(source, namespace, owner) is None}
     return [pod for pod in pods if controller_of(pod)["uid"] in gone]
 
 
-async def _has_job(source: Reads, namespace: str, owner: Object) -> bool:
-    """Whether all is there that has made a pod, from what controls it up to the job."""
-    while (resource := kinds.MAKERS.get((group_of(owner), owner.get("kind", "")))) is not None:
+async def _job_of(source: Reads, namespace: str, owner: Object) -> str | None:
+    """UID of the job from which a pod comes by what controls it; None if any of that is gone.
+
+    No further than there are kinds of things, since anybody may write a circle.
+    """
+    top: str | None = None
+    for _ in kinds.MAKERS:
+        resource = kinds.MAKERS.get((group_of(owner), owner.get("kind", "")))
+        if resource is None:
+            break
         thing = await source.get_job(resource, namespace, owner["name"])
         if thing is None or thing["metadata"]["uid"] != owner["uid"]:
-            return False
-        owner = controller_of(thing)
-    return True
+            return None
+        top, owner = owner["uid"], controller_of(thing)
+    return top
 
 
 def _held(

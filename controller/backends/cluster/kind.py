@@ -36,6 +36,8 @@ class JobKind(Protocol):
     """How it is deleted: Foreground, so that it stays visible until its pods have ended, or Background, where that cannot be."""
     REFERS: bool
     """To a TrainingRuntime, in which its pods are."""
+    PODS: str
+    """Their label that has the job's name, by its controller."""
     CONTAINER: str
     """The one that trains."""
     SUSPEND: str

@@ -26,6 +26,8 @@ OF_KUBERNETES = ("foregroundDeletion", "orphan")
 """Finalizers by which it deletes what an object has made, or lets that be."""
 PATIENCE_SECONDS = 30.0
 """For a pod to disappear after its grace is over."""
+PODS_PATIENCE_SECONDS = 60.0
+"""For a job's pods to be made, before they are looked for in another way."""
 DIGEST = re.compile(r"[-0-9A-Za-z_.:]{1,128}", re.ASCII)
 NAME_LIMIT = 256
 MOST_METRICS = 256
@@ -188,6 +190,14 @@ def is_leaving(job: Object, pods: Sequence[Object], now: datetime) -> bool:
     """Deleted, and only its object is left: a pod on a dead node may keep it for ever."""
     deleted = job["metadata"].get("deletionTimestamp") is not None
     return deleted and bool(pods) and all(evidence.has_ended(pod, now, PATIENCE_SECONDS) for pod in pods)
+
+
+def lacks_pods(job: Object, pods: Sequence[Object], now: datetime) -> bool:
+    """Whether some should have been there for a while. One that is on its way out has none to come."""
+    if is_suspended(job) or is_elsewhere(job) or job["metadata"].get("deletionTimestamp") is not None:
+        return False
+    late = (now - running_since(job)).total_seconds() > PODS_PATIENCE_SECONDS
+    return len(pods) < kinds.of_job(job).nodes(job) and (late or ended(job) is not None)
 
 
 def is_alive(job: Object, pods: Sequence[Object], now: datetime) -> bool:

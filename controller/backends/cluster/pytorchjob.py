@@ -28,6 +28,7 @@ MAKERS = {(PYTORCHJOBS.group, KIND): PYTORCHJOBS}
 PROPAGATION = "Foreground"
 CONTAINER = CONTAINERS[BackendName.PYTORCHJOB]
 """The Training Operator demands this name."""
+PODS = "training.kubeflow.org/job-name"
 REFERS = False
 SUSPEND = "spec.runPolicy.suspend"
 PLACE = re.compile("-worker-([0-9]+)$")

@@ -28,6 +28,7 @@ PROPAGATION = "Background"
 """While a TrainJob is there the Trainer makes a JobSet that is gone anew, also of one that is being deleted."""
 CONTAINER = CONTAINERS[BackendName.TRAINJOB]
 """The Trainer demands this name."""
+PODS = "jobset.sigs.k8s.io/jobset-name"
 REFERS = True
 SUSPEND = "spec.suspend"
 SET = "node"
