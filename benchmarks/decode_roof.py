@@ -110,9 +110,9 @@ def ours(layers: int) -> int:
         without_width(layers), [[1, 2, 3]] * 4, Sampling(max_new_tokens=8), frozenset({600}), uniforms, 0, None, False
     )
     run._replace()
-    run._step()
+    run._advance()
     with Launches() as counted:
-        run._step()
+        run._advance()
         run.going.sum()
     # A GPU has torch's norm as one kernel; on a processor it is several operations.
     return counted.seen.total() - (2 * layers + 1) * (of_a_norm() - 1)

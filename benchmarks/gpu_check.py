@@ -6,8 +6,8 @@ The same phases on the same rows in every setting that has kernels or memory of 
 sharding, offloading, checkpointing, adapters, types. For each: whether it runs, how far its losses are from those of the
 plain setting, tokens per second without the first two steps, and the peak of the device's memory beside what the phase said
 it would need. Some are run twice, to see whether they leave the same bits, which a resumed run's being the uninterrupted one
-rests on. Then one process of two is killed (on two GPUs), and losses on a head are set beside torch's and Liger's. Without a
-GPU the models are tiny and memory is not compared.
+rests on. Then one process of two is killed (on two GPUs), steps of sampling as CUDA graphs are set beside steps without, and
+losses on a head beside torch's and Liger's. Without a GPU the models are tiny and memory is not compared.
 """
 
 import argparse
@@ -35,6 +35,7 @@ LAYERS, WIDTH, LONGEST = (24, 1024, 2048) if ON_GPU else (2, 64, 128)
 TOKENS = 16384 if ON_GPU else 512
 BOUND = 2e-2
 """Relative difference of losses in bf16 that rounding explains."""
+PARTS = {"Sampling with CUDA graphs": "benchmarks/gpu_graphs.py", "Losses on a head": "benchmarks/gpu_heads.py"}
 SECONDS = 60
 """That two processes may go on after one is killed: torchrun kills by itself after 30."""
 
@@ -104,7 +105,7 @@ def main() -> int:
             print("left out, as they need a GPU:", "; ".join(cell.name for cell in cells if cell.needs_gpu))
             cells = [cell for cell in cells if not cell.needs_gpu]
         print(
-            f"{top[2]}: {len(cells)} settings, then a kill and the heads; after each, {options.report} has what is known"
+            f"{top[2]}: {len(cells)} settings, then a kill, graphs and heads; after each, {options.report} has what is known"
         )
         for cell in cells:
             results[cell.name] = found = run_cell(cell, made, options.steps)
@@ -113,10 +114,13 @@ def main() -> int:
         end = killed(made) if options.only is None else "Left out."
     lines = [*top, *table(results), "", "## One process of two is killed", "", end]
     report(options.report, lines)
-    if options.only is None:
-        report(options.report, [*lines, "", "## Losses on a head", "", heads()])
-    wrong = [found for found in results.values() if "problem" in found or found.get("apart", 0) > BOUND]
-    return int(bool(wrong) or end.startswith("PROBLEM"))
+    wrong = end.startswith("PROBLEM")
+    for title, script in PARTS.items() if options.only is None else ():
+        text, well = part(script)
+        lines += ["", f"## {title}", "", text]
+        report(options.report, lines)
+        wrong = wrong or not well
+    return int(wrong or any("problem" in found or found.get("apart", 0) > BOUND for found in results.values()))
 
 
 def report(path: str, lines: list[str]) -> None:
@@ -259,12 +263,10 @@ def killed(made: dict[str, str]) -> str:
     return f"{'ok' if well else 'PROBLEM'}: over {took:.0f} s later, as {said['failure']}: {said['message']}"
 
 
-def heads() -> str:
-    """The table of benchmarks/gpu_heads.py, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu_heads.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout if done.returncode == 0 else done.stderr[-2000:]
+def part(script: str) -> tuple[str, bool]:
+    """What a benchmark prints, in a process of its own, and whether it found all well."""
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr[-2000:] * bool(done.returncode), done.returncode == 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from trainers.contract import Diverged
 from trainers.core.attention import with_a_cache
 from trainers.core.compiling import uncompiled
+from trainers.core.graphs import Record, graphs_for, wide
 from trainers.core.lean import lean_layers
 from trainers.core.packed_linears import packed_linears
 from trainers.core.padded import Padded
@@ -33,6 +34,8 @@ from trainers.spec import Sampling
 
 SHARE = 8
 """Rows that have ended are replaced once they are an eighth: reading one prompt alone takes nearly as long as several."""
+HALF = 2
+"""Where steps are graphs, which are recorded anew for fewer rows, and none wait: rows move up once a half is idle."""
 
 
 @dataclass
@@ -59,14 +62,16 @@ def generate(
     uniforms: torch.Tensor | None = None,
     num_known: int | None = None,
     tempered: bool = False,
+    record: Record | None = None,
 ) -> list[Response]:
     """Respond to prompts (token ids, none empty). Answers come in the order of the prompts.
 
     What is random comes from ``uniforms``, (N, max_new_tokens) in [0, 1), or is drawn from ``generator`` on whatever
     device that lives; greedy sampling (temperature 0) needs neither. The model is in eval mode meanwhile, in which
     gradient checkpointing does not switch the cache off. Only ids below ``num_known`` are chosen. ``tempered``:
-    log-probabilities are those at the temperature of the sampling, unless that is 0, still of the whole vocabulary. Raises
-    Diverged when logits are not finite.
+    log-probabilities are those at the temperature of the sampling, unless that is 0, still of the whole vocabulary.
+    ``record``: what makes a graph of a step (:mod:`trainers.core.graphs`); without it a step launches one operation after
+    the other. Raises Diverged when logits are not finite.
     """
     if uniforms is None:
         uniforms = _draw(generator, len(prompts), sampling)
@@ -74,7 +79,7 @@ def generate(
         return []
     rows = min(len(prompts), sampling.batch_size)
     with with_a_cache(model), uncompiled(), in_eval_mode(model), lean_layers(model), packed_linears(model, rows):
-        run = _Run(model, prompts, sampling, stop_ids, uniforms, pad_id, num_known, tempered)
+        run = _Run(model, prompts, sampling, stop_ids, uniforms, pad_id, num_known, tempered, record)
         run.to_the_end()
     return run.responses(keep_times)
 
@@ -100,6 +105,7 @@ class _Run:
         pad_id: int,
         num_known: int | None,
         tempered: bool,
+        record: Record | None = None,
     ) -> None:
         self.prompts, self.sampling, self.num_known = prompts, sampling, num_known
         self.divisor = (sampling.temperature or 1.0) if tempered else 1.0
@@ -121,7 +127,12 @@ class _Run:
         count = min(len(prompts), sampling.batch_size)
         self.longest = max(map(len, prompts)) + sampling.max_new_tokens - 1
         """Tokens of a row that are read: its last one never is."""
-        self.batch = Slots(model, count, self.longest) if fits_slots(model) else Padded(model, pad_id)
+        graphs = graphs_for(model, sampling, record)
+        if graphs is not None:
+            self.batch: Slots | Padded = Slots(model, count, wide(self.longest), whole=True)
+        else:
+            self.batch = Slots(model, count, self.longest) if fits_slots(model) else Padded(model, pad_id)
+        self.graphs = graphs  # behind what may lie in their memory, and so given back after it
         empty = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.owner, self.token, self.position, self.count = (empty.clone() for _ in range(4))
         """Of each row: which response it is, its last token, that one's position, and how many it has made."""
@@ -133,10 +144,10 @@ class _Run:
         began = time.perf_counter()
         self._replace()
         while len(self.going):
-            self._step()
+            self._advance()
             going = int(self.going.sum())  # the one look at the device in a step
             self.times.append(time.perf_counter() - began)
-            if (len(self.going) - going) * SHARE >= len(self.going):
+            if (len(self.going) - going) * self._share() >= len(self.going):
                 self._replace()
         if not self.finite:
             raise Diverged(
@@ -153,21 +164,43 @@ class _Run:
             found.append(Response(ids, ids[-1] in self.stop_ids, logprobs[:length], times))
         return found
 
-    def _step(self) -> None:
+    def _advance(self) -> None:
         """One token more for every row."""
-        logits = self.batch.logits(self.token, self.position, self.width).float()
+        if self.graphs is None:
+            self._step(self.width)
+        else:
+            buffers = (
+                self.owner,
+                self.token,
+                self.position,
+                self.count,
+                self.going,
+                self.finite,
+                self.made,
+                self.logprobs,
+            )
+            self.graphs.run(self._step, self.width, buffers)
+        self.width = min(self.width + 1, self.longest)
+
+    def _step(self, width: int) -> None:
+        """Over tensors that stay where they are, without a look at any: but for the width all steps are the same."""
+        logits = self.batch.logits(self.token, self.position, width).float()
         last = self.sampling.max_new_tokens - 1
         uniforms = self.uniforms[self.owner, self.count.clamp(max=last)]
         if self.divisor != 1:
             logits /= self.divisor
-        self.token, logprobs = sample(logits, self.drawn, uniforms, self.num_known)
+        token, logprobs = sample(logits, self.drawn, uniforms, self.num_known, fixed=self.graphs is not None)
+        self.token.copy_(token)
         self.finite &= logprobs.isfinite().all()
         place = self.owner, torch.where(self.going, self.count, last + 1)
-        self.made[place], self.logprobs[place] = self.token, logprobs
-        self.going &= ~torch.isin(self.token, self.stops) & (self.count < last)
+        self.made[place], self.logprobs[place] = token, logprobs
+        # Not isin, which puts tokens in order and looks at them where there are ten ends or more.
+        self.going &= (token[:, None] != self.stops).all(-1) & (self.count < last)
         self.position += self.going
         self.count += self.going
-        self.width = min(self.width + 1, self.longest)
+
+    def _share(self) -> int:
+        return SHARE if self.graphs is None or self.waiting else HALF
 
     def _replace(self) -> None:
         """New responses in the place of rows that have ended; where none wait, the last rows move up."""
@@ -176,7 +209,7 @@ class _Run:
             taken = [(row, self.waiting.popleft()) for row in free[: len(self.waiting)]]
             self._admit(taken)
             free = free[len(taken) :]
-        if free:
+        if free and (self.graphs is None or len(free) * HALF >= len(self.going)):
             self._close(free)
         self.width = int(self.position.max()) + 1 if len(self.going) else 0
 
@@ -201,5 +234,7 @@ class _Run:
             rows[row] = moved
         self.owner, self.token, self.position = self.owner[rows], self.token[rows], self.position[rows]
         self.count, self.going = self.count[rows], self.going[rows]
+        if self.graphs is not None:
+            self.graphs.forget()
         if left:
             self.batch.keep(rows)

@@ -16,6 +16,7 @@ from trainers.core.encode import prompt_ids, prompt_messages
 from trainers.core.examples import Encoding, Examples, open_examples
 from trainers.core.gathering import gathered
 from trainers.core.generate import Response, generate
+from trainers.core.graphs import recorder
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.core.rewards import response_rewards
@@ -125,8 +126,12 @@ def own_responses(
     sampling: Sampling,
     keys: list[tuple[int, ...]],
     tempered: bool = False,
+    alone: bool = True,
 ) -> list[Response]:
-    """This process's, by its own engine. Asks no other process for anything unless the model is split."""
+    """This process's, by its own engine. Asks no other process for anything unless the model is split.
+
+    Not ``alone``: another thread computes meanwhile, beside which no CUDA graph has ever been recorded.
+    """
     if workers.is_main and not fits_slots(loaded.model):
         _say_padded(loaded.model.config.model_type)
     with gathered(loaded.model), workers.autocast():
@@ -139,6 +144,7 @@ def own_responses(
             uniforms=_uniforms(keys, sampling.max_new_tokens),
             num_known=loaded.num_known,
             tempered=tempered,
+            record=recorder(workers.device) if alone else None,
         )
 
 

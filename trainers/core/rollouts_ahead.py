@@ -197,7 +197,9 @@ class Copy:
 
         def responses() -> list[Response]:
             with self._beside(copied):
-                return own_responses(self.workers, self.loaded, prompts, spec.sampling, keys, tempered=True)
+                return own_responses(
+                    self.workers, self.loaded, prompts, spec.sampling, keys, tempered=True, alone=False
+                )
 
         return responses
 

@@ -16,12 +16,17 @@ WIDENING = 8
 
 
 def sample(
-    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor, num_known: int | None = None
+    logits: torch.Tensor,
+    sampling: Sampling,
+    uniforms: torch.Tensor,
+    num_known: int | None = None,
+    fixed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a token per row: logits (B, V) in fp32 and uniforms (B,) in [0, 1) to ids and log-probabilities, (B,) each.
 
     Temperature 0 is greedy, and only ids below ``num_known`` are chosen. Log-probabilities are the model's own: at
     temperature 1, of all V, whatever was cut off before the draw. Logits that are no numbers give some that are none.
+    ``fixed``: the same operations whatever the logits, without a look at them.
     """
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
@@ -30,7 +35,7 @@ def sample(
     if sampling.temperature == 0:
         token = known.argmax(-1)
     else:
-        cut = warped(known, sampling)
+        cut = warped(known, sampling, fixed)
         token = drawn(weights if cut is logits else (cut - cut.amax(-1, keepdim=True)).exp_(), uniforms)
     return token, (logits.gather(-1, token[:, None]) - top).squeeze(-1) - whole
 
@@ -59,7 +64,7 @@ def _first_above(weights: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Ten
     return found.squeeze(-1), within.squeeze(-1).clamp(0, 1 - 2**-53)
 
 
-def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def warped(logits: torch.Tensor, sampling: Sampling, fixed: bool = False) -> torch.Tensor:
     """Logits after temperature, then top-k, then nucleus (top-p), as transformers orders them: (B, V)."""
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -67,24 +72,26 @@ def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         floor = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
     if sampling.top_p < 1:
-        logits = _nucleus(logits, sampling.top_p)
+        logits = _nucleus(logits, sampling.top_p, logits.shape[-1] if fixed else LIKELIEST)
     return logits
 
 
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+def _nucleus(logits: torch.Tensor, top_p: float, fewest: int) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens whose probability reaches ``top_p`` (at least one token).
 
-    Looked for among a few hundred, then among more for the rows that lack some: to put a whole vocabulary in order takes
+    Looked for among the ``fewest``, then among more for the rows that lack some: to put a whole vocabulary in order takes
     longer than a small model's step.
     """
     whole = logits.logsumexp(-1, keepdim=True)
     kept = torch.full_like(logits, float("-inf"))
-    rows, count = torch.arange(len(logits), device=logits.device), 0
-    while len(rows) and count < logits.shape[-1]:
-        count = min(WIDENING * count or LIKELIEST, logits.shape[-1])
+    rows, count = torch.arange(len(logits), device=logits.device), min(fewest, logits.shape[-1])
+    while True:
         ordered, index = logits[rows].topk(count)
         probabilities = (ordered - whole[rows]).exp()
         outside = probabilities.cumsum(-1) - probabilities >= top_p
         kept[rows] = kept[rows].scatter(-1, index, ordered.masked_fill(outside, float("-inf")))
-        rows = rows[~outside[:, -1]]
-    return kept
+        if count == logits.shape[-1]:
+            return kept
+        rows, count = rows[~outside[:, -1]], min(WIDENING * count, logits.shape[-1])
+        if not len(rows):
+            return kept

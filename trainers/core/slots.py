@@ -59,8 +59,10 @@ def fits_slots(model: Any) -> bool:
 class Slots:
     refills = True
 
-    def __init__(self, model: Any, count: int, longest: int) -> None:
+    def __init__(self, model: Any, count: int, longest: int, whole: bool = False) -> None:
+        """``whole``: with all positions from the start, so that they stay where they are."""
         self.model, self.count = model, count
+        self.least = longest if whole else 0
         self.device = computes_on(model)
         self.layers = [_Layer(count, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
@@ -73,7 +75,7 @@ class Slots:
         wanted = {row: tuple(prompt[:-1]) for row, prompt in zip(rows, prompts, strict=True)}
         first = {prefix: row for row, prefix in reversed(wanted.items()) if prefix}
         for layer in self.layers:
-            layer.room = max(map(len, first), default=0)
+            layer.room = max([self.least, *map(len, first)])
         known = self._reuse(first)
         if self.lean is not None:
             self._read_levels(self.lean, first, known)

@@ -30,6 +30,8 @@ BLOCK = 8192
 """Rows of a head's gradient that a processor makes at once, as in `trainers.core.products`."""
 FEWEST_ROWS, LARGEST_COPY = 8, 2**30
 """Those of `trainers/core/packed_linears.py`, which knows torch."""
+NARROWEST = 128
+"""That of `trainers/core/graphs.py`."""
 
 
 @dataclass(frozen=True)
@@ -368,13 +370,16 @@ def generation(
     prompts first, all at once; then one token of each.
 
     One layer's cache is there twice while it grows. Logits come of the model's own forward pass, under autocast; in fp32
-    they are divided by a temperature and become weights, whose blocks are padded.
+    they are divided by a temperature and become weights, whose blocks are padded. On a GPU steps are graphs, whose cache has
+    up to so many more positions, and whose memory stays while further prompts are read.
     """
     number = min(place.number, held) if place.bf16 else held
+    length += max(NARROWEST, length // 8) if place.gpu else 0
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
     logits = responses * shape.vocabulary * 4 * FP32
     prompts = forward_alone(place, shape, responses * prompt, prompt)
-    found = cache + max(prompts, logits) + _casts(place, shape, held) + _casts_of(place, held, shape.embedding)
+    found = cache + (prompts + logits if place.gpu else max(prompts, logits))
+    found += _casts(place, shape, held) + _casts_of(place, held, shape.embedding)
     found += _reordered(place, shape, held, responses)
     if not split:
         return found

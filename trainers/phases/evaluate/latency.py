@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from trainers.core.generate import Response, generate
+from trainers.core.graphs import recorder
 from trainers.core.models import LoadedModel, context_length
 from trainers.core.parallel import Workers
 from trainers.phases.evaluate.spec import LatencySpec
@@ -64,7 +65,8 @@ def measure_point(
         began = time.perf_counter()
         with workers.autocast():
             # No token ends a response, so every one has the same length.
-            responses = generate(loaded.model, prompts, sampling, frozenset(), keep_times=True)
+            record = recorder(workers.device)
+            responses = generate(loaded.model, prompts, sampling, frozenset(), keep_times=True, record=record)
         took = time.perf_counter() - began
         if i >= spec.warmup:
             seconds += took
