@@ -28,6 +28,7 @@ from trainers.files import discard, write_atomic
 from trainers.gates import check_gates, check_metrics
 from trainers.launched import as_launched
 from trainers.lease import FolderLease, Lease, this_process
+from trainers.memory_room import with_room
 from trainers.origins import origins_of
 from trainers.phase_dir import PhaseDir, open_directory
 from trainers.phase_file import parse_spec, read_phase_file
@@ -158,6 +159,7 @@ def _carried_out(ctx: "PhaseContext", identity: Identity) -> Result:
     workers = ctx.workers
     ctx.listen()
     ctx.meter.stage("loading")
+    ctx.spec = with_room(ctx)
     with ctx.closing:
         outcome = importlib.import_module(ctx.type.module).main(ctx.spec, ctx)
     _check_finite(outcome.metrics)

@@ -1,12 +1,15 @@
 """What phases will need, as tables."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from controller.api.run import AlignmentRun
+from controller.backends.local.machine import this_machine
 from controller.plan.shapes import sources
 from controller.plan.sizes import PARTS, PhaseSize, ZeroFiles, parts, run_sizes, sentence, shown
 from trainers.sizing.configs import read_configs
+from trainers.sizing.machine import machine_memory
 from trainers.zero_config import ZERO, zero_config
 
 SHOWN_MODELS = 4
@@ -15,7 +18,14 @@ COLUMNS = ("phase", "models", "devices", *PARTS, "in all", "of")
 
 def sizes_here(run: AlignmentRun, base_dir: Path) -> dict[str, PhaseSize]:
     """Of a run that has been checked, with the files and configs that can be had from this machine."""
-    return run_sizes(run, read_configs(sources(run), base_dir), _zero_files(run, base_dir))
+    configs = read_configs(sources(run), base_dir)
+    return run_sizes(run, configs, _zero_files(run, base_dir), here=memory_for_servers(run))
+
+
+def memory_for_servers(run: AlignmentRun) -> int | None:
+    """Bytes of this machine, which a vLLM takes its share of that a phase starts here; None if none does, or there are GPUs."""
+    started = any(getattr(entry.spec, "starts_server", False) for entry in run.phases)
+    return machine_memory() if started and not this_machine(os.environ).gpus else None
 
 
 def _zero_files(run: AlignmentRun, base_dir: Path) -> ZeroFiles:

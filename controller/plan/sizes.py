@@ -11,22 +11,17 @@ from controller.plan.advice import advise
 from controller.plan.attempts import Extent
 from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.shapes import Configs, Shapes
-from trainers.sizing.devices import GIB, PRODUCT_LABEL, product_memory
+from trainers.sizing.devices import CPU_RESERVE, GIB, PRODUCT_LABEL, product_memory, usable
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import Needs, ShapeOf, phase_needs
+from trainers.sizing.rows import halvings_that_fit, most_rows, with_fewer_rows
 from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import UnknownSize
-from trainers.spec import shrunk
+from trainers.spec import PhaseSpec, shrunk
 
 GPU = "nvidia.com/gpu"
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of keys and values of a vLLM on a processor."""
-GPU_RESERVE = GIB
-"""CUDA's context, NCCL's and cuBLAS's workspaces: what is not there for tensors."""
-CPU_RESERVE = 3 * GIB // 4
-"""A process with torch and transformers, before it has a model: 0.5 GiB were measured, and rows and tokenizers come on top."""
-FRAGMENTED = 0.05
-"""Share of a GPU that the caching allocator cannot give out again in one piece."""
 BY_LAYERS = "whole weights for sampling do not fit: layers are gathered for every token, which is slow"
 
 
@@ -45,12 +40,12 @@ class Device:
     """Bytes for one process; None if it is not said."""
     beside: int | None = None
     """Bytes of the machine's memory for one process of a GPU; None if it is not said."""
+    here: int | None = None
+    """Bytes of this machine's memory, where phases would run on it and nothing says how much they may have."""
 
     @property
     def usable(self) -> int | None:
-        if self.memory is None:
-            return None
-        return int(self.memory * (1 - FRAGMENTED)) - GPU_RESERVE if self.gpu else self.memory - CPU_RESERVE
+        return None if self.memory is None else usable(self.memory, self.gpu)
 
     @property
     def room(self) -> int | None:
@@ -78,6 +73,8 @@ class PhaseSize:
     """What would fit, if this does not."""
     by_layers: bool = False
     """Whether it fits only because sampling gathers layers for every token, where whole weights do not fit."""
+    rows: tuple[int, int] | None = None
+    """Responses side by side, where it fits only with fewer than `sampling.batchSize` allows, and how many that are."""
 
     @property
     def fits(self) -> bool | None:
@@ -99,15 +96,20 @@ class PhaseSize:
 
 
 def run_sizes(
-    run: AlignmentRun, configs: Configs, zero_files: ZeroFiles | None = None, extents: Mapping[str, Extent] | None = None
-) -> dict[str, PhaseSize]:  # fmt: skip
+    run: AlignmentRun,
+    configs: Configs,
+    zero_files: ZeroFiles | None = None,
+    extents: Mapping[str, Extent] | None = None,
+    here: int | None = None,
+) -> dict[str, PhaseSize]:
     """By phase, in the order in which they can run; phases that hold no model are left out.
 
-    ``extents``: of the phases whose attempts have less than was asked for.
+    ``extents``: of the phases whose attempts have less than was asked for. ``here``: bytes of a machine without GPUs, if the
+    run would be one of it.
     """
     shape_of = Shapes(run, configs).of
     phases = [_on(phase, (extents or {}).get(phase.name)) for phase in resolve(run)]
-    found = ((phase.name, phase_size(phase, shape_of, zero_files or {})) for phase in phases)
+    found = ((phase.name, phase_size(phase, shape_of, zero_files or {}, here)) for phase in phases)
     return {name: size for name, size in found if size is not None}
 
 
@@ -118,8 +120,10 @@ def _on(phase: ResolvedPhase, extent: Extent | None) -> ResolvedPhase:
     return replace(phase, spec=shrunk(phase.spec, extent.halvings), template=template)
 
 
-def phase_size(phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles) -> PhaseSize | None:
-    device = device_of(phase.template)
+def phase_size(
+    phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles, here: int | None = None
+) -> PhaseSize | None:
+    device = device_of(phase.template, here)
     place = place_of(phase, device, zero_files)
     try:
         needs = phase_needs(phase.spec, place, shape_of)
@@ -130,10 +134,26 @@ def phase_size(phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles) -
     size = PhaseSize(phase.name, place.world, device, needs)
     if size.fits is not False:
         return size
-    layered = replace(size, needs=phase_needs(phase.spec, replace(place, by_layers=True), shape_of), by_layers=True)
-    if device.gpu and layered.fits is not False:
-        return layered
-    return replace(size, advice=_advice(phase, device, shape_of, zero_files))
+    return _sampling_with_less(phase, size, place, shape_of) or replace(
+        size, advice=_advice(phase, device, shape_of, zero_files)
+    )
+
+
+def _sampling_with_less(phase: ResolvedPhase, size: PhaseSize, place: Place, shape_of: ShapeOf) -> PhaseSize | None:
+    """Layer by layer on GPUs, or with fewer responses side by side: as the phase itself goes about it
+    (`trainers/core/gathering.py`, `trainers/memory_room.py`), which knows how large its device is.
+    """
+
+    def sized(spec: PhaseSpec) -> PhaseSize:
+        ways = [replace(place, by_layers=by_layers) for by_layers in ((False, True) if place.gpu else (False,))]
+        found = [replace(size, needs=phase_needs(spec, way, shape_of), by_layers=way.by_layers) for way in ways]
+        return next((some for some in found if some.fits is not False), size)
+
+    halvings = halvings_that_fit(phase.spec, lambda spec: sized(spec).fits is not False)
+    if halvings is None:
+        return None
+    fewer = with_fewer_rows(phase.spec, halvings)
+    return replace(sized(fewer), rows=(most_rows(fewer), most_rows(phase.spec)) if halvings else None)
 
 
 def states_memory(run: AlignmentRun) -> bool:
@@ -141,13 +161,14 @@ def states_memory(run: AlignmentRun) -> bool:
     return any(device_of(phase.template).memory is not None for phase in resolve(run))
 
 
-def device_of(template: Template) -> Device:
+def device_of(template: Template, here: int | None = None) -> Device:
     """A GPU if the pods ask for one or their nodes have one; else the pod's memory. Its processes share that."""
     product = template.node_selector.get(PRODUCT_LABEL, "")
     resources = {**template.resources.requests, **template.resources.limits} if template.resources else {}
     if product or template.gpu_memory is not None or GPU in resources:
         return Device(True, product, _gpu_memory(template), _share(template))
-    return Device(False, "", _share(template))
+    share = _share(template)
+    return Device(False, "", share, here=here if share is None else None)
 
 
 def _gpu_memory(template: Template) -> int | None:
@@ -183,7 +204,7 @@ def server_place(template: Template, device: Device) -> ServerPlace:
     cache = next((int(item.value) for item in template.env if item.name == CPU_CACHE and item.value.isdecimal()), None)
     cache = None if cache is None else cache * GIB
     if template.server is None:
-        memory = device.memory if device.gpu else _limit(template.resources)
+        memory = device.memory if device.gpu else _limit(template.resources) or device.here
         return ServerPlace(device.gpu, memory, cache)
     resources = template.server.resources
     if resources is None or GPU not in {**resources.requests, **resources.limits}:
@@ -240,14 +261,23 @@ def sentence(size: PhaseSize) -> str:
     if size.needs is None:
         return f"{UNKNOWN}: {size.unknown}"
     least = "" if size.needs.known else "at least "
-    of = "" if size.device.memory is None else f" of {shown(size.device.memory)}"
     where = "on one device" if size.devices == 1 else f"on each of {size.devices} devices"
-    said = f"needs {least}{shown(size.needs.memory.total)}{of} {where}{_beside(size.needs.memory)}"
+    said = f"needs {least}{shown(size.needs.memory.total)}{_of(size)} {where}{_beside(size.needs.memory)}"
     said += _set_aside(size.device, size.needs.memory) if size.fits is False else ""
     said += server_words(size.needs) if size.needs.server is not None else ""
+    if size.rows is not None:
+        said += f" with {size.rows[0]} responses side by side instead of {size.rows[1]}"
     if size.by_layers:
         return f"{said}; {BY_LAYERS}"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
+
+
+def _of(size: PhaseSize) -> str:
+    """Of this machine's memory a vLLM alone is told how much it may take."""
+    device, server = size.device, size.needs.server if size.needs is not None else None
+    if device.memory is not None:
+        return f" of {shown(device.memory)}"
+    return "" if device.here is None or server is None or server.apart else f" of this machine's {shown(device.here)}"
 
 
 def server_words(needs: Needs) -> str:

@@ -116,7 +116,8 @@ def test_advice_is_what_the_phase_has_and_needs(kind, strategy):
                 continue
             advised += 1
             follow(phase, before, place, memory)
-    assert advised or kind in ("packed", "distill", "evaluate"), "the sizes here tell nothing"
+    # What fits with fewer responses side by side needs no advice.
+    assert advised or kind in ("packed", "distill", "evaluate", "rollout"), "the sizes here tell nothing"
 
 
 def follow(phase: dict[str, Any], before: PhaseSize, place: tuple[int, int], memory: str) -> None:

@@ -1,10 +1,12 @@
 """What is told beforehand of a vLLM that a phase starts: what it takes, beside the phase or in a container of its own."""
 
+import json
+
 import pytest
-from builders import PROMPTS
+from builders import PROMPTS, make_run
 from sized import BIG, CONFIGS, SMALL, one
 
-from controller.commands.sizes import remarks, row
+from controller.commands.sizes import remarks, row, sizes_here
 from controller.plan.sizes import PhaseSize, sentence
 from trainers.sizing.devices import GIB
 from trainers.sizing.servers import PROCESSES
@@ -147,3 +149,24 @@ def test_other_flags_keep_their_words():
         "b",
         "--max-model-len=4",
     ]
+
+
+def test_on_this_machine(tmp_path, monkeypatch):
+    """What nothing limits has the machine's memory, or its container's."""
+    monkeypatch.setattr("controller.commands.sizes.machine_memory", lambda: 40 * GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIGS["org/big", None]))
+    spec = {"policy": {"source": "model"}, "data": PROMPTS, "sampling": {"engine": "vllm"}}
+
+    def here(template: dict) -> PhaseSize:
+        return sizes_here(make_run({"name": "traces", "rollout": spec}, template=template), tmp_path)["traces"]
+
+    size = here({"nodes": 1})
+    assert size.needs.memory.vllm == int(0.92 * 40 * GIB)
+    assert sentence(size) == "needs 37 GiB of this machine's 40 GiB on one device, of which 37 GiB for vLLM"
+    monkeypatch.setattr("controller.commands.sizes.machine_memory", lambda: 20 * GIB)
+    assert here({"nodes": 1}).fits is False, "its weights alone are 30 GiB"
+    assert here(cpu("64Gi")).needs.memory.vllm == int(0.92 * 64 * GIB), "a limit is what counts"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert not here({"nodes": 1}).needs.known, "it would be on the GPU"

@@ -160,15 +160,22 @@ def test_a_pass_is_no_smaller_than_its_longest_example(phase, longest):
 
 
 def test_the_cache_by_hand():
-    """Keys and values of 64 responses of 512 + 256 tokens in bf16; one layer more while it grows; what computes prompts."""
+    """Keys and values of 64 responses of 512 + 256 tokens in bf16, and 128 positions of a graph; one layer more while it
+    grows; what computes 16 prompts, and logits.
+    """
     phase = {"name": "traces", "rollout": {"policy": {"source": "org/big"}, "data": PROMPTS}}
     memory = one(phase).needs.memory
-    a_token = 2 * 8 * 128 * 32
-    prompts = forward_alone(Place(Parallel(), bf16=True), shape_of(LLAMA_8B), 64 * 512, 512)
-    assert memory.cache == 2 * a_token * 64 * 768 * 33 // 32 + prompts
+    a_token, logits = 2 * 8 * 128 * 32, 64 * 128256 * 16
+
+    def prompts(count: int, length: int) -> int:
+        return forward_alone(Place(Parallel(), bf16=True), shape_of(LLAMA_8B), count * length, length)
+
+    assert memory.cache == 2 * a_token * 64 * (768 + 128) * 33 // 32 + prompts(16, 512) + logits
     assert memory.frozen == 2 * BIG
     phase["rollout"]["data"] = {**PROMPTS, "maxPromptLength": 1}
-    assert one(phase).needs.memory.cache == 2 * a_token * 64 * 257 * 33 // 32 + 64 * 128256 * 16, "or logits"
+    assert one(phase).needs.memory.cache == 2 * a_token * 64 * (257 + 128) * 33 // 32 + prompts(64, 1) + logits
+    on_cpu = one(phase, template={"resources": {"limits": {"memory": "64Gi"}}}).needs.memory
+    assert on_cpu.cache == 4 * a_token * 64 * 257 * 33 // 32 + logits, "one or the other"
 
 
 def test_casts_of_a_policy_that_speaks_under_autocast():

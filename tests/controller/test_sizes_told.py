@@ -42,10 +42,12 @@ def test_fewer_responses_at_once():
     phase = {"name": "traces", "rollout": {"policy": {"source": "org/big"}, "data": data}}
     phase["rollout"]["sampling"] = {"batchSize": 512}
     size = one(phase)
-    assert size.fits is False
-    assert size.advice.startswith("would fit with sampling.batchSize: ")
-    phase["rollout"]["sampling"] = {"batchSize": int(size.advice.split()[4].rstrip(":"))}
-    assert one(phase).fits is True
+    assert size.fits is True
+    assert size.rows is not None
+    assert f" with {size.rows[0]} responses side by side instead of 512" in sentence(size)
+    phase["rollout"]["sampling"] = {"batchSize": size.rows[0]}
+    alone = one(phase)
+    assert (alone.fits, alone.rows, alone.needs) == (True, None, size.needs)
 
 
 def test_layers_are_computed_again_before_passes_get_tiny():

@@ -1,4 +1,7 @@
-"""Run by torchrun on two processes: what only real processes show of a step. Prints nothing unless something is wrong."""
+"""Run by torchrun on two processes: what only real processes show of a step, and of what they settle on before the first.
+
+Prints nothing unless something is wrong.
+"""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -7,6 +10,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainers import memory_room
 from trainers.core.batch import Sequence
 from trainers.core.flops import model_flops
 from trainers.core.parallel import Workers
@@ -15,6 +19,9 @@ from trainers.core.shares import over_ranks
 from trainers.core.step import Layout, accumulate, scored
 from trainers.core.trainee import Trainee
 from trainers.ending import exit_with
+from trainers.memory_room import with_room
+from trainers.phases.rollout.spec import RolloutSpec
+from trainers.sizing.devices import CPU_RESERVE
 from trainers.spec import Optim, Parallel
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -66,6 +73,22 @@ def main() -> None:
     layout = Layout(lambda sequence: [sequence], 20, packing=True)
     assert scored(workers, layout, BATCH, lambda some, _: [len(s) for s in some]) == [len(s) for s in BATCH]
     assert workers.from_main(lambda: workers.rank + 7) == 7
+    assert rows_side_by_side(workers) == 8, "the smaller device decides, which is not the first one's"
+
+
+def rows_side_by_side(workers: Workers) -> int:
+    """Of 64 that may be, where the second process has room for ten, with one layer's twice, and the first one for all."""
+    longest, new = 16, 4000
+    row = 2 * 2 * 2 * 32 * (longest + new)  # keys and values in bf16, of two layers
+    memory_room.machine_memory = lambda: workers.world * (CPU_RESERVE + [100, 10][workers.rank] * row * 3 // 2)
+    tokenizer = {"trainOn": [{"files": "rows.jsonl"}], "vocabSize": 64}
+    scratch = {"hiddenSize": 32, "numLayers": 2, "numHeads": 4, "maxPositions": 8192, "tokenizer": tokenizer}
+    data = {"prompts": [{"files": "prompts.jsonl"}], "maxPromptLength": longest}
+    document = {"policy": {"scratch": scratch}, "data": data, "sampling": {"maxNewTokens": new}}
+    found = with_room(SimpleNamespace(spec=RolloutSpec.model_validate(document), workers=workers))
+    rows = workers.gather_objects([found.sampling.batch_size])
+    assert rows == rows[:1] * 2, rows
+    return rows[0]
 
 
 def watch(trainee: Trainee, model: LlamaForCausalLM) -> tuple[list[int], set[torch.dtype]]:

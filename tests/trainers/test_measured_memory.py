@@ -170,8 +170,9 @@ def spec_of(cell: Cell, models: dict[str, Path], rows: dict[str, str], size: str
     steps, sampling = {"duration": {"maxSteps": 2}}, {"sampling": {"maxNewTokens": 24}}
     prompts = {"prompts": [{"files": rows["prompts"]}], "maxPromptLength": LENGTH}
     data = {name: {"train": [{"files": rows[name]}], "maxLength": LENGTH} for name in ("sft", "pairs")}
-    # A few tokens more after long prompts: the cache is large, and takes little time.
-    speaking = {"sampling": {"maxNewTokens": 8, "batchSize": 16}}
+    # A few tokens more after long prompts: the cache is large, and takes little time. What is beneath answers one at a
+    # time: sixteen's keys, values and passes are 27 MiB of a model of no size, too.
+    speaking = {"sampling": {"maxNewTokens": 8, "batchSize": 16 if size == "large" else 1}}
     long = {"maxPromptLength": 256}
     benchmarks = {
         "data": {"rows": [{"files": rows["long"]}], **long},

@@ -104,11 +104,44 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(held):
 
 def test_a_chunk_of_logits_is_what_losses_hold() -> None:
     """Numbers stand twice: what the losses import is part of a result's identity, and plans are not."""
-    from trainers.core import head_losses, products
+    from trainers.core import head_losses, products, slots
     from trainers.sizing import memory
 
     assert memory.CHUNK_ELEMENTS == head_losses.CHUNK_ELEMENTS
     assert memory.BLOCK == products.BLOCK
+    assert memory.CELLS == slots.CELLS
+
+
+def test_models_whose_prompts_are_read_in_parts_are_those_that_slots_know():
+    from trainers.core.slots import ALIKE, BY_KIND
+
+    assert {family for family in FAMILIES if family not in STATE_SPACE} == ALIKE | BY_KIND
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["own functions", "as a model"])
+def test_prompts_are_read_in_parts_of_the_size_that_is_said(called, monkeypatch):
+    """Seven differing ones of 5 to 11 tokens of which the last is not read, 30 tokens or fewer at once with padding."""
+    from trainers.core import slots
+    from trainers.core.lean import Lean
+    from trainers.sizing import memory
+
+    monkeypatch.setattr(slots, "CELLS", 30)
+    monkeypatch.setattr(memory, "CELLS", 30)
+    config, read, own = large_enough("llama"), [], Lean.read
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if called:
+        model.register_forward_pre_hook(
+            lambda module, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+        )
+    monkeypatch.setattr(
+        Lean,
+        "read",
+        lambda self, ids, at, grid, *rest: (read.append(grid.rows * grid.columns), own(self, ids, at, grid, *rest)),
+    )
+    prompts = [[3 + i, *range(4, 8 + i)] for i in range(7)]
+    generate(model, prompts, Sampling(max_new_tokens=1, temperature=0), frozenset())
+    said = memory._read_at_once(shape_of(config.to_dict()), len(prompts), 10)
+    assert max(read) == said == 30
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "phi3"])

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -89,13 +89,13 @@ class Workers:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
-    def gather_objects(self, items: list[object]) -> list[object]:
+    def gather_objects(self, items: list[T]) -> list[T]:
         """Concatenate the processes' lists, in rank order, everywhere."""
         return list(gather_object(items)) if self.world > 1 else items
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, everywhere; the others do not call it."""
-        return cast(T, self.gather_objects([make()] if self.is_main else [])[0])
+        return self.gather_objects([make()] if self.is_main else [])[0]
 
     def barrier(self) -> None:
         if self.world > 1:

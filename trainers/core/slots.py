@@ -12,10 +12,10 @@ prompt means its keys and values only. Prompts that are alike are read once and 
 Names: B rows of S slots, V vocabulary; G prompts, of which at most L tokens are read behind others, W positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from trainers.core.lean import Grid, Lean, is_lean
 from trainers.core.padded import without_router_logits
 from trainers.core.products import step
 from trainers.core.sharding import computes_on
+
+T = TypeVar("T")
 
 ALIKE = frozenset(
     {
@@ -124,16 +126,16 @@ class Slots:
         """Beginnings that prompts share, copied to all who share them, then what is behind these."""
         for pieces in levels(known):
             for behind in (False, True):
-                for some in _cut(sorted((p for p in pieces if bool(p.start) is behind), key=lambda p: len(p.tokens))):
+                for some in _cut((p for p in pieces if bool(p.start) is behind), lambda piece: len(piece.tokens)):
                     self._read_lean(lean, some, [slots[piece.of] for piece in some], behind)
             for piece in pieces:
                 self._copy([slots[other] for other in piece.others], [slots[piece.of]], slice(len(piece.tokens)))
 
     def _read_whole(self, prompts: dict[Prompt, int]) -> None:
         """Prompts into slots, those of like length together."""
-        for _, some in groupby(sorted(prompts, key=len), key=lambda prompt: len(prompt).bit_length()):
-            group = list(some)
-            self._read_padded(group, [prompts[prompt] for prompt in group])
+        for _, alike in groupby(sorted(prompts, key=len), key=lambda prompt: len(prompt).bit_length()):
+            for some in _cut(alike, len):
+                self._read_padded(some, [prompts[prompt] for prompt in some])
 
     def _read_lean(self, lean: Lean, pieces: List[Piece], slots: List[int], behind: bool) -> None:
         """All tokens behind each other, and the last one a few times more: products come in few numbers of rows."""
@@ -306,13 +308,13 @@ class _Layer(CacheLayerMixin):
         return self.longest
 
 
-def _cut(pieces: List[Piece]) -> Iterator[list[Piece]]:
-    """Pieces by length, in runs that are read at once."""
-    some: list[Piece] = []
-    for piece in pieces:
-        if some and (len(some) + 1) * len(piece.tokens) > CELLS:
+def _cut(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """By length, in runs that are read at once."""
+    some: list[T] = []
+    for item in sorted(items, key=length):
+        if some and (len(some) + 1) * length(item) > CELLS:
             yield some
             some = []
-        some.append(piece)
+        some.append(item)
     if some:
         yield some

@@ -1,8 +1,15 @@
-"""Memory of GPUs, by the names that nodes are labelled with."""
+"""Memory of GPUs, by the names that nodes are labelled with; and how much of a device's memory is there for a phase."""
 
 import re
 
 GIB = 2**30
+
+GPU_RESERVE = GIB
+"""CUDA's context, NCCL's and cuBLAS's workspaces: what is not there for tensors."""
+CPU_RESERVE = 3 * GIB // 4
+"""A process with torch and transformers, before it has a model: 0.5 GiB were measured, and rows and tokenizers come on top."""
+FRAGMENTED = 0.05
+"""Share of a GPU that the caching allocator cannot give out again in one piece."""
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 """The label that NVIDIA's GPU feature discovery puts on nodes."""
@@ -41,3 +48,8 @@ def product_memory(product: str) -> int | None:
         return int(stated[-1]) * GIB
     words = re.split(r"[-\s]", product)
     return next((size * GIB for name, size in MEMORY.items() if all(word in words for word in name.split())), None)
+
+
+def usable(memory: int, gpu: bool) -> int:
+    """Bytes of a device's memory, or of a process's share of a machine's, that are there for tensors."""
+    return int(memory * (1 - FRAGMENTED)) - GPU_RESERVE if gpu else memory - CPU_RESERVE

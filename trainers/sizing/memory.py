@@ -32,6 +32,8 @@ FEWEST_ROWS, LARGEST_COPY = 8, 2**30
 """Those of `trainers/core/packed_linears.py`, which knows torch."""
 NARROWEST = 128
 """That of `trainers/core/graphs.py`."""
+CELLS = 8192
+"""That of `trainers/core/slots.py`, which does too: prompts that are read at once, times the longest one's tokens."""
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ def generation(
     place: Place, shape: ModelShape, held: int, responses: int, prompt: int, length: int, split: bool
 ) -> int:
     """The cache of keys and values of ``responses`` side by side, whole weights if they are split, and what is computed:
-    prompts first, all at once; then one token of each.
+    some prompts at once; then one token of each.
 
     One layer's cache is there twice while it grows. Logits come of the model's own forward pass, under autocast; in fp32
     they are divided by a temperature and become weights, whose blocks are padded. On a GPU steps are graphs, whose cache has
@@ -377,7 +379,7 @@ def generation(
     length += max(NARROWEST, length // 8) if place.gpu else 0
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
     logits = responses * shape.vocabulary * 4 * FP32
-    prompts = forward_alone(place, shape, responses * prompt, prompt)
+    prompts = forward_alone(place, shape, _read_at_once(shape, responses, prompt), prompt)
     found = cache + (prompts + logits if place.gpu else max(prompts, logits))
     found += _casts(place, shape, held) + _casts_of(place, held, shape.embedding)
     found += _reordered(place, shape, held, responses)
@@ -385,6 +387,12 @@ def generation(
         return found
     by_layers = place.by_layers
     return found + (_layers(shape, _gather_bytes(place, held), held) if by_layers else _whole(place, shape, held))
+
+
+def _read_at_once(shape: ModelShape, responses: int, prompt: int) -> int:
+    """Tokens of prompts; with states that are no keys and values all of them begin together."""
+    some = max(1, CELLS // max(1, prompt)) if shape.activations_known else responses
+    return min(responses, some) * prompt
 
 
 def _reordered(place: Place, shape: ModelShape, held: int, responses: int) -> int:

@@ -114,9 +114,15 @@ def identifying(spec: T) -> T:
     return _rewritten(spec, _without_choice)
 
 
-def shrunk(spec: T, times: int) -> T:
-    """The spec with everything that may shrink to save memory halved so often, down to what its field allows."""
-    return _rewritten(spec, lambda model: {name: _halved(model, name, times) for name in model.SHRINKS})
+def shrunk(spec: T, times: int, kind: type[SpecModel] = SpecModel) -> T:
+    """The spec with everything that may shrink to save memory halved so often, down to what its field allows; of parts of
+    one kind alone, if asked.
+    """
+
+    def halved(model: SpecModel) -> dict[str, object]:
+        return {name: _halved(model, name, times) for name in model.SHRINKS} if isinstance(model, kind) else {}
+
+    return _rewritten(spec, halved)
 
 
 def _rewritten(model: T, change: Callable[[SpecModel], dict[str, object]]) -> T:

@@ -71,7 +71,7 @@ class Sampling(SpecModel):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is all."""
     batch_size: int = Field(default=64, ge=1)
-    """Responses generated side by side on one device, or asked of a server by one process."""
+    """Responses generated side by side on one device at most: fewer where its memory does not hold them; or asked of a server by one process."""
 
     @model_validator(mode="after")
     def _logits_stay_numbers(self) -> Self:

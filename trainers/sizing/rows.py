@@ -1,0 +1,23 @@
+"""How many responses a device's memory holds side by side, where that are fewer than `sampling.batchSize` allows."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from trainers.spec import PhaseSpec, Sampling, find_models, shrunk
+
+P = TypeVar("P", bound=PhaseSpec)
+
+
+def halvings_that_fit(spec: P, fits: Callable[[P], bool]) -> int | None:
+    """How often its rows are halved until it fits; None where one row does not, or rows are not what takes too much."""
+    return next((times for times in range(most_rows(spec).bit_length()) if fits(with_fewer_rows(spec, times))), None)
+
+
+def with_fewer_rows(spec: P, halvings: int) -> P:
+    return shrunk(spec, halvings, Sampling)
+
+
+def most_rows(spec: PhaseSpec) -> int:
+    """Of responses that the phase's own engine samples; 0 where it samples none."""
+    own = (sampling.batch_size for _, sampling in find_models(spec, Sampling) if sampling.engine == "own")
+    return max(own, default=0)
