@@ -99,6 +99,7 @@ def operator(
     from controller.operator import largest, peers
     from controller.operator.app import Options, main
     from controller.operator.defaults import Defaults
+    from controller.operator.garbage import collect_seldom
     from controller.operator.login import NoCredentials, login_of
     from controller.operator.logs import configure
 
@@ -121,6 +122,7 @@ def operator(
         watchdog_seconds=watchdog_seconds,
     )
     logging.getLogger(__name__).info("watching %s", ", ".join(namespace) or "all namespaces")
+    collect_seldom()
     sys.exit(asyncio.run(main(options, login)))
 
 

@@ -44,9 +44,9 @@ INSTALL = {
 }
 MISSING_SECONDS = 5.0
 OTHERS_SECONDS = 30.0
+"""Between two questions for a kind of job that is not the default and was not there at the start."""
 GONE_SECONDS = 10
 """After a run has been deleted it is looked for so long whether its kind goes, too."""
-"""Between two questions for a kind of job that is not the default and was not there at the start."""
 
 OURS = {meta.LABEL_MANAGED_BY: meta.PRODUCT}
 
