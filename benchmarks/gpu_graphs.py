@@ -98,7 +98,7 @@ def line(model: Any, name: str, rows: int, recorder: Callable[[], graphs.Record 
     wanted, _ = sampled(model, rows, one_by_one)
     speed, record = f"| {name} | {rows} | {rows * TOKENS / plain:,.0f}", recorder()
     if record is None:
-        return f"{speed} | {graphs.given_up[0] if graphs.given_up else 'no GPU'} | | | | | |", not ON_GPU
+        return f"{speed} | {graphs.given_up[-1] if graphs.given_up else 'no GPU'} | | | | | |", not ON_GPU
     told = Told(record)
     found, seconds = sampled(model, rows, told)
     same = [one.ids for one in found] == [other.ids for other in wanted] and not graphs.given_up

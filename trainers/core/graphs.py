@@ -8,6 +8,7 @@ autocast's copies of them, keys and values are given back.
 None of it has met a GPU (docs/adr/0036). So a graph is only believed once it has done what the step itself does.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -50,7 +51,8 @@ def graphs_for(model: Any, sampling: Sampling, record: Record | None) -> "Graphs
     if record is None:
         return None
     if (reason := why_not(model, sampling)) is not None:
-        _say(f"sampling without CUDA graphs: {reason}")
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"sampling without CUDA graphs: {reason}")
         return None
     return Graphs(record)
 
