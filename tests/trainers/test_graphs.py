@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.core import graphs
 from trainers.core.generate import _Run, generate
+from trainers.sizing import memory
 from trainers.spec import Sampling
 
 SHAPE = {
@@ -96,6 +97,9 @@ def responses(model, sampling, record=None, stops=STOPS, **others):
     asked = prompts()
     uniforms = torch.rand(len(asked), 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     return generate(model, asked, sampling, stops, uniforms=uniforms, record=record, **others)
+
+
+NARROWEST = graphs.NARROWEST
 
 
 @pytest.fixture(autouse=True)
@@ -215,15 +219,19 @@ def test_models_without_graphs_say_why(capsys):
     for model, sampling in ((hooked, HOW["greedy"]), (other, HOW["greedy"]), (model_of(), Sampling(max_new_tokens=4))):
         for _ in range(2):
             assert responses(model, sampling, never) == responses(model, sampling)
+    assert [graphs.recorder(torch.device("cuda"), alone=False) for _ in range(2)] == [None, None]
+    assert graphs.recorder(torch.device("cpu")) is None
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and "hangs on" in said[0] and "granite" in said[1] and "fewer than" in said[2]
+    assert len(said) == 4 and "hangs on" in said[0] and "granite" in said[1] and "fewer than" in said[2]
+    assert said[3] == "sampling without CUDA graphs: responses are sampled beside updates, where none was ever recorded"
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 100, 1000, 1025, 5000, 70000])
 def test_widths_are_few_and_little_more(width, monkeypatch):
-    monkeypatch.setattr(graphs, "NARROWEST", 128)
+    monkeypatch.setattr(graphs, "NARROWEST", NARROWEST)
     found = graphs.wide(width)
-    assert width <= found <= max(width + 127, width * 9 / 8)
+    assert memory.NARROWEST == NARROWEST
+    assert width <= found <= width + max(memory.NARROWEST, width // 8), "what plans count"
     assert graphs.wide(found) == found
     assert len({graphs.wide(w) for w in range(1, 32769)}) == 16 + 4 * 8
 

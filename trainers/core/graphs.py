@@ -41,9 +41,17 @@ def wide(width: int) -> int:
     return -(-width // unit) * unit
 
 
-def recorder(device: torch.device) -> Record | None:
-    """What records on a device: None where there are no graphs, or none any more."""
-    return CudaRecorder() if device.type == "cuda" and not given_up else None
+def recorder(device: torch.device, alone: bool = True) -> Record | None:
+    """What records on a device: None where there are no graphs, or none any more.
+
+    Not ``alone``: another thread computes meanwhile.
+    """
+    if device.type != "cuda" or given_up:
+        return None
+    if not alone:
+        _say_why("responses are sampled beside updates, where none was ever recorded")
+        return None
+    return CudaRecorder()
 
 
 def graphs_for(model: Any, sampling: Sampling, record: Record | None) -> "Graphs | None":
@@ -51,8 +59,7 @@ def graphs_for(model: Any, sampling: Sampling, record: Record | None) -> "Graphs
     if record is None:
         return None
     if (reason := why_not(model, sampling)) is not None:
-        if os.environ.get("RANK", "0") == "0":
-            _say(f"sampling without CUDA graphs: {reason}")
+        _say_why(reason)
         return None
     return Graphs(record)
 
@@ -69,6 +76,11 @@ def why_not(model: Any, sampling: Sampling) -> str | None:
     if sampling.max_new_tokens < FEWEST:
         return f"responses have fewer than {FEWEST} tokens"
     return None
+
+
+def _say_why(reason: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _say(f"sampling without CUDA graphs: {reason}")
 
 
 @cache

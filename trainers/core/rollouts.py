@@ -128,9 +128,9 @@ def own_responses(
     tempered: bool = False,
     alone: bool = True,
 ) -> list[Response]:
-    """This process's, by its own engine. Asks no other process for anything unless the model is split.
+    """This process's, by its own engine, ``alone`` or while another thread computes.
 
-    Not ``alone``: another thread computes meanwhile, beside which no CUDA graph has ever been recorded.
+    Asks no other process for anything unless the model is split.
     """
     if workers.is_main and not fits_slots(loaded.model):
         _say_padded(loaded.model.config.model_type)
@@ -144,7 +144,7 @@ def own_responses(
             uniforms=_uniforms(keys, sampling.max_new_tokens),
             num_known=loaded.num_known,
             tempered=tempered,
-            record=recorder(workers.device) if alone else None,
+            record=recorder(workers.device, alone),
         )
 
 
