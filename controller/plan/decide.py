@@ -175,6 +175,7 @@ def _steps(
             inputs={name: steps[name].status for name in phase.inputs},
             selected=only is None or phase.name in only,
             halted=halted,
+            queue=run.spec.queue_name,
         )
         steps[phase.name] = step_phase(phase, before.phase_status(phase.name), at)
     return steps

@@ -47,6 +47,8 @@ class ObservedJob:
     """Since when all its parts run."""
     placed: int = 0
     """How many of its parts have a machine."""
+    queue_name: str | None = None
+    """Of the queue that it is to wait in; empty if in none. None: there are no queues."""
     queue: QueueStatus | None = None
     """What its queue says."""
     elsewhere: bool = False

@@ -34,6 +34,8 @@ class Situation:
     selected: bool
     halted: bool
     """The run's deadline has passed: nothing starts, what runs is stopped."""
+    queue: str | None = None
+    """In which jobs are to wait; None leaves it to the cluster."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _unfinished(
     verdict = history.judge(failures, at.policy, f"{at.run}/{phase.name}")
     late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)
-    records = _end_outgrown(records, jobs, history.nodes(failures, phase.nodes))
+    records = _end_outgrown(records, jobs, history.nodes(failures, phase.nodes), at.queue)
     records, stop = stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
@@ -205,14 +207,23 @@ def _enough(record: Attempt, job: ObservedJob | None, phase: ResolvedPhase) -> i
     return placed if phase.min_nodes <= placed < record.nodes else 0
 
 
-def _end_outgrown(records: tuple[Attempt, ...], jobs: list[ObservedJob], nodes: int) -> tuple[Attempt, ...]:
-    """Attempts that have not begun to run are stopping where another number of nodes is wanted now: nothing is lost."""
-    idle = {job.attempt for job in jobs if job.state == JobState.LIVE and job.running_since is None and not job.failure}
+def _end_outgrown(
+    records: tuple[Attempt, ...], jobs: list[ObservedJob], nodes: int, queue: str | None
+) -> tuple[Attempt, ...]:
+    """Attempts that have not begun to run are stopping where another number of nodes, or another queue, is wanted now.
+
+    Nothing is lost by it.
+    """
+    live = [job for job in jobs if job.state == JobState.LIVE and job.running_since is None and not job.failure]
+    idle = {job.attempt for job in live}
+    elsewhere = {job.attempt for job in live if queue and job.queue_name not in (None, queue)}
     change: dict[str, Any] = {"state": AttemptState.STOPPING}
     return tuple(
-        a.model_copy(update=change) if a.number in idle and a.state == AttemptState.RUNNING and a.nodes not in (0, nodes) else a
+        a.model_copy(update=change)
+        if a.state == AttemptState.RUNNING and a.number in idle and (a.nodes not in (0, nodes) or a.number in elsewhere)
+        else a
         for a in records
-    )  # fmt: skip
+    )
 
 
 def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | None:

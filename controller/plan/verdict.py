@@ -30,7 +30,7 @@ def run_claims(
         meta.STALLED: _stalled(run, phases, now),
         meta.SUCCEEDED: Claim(succeeded, meta.ALL_PHASES_SUCCEEDED if succeeded else meta.NOT_FINISHED),
         meta.FAILED: failed or Claim(False, meta.NOT_FINISHED),
-    } | _admission(run, phases)
+    } | _admission(phases)
 
 
 def _failure(run: AlignmentRun, phases: Sequence[PhaseStatus], live: bool, halted: bool) -> Claim | None:
@@ -65,10 +65,10 @@ def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | Non
     return None
 
 
-def _admission(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> dict[str, Claim]:
-    """What the queue says; only of runs that have one, and only while something waits in it or has been let in."""
+def _admission(phases: Sequence[PhaseStatus]) -> dict[str, Claim]:
+    """What the queue says; only while something waits in it or has been let in. A run need not name one to be held by one."""
     queued = [(p.name, p.queue) for p in phases if p.queue is not None]
-    if run.spec.queue_name is None or not queued:
+    if not queued:
         return {}
     waiting = [(name, queue) for name, queue in queued if queue.state != QueueState.ADMITTED]
     if not waiting:

@@ -176,6 +176,31 @@ class TestQueue:
         decision = decide(run, seen(waits), after(9999))
         assert (started(decision), stopped(decision)) == ([], [])
 
+    @pytest.mark.parametrize("made_for", ["", "cpus"])
+    def test_another_queue_is_for_what_has_not_begun(self, made_for):
+        """The queue of a job is said when it is made: it would have waited in the old one for ever."""
+        run = self.run()
+        waits, runs = job(run, "base", queue_name=made_for), job(run, "base", queue_name=made_for, running_since=START)
+        moved, kept = decide(run, seen(waits), after(2)), decide(run, seen(runs), after(2))
+        assert (stopped(moved), stopped(kept)) == (["base-1"], [])
+        again = decide(with_status(run, moved), seen(), after(3))
+        assert started(again) == ["base-2"]
+        settled = decide(with_status(run, again), seen(job(run, "base", 2, queue_name="gpus")), after(4))
+        assert (started(settled), stopped(settled)) == ([], [])
+
+    def test_a_queue_that_the_cluster_gives_stays(self):
+        """Kueue has a queue for jobs that name none, and other backends have no queues."""
+        run = first()
+        assert stopped(decide(run, seen(job(run, "base", queue_name="default")), after(1))) == []
+        run = self.run()
+        assert stopped(decide(run, seen(job(run, "base", queue_name=None)), after(1))) == []
+
+    def test_one_that_a_run_has_not_named_is_told_too(self):
+        run = first()
+        held = job(run, "base", queue=QueueStatus(state=QueueState.MISSING, message="name one"))
+        admitted = decide(run, seen(held), after(1)).status.condition(meta.ADMITTED)
+        assert (admitted.status, admitted.reason, admitted.message) == ("False", "Missing", "base: name one")
+
     def test_runs_without_a_queue_say_nothing_of_it(self):
         run = first()
         decision = decide(run, seen(job(run, "base")), after(1))

@@ -281,6 +281,14 @@ class TestQueue:
         got = observe.queue_status(job(queue="gpus"), self.workload(**conditions), True, NOW)
         assert (got.state, got.message) == (state, message)
 
+    def test_a_kueue_that_holds_every_job_is_told_of_one_that_names_no_queue(self):
+        """Its own word is that LocalQueue "" does not exist."""
+        nameless = self.workload(QuotaReserved=("False", "LocalQueue  doesn't exist"))
+        got = observe.queue_status(job(suspend=True), nameless, True, NOW)
+        assert (got.state, got.message) == (QueueState.MISSING, observe.NO_QUEUE)
+        waits = self.workload(QuotaReserved=("False", "no room"))
+        assert observe.queue_status(job(suspend=True), waits, True, NOW).message == "no room"
+
     def test_nobody_queues_the_job(self):
         born = datetime(2026, 1, 1, tzinfo=UTC)
         assert observe.queue_status(job(queue="gpus"), None, True, born + timedelta(seconds=5)) is None

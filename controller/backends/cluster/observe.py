@@ -37,6 +37,10 @@ WITHOUT_RUNTIME = (
     "MultiKueue copies a TrainJob to another cluster without its TrainingRuntime, and it waits until somebody brings that; "
     "runs with backend PyTorchJob need none"
 )
+NO_QUEUE = (
+    "Kueue holds every job here, also those without a queue (manageJobsWithoutQueueName), and this run names none: "
+    "set spec.queueName, or have the admin set a queue for all (defaults.queue)"
+)
 QUEUE_PATIENCE_SECONDS = 15.0
 """For Kueue to notice a job; without one the queue's integration is off."""
 
@@ -53,6 +57,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         name=meta_["name"],
         uid=meta_["uid"],
         started_at=_not_before(job, first_start(pods)),
+        queue_name=meta_["labels"].get(meta.LABEL_QUEUE, ""),
         queue=queue,
         leaving=meta_.get("deletionTimestamp") is not None,
         kept_by=kept_by(job),
@@ -284,6 +289,8 @@ def queue_status(job: Object, workload: Object | None, installed: bool, now: dat
     """What Kueue says about a job; None in the first seconds, and of one that it has nothing to do with."""
     if workload is not None:
         found = _workload_status(workload)
+        if found.state == QueueState.MISSING and not is_queued(job):
+            return found.model_copy(update={"message": NO_QUEUE})
         alone = found.state == QueueState.QUOTA_RESERVED and is_elsewhere(job) and kinds.of_job(job).REFERS
         return found.model_copy(update={"message": f"{found.message}; {WITHOUT_RUNTIME}"}) if alone else found
     age = (now - evidence.timestamp(job["metadata"]["creationTimestamp"])).total_seconds()
