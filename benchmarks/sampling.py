@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.core.generate import generate
+from trainers.core.graphs import recorder
 from trainers.spec import Sampling
 
 VOCABULARY = 8192
@@ -61,7 +62,8 @@ def ends(vocabulary: int) -> list[int]:
 
 def ours(of: Any, asked: list[list[int]], batch: int, tokens: int, stops: list[int]) -> int:
     sampling = Sampling(max_new_tokens=tokens, batch_size=batch)
-    found = generate(of, asked, sampling, frozenset(stops), torch.Generator().manual_seed(2))
+    draw = torch.Generator().manual_seed(2)
+    found = generate(of, asked, sampling, frozenset(stops), draw, record=recorder(of.device))
     return sum(len(response.ids) for response in found)
 
 
