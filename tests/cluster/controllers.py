@@ -20,6 +20,8 @@ from cluster.processes import Children, free_ports
 
 FRAMEWORKS = "ALIGNMENT_TEST_KUEUE_FRAMEWORKS"
 """Kueue's integrations, comma-separated: for a test of one that is switched off."""
+MANAGES_ALL = "ALIGNMENT_TEST_KUEUE_MANAGES_ALL"
+"""Set: Kueue holds jobs without a queue too (`manageJobsWithoutQueueName`)."""
 _FRAMEWORKS = "kubeflow.org/pytorchjob,trainer.kubeflow.org/trainjob"
 _SERVICES = {
     "training-operator": "training-operator.kubeflow.svc",
@@ -122,6 +124,7 @@ def _start_kueue(place: Place, assets: Assets, children: Children, ports: Ports)
             "certDir": str(place.state / "webhooks" / "k8s-webhook-server" / "serving-certs"),
         },
         "integrations": {"frameworks": os.environ.get(FRAMEWORKS, _FRAMEWORKS).split(",")},
+        "manageJobsWithoutQueueName": MANAGES_ALL in os.environ,
     }  # fmt: skip
     _start(place, assets, children, "kueue", settings, "--feature-gates=VisibilityOnDemand=false")
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from cluster import launch
 from cluster.client import Cluster
-from cluster.controllers import FRAMEWORKS
+from cluster.controllers import FRAMEWORKS, MANAGES_ALL
 from driver import ROOT, Driver, Object, OperatorProcess, free_port, manifest, sft
 from kube_http import Server
+from kueue import quota
 
 WORKLOADS, KUEUE = "workloads.kueue.x-k8s.io", "app.kubernetes.io/name=kueue"
 NOW = "2026-01-01T00:00:00Z"
@@ -17,9 +18,10 @@ TRAINER = ("trainjobs", "trainingruntimes", "clustertrainingruntimes")
 
 @pytest.fixture(scope="module")
 def lacking(prepared: Cluster) -> Iterator[tuple[Cluster, Path]]:
-    """An API server whose Kueue takes no PyTorchJobs, without the kind of runs; and credentials of an operator there."""
+    """An API server without the kind of runs, whose Kueue takes all TrainJobs and no PyTorchJobs; credentials of an operator."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(FRAMEWORKS, "batch/job")
+        environment.setenv(FRAMEWORKS, "trainer.kubeflow.org/trainjob")
+        environment.setenv(MANAGES_ALL, "true")
         running = launch.start("api", 0)
     try:
         cluster = Cluster("api", Path(running.info["kubeconfig"]), prepared.kubectl_binary, running.state)
@@ -46,12 +48,27 @@ def test_an_integration_that_is_switched_off(lacking: tuple[Cluster, Path], tmp_
     assert "its integration kubeflow.org/pytorchjob is switched off; it runs unqueued" in told["message"]
     job = driver.until_job("run-sft-1")
     assert not job["spec"]["runPolicy"].get("suspend")
+    _kueue_holds_what_names_no_queue(Driver(cluster, cluster.namespace("held"), "TrainJob"))
     # Under the operator's eyes Kueue becomes one of before v1beta2, and its word is heard.
     _serve_only_v1beta1(cluster)
     _say_of(driver, job, "an older Kueue has let it go")
     driver.until_condition("run", "Admitted", timeout=60)
     assert driver.phase("run", "sft")["queue"]["message"] == "an older Kueue has let it go"
     operator.stop()
+
+
+def _kueue_holds_what_names_no_queue(driver: Driver) -> None:
+    """It manages jobs without its label too, and its own word for it is that LocalQueue "" does not exist."""
+    driver.apply(manifest("run", sft(), failurePolicy={"startupTimeoutSeconds": 60}))
+    said = "this run names none: set spec.queueName"
+    driver.until_condition("run", "Admitted", "False", reason="Missing", message=said, timeout=60)
+    assert driver.status("run")["phase"] == "Queued"
+    driver.cluster.apply(quota(driver.namespace, "1"))
+    driver.patch("run", {"queueName": "alignment"})
+    driver.until_condition("run", "Admitted", timeout=60)
+    [*_, job] = driver.job_names()
+    driver.succeed(job)
+    driver.until_condition("run", "Succeeded")
 
 
 def _serve_only_v1beta1(cluster: Cluster) -> None:
