@@ -15,7 +15,7 @@ from trainers.sizing.devices import GIB, usable
 from trainers.sizing.machine import machine_memory
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import ShapeOf, phase_needs
-from trainers.sizing.rows import halvings_that_fit, most_rows, with_fewer_rows
+from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, with_fewer_rows
 from trainers.sizing.shapes import ModelShape, UnknownSize, scratch_shape, shape_of
 from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef
 
@@ -54,12 +54,17 @@ def _halvings(ctx: "PhaseContext", spec: PhaseSpec, memory: int) -> int:
 
 
 def halvings(spec: PhaseSpec, place: Place, shape_of: ShapeOf, memory: int) -> int:
-    """Of rows, until the phase fits into so many bytes of a device; none where rows are not what takes too much."""
+    """Of rows, until the phase fits into so many bytes of a device, or as often as it helps."""
     room = usable(memory, place.gpu)
-    found = halvings_that_fit(spec, lambda fewer: _needed(fewer, place, shape_of).total <= room)
-    if found is None:
-        _check_one(_needed(with_fewer_rows(spec, most_rows(spec).bit_length()), place, shape_of), memory)
-    return found or 0
+
+    def total(fewer: PhaseSpec) -> int:
+        return _needed(fewer, place, shape_of).total
+
+    found = halvings_that_fit(spec, lambda fewer: total(fewer) <= room)
+    if found is not None:
+        return found
+    _check_one(_needed(with_fewer_rows(spec, most_rows(spec).bit_length()), place, shape_of), memory)
+    return halvings_that_help(spec, total)
 
 
 def _needed(spec: PhaseSpec, place: Place, shape_of: ShapeOf) -> Memory:

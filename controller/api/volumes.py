@@ -5,10 +5,12 @@ None that the restricted Pod Security level refuses: no folder of the node's own
 
 from collections import Counter
 from collections.abc import Sequence
+from posixpath import normpath
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from controller.api.problems import shown
 from controller.api.quantities import Quantity
 from controller.api.workspace import OBJECT_NAME
 from trainers.spec import SpecModel
@@ -98,10 +100,11 @@ class PodVolume(SpecModel):
 
 def mount_problems(claims: Sequence[ClaimMount], volumes: Sequence[PodVolume], claimed: bool) -> list[str]:
     """What Kubernetes would refuse of all mounts of a pod. ``claimed``: its workspace is a claim."""
-    paths = Counter(
-        path.rstrip("/") or "/" for path in (*(c.mount_path for c in claims), *(v.mount_path for v in volumes))
-    )
-    problems = [
+    given = [*(c.mount_path for c in claims), *(v.mount_path for v in volumes)]
+    unsound = [path for path in given if ".." in path.split("/") or not path.isprintable()]
+    paths = Counter("/" + normpath(path).lstrip("/") for path in given if path not in unsound)
+    problems = [f'{shown(path)} is no mountPath: it has "..", or characters that cannot be shown' for path in unsound]
+    problems += [
         f'"{path}" is the mountPath of {count} claims and volumes; one at each'
         for path, count in paths.items()
         if count > 1

@@ -64,9 +64,14 @@ def misfits(sizes: Iterable[PhaseSize]) -> list[str]:
     return [f"{size.phase} {sentence(size)}" for size in sizes if size.fits is False]
 
 
+def fewer_rows(sizes: Iterable[PhaseSize]) -> list[str]:
+    """What fits with fewer responses side by side than it asks for, and takes longer."""
+    return [f"{size.phase} {sentence(size)}" for size in sizes if size.rows is not None and size.fits is not False]
+
+
 def remarks(sizes: Sequence[PhaseSize]) -> list[str]:
     """What does not fit, and what is not known."""
-    said = misfits(sizes)
+    said = [*misfits(sizes), *fewer_rows(sizes)]
     said += [f"{size.phase} {sentence(size)}" for size in sizes if size.fits is None and size.server_unknown]
     for reason in dict.fromkeys(size.unknown for size in sizes if size.unknown):
         phases = ", ".join(size.phase for size in sizes if size.unknown == reason)

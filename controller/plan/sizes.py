@@ -14,7 +14,7 @@ from controller.plan.shapes import Configs, Shapes
 from trainers.sizing.devices import CPU_RESERVE, GIB, PRODUCT_LABEL, product_memory, usable
 from trainers.sizing.memory import Memory, Place
 from trainers.sizing.phases import Needs, ShapeOf, phase_needs
-from trainers.sizing.rows import halvings_that_fit, most_rows, with_fewer_rows
+from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, with_fewer_rows
 from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import UnknownSize
 from trainers.spec import PhaseSpec, shrunk
@@ -135,7 +135,7 @@ def phase_size(
     if size.fits is not False:
         return size
     return _sampling_with_less(phase, size, place, shape_of) or replace(
-        size, advice=_advice(phase, device, shape_of, zero_files)
+        _with_fewest_rows(phase, size, place, shape_of), advice=_advice(phase, device, shape_of, zero_files)
     )
 
 
@@ -154,6 +154,19 @@ def _sampling_with_less(phase: ResolvedPhase, size: PhaseSize, place: Place, sha
         return None
     fewer = with_fewer_rows(phase.spec, halvings)
     return replace(sized(fewer), rows=(most_rows(fewer), most_rows(phase.spec)) if halvings else None)
+
+
+def _with_fewest_rows(phase: ResolvedPhase, size: PhaseSize, place: Place, shape_of: ShapeOf) -> PhaseSize:
+    """What it needs at the least, as it tries it in spite of its plan."""
+
+    def needs(spec: PhaseSpec) -> Needs:
+        found = phase_needs(spec, place, shape_of)
+        assert found is not None
+        return found
+
+    halvings = halvings_that_help(phase.spec, lambda spec: needs(spec).memory.total)
+    fewer = with_fewer_rows(phase.spec, halvings)
+    return replace(size, needs=needs(fewer), rows=(most_rows(fewer), most_rows(phase.spec))) if halvings else size
 
 
 def states_memory(run: AlignmentRun) -> bool:
@@ -266,7 +279,8 @@ def sentence(size: PhaseSize) -> str:
     said += _set_aside(size.device, size.needs.memory) if size.fits is False else ""
     said += server_words(size.needs) if size.needs.server is not None else ""
     if size.rows is not None:
-        said += f" with {size.rows[0]} responses side by side instead of {size.rows[1]}"
+        few, wanted = size.rows
+        said += f" with {few} response{'s' * (few != 1)} side by side instead of {wanted}"
     if size.by_layers:
         return f"{said}; {BY_LAYERS}"
     return f"{said}, which does not fit; {size.advice}" if size.fits is False else said

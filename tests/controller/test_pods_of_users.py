@@ -270,6 +270,9 @@ CLAIM = {"claimName": "a", "mountPath": "/a"}
 MOUNTS = {
     "twice": ({"claims": [CLAIM], "volumes": [{"mountPath": "/a/", "emptyDir": {}}]}, '"/a" is the mountPath of 2'),
     "the phase's": ({"volumes": [{"mountPath": "/etc/alignment/", "emptyDir": {}}]}, "is the pod's own"),
+    "the phase's, by another way": ({"volumes": [{"mountPath": "/a/../etc", "emptyDir": {}}]}, 'it has ".."'),
+    "the phase's, with slashes": ({"volumes": [{"mountPath": "//etc//alignment/.", "emptyDir": {}}]}, "is the pod's own"),
+    "clears screens": ({"volumes": [{"mountPath": "/a\x1b[2J", "emptyDir": {}}]}, "cannot be shown"),
     "the workspace's": ({"volumes": [{"mountPath": "/workspace", "emptyDir": {}}]}, "the claim of spec.workspace"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from controller.api.run import AlignmentRun
 from controller.cli import app
-from controller.commands.sizes import count, markdown_lines, plain_lines, remarks, sizes_here
+from controller.commands.sizes import count, fewer_rows, markdown_lines, plain_lines, remarks, sizes_here
 from controller.operator.events import transitions
 from controller.plan.decide import decide
 from controller.plan.observed import Observed
@@ -45,6 +45,12 @@ def test_fewer_responses_at_once():
     assert size.fits is True
     assert size.rows is not None
     assert f" with {size.rows[0]} responses side by side instead of 512" in sentence(size)
+    assert remarks([size]) == fewer_rows([size]) == [f"traces {sentence(size)}"], "plan and validate say it"
+    tight = one(phase, template={**EIGHT_H100, "gpuMemory": "2Gi"})
+    assert (tight.fits, tight.rows) == (False, (1, 512)), "as it will be tried"
+    assert " with 1 response side by side instead of 512, which does not fit" in sentence(tight)
+    assert not fewer_rows([tight])
+    assert len(remarks([tight])) == 1
     phase["rollout"]["sampling"] = {"batchSize": size.rows[0]}
     alone = one(phase)
     assert (alone.fits, alone.rows, alone.needs) == (True, None, size.needs)

@@ -47,6 +47,7 @@ def test_one_row_that_is_sure_not_to_fit_is_refused_with_the_figures():
     with pytest.raises(BadInput, match=r"sampling\.batchSize 1 would need .* GiB and a device has 0\.0"):
         rows(int(GROWING / 1.5))
     assert rows(int(GROWING / 1.05), most=1) == 1, "a plan may be off by so much"
+    assert rows(int(GROWING / 1.05)) == 1, "and not all of them because by the plan not even one fits"
 
 
 @pytest.fixture

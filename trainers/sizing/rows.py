@@ -13,6 +13,12 @@ def halvings_that_fit(spec: P, fits: Callable[[P], bool]) -> int | None:
     return next((times for times in range(most_rows(spec).bit_length()) if fits(with_fewer_rows(spec, times))), None)
 
 
+def halvings_that_help(spec: P, total: Callable[[P], int]) -> int:
+    """As often as the phase then needs less: where it never fits by its plan, which may be off by some."""
+    totals = [total(with_fewer_rows(spec, times)) for times in range(most_rows(spec).bit_length())]
+    return totals.index(min(totals)) if totals else 0
+
+
 def with_fewer_rows(spec: P, halvings: int) -> P:
     return shrunk(spec, halvings, Sampling)
 
