@@ -195,7 +195,7 @@ def test_samples_ahead_are_made_beside_a_step_by_copies_of_what_is_trained(lora)
     def memory(staleness):
         phase = ppo("ppo", "sft", "r")
         phase["ppo"] |= {"staleness": staleness} | ({} if lora is None else {"lora": lora})
-        run = make_run(tuned("org/big"), reward("r", "sft"), phase, template=EIGHT_H100)
+        run = make_run(tuned("org/big"), reward("r", "sft"), phase, template={**EIGHT_H100, "gpuMemory": "4000Gi"})
         return run_sizes(run, CONFIGS)["ppo"].needs.memory
 
     between, one, three = memory(0), memory(1), memory(3)
