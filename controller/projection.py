@@ -28,7 +28,11 @@ RUN = {
     "spec": True,
     "status": True,
 }
-JOB = {**IDENTITY, "annotations": {meta.ANNOTATION_DIGEST: True}, "finalizers": True}
+JOB = {
+    **IDENTITY,
+    "annotations": dict.fromkeys((meta.ANNOTATION_DIGEST, meta.ANNOTATION_RUN_UID), True),
+    "finalizers": True,
+}
 PYTORCHJOB = {
     "kind": True,
     "metadata": JOB,

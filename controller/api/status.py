@@ -142,6 +142,8 @@ class Attempt(StatusModel):
     """What it said at its end; of a live attempt, what keeps it from running."""
     job: str = ""
     """Name of its job."""
+    job_uid: str = ""
+    """UID of its job, by which that stays the run's although somebody takes its owner reference away."""
     barred: str = ""
     """Why its job may not be made now, in the API server's words. It is asked for until it may."""
     taken_by: str = ""

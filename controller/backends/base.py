@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Protocol
 
 from controller.api.run import AlignmentRun
-from controller.plan.decide import Action, Apply
+from controller.plan.decide import Action, Apply, Delete
 from controller.plan.job import PhaseJob
 from controller.plan.observed import Observed, ObservedJob
 
 
 class Backend(Protocol):
-    """Three methods. None of them may trust that an earlier call of another has worked."""
+    """Four methods. None of them may trust that an earlier call of another has worked."""
 
     async def observe(self, run: AlignmentRun) -> Observed:
         """Everything there is of this run: jobs, results, progress."""
@@ -24,6 +24,9 @@ class Backend(Protocol):
 
         ``seen``: what it is, as this look has observed it; None if nobody saw it. What was not seen is not touched.
         """
+
+    async def reclaim(self, run: AlignmentRun, seen: ObservedJob) -> None:
+        """See that a job that this look has observed to be disowned says again whose it is, if it still is that one."""
 
 
 class HasLogs(Protocol):
@@ -39,5 +42,9 @@ async def act(backend: Backend, run: AlignmentRun, actions: Iterable[Action], ob
     for action in actions:
         if isinstance(action, Apply):
             await backend.apply(run, action.job)
-        else:
-            await backend.delete(run, action.phase, action.attempt, seen.get((action.phase, action.attempt)))
+            continue
+        job = seen.get((action.phase, action.attempt))
+        if isinstance(action, Delete):
+            await backend.delete(run, action.phase, action.attempt, job)
+        elif job is not None:
+            await backend.reclaim(run, job)

@@ -64,6 +64,11 @@ class Api:
         metadata = job["metadata"]
         return await self.transport.call(Call("create", kind), metadata["namespace"], metadata["name"], job)
 
+    async def update_job(self, kind: Resource, job: Object) -> Object:
+        """Raises Conflict if it has changed since it was read."""
+        metadata = job["metadata"]
+        return await self.transport.call(Call("update", kind), metadata["namespace"], metadata["name"], job)
+
     async def delete_job(
         self, kind: Resource, namespace: str, name: str, uid: str, propagation: str = "Foreground"
     ) -> None:

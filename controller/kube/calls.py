@@ -29,7 +29,7 @@ CALLS = (
     *(Call(verb, resource) for resource in WATCHED for verb in ("list", "watch")),
     Call("delete", RUNS),
     Call("update", RUN_STATUS),
-    *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "delete")),
+    *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "update", "delete")),
     *(Call("get", resource) for resource in BETWEEN),
     *(Call(verb, TRAINING_RUNTIMES) for verb in ("get", "create", "update")),
     *(Call("list", resource) for resource in WORKLOADS),

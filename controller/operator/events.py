@@ -10,11 +10,13 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, RetryStatus, RunStatus
 from controller.api.text import plain
-from controller.plan.said import LABELS_LOST
+from controller.plan.said import LABELS_LOST, OWNER_LOST
 
 NOTE_LIMIT = 1024
 """Bytes of a note that Kubernetes takes."""
 SHOWN_METRICS = 4
+MEDDLING = {LABELS_LOST: "LabelsLost", OWNER_LOST: "OwnerLost"}
+"""What a phase says of it, and the event's reason."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
         yield Event("Warning", "WillNotFit", f"{name} {after.needs}")
     if after.held_by and not before.held_by:
         yield Event("Warning", meta.WAITING_FOR_EARLIER_RUN, f"{name} {after.message}")
-    if LABELS_LOST in after.message and LABELS_LOST not in before.message:
-        yield Event("Warning", "LabelsLost", f"{name}: {after.message}")
+    yield from _meddling(before, after)
     if after.state == before.state:
         return
     if after.state == PhaseState.SUCCEEDED:
@@ -63,6 +64,12 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
         yield Event("Normal", "PhaseSuspended", f"{name} is suspended")
     elif after.state == PhaseState.BLOCKED:
         yield Event("Warning", "PhaseBlocked", f"{name} cannot run: it {after.message}")
+
+
+def _meddling(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
+    for said, reason in MEDDLING.items():
+        if said in after.message and said not in before.message:
+            yield Event("Warning", reason, f"phase {after.name}: {after.message}")
 
 
 def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:

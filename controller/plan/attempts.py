@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 
 from controller.api.run import Backoff, FailurePolicy, RetryBudget
 from controller.api.status import Attempt, AttemptState, PhaseProgress
@@ -29,11 +30,20 @@ BARRED = "waits, because its job may not be made now"
 
 DELETED = "its job was deleted, and not by the operator"
 
+GIVEN_AWAY = "its job is not the run's any more: {} has its name, and is left alone"
+
+NOBODY: Mapping[int, str] = MappingProxyType({})
+
 WAS_OVER = "was over before attempt {}, of which this status did not know"
 
 
-def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) -> tuple[Attempt, ...]:
-    """Attempts by number. An end once seen stands, so stale and repeated observations do no harm."""
+def join(
+    before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime, taken: Mapping[int, str] = NOBODY
+) -> tuple[Attempt, ...]:
+    """Attempts by number. An end once seen stands, so stale and repeated observations do no harm.
+
+    ``taken``: whose the objects are that have the names of the jobs of some.
+    """
     records = {attempt.number: attempt for attempt in before}
     seen = {job.attempt: job for job in jobs if not job.past}
     newest = max(records, default=0)
@@ -45,11 +55,11 @@ def join(before: Sequence[Attempt], jobs: Iterable[ObservedJob], now: datetime) 
     for number, record in records.items():
         known = record.state != AttemptState.ASKED or following > number
         if number not in seen and not record.state.ended and known:
-            records[number] = _gone(record, following, now)
+            records[number] = _gone(record, following, taken.get(number, ""), now)
     return tuple(records[number] for number in sorted(records))
 
 
-def _gone(record: Attempt, following: int, now: datetime) -> Attempt:
+def _gone(record: Attempt, following: int, owner: str, now: datetime) -> Attempt:
     """The end of one that was seen, and is not there any more.
 
     We ended it, or it was about to fail and took its end with it. Else somebody else has deleted its job: that counts and
@@ -62,7 +72,8 @@ def _gone(record: Attempt, following: int, now: datetime) -> Attempt:
         if following > record.number:
             change |= {"message": WAS_OVER.format(following)}
         else:
-            change |= {"state": AttemptState.FAILED, "failure": FailureClass.INTERRUPTED, "message": DELETED}
+            why = GIVEN_AWAY.format(owner) if owner else DELETED
+            change |= {"state": AttemptState.FAILED, "failure": FailureClass.INTERRUPTED, "message": short(why)}
     return record.model_copy(update=change)
 
 
@@ -112,6 +123,7 @@ def _advance(record: Attempt | None, job: ObservedJob, now: datetime) -> Attempt
         update={
             "digest": job.digest,
             "job": short(job.name) or before.job,
+            "job_uid": short(job.uid) or before.job_uid,
             "node": short(job.node) or before.node,
             "barred": "",
             # Waiting in a queue is not yet a start.

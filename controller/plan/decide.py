@@ -48,7 +48,15 @@ class Delete:
     attempt: int
 
 
-Action = Apply | Delete
+@dataclass(frozen=True)
+class Reclaim:
+    """See that the job of this attempt says whose it is, as it did when it was made: so it goes when the run goes."""
+
+    phase: str
+    attempt: int
+
+
+Action = Apply | Delete | Reclaim
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
     stops += [Delete(job.phase, job.attempt) for job in leftovers.outlived(run, before, observed, now)]
-    actions = (*dict.fromkeys(stops), *map(Apply, jobs))
+    actions = (*dict.fromkeys(stops), *map(Apply, jobs), *_reclaims(observed, stops))
     return Decision(status, actions, requeue_after=_requeue(run, status, steps, observed, now))
 
 
@@ -101,7 +109,8 @@ def refused(run: AlignmentRun, before: RunStatus, message: str, observed: Observ
     """For a run that makes no sense, which may be one that cannot even be read. ``message``: every problem."""
     refusal = Refusal(message, run.spec.suspend, run.metadata.generation)
     status, stop = refuse(before, refusal, observed, now)
-    return Decision(bounded(status, run), tuple(Delete(phase, number) for phase, number in stop))
+    stops = [Delete(phase, number) for phase, number in stop]
+    return Decision(bounded(status, run), (*stops, *_reclaims(observed, stops)))
 
 
 def going(status: RunStatus) -> bool:
@@ -154,6 +163,12 @@ def is_final(status: RunStatus, generation: int | None) -> bool:
 
 def _end_live(observed: Observed) -> tuple[Action, ...]:
     return tuple(Delete(job.phase, job.attempt) for job in observed.jobs if job.state == JobState.LIVE)
+
+
+def _reclaims(observed: Observed, stops: Collection[Action]) -> list[Action]:
+    """Last of what is done: work does not wait for it."""
+    disowned = [job for job in observed.jobs if job.disowned and Delete(job.phase, job.attempt) not in stops]
+    return [Reclaim(job.phase, job.attempt) for job in disowned]
 
 
 def _run_is_late(run: AlignmentRun, started: datetime, now: datetime) -> bool:

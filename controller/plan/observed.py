@@ -59,6 +59,8 @@ class ObservedJob:
     """What keeps it although it has been deleted, and is not the backend's to take away."""
     unlabelled: tuple[str, ...] = ()
     """What of it has lost the labels by which the backend is told of it."""
+    disowned: bool = False
+    """It does not say any more whose it is: somebody has taken its owner reference away."""
     past: bool = False
     """Ended before the user asked again: its number is taken, its failure is forgiven."""
 

@@ -57,7 +57,8 @@ def step_phase(phase: ResolvedPhase, before: PhaseStatus | None, at: Situation) 
     before = before or PhaseStatus(name=phase.name, type=phase.type.name)
     jobs = [job for job in at.observed.jobs if job.phase == phase.name]
     asked, digest = wanted(phase, at.inputs, before)
-    records = strangers.pass_by(history.join(before.attempts, jobs, at.now), phase.name, at.observed.taken, at.now)
+    taken = {number: owner for (name, number), owner in at.observed.taken.items() if name == phase.name}
+    records = strangers.pass_by(history.join(before.attempts, jobs, at.now, taken), taken, at.now)
     records = history.with_work(records, jobs, at.observed.progress.get(phase.name), digest)
     records = _end_overdue(history.barred(records, phase.name, at.observed.barred), jobs, phase, at)
     result = _known_result(phase, digest, before, at.observed.results.get(phase.name))

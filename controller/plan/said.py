@@ -11,6 +11,8 @@ OTHER = "stopping an attempt for other settings"
 STOPPED = "waits for the end of an attempt that was stopped"
 MOST_NAMES = 3
 LABELS_LOST = "somebody took labels away from"
+OWNER_LOST = "somebody took the owner reference away from"
+PUT_BACK = "it stays the run's, which puts it back"
 SEEN_LATE = "it goes on, and what becomes of it is noticed later"
 """No watch tells of what does not have them."""
 
@@ -24,7 +26,8 @@ def with_meddling(said: str, jobs: Iterable[ObservedJob]) -> str:
         if job.kept_by
     ]
     lost = [f"{LABELS_LOST} {', '.join(job.unlabelled[:MOST_NAMES])}: {SEEN_LATE}" for job in live if job.unlabelled]
-    return "; ".join(filter(None, (said, *kept, *lost)))
+    disowned = [f"{OWNER_LOST} job {job.name}: {PUT_BACK}" for job in live if job.disowned]
+    return "; ".join(filter(None, (said, *kept, *lost, *disowned)))
 
 
 def said_of(

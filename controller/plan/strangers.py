@@ -13,14 +13,9 @@ from controller.api.status import Attempt, AttemptState
 from controller.plan.observed import JobState, ObservedJob
 
 
-def pass_by(
-    records: tuple[Attempt, ...], phase: str, taken: Mapping[tuple[str, int], str], now: datetime
-) -> tuple[Attempt, ...]:
+def pass_by(records: tuple[Attempt, ...], taken: Mapping[int, str], now: datetime) -> tuple[Attempt, ...]:
     """Attempts whose name another's object has are over, and count as nothing."""
-    return tuple(
-        _passed(a, taken[phase, a.number], now) if not a.state.ended and (phase, a.number) in taken else a
-        for a in records
-    )
+    return tuple(_passed(a, taken[a.number], now) if not a.state.ended and a.number in taken else a for a in records)
 
 
 def _passed(record: Attempt, owner: str, now: datetime) -> Attempt:

@@ -92,6 +92,9 @@ class Backend:
             raise TimeoutError
         self.server.said.append(f"delete {phase}-{attempt}")
 
+    async def reclaim(self, run: AlignmentRun, seen: ObservedJob) -> None:
+        self.server.said.append(f"reclaim {seen.phase}-{seen.attempt}")
+
 
 class Desk:
     """A run, and looks at it."""

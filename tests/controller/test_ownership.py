@@ -11,12 +11,14 @@ from pods import job, owner, pod, said, terminated
 from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, QueueState, QueueStatus
-from controller.backends.cluster import observe
+from controller.backends.cluster import observe, ownership
 from controller.backends.cluster.backend import ClusterBackend
+from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.pod import job_metadata
 from controller.backends.cluster.settings import Settings
 from controller.kube.resources import PYTORCHJOBS
 from controller.memory import Memory
-from controller.plan.decide import decide
+from controller.plan.decide import Apply, decide
 from controller.plan.job import job_name
 from controller.plan.observed import JobState, Observed, ObservedJob
 
@@ -36,6 +38,7 @@ class Shelf:
     def __init__(self, *jobs: Object, pods: tuple[Object, ...] = (), workloads: tuple[Object, ...] = ()) -> None:
         self.jobs, self.pods, self.workloads = [*map(stored, jobs)], [*map(stored, pods)], workloads
         self.deleted: list[tuple[str, str]] = []
+        self.updated: list[Object] = []
         self.asked: list[str] = []
 
     async def list_jobs(self, kind: Any, namespace: str, labels: Object) -> list[Object]:
@@ -47,6 +50,11 @@ class Shelf:
     async def get_job(self, kind: Any, namespace: str, name: str) -> Object | None:
         self.asked.append(name)
         return next((job for job in self.jobs if kind == PYTORCHJOBS and job["metadata"]["name"] == name), None)
+
+    async def update_job(self, kind: Any, job: Object) -> Object:
+        self.updated.append(job)
+        self.jobs = [{**job, "metadata": {**job["metadata"], "resourceVersion": "2"}}]
+        return self.jobs[0]
 
     async def delete_job(self, kind: Any, namespace: str, name: str, uid: str, propagation: str) -> None:
         self.deleted.append((name, uid))
@@ -212,6 +220,78 @@ class TestEarlierRuns:
 def labels_on(thing: Object, **metadata: Any) -> Object:
     labels = {**thing["metadata"]["labels"], **labelled()}
     return {**thing, "metadata": {**thing["metadata"], "labels": labels, **metadata}}
+
+
+def disowned(*owners: Object, uid: str = "job-1", run_uid: str = "run-1", **more: Any) -> Object:
+    found = a_job(*owners, uid=uid, **more)
+    notes = {meta.ANNOTATION_DIGEST: "d", **({meta.ANNOTATION_RUN_UID: run_uid} if run_uid else {})}
+    return {**found, "metadata": {**found["metadata"], "annotations": notes}}
+
+
+def a_run_of(uid: str = "job-1") -> AlignmentRun:
+    """That has seen its job."""
+    run = a_run()
+    known = ObservedJob("sft", 1, "d", JobState.LIVE, name="test-sft-1", uid=uid)
+    return run.model_copy(update={"status": decide(run, seen(known), START).status})
+
+
+class TestDisowned:
+    """A job that somebody has taken the owner reference from."""
+
+    @pytest.mark.parametrize("owners", [(), ({**MINE, "controller": False},), ({**WEB, "controller": False},)])
+    @pytest.mark.parametrize("labels", [None, {}], ids=["labelled", "bare"])
+    def test_it_stays_the_runs(self, owners: tuple[Object, ...], labels: Object | None):
+        observed = look(Shelf(disowned(*owners, labels=labels)), a_run_of())
+        [found] = observed.jobs
+        assert (found.attempt, found.uid, found.disowned) == (1, "job-1", True)
+        assert (observed.taken, observed.held) == ({}, {})
+
+    @pytest.mark.parametrize(
+        "stranger",
+        [
+            disowned(uid="job-2"),
+            disowned(run_uid="run-2"),
+            disowned(run_uid=""),
+            disowned(WEB),
+        ],
+        ids=["not remembered", "made for another run", "made by hand", "another's"],
+    )
+    def test_one_word_alone_makes_nothing_the_runs(self, stranger: Object):
+        """Whoever may write only statuses, or only jobs, has the operator touch no job that it did not make."""
+        shelf, run = Shelf(stranger), a_run_of()
+        observed = look(shelf, run)
+        assert observed.jobs == ()
+        asyncio.run(backend(shelf).delete(run, "sft", 1, None))
+        seen_before = ObservedJob("sft", 1, "d", JobState.LIVE, name="test-sft-1", uid="job-1", disowned=True)
+        asyncio.run(backend(shelf).reclaim(run, seen_before))
+        assert (shelf.deleted, shelf.updated) == ([], [])
+
+    def test_a_run_without_a_uid_has_none(self):
+        run = a_run_of()
+        nobody = run.model_copy(update={"metadata": run.metadata.model_copy(update={"uid": None})})
+        assert not ownership.is_made_for(disowned(run_uid=""), nobody)
+
+    def test_one_that_was_given_to_somebody_else_is_waited_for(self):
+        """It still writes to the phase's folder."""
+        observed = look(Shelf(disowned(WEB)), a_run_of())
+        theirs = "PyTorchJob test-sft-1 of Deployment web (uid web-1)"
+        assert (observed.taken, observed.held) == ({("sft", 1): theirs}, {"sft": theirs})
+
+    @pytest.mark.parametrize("others", [(), ({**WEB, "controller": False},)], ids=["none", "another owner"])
+    def test_it_gets_its_reference_back_beside_what_else_it_has(self, others: tuple[Object, ...]):
+        shelf, run = Shelf(disowned({**MINE, "controller": False}, *others)), a_run_of()
+        [found] = look(shelf, run).jobs
+        asyncio.run(backend(shelf).reclaim(run, found))
+        [written] = shelf.updated
+        assert written["metadata"]["ownerReferences"] == [*others, MINE]
+        assert written["metadata"]["resourceVersion"] == "1"
+        assert look(shelf, run).jobs[0].disowned is False
+
+    def test_a_job_says_whose_it_is_twice(self):
+        [action] = decide(a_run(asked=False), seen(), START).actions
+        assert isinstance(action, Apply)
+        made = job_metadata(action.job, Owner("default", "test", "run-1", "test"))
+        assert made["annotations"][meta.ANNOTATION_RUN_UID] == made["ownerReferences"][0]["uid"] == "run-1"
 
 
 class TestPods:

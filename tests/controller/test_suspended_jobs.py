@@ -1,4 +1,4 @@
-"""What somebody does to jobs: suspended though they have no queue, kept by a finalizer, without the labels they are known by."""
+"""What somebody does to jobs: suspended though they have no queue, kept by a finalizer, without labels or an owner."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus
 from controller.backends.cluster import observe
 from controller.operator.events import transitions
-from controller.plan.decide import Decision, decide
+from controller.plan.decide import Decision, Delete, Reclaim, decide
 from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FailureClass
 
@@ -133,3 +133,48 @@ def test_labels_that_somebody_took_away_are_told_once():
         ("Warning", "LabelsLost", f"phase base: {lost.phases[0].message}")
     ]
     assert (list(transitions(lost, again)), given_back.phases[0].message) == ([], "")
+
+
+# ---------------------------------------------------------------- owner references
+
+
+def test_one_without_its_owner_reference_goes_on_gets_it_back_and_is_told_once():
+    """It was told as deleted, and its phase waited for it as for a stranger's."""
+    trains = job(RUN, "base", running_since=START, name="test-base-1", uid="job-1")
+    lost = replace(trains, disowned=True)
+    before, alone, again, whole = looks((RUN, []), (RUN, [trains]), (RUN, [lost]), (RUN, [lost]), (RUN, [trains]))[1:]
+    assert [d.actions for d in (before, alone, again, whole)] == [(), (Reclaim("base", 1),), (Reclaim("base", 1),), ()]
+    [attempt] = alone.status.phases[0].attempts
+    assert (attempt.state, attempt.job_uid) == ("Running", "job-1")
+    said = "somebody took the owner reference away from job test-base-1: it stays the run's, which puts it back"
+    assert [(e.type, e.reason, e.note) for e in transitions(before.status, alone.status)] == [
+        ("Warning", "OwnerLost", f"phase base: {said}")
+    ]
+    assert (list(transitions(alone.status, again.status)), whole.status.phases[0].message) == ([], "")
+
+
+def test_one_that_is_to_end_is_only_ended():
+    asleep = make_run(sft("base"), suspend=True)
+    lost = replace(job(RUN, "base", running_since=START, name="test-base-1", uid="job-1"), disowned=True)
+    *_, stops = looks((RUN, []), (RUN, [lost]), (asleep, [lost]))
+    assert stops.actions == (Delete("base", 1),)
+
+
+def test_one_whose_run_has_become_invalid_gets_it_back_too():
+    lost = replace(job(RUN, "base", running_since=START, name="test-base-1", uid="job-1"), disowned=True)
+    run = with_status(RUN, looks((RUN, []), (RUN, [lost]))[-1])
+    refused = decide(run, seen(lost, problems=("spec.x: is wrong",)), after(60))
+    assert (refused.actions, refused.status.phases[0].state) == ((Reclaim("base", 1),), "Running")
+
+
+def test_one_that_was_given_to_somebody_else_is_not_told_as_deleted():
+    trains = job(RUN, "base", running_since=START, name="test-base-1", uid="job-1")
+    run = with_status(RUN, looks((RUN, []), (RUN, [trains]))[-1])
+    theirs = "PyTorchJob test-base-1 of Deployment web (uid web-1)"
+    gone = decide(run, seen(taken={("base", 1): theirs}, held={"base": theirs}), after(60))
+    [attempt] = gone.status.phases[0].attempts
+    assert (attempt.failure, attempt.message) == (
+        FailureClass.INTERRUPTED, f"its job is not the run's any more: {theirs} has its name, and is left alone",
+    )  # fmt: skip
+    waits = decide(with_status(RUN, gone), seen(held={"base": theirs}), after(3600))
+    assert (started(waits), waits.status.phases[0].held_by) == ([], theirs)

@@ -1,4 +1,4 @@
-"""Somebody edits or deletes what is a run's own, and knows no better: its status, a pod that trains."""
+"""Somebody edits or deletes what is a run's own, and knows no better: its status, a pod that trains, whose a job is."""
 
 import json
 import time
@@ -45,3 +45,47 @@ def test_a_pod_that_somebody_deletes_is_a_failure_and_the_next_attempt_follows(d
     assert (attempt["state"], attempt["failure"]) == ("Failed", "Infrastructure")
     driver.succeed("run-sft-2")
     driver.until_condition("run", "Succeeded")
+
+
+@both
+def test_a_job_that_somebody_takes_the_owner_reference_from_stays_the_runs_and_gets_it_back(driver: Driver):
+    driver.apply(manifest("run", sft()))
+    driver.start("run-sft-1")
+    driver.until_phase("run", "sft", "Running")
+    made = driver.until_job("run-sft-1")["metadata"]
+    patch = json.dumps([{"op": "remove", "path": "/metadata/ownerReferences"}])
+    driver.cluster.kubectl("patch", driver.kind.plural, "run-sft-1", "-n", driver.namespace, "--type=json", "-p", patch)
+    [told] = driver.events("OwnerLost")
+    assert "somebody took the owner reference away from job run-sft-1: it stays the run's" in told["message"]
+
+    def put_back() -> bool:
+        return driver.until_job("run-sft-1")["metadata"].get("ownerReferences") == made["ownerReferences"]
+
+    driver.cluster.wait(put_back, 60, "the job says again whose it is")
+    driver.succeed("run-sft-1")
+    driver.until_condition("run", "Succeeded", timeout=60)
+    [attempt] = driver.phase("run", "sft")["attempts"]
+    assert (attempt["state"], attempt["jobUid"], driver.job_names()) == ("Succeeded", made["uid"], ["run-sft-1"])
+    driver.cluster.kubectl("delete", "arun", "run", "-n", driver.namespace)
+    driver.cluster.wait(lambda: not driver.job_names(), 60, "the job goes with its run")
+
+
+def test_who_writes_a_status_has_the_operator_touch_no_job_that_it_did_not_make(driver: Driver):
+    """A status that remembers a stranger's job as the attempt's own."""
+    driver.apply(manifest("run", sft()))
+    driver.start("run-sft-1")
+    driver.until_phase("run", "sft", "Running")
+    stranger = driver.until_job("run-sft-1")
+    spec = {**stranger, "metadata": {"name": "web", "labels": stranger["metadata"]["labels"]}}
+    del spec["status"]
+    driver.apply(spec)
+    uid = driver.until_job("web")["metadata"]["uid"]
+    claims = [{"op": "replace", "path": f"/status/phases/0/attempts/0/{key}", "value": value}
+              for key, value in (("jobUid", uid), ("job", "web"))]  # fmt: skip
+    edited = ("--subresource=status", "--type=json", "-p", json.dumps(claims))
+    driver.cluster.kubectl("patch", "arun", "run", "-n", driver.namespace, *edited)
+    driver.patch("run", {"suspend": True})
+    driver.until_phase("run", "sft", "Suspended", timeout=60)
+    driver.cluster.wait(lambda: "run-sft-1" not in driver.job_names(), 60, "its own job is stopped")
+    found = driver.until_job("web")["metadata"]
+    assert (found["uid"], found.get("ownerReferences"), found.get("deletionTimestamp")) == (uid, None, None)

@@ -1,5 +1,6 @@
 """The backend that runs phases as jobs on a cluster. Keeps nothing that it cannot see again there."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,7 +15,7 @@ from controller.backends.cluster.network import Walls
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
-from controller.kube.answers import EXISTS, ApiError
+from controller.kube.answers import EXISTS, ApiError, Conflict
 from controller.kube.api import Api
 from controller.kube.resources import Resource
 from controller.memory import Anew, Memory
@@ -27,6 +28,8 @@ from controller.plan.place import folder_of
 from trainers.contract import FailureClass
 
 Object = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 WAIT_FOR_EVENTS = timedelta(seconds=10)
 SHOWN_PODS = 2
@@ -67,7 +70,7 @@ class ClusterBackend:
         self._barred, self._taken = UntilTheNextLook(), UntilTheNextLook()
         """Attempts whose jobs might not be made when they were asked for last, and those that met another's object."""
 
-    # -- the three methods
+    # -- the four methods
 
     async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
         """From memory, or what the API server holds now: a call for each kind of object. For each live job in a queue one more.
@@ -85,6 +88,7 @@ class ClusterBackend:
                 replace(
                     observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now),
                     unlabelled=found.unlabelled.get(_name(job), ()),
+                    disowned=ownership.is_disowned(job, run),
                 ),
                 [job, *found.between.get(_name(job), ())],
                 pods,
@@ -130,6 +134,21 @@ class ClusterBackend:
         if seen is not None and seen.uid:
             kind, namespace = kinds.of_run(run), run.metadata.namespace or "default"
             await self.api.delete_job(kind.RESOURCE, namespace, seen.name, seen.uid, kind.PROPAGATION)
+
+    async def reclaim(self, run: AlignmentRun, seen: ObservedJob) -> None:
+        """Not one that somebody else has got meanwhile. Where it may not be written it stays the run's, and is told again."""
+        kind = kinds.of_run(run)
+        job = await self.api.get_job(kind.RESOURCE, run.metadata.namespace or "default", seen.name)
+        if job is None or job["metadata"]["uid"] != seen.uid or not ownership.is_disowned(job, run):
+            return
+        try:
+            written = await self.api.update_job(kind.RESOURCE, ownership.reclaimed(job, run))
+        except ApiError as error:
+            if not (isinstance(error, Conflict) or refusals.waits(error) or refusals.refused(error, "the job")):
+                raise
+            logger.warning("%s has no owner reference and gets none: %s", seen.name, error)
+        else:
+            self.memory.saw(kind.RESOURCE, [written])
 
     # -- details
 

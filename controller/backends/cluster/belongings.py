@@ -37,8 +37,8 @@ async def gather(source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun
     labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
     listed, between = await _listed(source, kind, namespace, labels)
     known = ownership.names(run)
-    own = [found for job in listed if ownership.is_ours(job, run) if (found := ownership.identified(job, known))]
-    others = [job for job in listed if not ownership.is_ours(job, run)]
+    own = [found for job in listed if ownership.belongs(job, run) if (found := ownership.identified(job, known))]
+    others = [job for job in listed if not ownership.belongs(job, run)]
     for another in kinds.KINDS.values():
         if another is not kind:
             jobs_of_it, between_of_it = await _listed(memory, another, namespace, labels)
@@ -88,7 +88,7 @@ async def _by_name(
     taken: dict[Attempted, str] = {}
     for which, name in ownership.going(run).items():
         job = await source.get_job(kind.RESOURCE, namespace, name) if name not in there else None
-        if job is not None and not ownership.is_ours(job, run):
+        if job is not None and not ownership.belongs(job, run):
             taken[which] = ownership.told(job)
         elif job is not None and (again := ownership.identified(job, {name: which})) is not None:
             found.append(again)

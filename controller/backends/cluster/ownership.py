@@ -9,7 +9,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState
 from controller.api.text import plain
 from controller.backends.cluster import kinds
-from controller.backends.cluster.references import controller_of, group_of
+from controller.backends.cluster.references import controller_of, group_of, reference
 from controller.plan.job import job_name
 
 Object = dict[str, Any]
@@ -30,14 +30,42 @@ def is_ours(thing: Object, run: AlignmentRun) -> bool:
     return is_controlled(thing, meta.GROUP, meta.KIND, run.metadata.uid or "")
 
 
+def is_made_for(job: Object, run: AlignmentRun) -> bool:
+    """Whether the operator has made it for this run, whatever its owner references say now.
+
+    By two words: the run's status has the job's UID, and the job has the run's. Who may write one of the two makes nothing ours.
+    """
+    known = {a.job_uid for phase in (run.status.phases if run.status else ()) for a in phase.attempts}
+    said = (job["metadata"].get("annotations") or {}).get(meta.ANNOTATION_RUN_UID)
+    return bool(said) and said == run.metadata.uid and job["metadata"]["uid"] in known
+
+
+def is_disowned(job: Object, run: AlignmentRun) -> bool:
+    """One that somebody has taken the owner reference from, and given to nobody else."""
+    return not controller_of(job) and is_made_for(job, run)
+
+
+def belongs(job: Object, run: AlignmentRun) -> bool:
+    return is_ours(job, run) or is_disowned(job, run)
+
+
+def reclaimed(job: Object, run: AlignmentRun) -> Object:
+    """It, with the reference that it was made with."""
+    uid = run.metadata.uid or ""
+    others = [owner for owner in job["metadata"].get("ownerReferences") or () if owner.get("uid") != uid]
+    return {**job, "metadata": {**job["metadata"], "ownerReferences": [*others, reference(run.name, uid)]}}
+
+
 def is_of_job(thing: Object, job: Object) -> bool:
     kind = kinds.of_job(job)
     return is_controlled(thing, kind.RESOURCE.group, kind.KIND, job["metadata"]["uid"])
 
 
 def is_of_earlier_run(job: Object, run: AlignmentRun) -> bool:
-    """Of one of the same name, or left behind by it."""
+    """Of one of the same name, or left behind by it; or one of this run's, that somebody has given to another controller."""
     owner = controller_of(job)
+    if is_made_for(job, run):
+        return True
     other = (group_of(owner), owner.get("kind"), owner.get("name")) == (meta.GROUP, meta.KIND, run.name)
     return other or (not owner and _was_made_for(job, run))
 

@@ -50,7 +50,7 @@ def job_metadata(job: PhaseJob, owner: Owner) -> Object:
         "name": job.name,
         "namespace": owner.namespace,
         "labels": {**job.labels, **_queue_labels(job)},
-        "annotations": {meta.ANNOTATION_DIGEST: job.digest},
+        "annotations": {meta.ANNOTATION_DIGEST: job.digest, meta.ANNOTATION_RUN_UID: owner.uid},
         "ownerReferences": [reference(owner.name, owner.uid)],
     }
 

@@ -108,6 +108,9 @@ class LocalBackend:
         elif time.monotonic() - live.asked_to_stop > self.grace:
             process.kill(process.processes_under(live.root))
 
+    async def reclaim(self, run: AlignmentRun, seen: ObservedJob) -> None:
+        """Nobody can take a process from who has started it."""
+
     # -- more than the planner needs
 
     def root(self, run: str, phase: str) -> Path:
