@@ -1,4 +1,4 @@
-"""Labels and annotations by which other controllers know what is theirs.
+"""Labels and annotations by which other controllers, and this one, know what is theirs.
 
 A pod that bears them is not made, or is taken for somebody else's, and nobody is told but by an event on what lies between the
 run and its pods. A run may bear them for reasons of its own: they are not handed on.
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from controller.api import meta
 from controller.api.backend import CONTAINERS
+from controller.api.labels import OWN_LABELS, OWN_PREFIXES
 from controller.api.problems import Problem, shown
 from controller.api.run import AlignmentRun
 from controller.api.template import Template
@@ -33,8 +34,13 @@ SERVER = "server"
 
 
 def handed_on(labels: Mapping[str, str]) -> dict[str, str]:
-    """A run's labels, to what is made for it."""
-    return {key: value for key, value in labels.items() if not _is_foreign(key) or key == LONGEST}
+    """A run's labels, to what is made for it: those by which nobody knows what is whose."""
+    return {key: value for key, value in labels.items() if key == LONGEST or not (_is_foreign(key) or _is_own(key))}
+
+
+def _is_own(key: str) -> bool:
+    """What is made for a run has these from the operator, or not at all."""
+    return key.startswith(OWN_PREFIXES) or key in OWN_LABELS
 
 
 def _is_foreign(key: str) -> bool:

@@ -121,10 +121,14 @@ def _mark(run: str, phase: str) -> str:
     return "x" + "".join(ALPHABET[number >> shift & 31] for shift in range(0, MARK_BITS, 5))
 
 
+def kin(run: str) -> dict[str, str]:
+    """Of all that is made for a run, in the words that Kubernetes recommends."""
+    return {meta.LABEL_NAME: "alignment-trainer", meta.LABEL_PART_OF: run}
+
+
 def job_labels(run: str, phase: str, type_name: str, attempt: int) -> dict[str, str]:
     return {
-        meta.LABEL_NAME: "alignment-trainer",
-        meta.LABEL_PART_OF: run,
+        **kin(run),
         meta.LABEL_COMPONENT: type_name,
         meta.LABEL_MANAGED_BY: meta.PRODUCT,
         meta.LABEL_RUN: run,

@@ -10,6 +10,7 @@ from controller.backends.cluster.references import reference
 from controller.kube.answers import ApiError, Conflict
 from controller.kube.api import Api
 from controller.plan.foreign import handed_on
+from controller.plan.job import kin
 from trainers.contract import DEFAULT_METRICS_PORT
 
 Object = dict[str, Any]
@@ -64,7 +65,7 @@ def policy(run: AlignmentRun, readers: Sequence[Object]) -> Object:
         "metadata": {
             "name": f"{run.name}-{run.metadata.uid[:8]}",
             "namespace": run.metadata.namespace or "default",
-            "labels": {**handed_on(run.metadata.labels), **own["matchLabels"], meta.LABEL_PART_OF: run.name},
+            "labels": {**handed_on(run.metadata.labels), **own["matchLabels"], **kin(run.name)},
             "ownerReferences": [reference(run.name, run.metadata.uid)],
         },
         "spec": {
