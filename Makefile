@@ -79,8 +79,8 @@ bench-gpu: $(VENV)/.dev ## The same on a GPU, with models of 0.5B and 1.5B of re
 PEERS = $(ONLY:%=--only %) $(BATCHES:%=--batches %) $(RESUME:%=--resume) $(THREADS:%=--threads %)
 bench: PEERS += $(ROUNDS:%=--rounds %) $(STEPS:%=--steps %)
 
-bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, ENDED that have ended, TRAINING that train and of which RATES a second end a phase, on fake nodes
-	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) ENDED=$(or $(ENDED),2000) TRAINING=$(or $(TRAINING),200) RATES="$(or $(RATES),2 5)" \
+bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, ENDED that have ended, TRAINING that train and of which RATES a second end a phase beside QUEUED that wait, on fake nodes
+	RUNS=$(or $(RUNS),200) PHASES=$(or $(PHASES),2) ENDED=$(or $(ENDED),2000) TRAINING=$(or $(TRAINING),200) QUEUED=$(or $(QUEUED),200) RATES="$(or $(RATES),2 5)" \
 	  $(BIN)/pytest -q -s tests/operator/test_scale.py -k "many_runs or ended or train"
 
 soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, whole clusters that break, upgrades: two hours

@@ -224,6 +224,14 @@ class PhaseStatus(StatusModel):
         """Attempts so far, with those that others stand for."""
         return sum(attempt.times for attempt in self.attempts)
 
+    @property
+    def waits_in_queue(self) -> bool:
+        """What nothing queues (:class:`QueueState`) may run, and has then been seen to."""
+        if self.state != PhaseState.RUNNING or self.queue is None or self.queue.state == QueueState.ADMITTED:
+            return False
+        begun = bool(self.attempts) and self.attempts[-1].started_at is not None
+        return not (begun and self.queue.state == QueueState.MISSING)
+
 
 class RetryStatus(StatusModel):
     """The last request to try again (the annotation `alignment.dev/retry`)."""

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from controller.api.status import PhaseProgress, PhaseState, PhaseStatus, QueueState, RunStatus
+from controller.api.status import PhaseProgress, PhaseState, PhaseStatus, RunStatus
 from controller.plan.verdict import duration
 
 QUEUED = "Queued"
@@ -60,14 +60,9 @@ def status_table(status: RunStatus, now: datetime) -> Table:
     return table
 
 
-def waits_in_queue(phase: PhaseStatus) -> bool:
-    """Without a queue it may run (:class:`QueueState`)."""
-    return phase.queue is not None and phase.queue.state not in (QueueState.ADMITTED, QueueState.MISSING)
-
-
 def state_word(phase: PhaseStatus) -> str:
     """Reused results never ran here, and what waits in a queue does not run yet."""
-    if phase.state == PhaseState.RUNNING and waits_in_queue(phase):
+    if phase.waits_in_queue:
         return QUEUED
     reused = phase.state == PhaseState.SUCCEEDED and not phase.attempts
     return "Reused" if reused else str(phase.state)

@@ -29,12 +29,14 @@ from controller.memory import Key, Memory
 from controller.operator import events
 from controller.operator.certainty import has_to_be_read, to_do
 from controller.operator.defaults import Defaults
+from controller.operator.in_line import InLine
 from controller.operator.meter import OperatorMetrics
 from controller.operator.specs import Specs
 from controller.plan.decide import Decision, decide, going, is_final, is_terminal, refused, rests
 from controller.plan.leftovers import next_chore
 from controller.plan.observed import Observed
 from controller.plan.shapes import Configs
+from controller.plan.verdict import in_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ POLLS_PER_SECOND = 20.0
 
 
 class RemembersToo(Backend, Protocol):
-    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
-        """From memory unless ``anew``."""
+    async def observe(self, run: AlignmentRun, anew: bool = True, words: bool = True) -> Observed:
+        """From memory unless ``anew``. ``words``: queues are asked about jobs that still wait."""
 
 
 ConfigsOf = Callable[[Key, AlignmentRun], Configs]
@@ -75,6 +77,7 @@ class Reconciler:
         self.configs = configs
         self._clock = clock
         self._moving: set[Key] = set()
+        self._in_line = InLine(poll, clock)
         self._progress_told: dict[Key, float] = {}
         """When a run's progress was last written."""
         self._silent: dict[Key, float] = {}
@@ -107,33 +110,46 @@ class Reconciler:
         def think(observed: Observed) -> Decision:
             return decide(run, replace(observed, configs=configs), now)
 
-        decision = await self._carry_out(key, run, document, think)
+        asked = self._in_line.asks(key, in_line(before))
+        decision = await self._carry_out(key, run, document, think, asked)
         self.metrics.run_seen(key, run, decision.status)
         if decision.delete_run:
             await self._delete(key, document)
         # Also while something is only on its way out: that a pod will not come back shows by its silence alone.
         moving = bool(decision.actions) or (going(decision.status) and not is_terminal(decision.status))
-        waits = [wait for wait in (decision.requeue_after, self._poll(key, moving)) if wait is not None]
+        again = self._again(key, moving, in_line(decision.status) and not decision.actions, asked)
+        waits = [wait for wait in (decision.requeue_after, again) if wait is not None]
         return min(waits, default=None)
 
-    def _poll(self, key: Key, moving: bool) -> timedelta | None:
+    def _again(self, key: Key, moving: bool, waits: bool = False, asked: bool = True) -> timedelta | None:
+        """``waits``: for its queue, and does nothing else. ``asked``: the queue, just now."""
         if not moving:
             self._forget(key)
             return None
+        if waits:
+            self._moving.discard(key)
+            return self._in_line.again(key, asked)
+        self._in_line.forget(key)
         self._moving.add(key)
         return max(self.poll, timedelta(seconds=len(self._moving) / POLLS_PER_SECOND))
 
     def _forget(self, key: Key) -> None:
         self._moving.discard(key)
+        self._in_line.forget(key)
         self._progress_told.pop(key, None)
         self._silent.pop(key, None)
 
     async def _carry_out(
-        self, key: Key, run: AlignmentRun, document: Object, think: Callable[[Observed], Decision]
+        self,
+        key: Key,
+        run: AlignmentRun,
+        document: Object,
+        think: Callable[[Observed], Decision],
+        words: bool = True,
     ) -> Decision:
         """The status is saved before anything is done: a crash in between asks again, and never forgets a failure."""
         before = run.status or RunStatus()
-        observed = await self.backend.observe(run, anew=False)
+        observed = await self.backend.observe(run, anew=False, words=words)
         decision = think(observed)
         if self._only_progress(key, before, decision, think, observed):
             return decision
@@ -230,7 +246,7 @@ class Reconciler:
         now = self.now()
         decision = await self._carry_out(key, run, document, lambda seen: refused(run, before, message, seen, now))
         self.metrics.run_seen(key, None, decision.status)
-        return self._poll(key, going(decision.status))
+        return self._again(key, going(decision.status))
 
 
 def as_far_as_known(document: Object) -> AlignmentRun:

@@ -144,6 +144,12 @@ def summary(status: RunStatus) -> dict[str, str | int]:
     return columns
 
 
+def in_line(status: RunStatus) -> bool:
+    """Whether all that has begun waits for its queue."""
+    running = [phase for phase in status.phases if phase.state == PhaseState.RUNNING]
+    return bool(running) and all(phase.waits_in_queue for phase in running)
+
+
 def _percent(phases: Sequence[PhaseStatus]) -> int:
     """Phases count alike: how long the next one takes is not known before it runs."""
     return int(100 * sum(map(_done, phases)) / len(phases)) if phases else 0
@@ -160,7 +166,7 @@ def _phase_column(status: RunStatus, running: Sequence[PhaseStatus]) -> str:
     for kind in (meta.SUCCEEDED, meta.FAILED, meta.SUSPENDED):
         if status.is_true(kind):
             return kind
-    if running and all(p.queue is not None and p.queue.state != QueueState.ADMITTED for p in running):
+    if in_line(status):
         return "Queued"
     if running:
         return ",".join(p.name for p in running)

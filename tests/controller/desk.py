@@ -69,15 +69,18 @@ class Backend:
     looks: int = 0
     anew: int = 0
     """How many of them asked the API server."""
+    words: int = 0
+    """How many of the others asked queues."""
     lost: bool = False
     queues: list[str | None] = field(default_factory=list)
     workspaces: list[Workspace | None] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
+    async def observe(self, run: AlignmentRun, anew: bool = True, words: bool = True) -> Observed:
         self.looks += not anew
         self.anew += anew
+        self.words += words and not anew
         return self.view
 
     async def apply(self, run: AlignmentRun, job: PhaseJob) -> None:

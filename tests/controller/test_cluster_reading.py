@@ -169,11 +169,13 @@ def test_a_table_shows_messages_as_they_are_and_counts_no_time_of_what_rests() -
     ("state", "word", "said"),
     [
         ("Pending", "Queued", "queued: no quota"), ("Preempted", "Queued", "queued: no quota"),
-        ("Admitted", "Running", "started"), ("Missing", "Running", "started"),
+        ("Admitted", "Running", "started"), ("Missing", "Queued", "queued: no quota"), ("Missing, runs", "Running", "started"),
     ],
 )  # fmt: skip
 def test_what_waits_in_a_queue_is_not_said_to_run(state: str, word: str, said: str) -> None:
-    (found,) = run(phase("a", "Running", attempt(), queue={"state": state, "message": "no quota"})).status.phases
+    begun = attempt(startedAt=NOW if "runs" in state else None)
+    queue = {"state": state.partition(",")[0], "message": "no quota"}
+    (found,) = run(phase("a", "Running", begun, queue=queue)).status.phases
     assert (state_word(found), transition(found)) == (word, said)
 
 

@@ -117,6 +117,18 @@ def train(cluster: Cluster, operator: OperatorProcess, namespace: str, count: in
     cluster.wait(lambda: seen(operator, namespace, "Running") >= count, 60 + count, wanted, every=1.0)
 
 
+def wait_in_a_queue(cluster: Cluster, operator: OperatorProcess, namespace: str, count: int) -> float:
+    """So many runs whose jobs nobody admits; seconds until all are seen to wait."""
+    runs = [scripted(f"queued-{i}") for i in range(count)]
+    for run in runs:
+        run["spec"]["queueName"] = "full"
+    begun = time.monotonic()
+    _side_by_side(cluster, lambda line, number: call(line, "POST", RUNS.format(namespace), runs[number]), count)
+    wanted = f"{count} runs wait in their queue"
+    cluster.wait(lambda: seen(operator, namespace, "Queued") >= count, 60 + count, wanted, every=1.0)
+    return time.monotonic() - begun
+
+
 @dataclass(frozen=True)
 class Successions:
     """Of runs that train, some of which end a phase."""

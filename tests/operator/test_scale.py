@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
-from crowds import add_ended, kopf_started, spent, started, successions, train, trainers
+from crowds import add_ended, kopf_started, spent, started, successions, train, trainers, wait_in_a_queue
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
 from sweep import claim
@@ -14,6 +14,7 @@ RUNS = int(os.environ.get("RUNS", "30"))
 PHASES = int(os.environ.get("PHASES", "2"))
 ENDED = int(os.environ.get("ENDED", "40"))
 TRAINING = int(os.environ.get("TRAINING", "10"))
+QUEUED = int(os.environ.get("QUEUED", "10"))
 RATES = tuple(float(rate) for rate in os.environ.get("RATES", "2").replace(",", " ").split())
 """Ends a second."""
 SECONDS = 60 if "ENDED" in os.environ else 20
@@ -78,13 +79,17 @@ def test_many_runs_at_once(kwok_cluster: Cluster, fake: OperatorProcess, namespa
 
 @pytest.mark.slow
 def test_runs_that_train(kwok_cluster: Cluster, fake: OperatorProcess, namespace: str, tmp_path: Path):
+    """Beside those that wait in a queue for their turn: as many as a cluster has no room for."""
+    waited = wait_in_a_queue(kwok_cluster, fake, namespace, QUEUED)
+    print(f"{QUEUED} runs wait in a queue {waited:.0f} s after the first of them was applied")
     with trainers():
         train(kwok_cluster, fake, namespace, TRAINING)
         driver = Driver(kwok_cluster, namespace)
         for i in range(min(TRAINING, 10)):
             kwok_cluster.wait(lambda i=i: "/100000" in driver.status(f"train-{i}").get("step", ""), 300, "it tells")
         going = spent(fake, SECONDS)
-        print(f"{TRAINING} runs that train: {going}, {1000 * going.cpu_seconds / TRAINING:.1f} ms of CPU a run")
+        each = 1000 * going.cpu_seconds / TRAINING
+        print(f"{TRAINING} runs that train and {QUEUED} that wait: {going}, {each:.1f} ms of CPU a training run")
         notes = tmp_path / "bare" if "TRAINING" in os.environ else None
         for rate in RATES:
             followed = successions(kwok_cluster, fake, namespace, rate, min(SECONDS, TRAINING / 4 / rate), notes)

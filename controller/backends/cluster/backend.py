@@ -72,8 +72,9 @@ class ClusterBackend:
 
     # -- the four methods
 
-    async def observe(self, run: AlignmentRun, anew: bool = True) -> Observed:
-        """From memory, or what the API server holds now: a call for each kind of object. For each live job in a queue one more.
+    async def observe(self, run: AlignmentRun, anew: bool = True, words: bool = True) -> Observed:
+        """From memory, or what the API server holds now: a call for each kind of object. For each live job in a queue one more,
+        without ``words`` only if it has been let go or taken back since.
 
         And one for each attempt whose job is not where it should be, either way.
         """
@@ -82,7 +83,7 @@ class ClusterBackend:
         found = await belongings.gather(source, self.memory, kind, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
-        queues = await self._queues(namespace, jobs, {} if anew else _admitted(run), now)
+        queues = await self._queues(namespace, jobs, {} if anew else _said(run, words), now)
         seen = [
             await self._explained(
                 replace(
@@ -230,11 +231,12 @@ class ClusterBackend:
     async def _queues(
         self, namespace: str, jobs: Sequence[Object], known: Mapping[str, QueueStatus], now: datetime
     ) -> dict[str, QueueStatus]:
-        """``known``: what is said of jobs that were let go. Their queue suspends them before it says anything else."""
+        """``known``: what has been said. Their queue suspends jobs that it had let go before it says anything else."""
         statuses: dict[str, QueueStatus] = {}
         for job in jobs:
-            if _name(job) in known and not observe.is_suspended(job):
-                statuses[_name(job)] = known[_name(job)]
+            said = known.get(_name(job))
+            if said is not None and (said.state == QueueState.ADMITTED) != observe.is_suspended(job):
+                statuses[_name(job)] = said
             elif (observe.is_queued(job) or observe.is_suspended(job)) and not observe.ended(job):
                 found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
                 workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
@@ -268,11 +270,11 @@ def begun_with(run: AlignmentRun, job: PhaseJob) -> str:
     return known.image if known is not None and known.digest == job.digest else ""
 
 
-def _admitted(run: AlignmentRun) -> dict[str, QueueStatus]:
-    """By the names of their jobs."""
+def _said(run: AlignmentRun, words: bool) -> dict[str, QueueStatus]:
+    """By the names of their jobs: of those that were let go, and without ``words`` of those that wait."""
     phases = [phase for phase in (run.status.phases if run.status else ()) if phase.attempts]
     queues = {phase.attempts[-1].job: phase.queue for phase in phases if phase.queue is not None}
-    return {name: queue for name, queue in queues.items() if name and queue.state == QueueState.ADMITTED}
+    return {name: queue for name, queue in queues.items() if name and (not words or queue.state == QueueState.ADMITTED)}
 
 
 def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:
