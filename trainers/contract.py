@@ -33,6 +33,9 @@ KEEPER_VARIABLE = "ALIGNMENT_SERVER_KEEPER"
 RUN_UID_VARIABLE = "ALIGNMENT_RUN_UID"
 ATTEMPT_VARIABLE = "ALIGNMENT_ATTEMPT"
 """Of two attempts of one run, the one with the higher number may write (:mod:`trainers.lease`). Older images know neither."""
+HALVINGS_VARIABLE = "ALIGNMENT_HALVINGS"
+"""How often what memory goes into is halved in the phase file, since attempts before ran out of it (:mod:`trainers.memory_room`).
+Older images know it not and go by the file alone."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the next attempt would go another way.
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,11 @@ from trainers.contract import BadInput
 from trainers.sizing.devices import GIB, usable
 from trainers.sizing.machine import machine_memory
 from trainers.sizing.memory import Memory, Place
-from trainers.sizing.phases import ShapeOf, phase_needs
-from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, with_fewer_rows
+from trainers.sizing.phases import ShapeOf, least_needs
+from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, of_steps, with_fewer_rows
 from trainers.sizing.shapes import ModelShape, UnknownSize, scratch_shape, shape_of
-from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef
+from trainers.smaller import times_halved
+from trainers.spec import ArtifactRef, ModelRef, PhaseSpec, RewardModelRef, grown
 
 if TYPE_CHECKING:
     from trainers.core.context import PhaseContext
@@ -37,7 +37,7 @@ def with_room(ctx: "PhaseContext") -> PhaseSpec:
     own = _device_memory(ctx)
     found = [(_halvings(ctx, spec, own), own)]
     times, memory = max(ctx.workers.gather_objects(found))
-    fewer = with_fewer_rows(spec, times)
+    fewer = of_steps(with_fewer_rows(spec, times), ctx.workers.world, times_halved())
     if times and ctx.workers.is_main:
         print(
             f"{most_rows(fewer)} responses are sampled side by side instead of sampling.batchSize {most_rows(spec)}: "
@@ -48,30 +48,27 @@ def with_room(ctx: "PhaseContext") -> PhaseSpec:
 
 def _halvings(ctx: "PhaseContext", spec: PhaseSpec, memory: int) -> int:
     try:
-        return halvings(spec, _place(ctx), lambda ref: _shape(ctx, ref), memory)
+        return halvings(spec, _place(ctx), lambda ref: _shape(ctx, ref), memory, times_halved())
     except UnknownSize:
         return 0
 
 
-def halvings(spec: PhaseSpec, place: Place, shape_of: ShapeOf, memory: int) -> int:
-    """Of rows, until the phase fits into so many bytes of a device, or as often as it helps."""
-    room = usable(memory, place.gpu)
+def halvings(spec: PhaseSpec, place: Place, shape_of: ShapeOf, memory: int, halved: int = 0) -> int:
+    """Of rows, until the phase fits into so many bytes of a device, or as often as it helps.
+
+    Of what was asked for before that was ``halved``: half of what does not fit may fit as it is, and be what has run out of
+    memory before.
+    """
+    room, asked = usable(memory, place.gpu), grown(spec, halved)
 
     def total(fewer: PhaseSpec) -> int:
-        return _needed(fewer, place, shape_of).total
+        return least_needs(fewer, place, shape_of)[0].memory.total
 
-    found = halvings_that_fit(spec, lambda fewer: total(fewer) <= room)
+    found = halvings_that_fit(asked, lambda fewer: total(fewer) <= room)
     if found is not None:
         return found
-    _check_one(_needed(with_fewer_rows(spec, most_rows(spec).bit_length()), place, shape_of), memory)
-    return halvings_that_help(spec, total)
-
-
-def _needed(spec: PhaseSpec, place: Place, shape_of: ShapeOf) -> Memory:
-    """With whole weights, or on a GPU with layers that are gathered for every token, if that takes less."""
-    places = [replace(place, by_layers=by_layers) for by_layers in ((False, True) if place.gpu else (False,))]
-    found = (phase_needs(spec, place, shape_of) for place in places)
-    return min((needs.memory for needs in found if needs is not None), key=lambda memory: memory.total)
+    _check_one(least_needs(with_fewer_rows(spec, most_rows(spec).bit_length()), place, shape_of)[0].memory, memory)
+    return halvings_that_help(asked, total)
 
 
 def _check_one(least: Memory, memory: int) -> None:

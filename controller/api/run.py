@@ -85,7 +85,7 @@ class FailurePolicy(SpecModel):
     refill_on_progress: bool = True
     """An attempt that saves a later checkpoint than all before it gives back the retries that the platform has cost so far (`infrastructure`, `interrupted`, `startupTimeout`, `stalled`): what is lost again and again and still gets on may take weeks. A budget of 0 stays 0."""
     halve_on_out_of_memory: bool = True
-    """An attempt after one that ran out of memory has half of its `parallel.microBatchTokens` and `sampling.batchSize`, on which the result does not depend."""
+    """An attempt after one that ran out of memory has half of its `parallel.microBatchTokens` and half as many responses side by side as it had, on which the result does not depend."""
     backoff: Backoff = Backoff()
     """Wait between attempts."""
     phase_deadline_seconds: float | None = Field(default=None, gt=0)

@@ -121,7 +121,7 @@ class Attempt(StatusModel):
     settings: str = ""
     """Mark of all its settings, those that cannot change a result included: failures of other ones do not count."""
     halvings: int = 0
-    """How often `microBatchTokens` and `sampling.batchSize` were halved for it, because attempts before ran out of memory."""
+    """How often `microBatchTokens` and the responses side by side were halved for it, because attempts before ran out of memory."""
     nodes: int = 0
     """Pods it was started with; 0 is not known."""
     times: int = 1

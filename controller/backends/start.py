@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from controller.plan.job import PhaseJob
+from trainers.contract import HALVINGS_VARIABLE
 
 DEFAULTS = {
     # Folders named like packages in the working directory must not be imported.
@@ -29,4 +30,5 @@ def program(job: PhaseJob, phase_file: PurePath | str, *torchrun: str) -> list[s
 
 def environment(job: PhaseJob, defaults: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
     """What a run's own `env` may change, that, and what it may not."""
-    return {**DEFAULTS, **defaults, **{item.name: item.value for item in job.template.env}, **ours}
+    own = {item.name: item.value for item in job.template.env}
+    return {**DEFAULTS, **defaults, **own, **ours, HALVINGS_VARIABLE: str(job.halvings)}

@@ -47,6 +47,8 @@ class PhaseJob:
     """How long a node may be silent before its part of the job is given up."""
     avoid_nodes: tuple[str, ...] = ()
     """Nodes on which earlier attempts failed."""
+    halvings: int = 0
+    """Of what memory goes into, which the settings have already."""
     labels: Mapping[str, str] = field(default_factory=dict)
     alone: bool = True
     """Nothing else runs or could run beside it now. A hint for sharing one machine; not part of what is asked for."""
@@ -95,6 +97,7 @@ def build_job(
         queue_priority=run.spec.queue_priority,
         node_lost_seconds=run.spec.failure_policy.node_lost_seconds,
         avoid_nodes=avoid_nodes,
+        halvings=halvings,
         labels={**handed_on(run.metadata.labels), **job_labels(run.name, phase.name, phase.type.name, attempt)},
         alone=alone,
     )

@@ -13,11 +13,11 @@ from controller.plan.resolve import ResolvedPhase, resolve
 from controller.plan.shapes import Configs, Shapes
 from trainers.sizing.devices import CPU_RESERVE, GIB, PRODUCT_LABEL, product_memory, usable
 from trainers.sizing.memory import Memory, Place
-from trainers.sizing.phases import Needs, ShapeOf, phase_needs
-from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, with_fewer_rows
+from trainers.sizing.phases import Needs, ShapeOf, phase_needs, ways
+from trainers.sizing.rows import halvings_that_fit, halvings_that_help, most_rows, of_steps, with_fewer_rows
 from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import UnknownSize
-from trainers.spec import PhaseSpec, shrunk
+from trainers.spec import PhaseSpec, grown, shrunk
 
 GPU = "nvidia.com/gpu"
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
@@ -72,7 +72,7 @@ class PhaseSize:
     advice: str = ""
     """What would fit, if this does not."""
     by_layers: bool = False
-    """Whether it fits only because sampling gathers layers for every token, where whole weights do not fit."""
+    """Whether sampling gathers layers for every token, since whole weights do not fit."""
     rows: tuple[int, int] | None = None
     """Responses side by side, where it fits only with fewer than `sampling.batchSize` allows, and how many that are."""
 
@@ -107,66 +107,54 @@ def run_sizes(
     ``extents``: of the phases whose attempts have less than was asked for. ``here``: bytes of a machine without GPUs, if the
     run would be one of it.
     """
-    shape_of = Shapes(run, configs).of
-    phases = [_on(phase, (extents or {}).get(phase.name)) for phase in resolve(run)]
-    found = ((phase.name, phase_size(phase, shape_of, zero_files or {}, here)) for phase in phases)
-    return {name: size for name, size in found if size is not None}
+    shape_of, found = Shapes(run, configs).of, {}
+    for phase in resolve(run):
+        extent = (extents or {}).get(phase.name, Extent(phase.nodes))
+        found[phase.name] = phase_size(_on(phase, extent.nodes), shape_of, zero_files or {}, here, extent.halvings)
+    return {name: size for name, size in found.items() if size is not None}
 
 
-def _on(phase: ResolvedPhase, extent: Extent | None) -> ResolvedPhase:
-    if extent is None:
-        return phase
-    template = phase.template.model_copy(update={"nodes": extent.nodes})
-    return replace(phase, spec=shrunk(phase.spec, extent.halvings), template=template)
+def _on(phase: ResolvedPhase, nodes: int) -> ResolvedPhase:
+    return replace(phase, template=phase.template.model_copy(update={"nodes": nodes}))
 
 
 def phase_size(
-    phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles, here: int | None = None
+    phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles, here: int | None = None, halved: int = 0
 ) -> PhaseSize | None:
+    """``halved``: for an attempt after so many that ran out of memory."""
     device = device_of(phase.template, here)
     place = place_of(phase, device, zero_files)
+    size = PhaseSize(phase.name, place.world, device)
     try:
         needs = phase_needs(phase.spec, place, shape_of)
     except UnknownSize as error:
-        return PhaseSize(phase.name, place.world, device, unknown=str(error))
+        return replace(size, unknown=str(error))
     if needs is None:
         return None
-    size = PhaseSize(phase.name, place.world, device, needs)
-    if size.fits is not False:
-        return size
-    return _sampling_with_less(phase, size, place, shape_of) or replace(
-        _with_fewest_rows(phase, size, place, shape_of), advice=_advice(phase, device, shape_of, zero_files)
-    )
+    found = _as_tried(phase, replace(size, needs=needs), place, shape_of, halved)
+    return replace(found, advice=_advice(phase, device, shape_of, zero_files)) if found.fits is False else found
 
 
-def _sampling_with_less(phase: ResolvedPhase, size: PhaseSize, place: Place, shape_of: ShapeOf) -> PhaseSize | None:
-    """Layer by layer on GPUs, or with fewer responses side by side: as the phase itself goes about it
+def _as_tried(phase: ResolvedPhase, size: PhaseSize, place: Place, shape_of: ShapeOf, halved: int) -> PhaseSize:
+    """Layer by layer on GPUs, or with fewer responses side by side, or with what needs least: as the phase itself goes about it
     (`trainers/core/gathering.py`, `trainers/memory_room.py`), which knows how large its device is.
     """
 
     def sized(spec: PhaseSpec) -> PhaseSize:
-        ways = [replace(place, by_layers=by_layers) for by_layers in ((False, True) if place.gpu else (False,))]
-        found = [replace(size, needs=phase_needs(spec, way, shape_of), by_layers=way.by_layers) for way in ways]
-        return next((some for some in found if some.fits is not False), size)
+        found = [replace(size, needs=phase_needs(spec, way, shape_of), by_layers=way.by_layers) for way in ways(place)]
+        return next((some for some in found if some.fits is not False), min(found, key=_total))
 
-    halvings = halvings_that_fit(phase.spec, lambda spec: sized(spec).fits is not False)
-    if halvings is None:
-        return None
-    fewer = with_fewer_rows(phase.spec, halvings)
-    return replace(sized(fewer), rows=(most_rows(fewer), most_rows(phase.spec)) if halvings else None)
+    asked = grown(shrunk(phase.spec, halved), halved)  # all that the phase knows of it
+    times = halvings_that_fit(asked, lambda spec: sized(spec).fits is not False)
+    if times is None:
+        times = halvings_that_help(asked, lambda spec: _total(sized(spec)))
+    tried = of_steps(shrunk(with_fewer_rows(asked, times), halved), place.world, halved)
+    return replace(sized(tried), rows=(most_rows(tried), most_rows(phase.spec)) if times else None)
 
 
-def _with_fewest_rows(phase: ResolvedPhase, size: PhaseSize, place: Place, shape_of: ShapeOf) -> PhaseSize:
-    """What it needs at the least, as it tries it in spite of its plan."""
-
-    def needs(spec: PhaseSpec) -> Needs:
-        found = phase_needs(spec, place, shape_of)
-        assert found is not None
-        return found
-
-    halvings = halvings_that_help(phase.spec, lambda spec: needs(spec).memory.total)
-    fewer = with_fewer_rows(phase.spec, halvings)
-    return replace(size, needs=needs(fewer), rows=(most_rows(fewer), most_rows(phase.spec))) if halvings else size
+def _total(size: PhaseSize) -> int:
+    assert size.needs is not None
+    return size.needs.memory.total
 
 
 def states_memory(run: AlignmentRun) -> bool:
@@ -281,9 +269,10 @@ def sentence(size: PhaseSize) -> str:
     if size.rows is not None:
         few, wanted = size.rows
         said += f" with {few} response{'s' * (few != 1)} side by side instead of {wanted}"
-    if size.by_layers:
-        return f"{said}; {BY_LAYERS}"
-    return f"{said}, which does not fit; {size.advice}" if size.fits is False else said
+    if size.fits is not False:
+        return f"{said}; {BY_LAYERS}" if size.by_layers else said
+    said += ", with layers gathered for every token" if size.by_layers else ""
+    return f"{said}, which does not fit; {size.advice}"
 
 
 def _of(size: PhaseSize) -> str:

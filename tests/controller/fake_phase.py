@@ -49,7 +49,8 @@ def end(failure: FailureClass | None, message: str = "") -> None:
 
 def main() -> None:
     print(f"{file.phase} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
-    print(f"{file.phase} tokens {spec.parallel.micro_batch_tokens}", flush=True)
+    halved = os.environ["ALIGNMENT_HALVINGS"]
+    print(f"{file.phase} tokens {spec.parallel.micro_batch_tokens}, halved {halved} times", flush=True)
     if "FAKE_CHILD" in os.environ:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     write_atomic(directory.identity, json.dumps(identity.document()))

@@ -217,7 +217,7 @@ def test_an_attempt_after_running_out_of_memory_takes_half(bench: Bench) -> None
     status, output = bench.run("run", "run.yaml", *settings, FAKE_FAIL_BASE="OutOfMemory")
     assert status == 1, output
     for attempt, tokens in enumerate((8192, 4096, 2048, 1024), 1):
-        assert f"base tokens {tokens}\n" in bench.log("base", attempt)
+        assert f"base tokens {tokens}, halved {attempt - 1} times\n" in bench.log("base", attempt)
     record = yaml.safe_load((bench.workspace / "test/status.json").read_text())["phases"][0]["attempts"][-1]
     assert record["halvings"] == 3
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from builders import START, after, digests, make_run, seen, sft
+from builders import START, after, digests, make_run, seen, sft, with_status
 from builders import job as attempt
 from pods import job, pod, said, terminated
 
@@ -27,8 +27,8 @@ WORK = Defaults(workspace=Workspace(claim_name="work"))
 RUNNING = {"startedAt": "2026-01-01T00:01:00Z"}
 
 
-def rendered(run):
-    [action] = [a for a in decide(WORK.applied(run), seen(), START).actions if isinstance(a, Apply)]
+def rendered(run, now=START, *jobs):
+    [action] = [a for a in decide(WORK.applied(run), seen(*jobs), now).actions if isinstance(a, Apply)]
     return render(action.job, OWNER, Settings("trainer:1"))
 
 
@@ -70,6 +70,15 @@ class TestRender:
             rendered(make_run(sft("base"), template={"env": [{"name": "ALIGNMENT_ATTEMPT", "value": "9"}]}))
         )
         assert (variables["ALIGNMENT_RUN_UID"], variables["ALIGNMENT_ATTEMPT"]) == ("uid-1", "1")
+
+    def test_an_attempt_knows_how_often_it_is_halved(self):
+        """By its environment: a trainer that does not know it goes by the settings, which are halved already."""
+        run = make_run(sft("base"), template={"env": [{"name": "ALIGNMENT_HALVINGS", "value": "9"}]})
+        assert environment(rendered(run))["ALIGNMENT_HALVINGS"] == "0"
+        oom = FailureClass.OUT_OF_MEMORY
+        failed = attempt(run, "base", 1, JobState.FAILED, failure=oom, finished_at=START)
+        run = with_status(run, decide(WORK.applied(run), seen(failed), START))
+        assert environment(rendered(run, after(3600), failed))["ALIGNMENT_HALVINGS"] == "1"
 
     def test_several_pods_meet_at_the_first_worker(self):
         document = rendered(make_run(sft("base"), template={"nodes": 2, "procsPerNode": 4}))

@@ -10,6 +10,7 @@ from controller.api.run import AlignmentRun
 from controller.cli import app
 from controller.commands.sizes import count, fewer_rows, markdown_lines, plain_lines, remarks, sizes_here
 from controller.operator.events import transitions
+from controller.plan.attempts import Extent
 from controller.plan.decide import decide
 from controller.plan.observed import Observed
 from controller.plan.sizes import PhaseSize, run_sizes, sentence, shown
@@ -54,6 +55,19 @@ def test_fewer_responses_at_once():
     phase["rollout"]["sampling"] = {"batchSize": size.rows[0]}
     alone = one(phase)
     assert (alone.fits, alone.rows, alone.needs) == (True, None, size.needs)
+
+
+def test_attempts_after_running_out_of_memory_are_told_with_half_of_what_the_one_before_had():
+    data = {**PROMPTS, "maxPromptLength": 4096}
+    phase = {"name": "traces", "rollout": {"policy": {"source": "org/big"}, "data": data}}
+    phase["rollout"]["sampling"] = {"batchSize": 512}
+    run = make_run(phase, template=EIGHT_H100)
+    sizes = [run_sizes(run, CONFIGS, extents={"traces": Extent(1, halved)})["traces"] for halved in range(3)]
+    assert sizes[0] == one(phase)
+    few = sizes[0].rows[0]
+    assert [size.rows for size in sizes] == [(few, 512), (few // 2, 512), (few // 4, 512)]
+    caches = [size.needs.memory.cache for size in sizes]
+    assert caches[0] > caches[1] > caches[2]
 
 
 def test_layers_are_computed_again_before_passes_get_tiny():
@@ -101,6 +115,12 @@ def test_sampling_by_layers_is_advised_where_no_device_holds_whole_weights():
     assert size.advice.endswith("layers are gathered for every token, which is slow")
     phase["rollout"]["parallel"] = {"frozen": "sharded"}
     assert seventy(phase).fits is True
+    # Where not even that fits it is what the phase tries.
+    tight = one(phase, {("org/70b", None): SEVENTY}, EIGHT_H100 | {"gpuMemory": "18Gi"})
+    assert (tight.fits, tight.by_layers, tight.rows) == (False, True, (1, 16))
+    assert shown(tight.needs.memory.total) == "20 GiB", "an eighth of 131, and a layer with the head"
+    said = " of 18 GiB on each of 8 devices with 1 response side by side instead of 16, with layers gathered for every token"
+    assert f"{said}, which does not fit; " in sentence(tight)
 
 
 def test_nothing_that_would_fit():

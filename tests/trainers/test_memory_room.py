@@ -3,19 +3,23 @@
 import json
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 
 from trainers import memory_room
-from trainers.contract import BadInput
+from trainers.contract import HALVINGS_VARIABLE, BadInput
+from trainers.core import rollouts
 from trainers.memory_room import halvings
+from trainers.phases.ppo.spec import PpoSpec
 from trainers.phases.rollout.parts import Parts
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.sizing.devices import CPU_RESERVE
 from trainers.sizing.machine import machine_memory
 from trainers.sizing.memory import Place
+from trainers.sizing.rows import most_rows, of_steps, with_fewer_rows
 from trainers.sizing.shapes import shape_of
-from trainers.spec import Parallel
+from trainers.spec import Parallel, PhaseSpec, shrunk
 
 LAYERS, HEADS, WIDTH, PROMPT, NEW = 4, 2, 32, 16, 4000
 CONFIG = {
@@ -48,6 +52,33 @@ def test_one_row_that_is_sure_not_to_fit_is_refused_with_the_figures():
         rows(int(GROWING / 1.5))
     assert rows(int(GROWING / 1.05), most=1) == 1, "a plan may be off by so much"
     assert rows(int(GROWING / 1.05)) == 1, "and not all of them because by the plan not even one fits"
+
+
+def of_attempts(phase: PhaseSpec, memory: int, many: int = 8) -> list[int]:
+    """Rows of attempts that each follow one which ran out of memory, from the settings that they are given."""
+    found = []
+    for halved in range(many):
+        given = shrunk(phase, halved)
+        times = halvings(given, Place(Parallel()), lambda ref: shape_of(CONFIG), memory, halved)
+        found.append(most_rows(of_steps(with_fewer_rows(given, times), 1, halved)))
+    return found
+
+
+@pytest.mark.parametrize("room", [300, 100, 60, 24, 6, 1.6, 0.96])
+@pytest.mark.parametrize("most", [64, 101, 5, 1])
+def test_an_attempt_after_one_that_ran_out_of_memory_has_fewer_rows_than_that(most, room):
+    """Where all fit by the plan, where the phase lowers them itself, and where not one fits."""
+    memory = CPU_RESERVE + int(room * GROWING) if room > 1 else int(GROWING / 1.05)
+    counts = of_attempts(spec(most), memory)
+    assert counts[0] == rows(memory, most)
+    assert all(fewer == max(1, more // 2) for more, fewer in pairwise(counts)), "half each, and no less"
+
+
+def test_rows_of_steps_that_have_fewer_responses_than_allowed_are_fewer_each_time_too():
+    data = {"prompts": [{"files": "prompts.jsonl"}], "maxPromptLength": PROMPT}
+    models = {"policy": {"source": "m"}, "rewardModel": {"source": "m"}, "sampling": {"batchSize": 512}}
+    ppo = PpoSpec.model_validate({**models, "data": data, "iterations": 1, "batchSize": 24})
+    assert of_attempts(ppo, 2**40, 5) == [512, 12, 6, 3, 1], "the first has 24 of 512"
 
 
 @pytest.fixture
@@ -87,6 +118,42 @@ def test_a_phase_goes_with_fewer_also_when_it_resumes_and_says_the_same(
     assert written == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
     assert capfd.readouterr().out.count("2 responses are sampled side by side instead of sampling.batchSize 8") == 2
     assert (output / "traces.jsonl").read_text() == (ample / "traces.jsonl").read_text()
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """How many rows are sampled side by side, of as many as there are."""
+    seen = []
+
+    def generate(model, prompts, sampling, *rest, **more):
+        seen.append((min(len(prompts), sampling.batch_size), len(prompts)))
+        return own(model, prompts, sampling, *rest, **more)
+
+    own = rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", generate)
+    return seen
+
+
+def test_fewer_responses_than_allowed_are_fewer_side_by_side_in_a_next_attempt(
+    run_phase, letters, tiny_model_dir, side_by_side, scarce, tmp_path, monkeypatch
+):
+    output = tmp_path / "run" / "rollout"
+    halved = {**letters, "sampling": {"maxNewTokens": 4, "batchSize": 32}}  # of 64, and there are nine
+    monkeypatch.setenv(HALVINGS_VARIABLE, "1")
+    assert run_phase("rollout", halved, None, output)[0] == 0
+    assert side_by_side == [(4, 4), (4, 4), (1, 1)]
+    side_by_side.clear()
+    rows = [{"synthetic": {"task": "letters", "split": "test", "count": 9}}]
+    models = [{"name": "m", "source": str(tiny_model_dir)}]
+    asked = {"models": models, "benchmarks": [{"name": "n", "length": {}}], "data": {"rows": rows}}
+    asked |= {"sampling": {"maxNewTokens": 4, "batchSize": 32}}
+    assert run_phase("evaluate", asked, None, tmp_path / "run" / "evaluate")[0] == 0
+    assert side_by_side == [(4, 9)]
+    side_by_side.clear()
+    scarce()  # two of eight fit, as above, and ran out of memory
+    again = {**letters, "sampling": {**letters["sampling"], "batchSize": 4}}
+    assert run_phase("rollout", again, None, tmp_path / "again" / "rollout")[0] == 0
+    assert side_by_side == [(1, 1)] * 9
 
 
 def test_the_smallest_limit_of_groups_within_each_other_counts(tmp_path):

@@ -307,3 +307,14 @@ def phase_needs(spec: PhaseSpec, place: Place, shape_of: ShapeOf) -> Needs | Non
     tally = _Tally(place, shape_of)
     count(spec, tally)
     return tally.needs()
+
+
+def ways(place: Place) -> list[Place]:
+    """In which a phase may sample of split models: with whole weights, or on GPUs with layers gathered for every token."""
+    return [replace(place, by_layers=by_layers) for by_layers in ((False, True) if place.gpu else (False,))]
+
+
+def least_needs(spec: PhaseSpec, place: Place, shape_of: ShapeOf) -> tuple[Needs, bool]:
+    """In the way that takes least, and whether that gathers layers. Of a type that holds models."""
+    found = [(phase_needs(spec, way, shape_of), way.by_layers) for way in ways(place)]
+    return min(((needs, slow) for needs, slow in found if needs is not None), key=lambda one: one[0].memory.total)

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from trainers.phases.distill.spec import DistillSpec
+from trainers.phases.ppo.spec import PpoSpec
+from trainers.smaller import of_responses
 from trainers.spec import PhaseSpec, Sampling, find_models, shrunk
 
 P = TypeVar("P", bound=PhaseSpec)
@@ -17,6 +20,14 @@ def halvings_that_help(spec: P, total: Callable[[P], int]) -> int:
     """As often as the phase then needs less: where it never fits by its plan, which may be off by some."""
     totals = [total(with_fewer_rows(spec, times)) for times in range(most_rows(spec).bit_length())]
     return totals.index(min(totals)) if totals else 0
+
+
+def of_steps(spec: P, world: int, halved: int) -> P:
+    """A phase that samples in each of its steps, whose responses may be fewer than ``sampling.batchSize`` allows."""
+    sampling = None
+    if isinstance(spec, PpoSpec | DistillSpec):
+        sampling = of_responses(spec.sampling, -(-spec.batch_size // world), halved)
+    return spec if sampling is None else spec.model_copy(update={"sampling": sampling})
 
 
 def with_fewer_rows(spec: P, halvings: int) -> P:

@@ -4,7 +4,7 @@ This package and every ``phases/*/spec.py`` import no torch, so the controller c
 YAML keys are camelCase, Python names snake_case. Unknown keys are errors.
 """
 
-from trainers.spec.base import SpecModel, find_models, identifying, is_address, members_set, require_one, shrunk
+from trainers.spec.base import SpecModel, find_models, grown, identifying, is_address, members_set, require_one, shrunk
 from trainers.spec.data import (
     MAX_SOURCES,
     DataSource,
@@ -98,6 +98,7 @@ __all__ = [
     "check_engine",
     "check_mixture",
     "find_models",
+    "grown",
     "identifying",
     "is_address",
     "members_set",

@@ -125,6 +125,15 @@ def shrunk(spec: T, times: int, kind: type[SpecModel] = SpecModel) -> T:
     return _rewritten(spec, halved)
 
 
+def grown(spec: T, times: int) -> T:
+    """The largest that, :func:`shrunk` so often, is this one."""
+
+    def doubled(model: SpecModel) -> dict[str, object]:
+        return {name: (getattr(model, name) + 1 << times) - 1 for name in model.SHRINKS}
+
+    return _rewritten(spec, doubled)
+
+
 def _rewritten(model: T, change: Callable[[SpecModel], dict[str, object]]) -> T:
     """A copy in which every model, at any depth, has the fields that ``change`` gives it."""
     fields = {name: getattr(model, name) for name in type(model).model_fields}

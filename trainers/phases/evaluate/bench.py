@@ -31,6 +31,7 @@ from trainers.phases.evaluate.divergence import divergence_sums
 from trainers.phases.evaluate.laboratory import Laboratory, check_room
 from trainers.phases.evaluate.settings import BenchmarkRows
 from trainers.phases.evaluate.subject import Divergence, Loss, NotComparable, Reply
+from trainers.smaller import of_responses, times_halved
 from trainers.spec import NamedModel, Sampling
 
 BLOCK = 512
@@ -185,6 +186,7 @@ class Bench:
             whole = [self._prompt(speaker.chat, row, partial(rows.place, first + i)) for i, row in enumerate(block)]
             prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(block, whole, strict=True)]
             keys = [(ctx.seed, first + i) for i in range(len(block))]
+            sampling = of_responses(sampling, -(-len(block) // ctx.workers.world), times_halved())
             samples = respond(ctx.workers, speaker, prompts, sampling, keys)
             mine = samples[ctx.workers.rank :: ctx.workers.world]
             ctx.meter.count(sum(len(s.ids) for s in mine), len(mine))

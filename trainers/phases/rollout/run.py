@@ -34,6 +34,7 @@ from trainers.files import replaced
 from trainers.phases.rollout.parts import Parts
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.phases.rollout.tokens import check_tokens
+from trainers.smaller import of_responses, times_halved
 
 Row = dict[str, Any]
 
@@ -51,7 +52,9 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     first = ctx.workers.from_main(parts.done)
     prompts = InOrder(data, first // spec.samples_per_prompt)
     total = len(prompts) * spec.samples_per_prompt
-    size = spec.sampling.batch_size * ctx.workers.world
+    own_share = -(-total // ctx.workers.world)
+    sampling = of_responses(spec.sampling, own_share, times_halved())
+    size = sampling.batch_size * ctx.workers.world
     total_steps = -(-total // size)
     ctx.workers.barrier()
     ctx.meter.begin(first // size, total_steps, spec.document())
@@ -70,7 +73,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
             keys = [(ctx.seed, number) for number, _ in chosen]
             asked = [prompt for _, prompt in chosen]
             samples = respond(
-                ctx.workers, policy, asked, spec.sampling, keys, reward_model, spec.parallel.micro_batch_tokens
+                ctx.workers, policy, asked, sampling, keys, reward_model, spec.parallel.micro_batch_tokens
             )
             done = _with_scores(spec, ctx, policy, first, samples)
         step = -(-last // size)
