@@ -124,6 +124,8 @@ class Attempt(StatusModel):
     """How often `microBatchTokens` and the responses side by side were halved for it, because attempts before ran out of memory."""
     nodes: int = 0
     """Pods it was started with; 0 is not known."""
+    takes: dict[str, int] = {}
+    """What all its pods take beside their number, by the name of the resource, until it has ended: whatever the spec says by then."""
     times: int = 1
     """How many failed attempts this one stands for: itself, and older ones with the same failure."""
     checkpoint_step: int = 0

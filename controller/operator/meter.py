@@ -91,11 +91,13 @@ class OperatorMetrics:
         for phase in after.phases:
             was = before.phase_status(phase.name)
             self._phase(was, phase)
-            ended = {a.number for a in was.attempts if a.state.ended} if was else set()
+            known = {a.number: a for a in was.attempts} if was else {}
             for attempt in phase.attempts:
                 self._waited(key, phase, attempt)
-                if attempt.state.ended and attempt.number not in ended:
-                    self._used(key, run, phase, attempt)
+                old = known.get(attempt.number)
+                if attempt.state.ended and not (old and old.state.ended):
+                    takes = old.takes if old else {}
+                    self._used(key, run, phase, attempt.model_copy(update={"takes": takes}))
         for phase in before.phases:
             if after.phase_status(phase.name) is None:
                 self._removed(key, run, phase)
@@ -140,9 +142,7 @@ class OperatorMetrics:
 
     def _used(self, key: Key, run: AlignmentRun, phase: PhaseStatus, attempt: Attempt) -> None:
         if attempt.started_at is not None and attempt.finished_at is not None:
-            gpus = gpus_of(run, phase.name, attempt)
-            known = self._series.gpus(key).get(phase.name, 0) if gpus is None else gpus
-            seconds = known * (attempt.finished_at - attempt.started_at).total_seconds()
+            seconds = gpus_of(run, phase.name, attempt) * (attempt.finished_at - attempt.started_at).total_seconds()
             labels = {"namespace": key.namespace, "type": phase.type, "outcome": attempt.state}
             self._of("gpu_seconds_total", **labels).inc(max(seconds, 0.0))
 

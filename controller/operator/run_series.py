@@ -1,7 +1,7 @@
 """Series of each run, as kube-state-metrics has them for Kubernetes' own kinds: what the last look has seen."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -18,8 +18,6 @@ from trainers.contract import FailureClass
 
 Sample = tuple[str, tuple[str, ...], float]
 """A metric's name without its prefix, its label values, its value."""
-
-GPUS = "phase_gpus"
 
 RESULTS = 20_000
 """Final figures that are shown at most. One evaluation of many models has two hundred, and runs stay for months;
@@ -48,7 +46,7 @@ class RunSeries(Collector):
 
     def seen(self, key: Key, state: str, run: AlignmentRun | None, status: RunStatus) -> None:
         """``run`` is None for one that could not be read."""
-        samples = [*_run_samples(key, state, run, status), *(_phases(key, run, status, self.gpus(key)) if run else ())]
+        samples = [*_run_samples(key, state, run, status), *(_phases(key, run, status) if run else ())]
         started = status.started_at.timestamp() if status.started_at else 0.0
         ended = state in ("Succeeded", "Failed")
         self._seen[key] = _Seen(started, ended, samples, list(_results(key, status)))
@@ -56,11 +54,6 @@ class RunSeries(Collector):
         # Now and then: nobody counts what comes and goes.
         if self._ended > 2 * ENDED:
             self._forget_old()
-
-    def gpus(self, key: Key) -> dict[str, int]:
-        """Those of its phases, as they were seen last."""
-        seen = self._seen.get(key)
-        return {labels[2]: int(value) for name, labels, value in seen.samples if name == GPUS} if seen else {}
 
     def gone(self, key: Key) -> None:
         self._seen.pop(key, None)
@@ -108,11 +101,13 @@ def _by_turns(runs: Sequence[tuple[Key, _Seen]]) -> list[tuple[Key, _Seen]]:
     return [(key, seen) for _, key, seen in sorted(turns, key=lambda turn: turn[0])]
 
 
-def gpus_of(run: AlignmentRun, phase: str, attempt: Attempt) -> int | None:
-    """GPUs of a phase's job: what its pods' limits ask for. None of a phase that the spec does not have any more."""
+def gpus_of(run: AlignmentRun, phase: str, attempt: Attempt) -> int:
+    """GPUs of a phase's job, as it says itself, since the spec may be edited; of one of an earlier version, by the spec."""
+    if attempt.takes:
+        return sum(amount for name, amount in attempt.takes.items() if name.endswith("/gpu"))
     entry = next((e for e in run.phases if e.name == phase), None)
     if entry is None:
-        return None
+        return 0
     template = merge_templates(run.spec.template, entry.template)
     limits = template.resources.limits if template.resources else {}
     nodes = attempt.nodes or template.nodes or 1
@@ -128,16 +123,14 @@ def _run_samples(key: Key, state: str, run: AlignmentRun | None, status: RunStat
         yield from _time("run_created", key, run.metadata.creation_timestamp)
 
 
-def _phases(key: Key, run: AlignmentRun, status: RunStatus, before: Mapping[str, int]) -> Iterator[Sample]:
-    """``before``: GPUs of its phases, as they were seen last. A phase that was taken out of the run has them until it is gone."""
+def _phases(key: Key, run: AlignmentRun, status: RunStatus) -> Iterator[Sample]:
     for phase in status.phases:
         labels = (*key, phase.name, phase.type)
         yield "phase_state", (*labels, phase.state), 1.0
         yield from _times("phase", labels, phase.started_at, phase.finished_at)
         yield "phase_attempts", labels, phase.tries
         at_work = [a for a in phase.attempts if not a.state.ended and a.state != AttemptState.ASKED and a.started_at]
-        gpus = gpus_of(run, phase.name, at_work[-1]) if at_work else 0
-        yield GPUS, labels, before.get(phase.name, 0) if gpus is None else gpus
+        yield "phase_gpus", labels, gpus_of(run, phase.name, at_work[-1]) if at_work else 0
         for failure, count in _failures(phase, run.spec.failure_policy).items():
             yield "phase_retries_used", (*labels, failure), count
             yield "phase_retries_allowed", (*labels, failure), budget(run.spec.failure_policy.retries, failure)

@@ -5,18 +5,21 @@ another. Among chains of any shape that is no sum over a list: by Dilworth's the
 weights when as much as possible of each phase's is matched with those of phases after it, which is a flow.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 
 from controller.api.problems import Problem
 from controller.api.quantities import number
 from controller.api.run import AlignmentRun
+from controller.api.status import Attempt, PhaseStatus
 from controller.plan.graph import Edges, dependents
 from controller.plan.once import of_spec
 from controller.plan.resolve import ResolvedPhase, resolve
 
 NODES = "nodes"
+MOST = 10**15
+"""Of one resource: a number that JSON keeps."""
 
 Weights = Mapping[str, int]
 """By phase."""
@@ -46,14 +49,48 @@ def _at_once(run: AlignmentRun) -> dict[str, AtOnce]:
 
 def _taken(phase: ResolvedPhase) -> Iterator[tuple[str, int]]:
     yield NODES, phase.nodes
+    yield from devices_of(phase, phase.nodes).items()
+
+
+def devices_of(phase: ResolvedPhase, nodes: int) -> dict[str, int]:
+    """What its pods take beside their number, by the name of the resource."""
     template, devices = phase.template, dict[str, int]()
     containers = [template.resources]
     if template.server is not None and phase.spec.starts_server:
         containers.append(template.server.resources)
     for resources in filter(None, containers):
         for name, quantity in {**resources.requests, **resources.limits}.items():
-            devices[name] = devices.get(name, 0) + ceil(number(quantity)) * phase.nodes
-    yield from devices.items()
+            devices[name] = min(devices.get(name, 0) + ceil(number(quantity)) * nodes, MOST)
+    return devices
+
+
+# ---------------------------------------------------------------- what goes on
+
+
+def taken_by(statuses: Iterable[PhaseStatus], phases: Iterable[ResolvedPhase]) -> Counter[str]:
+    """By attempts that have not ended: a phase that was edited, suspended or taken out of the run has till then what it had."""
+    known, found = {phase.name: phase for phase in phases}, Counter[str]()
+    for status in statuses:
+        for attempt in status.attempts:
+            if not attempt.state.ended:
+                found.update(_of_attempt(attempt, known.get(status.name)))
+    return found
+
+
+def _of_attempt(attempt: Attempt, phase: ResolvedPhase | None) -> dict[str, int]:
+    """One of an earlier version has not said so."""
+    nodes = attempt.nodes or (phase.nodes if phase else 1)
+    return {NODES: nodes, **(attempt.takes or (devices_of(phase, nodes) if phase else {}))}
+
+
+def too_much(record: Attempt, taken: Mapping[str, int], most: Mapping[str, int]) -> str:
+    """Why an attempt may not begin yet beside what is ``taken``; empty if it may, as alone it always may: the run was checked."""
+    wanted = {NODES: record.nodes, **record.takes}
+    for what, limit in most.items():
+        if (wanted.get(what) or 0) > 0 and taken.get(what, 0) + wanted[what] > limit:
+            still = f"{taken.get(what, 0):,} {what} are still taken by attempts that have not ended"
+            return f"waits: {still}, and a run in this namespace takes at most {limit:,} at once"
+    return ""
 
 
 def heaviest(weights: Weights, graph: Edges) -> AtOnce:

@@ -284,7 +284,11 @@ def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...
     going = [a for a in attempts[:-1] if not a.state.ended]
     taken = [a for a in attempts if a.taken_by and digest in (a.digest, None)][-1:]
     kept = {a.number: a for a in (*_counted(failures), *going, *taken, *last)}
-    return tuple(kept[number] for number in sorted(kept))
+    return tuple(_without_takes(kept[number]) for number in sorted(kept))
+
+
+def _without_takes(record: Attempt) -> Attempt:
+    return record.model_copy(update={"takes": {}}) if record.takes and record.state.ended else record
 
 
 def _counted(failures: Sequence[Attempt]) -> list[Attempt]:

@@ -4,6 +4,7 @@ Pure and total: the same arguments give the same answer, and every combination h
 action having been asked for, only from what is observed; so an action that got lost is asked for again.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -13,6 +14,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import Attempt, AttemptState, PhaseState, PhaseStatus, RunStatus
 from controller.plan import again, clocks, leftovers
 from controller.plan import attempts as history
+from controller.plan.at_once import NODES, devices_of, taken_by, too_much
 from controller.plan.bounded import Bounded, bounded
 from controller.plan.check import check_run
 from controller.plan.conditions import update
@@ -87,7 +89,7 @@ def decide(run: AlignmentRun, observed: Observed, now: datetime, only: Collectio
     halted = _run_is_late(run, started, now)
     steps = _steps(run, phases, before, observed, now, only, halted)
     steps = _with_needs(run, phases, steps, before, observed) | removed_steps(run, before, observed, now)
-    steps, jobs = _start(run, phases, steps, observed.capacity)
+    steps, jobs = _start(run, phases, steps, observed)
     stops: list[Action] = [Delete(name, number) for name, step in steps.items() for number in step.stop]
     status = _status(run, before, steps, started, halted, now)
     stops += [Delete(job.phase, job.attempt) for job in leftovers.outlived(run, before, observed, now)]
@@ -233,23 +235,35 @@ def _extent(run: AlignmentRun, phase: ResolvedPhase, status: PhaseStatus) -> his
 
 
 def _start(
-    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], steps: Mapping[str, Step], capacity: int | None
+    run: AlignmentRun, phases: tuple[ResolvedPhase, ...], steps: Mapping[str, Step], observed: Observed
 ) -> tuple[dict[str, Step], list[PhaseJob]]:
     """Start what is ready while there is room, and ask again for what was asked for and is not there."""
-    live = sum(step.live for step in steps.values())
+    live, capacity = sum(step.live for step in steps.values()), observed.capacity
     ready = [n for n, step in steps.items() if step.status.state == PhaseState.READY and not step.status.held_by]
     room = len(ready) if capacity is None else max(capacity - live, 0)
     alone = live + len(ready) == 1
+    taken = taken_by((step.status for step in steps.values()), phases) if observed.most else Counter[str]()
     updated, jobs = dict(steps), []
     for phase in phases:
         step = steps[phase.name]
         attempt = step.missing
         if phase.name in ready[:room]:
-            attempt = step.next_attempt
-            updated[phase.name] = _asked(run, phase, step, attempt)
+            updated[phase.name], attempt = _begun(run, phase, step, taken, observed.most)
         if attempt is not None:
             jobs.append(_job(run, phase, updated, attempt, alone))
     return updated, jobs
+
+
+def _begun(
+    run: AlignmentRun, phase: ResolvedPhase, step: Step, taken: Counter[str], most: Mapping[str, int]
+) -> tuple[Step, int | None]:
+    """With the number of its attempt, which counts in ``taken`` from now on; without, where that would be too much at once."""
+    asked = _asked(run, phase, step, step.next_attempt)
+    record = asked.status.attempts[-1]
+    if said := too_much(record, taken, most):
+        return replace(step, status=step.status.model_copy(update={"message": said})), None
+    taken.update({NODES: record.nodes, **record.takes})
+    return asked, step.next_attempt
 
 
 def _asked(run: AlignmentRun, phase: ResolvedPhase, step: Step, attempt: int) -> Step:
@@ -257,8 +271,9 @@ def _asked(run: AlignmentRun, phase: ResolvedPhase, step: Step, attempt: int) ->
     next_one = history.following(before, digest, phase.settings, phase.nodes, run.spec.failure_policy)
     nodes, times = next_one.nodes, next_one.halvings
     record = Attempt(
-        number=attempt, digest=digest, settings=phase.settings, halvings=times, nodes=nodes, state=AttemptState.ASKED
-    )
+        number=attempt, digest=digest, settings=phase.settings, halvings=times, nodes=nodes, takes=devices_of(phase, nodes),
+        state=AttemptState.ASKED,
+    )  # fmt: skip
     said = "starting"
     said += f", on {nodes} of {phase.nodes} nodes" if nodes < phase.nodes else ""
     said += f", with what its memory goes into halved {times}x" if times else ""

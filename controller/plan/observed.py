@@ -108,6 +108,8 @@ class Observed:
     """Why an attempt's job may not be made now, by phase and attempt: a quota is full, a right is missing."""
     held: Mapping[str, str] = field(default_factory=dict)
     """What may still write to a phase's folder and is not this run's, by phase."""
+    most: Mapping[str, int] = field(default_factory=dict)
+    """What a run may take at once here: of `nodes`, or of a device by the name of its resource."""
     problems: tuple[str, ...] = ()
     """What makes the run impossible on this backend, one line each."""
     configs: Configs = field(default_factory=dict)

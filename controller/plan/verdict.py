@@ -105,7 +105,8 @@ def _waiting(phases: Sequence[PhaseStatus]) -> Claim:
     waiting = [p.name for p in phases if p.state == PhaseState.BACKING_OFF]
     if waiting:
         return Claim(True, meta.BACKING_OFF, f"will try again: {', '.join(waiting)}")
-    return Claim(True, meta.WAITING_FOR_CAPACITY)
+    held = [f"{p.name}: {p.message}" for p in phases if p.state == PhaseState.READY and p.message]
+    return Claim(True, meta.WAITING_FOR_CAPACITY, "; ".join(held))
 
 
 def _stalled(run: AlignmentRun, phases: Sequence[PhaseStatus], now: datetime) -> Claim:

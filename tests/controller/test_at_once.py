@@ -3,7 +3,7 @@
 from itertools import combinations
 
 import pytest
-from builders import START, dpo, make_run, reward, seen, sft
+from builders import START, after, dpo, job, make_run, reward, seen, sft, started, with_status
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ownership import Shelf, look
@@ -13,8 +13,9 @@ from controller.api.run import AlignmentRun
 from controller.backends.cluster.settings import Settings
 from controller.operator.largest import BadLargest, largest_runs
 from controller.plan.at_once import heaviest, size_problems
-from controller.plan.decide import decide
+from controller.plan.decide import Decision, decide
 from controller.plan.graph import dependents
+from controller.plan.observed import JobState, ObservedJob
 
 GPU = "nvidia.com/gpu"
 SIDE_BY_SIDE = "spec.phases: one, two, reward may run at once"
@@ -118,3 +119,60 @@ def test_the_least_of_what_is_said_of_a_namespace_holds() -> None:
 def test_what_an_operator_cannot_read_is_told(text: str) -> None:
     with pytest.raises(BadLargest, match="--largest-runs"):
         largest_runs(text)
+
+
+# ---------------------------------------------------------------- what goes on while a run is edited
+
+
+def with_gpus(name: str, gpus: int, **more: object) -> dict[str, object]:
+    return {**sft(name), "template": {"resources": {"limits": {GPU: gpus}}}, **more}
+
+
+def looks(most: dict[str, int], *steps: tuple[AlignmentRun, tuple[ObservedJob, ...]]) -> list[Decision]:
+    decisions: list[Decision] = []
+    for at, (run, jobs) in enumerate(steps):
+        known = with_status(run, decisions[-1]) if decisions else run
+        decisions.append(decide(known, seen(*jobs, most=most), after(at)))
+    return decisions
+
+
+OLD = make_run(with_gpus("old", 8))
+EDITS = {
+    "taken out": make_run(with_gpus("new", 8)),
+    "suspended": make_run(with_gpus("old", 8, suspend=True), with_gpus("new", 8)),
+    "asks for less": make_run(with_gpus("old", 1), with_gpus("new", 7)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_a_phase_had_before_an_edit_counts_until_its_attempt_has_ended(edit: str) -> None:
+    """Edit after edit a run could have had any number of GPUs at once, each within the limit."""
+    trains, run = job(OLD, "old", running_since=START), EDITS[edit]
+    *_, waits, still, goes = looks(
+        {GPU: 8, "nodes": 9}, (OLD, ()), (OLD, (trains,)), (run, (trains,)), (run, (trains,)),
+        (run, () if edit != "asks for less" else (job(OLD, "old", state=JobState.FAILED),)),
+    )  # fmt: skip
+    assert (started(waits), started(still)) == ([], [])
+    new = waits.status.phase_status("new")
+    assert new is not None
+    assert new.message == (
+        f"waits: 8 {GPU} are still taken by attempts that have not ended, and a run in this namespace takes at most 8 at once"
+    )
+    assert "new-1" in started(goes)
+    free = looks({}, (OLD, ()), (OLD, (trains,)), (run, (trains,)))
+    assert started(free[-1]) == ["new-1"]
+
+
+def test_what_begins_in_one_look_counts_together() -> None:
+    """Of an operator whose limit was another when the run was looked at last; the run as a whole is refused then."""
+    run = make_run(*(with_gpus(name, 8) for name in ("one", "two", "three")))
+    assert started(decide(run, seen(most={GPU: 16}), START)) == ["one-1", "two-1"]
+
+
+def test_an_attempt_says_what_it_takes_until_it_has_ended() -> None:
+    resources = {"limits": {GPU: 8, "memory": "9E"}, "requests": {"memory": "9E"}}
+    run = make_run(sft("old"), template={"nodes": 2, "resources": resources})
+    asked = decide(run, seen(), START)
+    assert asked.status.phases[0].attempts[0].takes == {GPU: 16, "memory": 10**15}
+    over = decide(with_status(run, asked), seen(job(run, "old", state=JobState.FAILED)), after(1))
+    assert over.status.phases[0].attempts[0].takes == {}

@@ -251,24 +251,42 @@ def test_gpus_are_those_of_all_pods_while_they_are_at_work():
 
 
 def test_gpus_of_a_phase_that_an_edit_took_out_count_until_it_is_gone():
+    """Also in an operator that has been started since."""
     gpus = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
     run, edited = make_run(sft("base"), sft("other"), template=gpus), make_run(sft("other"), template=gpus)
     begun = seconds_now() - timedelta(seconds=100)
+    takes = {"nvidia.com/gpu": 8, "cpu": 64}
     base = PhaseStatus(name="base", type="sft", state=PhaseState.RUNNING)
     running, stopping = (
-        RunStatus(phases=(base.model_copy(update={"attempts": (attempt(1, state, started_at=begun),)}),))
+        RunStatus(phases=(base.model_copy(update={"attempts": (attempt(1, state, started_at=begun, takes=takes),)}),))
         for state in (AttemptState.RUNNING, AttemptState.STOPPING)
     )
-    measured, which = OperatorMetrics(), ("phase_gpus", "ns", "sft", "a", "base")
-    measured.run_seen(KEY, run, running)
-    for _ in range(3):
-        measured.transition(KEY, edited, running, stopping)
-        measured.run_seen(KEY, edited, stopping)
-        assert samples(measured)[which] == 8
+    before, which = OperatorMetrics(), ("phase_gpus", "ns", "sft", "a", "base")
+    before.run_seen(KEY, run, running)
+    before.transition(KEY, edited, running, stopping)
+    before.run_seen(KEY, edited, stopping)
+    measured = OperatorMetrics()
+    measured.run_seen(KEY, edited, stopping)
+    assert samples(before)[which] == samples(measured)[which] == 8
     measured.transition(KEY, edited, stopping, RunStatus())
     measured.run_seen(KEY, edited, RunStatus())
     assert which not in samples(measured)
     assert 800 <= samples(measured)["gpu_seconds_total", "ns", "sft", "Stopped"] < 1600
+
+
+def test_gpus_are_those_that_an_attempt_began_with_whatever_the_spec_says_since():
+    limits = {"resources": {"limits": {"nvidia.com/gpu": "1"}}}
+    going = attempt(1, AttemptState.RUNNING, started_at=after(0), takes={"nvidia.com/gpu": 16, "memory": 2**40})
+    over = attempt(1, AttemptState.STOPPED, started_at=after(0), finished_at=after(100))
+    running, ended = (
+        RunStatus(phases=(PhaseStatus(name="base", type="sft", state=PhaseState.RUNNING, attempts=(a,)),))
+        for a in (going, over)
+    )
+    edited, measured = make_run(sft("base"), template=limits), OperatorMetrics()
+    measured.run_seen(KEY, edited, running)
+    assert samples(measured)["phase_gpus", "ns", "sft", "a", "base"] == 16
+    measured.transition(KEY, edited, running, ended)
+    assert samples(measured)["gpu_seconds_total", "ns", "sft", "Stopped"] == 1600
 
 
 def attempt(number: int, state: AttemptState, **more: Any) -> Attempt:

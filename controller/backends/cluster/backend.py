@@ -113,6 +113,7 @@ class ClusterBackend:
             taken=found.taken | self._taken.told(run, anew),
             held=found.held,
             barred=self._barred.told(run, anew),
+            most=self.settings.largest_runs.get(namespace, {}),
             problems=tuple(self._problems(run)),
         )
 
