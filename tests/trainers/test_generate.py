@@ -11,9 +11,10 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from trainers.core import slots as slots_module
 from trainers.core.generate import generate
 from trainers.core.lean import JOINED
-from trainers.core.packed_linears import FEWEST, packed_linears
+from trainers.core.packed_linears import packed_linears
 from trainers.core.sampling import sample, warped
 from trainers.core.slots import fits_slots
+from trainers.sizing.at_once import FEWEST_ROWS
 from trainers.spec import Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=20, batch_size=4)
@@ -126,10 +127,10 @@ def test_projections_with_biases_in_one_product_work(monkeypatch):
         for name, bias in model.named_parameters():
             if name.endswith("bias"):
                 bias.normal_()
-    prompts = [[3 + (7 * i + j) % 37 for j in range(1 + i)] for i in range(FEWEST + 4)]
+    prompts = [[3 + (7 * i + j) % 37 for j in range(1 + i)] for i in range(FEWEST_ROWS + 4)]
     monkeypatch.setattr(slots_module, "CELLS", 16)
-    sampling = GREEDY.model_copy(update={"batch_size": FEWEST})
-    with packed_linears(model, FEWEST):
+    sampling = GREEDY.model_copy(update={"batch_size": FEWEST_ROWS})
+    with packed_linears(model, FEWEST_ROWS):
         assert all(JOINED in layer.self_attn.__dict__ for layer in model.model.layers)
     assert [r.ids for r in generate(model, prompts, sampling, frozenset())] == [
         theirs(model, p, sampling, frozenset()) for p in prompts

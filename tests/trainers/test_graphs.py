@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.core import graphs
 from trainers.core.generate import _Run, generate
-from trainers.sizing import memory
 from trainers.spec import Sampling
 
 SHAPE = {
@@ -230,8 +229,7 @@ def test_models_without_graphs_say_why(capsys):
 def test_widths_are_few_and_little_more(width, monkeypatch):
     monkeypatch.setattr(graphs, "NARROWEST", NARROWEST)
     found = graphs.wide(width)
-    assert memory.NARROWEST == NARROWEST
-    assert width <= found <= width + max(memory.NARROWEST, width // 8), "what plans count"
+    assert width <= found <= width + max(NARROWEST, width // 8), "what plans count"
     assert graphs.wide(found) == found
     assert len({graphs.wide(w) for w in range(1, 32769)}) == 16 + 4 * 8
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from trainers.core import packed_linears as module
-from trainers.core.packed_linears import FEWEST, packed_linears
-from trainers.sizing import memory
+from trainers.core.packed_linears import packed_linears
+from trainers.sizing.at_once import FEWEST_ROWS
 
 
-def changed(model, rows=FEWEST):
+def changed(model, rows=FEWEST_ROWS):
     """Names of the layers that multiply otherwise inside."""
     with packed_linears(model, rows):
         return {name for name, module in model.named_modules() if "forward" in module.__dict__}
@@ -22,7 +22,7 @@ def test_products_are_torchs_own(shape, bias):
     layer, inputs = nn.Linear(24, 50, bias=bias), torch.randn(shape)
     with torch.no_grad():
         own = layer(inputs)
-        with packed_linears(layer, FEWEST):
+        with packed_linears(layer, FEWEST_ROWS):
             assert "forward" in layer.__dict__
             torch.testing.assert_close(layer(inputs), own, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(layer(inputs.transpose(0, 0)[..., :]), own, atol=1e-5, rtol=1e-5)
@@ -45,23 +45,21 @@ def test_layers_that_are_no_plain_ones_and_few_rows_stay_as_they_were():
     model["theirs"].forward = own = model["theirs"].forward
     assert changed(model) == {"plain", "theirs"}
     assert model["theirs"].forward is own
-    assert changed(model, FEWEST - 1) == {"theirs"}
+    assert changed(model, FEWEST_ROWS - 1) == {"theirs"}
     with torch.autocast("cpu", torch.bfloat16):
         assert changed(model) == {"theirs"}
 
 
 def test_an_error_inside_puts_layers_back():
     layer = nn.Linear(8, 8)
-    with pytest.raises(ZeroDivisionError), packed_linears(layer, FEWEST):
+    with pytest.raises(ZeroDivisionError), packed_linears(layer, FEWEST_ROWS):
         _ = 1 / 0
     assert "forward" not in layer.__dict__
 
 
-def test_copies_are_bounded_and_what_a_plan_says_of_them_is_true(monkeypatch):
+def test_copies_are_bounded(monkeypatch):
     layer = nn.Linear(64, 32)
     monkeypatch.setattr(module, "LARGEST_COPY", 4 * 64 * 32)
     assert changed(layer) == {""}
     monkeypatch.setattr(module, "LARGEST_COPY", 4 * 64 * 32 - 1)
     assert changed(layer) == set()
-    monkeypatch.undo()
-    assert (memory.FEWEST_ROWS, memory.LARGEST_COPY) == (FEWEST, module.LARGEST_COPY)

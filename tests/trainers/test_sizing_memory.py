@@ -102,16 +102,6 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(held):
     assert kept[0] - kept[1] == held * 128 * TOKENS * 18
 
 
-def test_a_chunk_of_logits_is_what_losses_hold() -> None:
-    """Numbers stand twice: what the losses import is part of a result's identity, and plans are not."""
-    from trainers.core import head_losses, products, slots
-    from trainers.sizing import memory
-
-    assert memory.CHUNK_ELEMENTS == head_losses.CHUNK_ELEMENTS
-    assert memory.BLOCK == products.BLOCK
-    assert memory.CELLS == slots.CELLS
-
-
 def test_models_whose_prompts_are_read_in_parts_are_those_that_slots_know():
     from trainers.core.slots import ALIKE, BY_KIND
 

@@ -18,14 +18,13 @@ import torch
 
 from trainers.core.lean import LLAMAS, is_lean
 from trainers.core.products import step as eighth
+from trainers.sizing.at_once import NARROWEST
 from trainers.spec import Sampling
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
 """Runs a function once, and returns what does the same again to the same tensors."""
 
-NARROWEST = 128
-"""Positions that widths go by, or an eighth of the power of two below: a graph for each."""
 FEWEST = 16
 """New tokens for which graphs are worth it: to run a step, record it and compare takes as long as some four steps."""
 NATS = 1e-2

@@ -22,9 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from trainers.core import products
 from trainers.core.heads import called, fp32_weights, is_plain, product, scaled
-
-CHUNK_ELEMENTS = 2**26
-"""Logits of one model held at once: 256 MiB in fp32."""
+from trainers.sizing.at_once import CHUNK_ELEMENTS
 
 LogitsFn = Callable[..., torch.Tensor]
 """Takes the logits of some scored positions, (k, V) in fp32, which ones these are and, of a model :class:`Beside`, its

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from trainers.core.adamw import MOMENTS
 from trainers.core.batch import Sequence, collate
 from trainers.core.context import PhaseContext
-from trainers.core.head_losses import CHUNK_ELEMENTS
 from trainers.core.layers import decoder_layers
 from trainers.core.parallel import Workers
 from trainers.core.quantization import is_packed, packed_bytes
@@ -22,6 +21,7 @@ from trainers.core.scoring import hidden_states
 from trainers.core.sharding import is_split, local, release, whole_shape
 from trainers.core.step import in_eval_mode
 from trainers.core.trainee import Trainee
+from trainers.sizing.at_once import CHUNK_ELEMENTS
 
 PROBES = (32, 64, 128)
 """Tokens of the small forward passes that show what a large one keeps."""

@@ -16,12 +16,8 @@ from torch import nn
 from trainers.core.layers import decoder_layers
 from trainers.core.lean import JOINED, is_lean
 from trainers.core.products import Linear, filled
+from trainers.sizing.at_once import FEWEST_ROWS, LARGEST_COPY
 
-FEWEST = 8
-"""Rows side by side for which it is worth a copy."""
-LARGEST_COPY = 2**30
-"""Bytes of all copies: a model whose copies take more is left as it is, since there may be no room. Not what is free at that
-moment: responses would then be others by rounding from one run to the next."""
 ROWS = 64
 """What the copies' order is best for; as good as any for other numbers, but for one row."""
 
@@ -91,7 +87,7 @@ def _can(module: Any) -> bool:
 
 def _pays(rows: int) -> bool:
     """Whether there are rows enough, and oneDNN: its operations are torch's own compiler's, so a version may lack them."""
-    if rows < FEWEST:
+    if rows < FEWEST_ROWS:
         return False
     named = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     return named and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")

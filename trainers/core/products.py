@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from trainers.sizing.at_once import BLOCK
+
 FEWEST = 2**21
 """Multiplications of a product for which it pays: oneDNN takes ten microseconds to be called, MKL one."""
 STEPS = 8
 """Numbers of rows between one power of two and the next. oneDNN makes a program for each shape, in milliseconds, and keeps
 a thousand of them, of a megabyte and more: with rows up to the next such number there are few."""
-BLOCK = 8192
-"""Rows of a weight's gradient that are made at once where they are added to others."""
 
 
 class Linear(nn.Linear):

@@ -26,6 +26,7 @@ from trainers.core.lean import Grid, Lean, is_lean
 from trainers.core.padded import without_router_logits
 from trainers.core.products import step
 from trainers.core.sharding import computes_on
+from trainers.sizing.at_once import CELLS
 
 T = TypeVar("T")
 
@@ -47,8 +48,6 @@ ALIKE = frozenset(
 """Model types that take one mask for all layers."""
 BY_KIND = frozenset({"gemma2", "gemma3_text", "gpt_oss", "qwen2", "qwen3"})
 """Model types that take one for each kind of layer."""
-CELLS = 8192
-"""Prompts that are read at once, times the longest one's tokens."""
 GROWTH = 128
 """Positions that slots grow by, or a quarter of what they have."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainers.sizing.at_once import BLOCK, CELLS, CHUNK_ELEMENTS, FEWEST_ROWS, LARGEST_COPY, NARROWEST
 from trainers.sizing.servers import ServerPlace
 from trainers.sizing.shapes import ModelShape
 from trainers.spec import Lora, Parallel
@@ -14,8 +15,6 @@ from trainers.spec import Lora, Parallel
 FP32, BF16 = 4, 2
 NF4 = (4 + (8 + 32 / 256) / 64) / 8
 """Bytes of a weight in 4 bits, with its block's scale in 8 bits and that one's in 32."""
-CHUNK_ELEMENTS = 2**26
-"""Logits held at once, as in `trainers.core.head_losses`."""
 BUCKET_ELEMENTS = 5 * 10**8
 """Numbers in one of DeepSpeed's buckets of gradients unless its config says otherwise, or there are fewer."""
 LIVE_ELEMENTS = 10**9
@@ -26,14 +25,6 @@ AT_ONCE = 2 / 3
 """Share of what a layer would keep for its backward pass that is there at once where there is none."""
 PREFETCHED = 2
 """Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
-BLOCK = 8192
-"""Rows of a head's gradient that a processor makes at once, as in `trainers.core.products`."""
-FEWEST_ROWS, LARGEST_COPY = 8, 2**30
-"""Those of `trainers/core/packed_linears.py`, which knows torch."""
-NARROWEST = 128
-"""That of `trainers/core/graphs.py`."""
-CELLS = 8192
-"""That of `trainers/core/slots.py`, which does too: prompts that are read at once, times the longest one's tokens."""
 
 
 @dataclass(frozen=True)
