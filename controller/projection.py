@@ -74,6 +74,13 @@ def project(found: Any, shape: Shape) -> Any:
     return found
 
 
+def slim(resource: Resource, document: Object) -> Object:
+    """What is kept of it, with its version."""
+    found: Object = project(document, SHAPES[resource])
+    found["metadata"]["resourceVersion"] = document["metadata"]["resourceVersion"]
+    return found
+
+
 def pack(resource: Resource, document: Object) -> bytes:
     text = json.dumps(project(document, SHAPES[resource]), separators=(",", ":"), sort_keys=True)
     return zlib.compress(text.encode(), 1)

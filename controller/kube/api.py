@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Awaitable, Mapping
 
-from controller.kube.answers import Conflict, NotFound
+from controller.kube.answers import Conflict, NotFound, items
 from controller.kube.calls import Call
 from controller.kube.resources import (
     CORE_EVENTS,
@@ -19,6 +19,7 @@ from controller.kube.resources import (
     Resource,
 )
 from controller.kube.transport import Transport
+from controller.projection import slim
 
 MOST_WARNINGS = 20
 """Kubernetes counts one that comes again in place of writing it again, and forgets it after an hour."""
@@ -54,7 +55,7 @@ class Api:
     # -- jobs and what belongs to them
 
     async def list_jobs(self, kind: Resource, namespace: str, labels: Mapping[str, str]) -> list[Object]:
-        return await self.transport.listed(Call("list", kind), namespace, labels)
+        return await self._slim(kind, namespace, labels)
 
     async def get_job(self, kind: Resource, namespace: str, name: str) -> Object | None:
         return await _absent_is_none(self.transport.call(Call("get", kind), namespace, name))
@@ -106,7 +107,7 @@ class Api:
         await self.transport.call(Call("update", NETWORK_POLICIES), metadata["namespace"], metadata["name"], policy)
 
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
-        return await self.transport.listed(Call("list", PODS), namespace, labels)
+        return await self._slim(PODS, namespace, labels)
 
     async def list_workloads(self, namespace: str, labels: Mapping[str, str]) -> list[Object] | None:
         """Kueue's, of whichever version is served; None where Kueue is not installed."""
@@ -152,6 +153,11 @@ class Api:
         except NotFound:
             return False
         return True
+
+    async def _slim(self, resource: Resource, namespace: str, labels: Mapping[str, str]) -> list[Object]:
+        """As much of each as anybody reads, page by page: whoever makes them may have put a megabyte into each."""
+        pages = self.transport.pages(Call("list", resource), namespace, labels)
+        return [slim(resource, item) async for page in pages for item in items(page)]
 
     async def _delete(
         self, call: Call, namespace: str, name: str, only: Mapping[str, str | None], **options: str

@@ -19,6 +19,10 @@ from controller.kube.resources import Object
 TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 PAGE = 500
 """Objects in one answer to a list call."""
+LARGEST_PAGE = 8 << 20
+"""Bytes of one. Who may make pods may give each a megabyte of annotations: then fewer are asked for at once."""
+FEWER = 4
+"""Times."""
 CREDENTIALS_SECONDS = 60.0
 """A pod's token is renewed in its file about every hour."""
 METHODS = {"get": "GET", "list": "GET", "watch": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
@@ -40,6 +44,10 @@ Observer = Callable[[Call, str, float], None]
 """Told of every call, its outcome (status code, or `error`) and its seconds."""
 Dated = Callable[[str, float], None]
 """Told of the date of every answer, and how many seconds it took."""
+
+
+class TooLarge(Exception):
+    """An answer has more bytes than are wanted."""
 
 
 class Transport:
@@ -70,9 +78,14 @@ class Transport:
         more: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Object]:  # fmt: skip
         """One by one: ten thousand objects at once are a hundred megabytes."""
-        query = {"limit": str(PAGE), "labelSelector": selector(labels), **(more or {})}
+        query, limit = {"labelSelector": selector(labels), **(more or {})}, PAGE
         while True:
-            answer = await self.call(call, namespace, None, query=query, accept=accept)
+            asked, most = {"limit": str(limit), **query}, LARGEST_PAGE if limit > 1 else None
+            try:
+                answer = await self.call(call, namespace, None, query=asked, accept=accept, most=most)
+            except TooLarge:
+                limit = max(limit // FEWER, 1)
+                continue
             if "items" not in answer:
                 raise ApiError(call, "", 200, "the answer is no list")
             yield answer
@@ -83,10 +96,11 @@ class Transport:
 
     async def call(
         self, call: Call, namespace: str | None, name: str | None, body: Object | None = None,
-        query: Mapping[str, str] | None = None, accept: str = "application/json",
+        query: Mapping[str, str] | None = None, accept: str = "application/json", most: int | None = None,
     ) -> Object:  # fmt: skip
+        """``most``: bytes of the answer. Raises TooLarge."""
         async with self.request(call, namespace, name, body, query, accept) as response:
-            text = await response.text(errors="replace")
+            text = (await _body(response, most)).decode(errors="replace")
         if response.status >= 400:
             raise error_of(call, name or "", response, text)
         return object_of(call, name or "", response.status, text)
@@ -121,6 +135,18 @@ class Transport:
                 self._connection, self._read_at = connection, time.monotonic()
             assert self._session is not None
             return self._session, self._connection
+
+
+async def _body(response: aiohttp.ClientResponse, most: int | None) -> bytes:
+    """Of one that is too large the rest is not read, and its connection is used no more."""
+    pieces, size = [], 0
+    async for piece in response.content.iter_any():
+        size += len(piece)
+        if most is not None and size > most:
+            response.close()
+            raise TooLarge
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 async def _session(connection: Connection) -> aiohttp.ClientSession:

@@ -22,6 +22,10 @@ OURS = f"{meta.LABEL_MANAGED_BY}={meta.PRODUCT}"
 WORKERS = 32
 IDLE_SECONDS = 0.005
 
+CHUNK = 50
+"""Objects that kopf lists at once. Who may make pods may give each a quarter of a megabyte of annotations, and a page is held
+three times over: as it came, as text, and as what that says."""
+
 
 class NoDiffs(kopf.DiffBaseStorage):
     """Nobody asks what has changed since when. kopf would copy and compare each object, three quarters of an event's time."""
@@ -85,7 +89,7 @@ def settings() -> kopf.OperatorSettings:
     for resource in WATCHED:
         if resource != RUNS:
             chosen.watching.label_selectors[_selector(resource)] = OURS
-    chosen.watching.chunk_size = 500
+    chosen.watching.chunk_size = CHUNK
     chosen.watching.server_timeout = 300
     chosen.watching.client_timeout = 330
     chosen.watching.connect_timeout = 10
