@@ -1,7 +1,4 @@
-"""Several processes that save and go on, for test_checkpoint_processes.py: ``python checkpoint_processes.py SCENARIO FOLDER``.
-
-torch is imported once and the processes are forked, so that one more attempt costs a second.
-"""
+"""Several processes that save and go on, for test_checkpoint_processes.py. They are forked, so that one more attempt is cheap."""
 
 import json
 import multiprocessing
@@ -9,7 +6,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +26,6 @@ from trainers.core.saving import storage
 from trainers.core.sharding import whole
 from trainers.core.tensors import content_sum, write_tensors
 from trainers.core.trainee import Trainee
-from trainers.ending import exit_with
 from trainers.spec import Checkpoint, Fsdp, Lora, Optim, Parallel
 
 FORK = multiprocessing.get_context("fork")
@@ -305,7 +300,3 @@ def exports(strategy: str, kind: str, rank: int, folder: Path) -> None:
     loaded = LoadedModel(model, tokenizer, SimpleNamespace(stop_ids={2}), adapters)
     write_model(loaded, folder, workers.is_main)
     workers.barrier()
-
-
-if __name__ == "__main__":
-    exit_with(lambda: globals()[sys.argv[1]](Path(sys.argv[2])))

@@ -107,6 +107,21 @@ def run_phase() -> RunPhase:
 
 
 @pytest.fixture(scope="session")
+def on_two_processes() -> Callable[[str, Path], None]:
+    """``on_two_processes(type, phase file)``, told what torchrun would tell them. It fails with their output.
+
+    torchrun itself is in test_sft_phase.py, the README's line and `make test-distributed`: each start of it imports torch thrice.
+    """
+    from distributed.cells import DDP, Way
+    from distributed.processes import run_phases, succeed
+
+    def run(kind: str, file: Path) -> None:
+        succeed(Way(DDP), run_phases, [(kind, file)], log=file.with_suffix(".log"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def stop_after() -> Callable[[int], AbstractContextManager[None]]:
     """``with stop_after(k):`` a phase run inside gets SIGTERM when it has finished step k."""
     from distributed.acting import after_steps

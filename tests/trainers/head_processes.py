@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: losses on heads that FSDP2 splits. Prints nothing unless something is wrong."""
+"""Run on two processes: losses on heads that FSDP2 splits. Prints nothing unless something is wrong."""
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from trainers.core.batch import Sequence, collate
 from trainers.core.head_losses import Beside
 from trainers.core.scoring import Scorer, hidden_states, target_logprobs
 from trainers.core.sharding import Sharding
-from trainers.ending import exit_with
 from trainers.phases.distill.train import divergence
 
 V = 53
@@ -62,7 +61,3 @@ def main() -> None:
                 mean = theirs.grad / 2  # FSDP2 averages over processes
                 assert torch.allclose(ours.grad.full_tensor(), mean, rtol=1e-5, atol=1e-6 * mean.abs().max()), name
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: what only real processes show of a step, and of what they settle on before the first.
+"""Run on two processes: what only real processes show of a step, and of what they settle on before the first.
 
 Prints nothing unless something is wrong.
 """
@@ -18,7 +18,6 @@ from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.shares import over_ranks
 from trainers.core.step import Layout, accumulate, scored
 from trainers.core.trainee import Trainee
-from trainers.ending import exit_with
 from trainers.memory_room import with_room
 from trainers.phases.rollout.spec import RolloutSpec
 from trainers.sizing.devices import CPU_RESERVE
@@ -104,7 +103,3 @@ def watch(trainee: Trainee, model: LlamaForCausalLM) -> tuple[list[int], set[tor
     trainee.module.register_comm_hook(None, send)
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, __, out: arithmetic.add(out.dtype))
     return exchanges, arithmetic
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -1,20 +1,15 @@
 """Checkpoints and exports of several processes: handed on to others, cut off by kills, failing in one of them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import checkpoint_processes
 import pytest
-
-SCRIPT = Path(__file__).with_name("checkpoint_processes.py")
+from distributed.cells import SINGLE, Way
+from distributed.processes import succeed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["reshard", "kills", "reasons", "damage", "best", "export"])
 def test_several_processes(scenario: str, tmp_path: Path):
-    """What each scenario checks is said, and asserted, in the script."""
-    command = [sys.executable, str(SCRIPT), scenario, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """What each scenario checks is said, and asserted, there. It forks its processes itself."""
+    succeed(Way(SINGLE, processes=1), getattr(checkpoint_processes, scenario), tmp_path, log=tmp_path / "log")

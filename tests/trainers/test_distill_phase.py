@@ -1,9 +1,6 @@
 """Distillation as a user runs it: the loss by hand, resuming, splitting a step, processes, wrong pairs of models."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -169,16 +166,10 @@ def test_the_size_of_logit_chunks_does_not_change_the_result(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_weights(reference, spec_for, tmp_path):
+def test_two_processes_give_the_same_weights(reference, spec_for, on_two_processes, tmp_path):
     output, file = tmp_path / "run" / "distill", tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec_for()}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=900,
-    )
+    on_two_processes("distill", file)
     assert_same(weights(output), weights(reference[0]), tolerance=1e-5)
     assert PhaseDir(output).read_result().metrics == pytest.approx(reference[1].metrics, rel=1e-4)
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -290,7 +288,7 @@ def test_the_best_weights_are_kept(run_phase, tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(run_phase, tiny_model_dir, tmp_path):
+def test_two_processes_give_what_one_gives(run_phase, on_two_processes, tiny_model_dir, tmp_path):
     """Uneven shares, too: three pairs on two processes, with eval and best weights."""
     spec = spec_for(
         tiny_model_dir,
@@ -304,18 +302,7 @@ def test_two_processes_give_what_one_gives(run_phase, tiny_model_dir, tmp_path):
     assert run_phase("dpo", spec, None, one)[0] == 0
     two.parent.mkdir(parents=True)
     (two.parent / "dpo.yaml").write_text(yaml.safe_dump({"output": str(two), "spec": spec}))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainers", "dpo"]
-    environment = {**os.environ, "ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, "--spec", str(two.parent / "dpo.yaml")],
-        check=False,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes("dpo", two.parent / "dpo.yaml")
     for ours, theirs in zip(lines(one, "loss"), lines(two, "loss"), strict=True):
         for name in ("loss", "grad_norm", "accuracy", "reward", "nll"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name

@@ -149,19 +149,13 @@ def test_a_server_that_breaks_beside_a_step_is_infrastructure(run_phase, louder,
 
 
 @pytest.mark.slow
-def test_two_processes_that_split_the_weights(run_phase, louder, tmp_path):
+def test_two_processes_that_split_the_weights(run_phase, on_two_processes, louder, tmp_path):
     """One of them asks for both. Copies of split weights are refused, files are whole."""
     spec = student_spec(louder, staleness=2)
     one, two = tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill"
     assert run_phase("distill", own_engine(spec), None, one)[0] == 0
     file = tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(two), "spec": spec | {"parallel": {"strategy": "fsdp"}}}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=900,
-    )
+    on_two_processes("distill", file)
     assert_same(weights(two), weights(one), tolerance=1e-5)
     assert nothing_is_left(PROGRAM)

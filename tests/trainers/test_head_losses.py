@@ -1,13 +1,12 @@
 """Losses with gradients formed in the forward pass, beside autograd's in float64 from the definitions."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import head_processes
 import pytest
 import torch
+from distributed.cells import FSDP, Way
+from distributed.processes import succeed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -355,11 +354,5 @@ def test_pieces_cover_every_position_and_item_once_and_in_order(sizes, room):
 
 
 @pytest.mark.slow
-def test_heads_that_fsdp_splits_get_the_gradients_of_whole_ones():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("head_processes.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, str(script)], check=False, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_heads_that_fsdp_splits_get_the_gradients_of_whole_ones(tmp_path):
+    succeed(Way(FSDP), head_processes.main, log=tmp_path / "log")

@@ -1,9 +1,6 @@
 """PPO as a user runs it: experience by hand, resuming, splitting a round, processes, and that it learns."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -190,16 +187,10 @@ def test_how_a_round_is_computed_does_not_change_the_result(run_phase, reference
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_weights(reference, spec_for, tmp_path):
+def test_two_processes_give_the_same_weights(reference, spec_for, on_two_processes, tmp_path):
     output, file = tmp_path / "run" / "ppo", tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec_for()}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, "-m", "trainers", "ppo", "--spec", str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=900,
-    )
+    on_two_processes("ppo", file)
     assert_same(weights(output), weights(reference[0]), tolerance=1e-5)
     assert PhaseDir(output).read_result().metrics == pytest.approx(reference[1].metrics, rel=1e-3, abs=1e-5)
 

@@ -133,19 +133,14 @@ def test_a_killed_run_goes_on(reference, run_phase, tiny_model_dir, tiny_reward_
     assert (output / "traces.jsonl").read_bytes() == (reference[0] / "traces.jsonl").read_bytes()
 
 
-def test_two_processes_give_the_same_and_each_counts_its_own_half(reference, tiny_model_dir, tiny_reward_dir, tmp_path):
+def test_two_processes_give_the_same_and_each_counts_its_own_half(
+    reference, on_two_processes, tiny_model_dir, tiny_reward_dir, tmp_path
+):
     """Dashboards add the processes' counters up."""
     output, file = tmp_path / "run" / "rollout", tmp_path / "phase.yaml"
     spec = spec_for(tiny_model_dir, tiny_reward_dir, samplesPerPrompt=2)
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "trainers", "rollout", "--spec", str(file)]
-    environment = os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment) as torchrun:
-        try:
-            assert torchrun.wait(90) == 0
-        finally:
-            torchrun.terminate()  # unlike kill, it takes its workers along
+    on_two_processes("rollout", file)
     for ours, theirs in zip(traces(output), traces(reference[0]), strict=True):
         assert ours == theirs | {"reward": pytest.approx(theirs["reward"], abs=1e-6)}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

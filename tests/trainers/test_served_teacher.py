@@ -1,9 +1,6 @@
 """A teacher behind a server: the local teacher's loss within what top-k leaves out, asked ahead; whose fault a failure is."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -199,18 +196,13 @@ def test_how_many_are_asked_at_a_time_changes_nothing(run_phase, spec_for, vllm,
 
 
 @pytest.mark.slow
-def test_two_processes_ask_once_for_each_sequence(run_phase, spec_for, vllm, tmp_path):
+def test_two_processes_ask_once_for_each_sequence(run_phase, on_two_processes, spec_for, vllm, tmp_path):
     one, two, file = tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill", tmp_path / "phase.yaml"
     before = len(vllm.asked)
     assert run_phase("distill", spec_for(served(vllm)), None, one)[0] == 0
     alone = len(vllm.asked) - before
     file.write_text(yaml.safe_dump({"output": str(two), "spec": spec_for(served(vllm))}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    on_two_processes("distill", file)
     assert_same(weights(one), weights(two), tolerance=1e-5)
     sequences = 6 * 8
     assert len(vllm.asked) - before - alone - sequences == 2 * (alone - sequences), (

@@ -1,9 +1,6 @@
 """Responses sampled ahead by older weights: which weights, what they weigh, stopping with some on their way, processes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -245,18 +242,12 @@ def test_the_two_sides_share_a_processors_threads(run_phase, monkeypatch, distil
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_weights(run_phase, distill_spec, tmp_path):
+def test_two_processes_give_the_same_weights(run_phase, on_two_processes, distill_spec, tmp_path):
     spec, one, two = distill_spec(), tmp_path / "one" / "run" / "distill", tmp_path / "two" / "run" / "distill"
     assert run_phase("distill", spec, None, one)[0] == 0
     file = tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(two), "spec": spec}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*torchrun, "-m", "trainers", "distill", "--spec", str(file)],
-        env=os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=600,
-    )
+    on_two_processes("distill", file)
     assert_same(weights(two), weights(one), tolerance=1e-5)
     assert PhaseDir(two).read_result().metrics == pytest.approx(PhaseDir(one).read_result().metrics, rel=1e-4)
 

@@ -1,16 +1,15 @@
 """What a step is: the same sum however it is cut, one exchange, precision around every pass."""
 
 import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import step_processes
 import torch
+from distributed.cells import DDP, Way
+from distributed.processes import succeed
 from one_rank import OneRank
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,15 +130,5 @@ def test_the_mode_comes_back_after_an_error(model):
 
 
 @pytest.mark.slow
-def test_two_processes_exchange_once_a_step_and_stay_in_bf16():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("step_processes.py")
-    done = subprocess.run(
-        [*torchrun, str(script)],
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_processes_exchange_once_a_step_and_stay_in_bf16(tmp_path):
+    succeed(Way(DDP), step_processes.main, log=tmp_path / "log")

@@ -1,7 +1,6 @@
-"""Run by torchrun on two processes: ZeRO's stages beside plain torch in one. Fails where they differ."""
+"""Run on two processes: ZeRO's stages beside plain torch in one. Fails where they differ."""
 
 import copy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,6 @@ from trainers.core.scoring import Scorer, target_logprobs
 from trainers.core.sharding import sharding_for, whole
 from trainers.core.step import Layout, accumulate
 from trainers.core.trainee import Trainee, learning_rate
-from trainers.ending import exit_with
 from trainers.spec import DeepSpeed, Lora, Optim, Parallel, Sampling
 from trainers.zero_config import zero_config
 
@@ -54,7 +52,6 @@ def main(cases: list[str]) -> None:
         workers.zero = zero_config(settings, Path())
         check_trajectory(workers, lora, as_read="s" in case)
         check_unreached(workers)
-        print(case, flush=True) if "-v" in sys.argv else None
     workers.zero = None
     check_unreached(workers)
 
@@ -248,7 +245,3 @@ def check_responses(workers: Workers, model: LlamaForCausalLM, state: dict[str, 
 
 def close(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * abs(b)
-
-
-if __name__ == "__main__":
-    exit_with(lambda: main([case for case in sys.argv[1:] if case != "-v"]))

@@ -27,7 +27,7 @@ Phases = Sequence[tuple[str, Path]]
 """Types and phase files."""
 
 
-def start(way: Way, work: Callable[..., int], *arguments: Any, log: Path) -> list[BaseProcess]:
+def start(way: Way, work: Callable[..., int | None], *arguments: Any, log: Path) -> list[BaseProcess]:
     """A way's ranks, which exit with what ``work(*arguments)`` returns; what they print is in ``log``."""
     _start_server()
     with socket.socket() as free:
@@ -38,10 +38,9 @@ def start(way: Way, work: Callable[..., int], *arguments: Any, log: Path) -> lis
     for rank in range(way.processes):
         places = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": way.processes, "LOCAL_WORLD_SIZE": local}
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        told = places if way.processes > 1 else {}
-        ranks.append(
-            FORKS.Process(target=_rank, args=(work, arguments, told, way.parallel["strategy"] == "deepspeed", log))
-        )
+        told = {name: str(value) for name, value in places.items()} if way.processes > 1 else {}
+        zero = way.parallel["strategy"] == "deepspeed"
+        ranks.append(FORKS.Process(target=_rank, args=(work, arguments, {**os.environ, **told}, zero, log)))
     for process in ranks:
         process.start()
     return ranks
@@ -56,6 +55,12 @@ def _start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
+def succeed(way: Way, work: Callable[..., int | None], *arguments: Any, log: Path) -> None:
+    """Let a way's ranks do their work; fails with what they print."""
+    codes = finish(start(way, work, *arguments, log=log))
+    assert codes == [0] * way.processes, f"{codes}\n{log.read_text()[-6000:]}"
+
+
 def finish(ranks: Sequence[BaseProcess], seconds: float = SECONDS) -> list[int | None]:
     """Exit codes, or signals with a minus; None of one that does not end by itself in time."""
     for process in ranks:
@@ -66,7 +71,9 @@ def finish(ranks: Sequence[BaseProcess], seconds: float = SECONDS) -> list[int |
     return codes
 
 
-def _rank(work: Callable[..., int], arguments: Sequence[Any], places: dict[str, Any], zero: bool, log: Path) -> None:
+def _rank(
+    work: Callable[..., int], arguments: Sequence[Any], environment: dict[str, str], zero: bool, log: Path
+) -> None:
     import torch
     from distributed.preloaded import DEEPSPEED
 
@@ -74,8 +81,8 @@ def _rank(work: Callable[..., int], arguments: Sequence[Any], places: dict[str, 
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {name: str(value) for name, value in places.items()}
-    os.environ |= {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
+    os.environ.clear()  # the server's is of when it was started
+    os.environ |= {"DS_ACCELERATOR": "cpu", **environment, "ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     exit_with(lambda: work(*arguments))
 

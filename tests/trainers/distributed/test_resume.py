@@ -12,9 +12,9 @@ import pytest
 from distributed.agreement import agree
 from distributed.cells import TRAINED, WAYS
 from distributed.compare import exported, final_metrics, lines_of, losses
-from distributed.conftest import output_of, succeed
+from distributed.conftest import output_of
 from distributed.ending import Ending, run_until
-from distributed.processes import finish, start
+from distributed.processes import finish, run_phases, start, succeed
 from distributed.test_trajectory import REDUCED
 
 from trainers.contract import FailureClass, exit_status
@@ -66,8 +66,8 @@ def check_resumed(name, instead, whole, kinds, phase_files, tmp_path):
     assert any(before.values()), "some of it was saved"
     for kind in kinds:
         shutil.copytree(output_of(same, kind), output_of(another, kind))
-    succeed(way, files, tmp_path / "log")
-    succeed(other, elsewhere, tmp_path / "log")
+    succeed(way, run_phases, files, log=tmp_path / "log")
+    succeed(other, run_phases, elsewhere, log=tmp_path / "log")
     for kind in kinds:
         ours, theirs, expected = output_of(same, kind), output_of(another, kind), whole[kind]
         for found in (ours, theirs):
@@ -87,7 +87,7 @@ def test_exports_of_the_same_state_are_the_same_files(name, phase_files, run_way
     for kind in TRAINED:
         shutil.copytree(whole[kind] / "checkpoints", output_of(tmp_path, kind) / "checkpoints")
         shutil.copy(whole[kind] / "identity.json", output_of(tmp_path, kind))
-    succeed(way, files, tmp_path / "log")
+    succeed(way, run_phases, files, log=tmp_path / "log")
     for kind in TRAINED:
         ours, theirs = (exported(phase / "model") for phase in (output_of(tmp_path, kind), whole[kind]))
         assert {file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file)} == set(), kind

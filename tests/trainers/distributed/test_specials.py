@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from distributed.agreement import agree
 from distributed.cells import SAMPLING, STEPS, WAYS, Way, data, rows
-from distributed.conftest import output_of, succeed, write
+from distributed.conftest import output_of, write
+from distributed.processes import run_phases, succeed
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +60,7 @@ def run(models, tmp_path_factory):
     policy = {"policy": {"source": str(models["tied"])}, "data": {"prompts": [data("prompts", 24)]}}
     rollout = policy | {"sampling": SAMPLING, "teacherTopK": 8, "parallel": {"strategy": "single"}}
     file = write(traces / "rollout.yaml", output_of(traces, "rollout"), rollout)
-    succeed(Way({"strategy": "single"}, processes=1), [("rollout", file)], traces / "log")
+    succeed(Way({"strategy": "single"}, processes=1), run_phases, [("rollout", file)], log=traces / "log")
 
     def started(way: Way, left_out: tuple[str, ...] = ()) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("way")
@@ -70,7 +71,7 @@ def run(models, tmp_path_factory):
             kind, spec = wanted[name]
             parts = spec | {"parallel": {"microBatchTokens": 128} | way.parallel}
             files.append((kind, write(folder / f"{name}.yaml", output_of(folder / name, kind), parts)))
-        succeed(way, files, folder / "log")
+        succeed(way, run_phases, files, log=folder / "log")
         return {name: output_of(folder / name, wanted[name][0]) for name in wanted}
 
     return started

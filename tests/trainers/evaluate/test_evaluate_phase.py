@@ -1,9 +1,6 @@
 """Evaluation end to end on tiny models: figures against direct computation, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -170,17 +167,10 @@ def test_a_gate_that_no_row_can_meet_is_bad_input_before_a_model_is_loaded(
     assert (says or "") in capfd.readouterr().err
 
 
-def test_two_processes_give_the_same_figures(spec, evaluated, tmp_path):
+def test_two_processes_give_the_same_figures(spec, evaluated, on_two_processes, tmp_path):
     output, file = tmp_path / "run" / "eval", tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "trainers", "evaluate", "--spec", str(file)]
-    environment = os.environ | {"ALIGNMENT_METRICS_PORT": "0", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment) as torchrun:
-        try:
-            assert torchrun.wait(90) == 0
-        finally:
-            torchrun.terminate()  # unlike kill, it takes its workers along
+    on_two_processes("evaluate", file)
     ours, theirs = document(output)["values"], document(evaluated[0])["values"]
     for model in ("a", "b"):
         for key, cell in theirs[model].items():
