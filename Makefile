@@ -35,17 +35,25 @@ quickstart: $(VENV)/.runtime ## Run the whole pipeline of configs/quickstart.yam
 test: $(VENV)/.dev ## Lint, check the generated files, and run every test that needs no GPU
 	bash tests/system-packages.sh
 	$(MAKE) --no-print-directory lint verify
-	$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target test-node test-api test-unit test-vllm
+	$(MAKE) --no-print-directory --keep-going --jobs 4 --output-sync=target test-node test-api test-trainers test-control test-vllm
 
-# What waits for clusters and what computes, side by side. Each prints what it has to say at its end.
+# What waits for clusters and what computes, side by side. Each prints what it has to say at its end. Clusters go first where both
+# want a core, since nothing makes up for what they wait; what computes is two processes, so that it has both cores in the end.
+COMPUTES = nice -n 5 $(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled or vllm)"
+
 test-node: $(VENV)/.dev ## The tests on real nodes, and the pipeline that they are compared with
 	$(BIN)/pytest -m "(node or pipeline) and not (distributed or soak)"
 
 test-api: $(VENV)/.dev ## The tests against an API server
 	$(BIN)/pytest -m "(api or kwok) and not (node or soak)"
 
-test-unit: $(VENV)/.dev ## The tests that need no cluster
-	$(BIN)/pytest -m "not (node or pipeline or api or kwok or families or distributed or memory or compiled or vllm)"
+test-unit: test-trainers test-control ## The tests that need no cluster
+
+test-trainers: $(VENV)/.dev ## Those of phases
+	$(COMPUTES) tests/trainers
+
+test-control: $(VENV)/.dev ## Those of all else
+	$(COMPUTES) --ignore tests/trainers
 
 test-vllm: $(VENV)/.dev ## The tests against a real vLLM on the processor; installs it once, outside of the tree
 	@echo "vLLM is installed once, into ~/.cache/alignment-vllm: 6 GB on disk, 4.5 of them torch."
