@@ -73,6 +73,27 @@ def test_a_pod_can_be_ended_by_hand(api_cluster: Cluster) -> None:
     ended(api_cluster, namespace, "by-hand", "Succeeded")
 
 
+def test_what_is_got_is_what_kubectl_shows(api_cluster: Cluster) -> None:
+    """Although it is asked of the API server."""
+    namespace = api_cluster.namespace()
+    api_cluster.apply(pytorchjob("shown", replicas=1), namespace)
+    pod = "training.kubeflow.org/job-name=shown"
+    api_cluster.wait(lambda: api_cluster.items("pods", "-n", namespace, "-l", pod), 20, "the pod")
+    here = ("-n", namespace)
+    asked = [
+        ("pods", *here, "-l", pod),
+        ("pods", *here, "-l", "no=one"),
+        ("pytorchjob", "shown", *here),
+        ("serviceaccounts", *here),
+    ]
+    for arguments in (*asked, ("namespace", namespace), ("crd", "pytorchjobs.kubeflow.org"), ("leases", "-A")):
+        shown = json.loads(api_cluster.kubectl("get", *arguments, "-o", "json"))
+        got = api_cluster.get(*arguments)
+        assert got.get("items", got) == shown.get("items", shown), arguments
+    with pytest.raises(KubectlError, match="NotFound"):
+        api_cluster.get("pod", "nothing", "-n", namespace)
+
+
 def test_a_namespace_is_restricted_unless_told_otherwise(api_cluster: Cluster) -> None:
     privileged = {
         "apiVersion": "v1",

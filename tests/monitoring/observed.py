@@ -6,7 +6,6 @@ alerts look at the same data, which stays when the pods have gone: ask at ``obse
 there.
 """
 
-import json
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -167,7 +166,7 @@ def _see(watch: Watch, runs: Runs, what: str, predicate: Any, timeout: float = 1
 def _ended(runs: Runs, names: set[str]) -> bool:
     ended = {
         item["metadata"]["name"]
-        for item in json.loads(runs.kubectl("get", "arun", "-o", "json"))["items"]
+        for item in runs.cluster.items("arun", "-n", runs.namespace)
         for condition in item.get("status", {}).get("conditions", [])
         if condition["type"] in ("Succeeded", "Failed") and condition["status"] == "True"
     }

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from cluster.client import Cluster
+from cluster.kube_http import Server
 from driver import ROOT, Driver, OperatorProcess, free_port
-from kube_http import Server
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from typing import Any
 import peers
 import psutil
 from cluster.client import Cluster
+from cluster.kube_http import call, connect
 from driver import ROOT, OperatorProcess, now
 from ends import watched_ends
-from kube_http import call, connect
 from scale import PREFIX, counters, scripted
 
 Object = dict[str, Any]

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 from cluster.client import Cluster, KubectlError
 from cluster.jobs import KINDS, Kind
-from kube_http import Server
+from cluster.kube_http import Server
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]

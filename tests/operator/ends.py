@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.client import Cluster
 from cluster.jobs import KINDS, Kind
-from kube_http import stream
+from cluster.kube_http import stream
 
 Object = dict[str, Any]
 

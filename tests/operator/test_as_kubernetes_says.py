@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from cluster.client import Cluster, KubectlError
+from cluster.kube_http import Server
 from driver import manifest, sft
-from kube_http import Server
 from peer_cases import BAD, GOOD
 from pod_templates import REFUSED, TAKEN
 

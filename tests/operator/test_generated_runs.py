@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from http.client import HTTPSConnection
 from typing import Any
 
+from cluster.kube_http import call, connect
 from driver import Driver, OperatorProcess
 from generated import Generator
-from kube_http import call, connect
 
 Object = dict[str, Any]
 

@@ -9,8 +9,8 @@ from cluster import build
 from cluster.client import Cluster
 from cluster.images import Layer, write_image
 from cluster.installed import Runs
+from cluster.kube_http import Server
 from driver import ROOT, Driver
-from kube_http import Server
 from kueue import quota
 
 from controller.preflight import load_run

@@ -7,8 +7,8 @@ import pytest
 from cluster import launch
 from cluster.client import Cluster
 from cluster.controllers import FRAMEWORKS, MANAGES_ALL
+from cluster.kube_http import Server
 from driver import ROOT, Driver, Object, OperatorProcess, free_port, manifest, sft
-from kube_http import Server
 from kueue import quota
 
 WORKLOADS, KUEUE = "workloads.kueue.x-k8s.io", "app.kubernetes.io/name=kueue"
