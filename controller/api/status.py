@@ -109,6 +109,8 @@ class QueueStatus(StatusModel):
     """Where it stands."""
     message: str = ""
     """In the queue's words."""
+    workload: str = ""
+    """Name of Kueue's Workload."""
 
 
 class Attempt(StatusModel):

@@ -109,6 +109,10 @@ class Api:
     async def list_pods(self, namespace: str, labels: Mapping[str, str]) -> list[Object]:
         return await self._slim(PODS, namespace, labels)
 
+    async def get_workload(self, namespace: str, name: str) -> Object | None:
+        """None also where Kueue serves another version than it did."""
+        return await _absent_is_none(self.transport.call(Call("get", self._workloads[0]), namespace, name))
+
     async def list_workloads(self, namespace: str, labels: Mapping[str, str]) -> list[Object] | None:
         """Kueue's, of whichever version is served; None where Kueue is not installed."""
         for resource in self._workloads:

@@ -32,7 +32,7 @@ CALLS = (
     *(Call(verb, resource) for resource in JOBS for verb in ("get", "create", "update", "delete")),
     *(Call("get", resource) for resource in BETWEEN),
     *(Call(verb, TRAINING_RUNTIMES) for verb in ("get", "create", "update")),
-    *(Call("list", resource) for resource in WORKLOADS),
+    *(Call(verb, resource) for resource in WORKLOADS for verb in ("get", "list")),
     Call("create", EVENTS),
     Call("list", CORE_EVENTS),
 )

@@ -40,6 +40,7 @@ class Shelf:
         self.deleted: list[tuple[str, str]] = []
         self.updated: list[Object] = []
         self.asked: list[str] = []
+        self.workloads_asked: list[str] = []
 
     async def list_jobs(self, kind: Any, namespace: str, labels: Object) -> list[Object]:
         return [job for job in self.jobs if labels.items() <= job["metadata"]["labels"].items()]
@@ -59,7 +60,12 @@ class Shelf:
     async def delete_job(self, kind: Any, namespace: str, name: str, uid: str, propagation: str) -> None:
         self.deleted.append((name, uid))
 
+    async def get_workload(self, namespace: str, name: str) -> Object | None:
+        self.workloads_asked.append(name)
+        return next((found for found in self.workloads if found["metadata"]["name"] == name), None)
+
     async def list_workloads(self, namespace: str, labels: Object) -> list[Object]:
+        self.workloads_asked.append("list")
         return list(self.workloads)
 
     async def list_warnings(self, namespace: str, uid: str) -> list[Object]:
@@ -346,17 +352,31 @@ class TestPods:
         assert look(Shelf(a_job(MINE, ended="Succeeded"), pods=(odd,))).results == {}
 
 
+def told(queue: QueueStatus) -> AlignmentRun:
+    """A run of which this was said."""
+    run = a_run()
+    assert run.status is not None
+    [phase] = run.status.phases
+    going = phase.attempts[0].model_copy(update={"job": "test-sft-1", "state": AttemptState.RUNNING})
+    known = run.status.model_copy(update={"phases": (phase.model_copy(update={"queue": queue, "attempts": (going,)}),)})
+    return run.model_copy(update={"status": known})
+
+
 def test_a_strangers_workload_says_nothing_about_our_job():
     conditions = [{"type": "Admitted", "status": "True", "message": "forged"}]
-    forged = {"metadata": {"ownerReferences": [WEB]}, "status": {"conditions": conditions}}
+    forged = {"metadata": {"name": "theirs", "ownerReferences": [WEB]}, "status": {"conditions": conditions}}
     ours = {
-        "metadata": {"ownerReferences": [owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")]},
+        "metadata": {"name": "w", "ownerReferences": [owner("kubeflow.org/v1", "PyTorchJob", "test-sft-1", "job-1")]},
         "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "no room"}]},
     }
     queued = a_job(MINE, labels=labelled(**{"kueue.x-k8s.io/queue-name": "gpus"}))
+    said = QueueStatus(state=QueueState.PENDING, message="no room", workload="w")
     [found] = look(Shelf(queued, workloads=(forged, ours))).jobs
-    assert found.queue is not None
-    assert (found.queue.state, found.queue.message) == (QueueState.PENDING, "no room")
+    assert found.queue == said
+    for named, asked in (("w", ["w"]), ("theirs", ["theirs", "list"]), ("gone", ["gone", "list"])):
+        shelf = Shelf(queued, workloads=(forged, ours))
+        [found] = look(shelf, told(QueueStatus(state=QueueState.PENDING, workload=named))).jobs
+        assert (found.queue, shelf.workloads_asked) == (said, 2 * asked), "a name is known once it was found"
 
 
 def test_names_that_the_status_remembers_are_those_that_jobs_get():
@@ -376,12 +396,7 @@ def test_the_queue_of_a_job_that_it_let_go_is_not_asked_again():
             return []
 
     queue = QueueStatus(state=QueueState.ADMITTED, message="admitted")
-    run = a_run()
-    assert run.status is not None
-    [phase] = run.status.phases
-    going = phase.attempts[0].model_copy(update={"job": "test-sft-1", "state": AttemptState.RUNNING})
-    known = run.status.model_copy(update={"phases": (phase.model_copy(update={"queue": queue, "attempts": (going,)}),)})
-    run = run.model_copy(update={"status": known})
+    run = told(queue)
     for suspended, times in ((False, 1), (True, 2)):
         queued = a_job(MINE, labels=labelled(**{"kueue.x-k8s.io/queue-name": "gpus"}))
         queued["spec"]["runPolicy"]["suspend"] = suspended

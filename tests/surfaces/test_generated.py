@@ -50,8 +50,8 @@ def test_generated_files_parse() -> None:
 
 
 def test_the_crd_is_small_enough_for_client_side_apply() -> None:
-    """kubectl keeps it as compact JSON in an annotation of at most 256 KiB."""
-    assert len(json.dumps(crd(), separators=(",", ":"))) < 200_000
+    """kubectl keeps it as compact JSON in an annotation; all annotations of an object have 256 KiB together."""
+    assert len(json.dumps(crd(), separators=(",", ":"))) < 220_000
 
 
 def nodes(schema: Any, path: str = "") -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 from controller.api import meta
 from controller.api.run import AlignmentRun
-from controller.api.status import PhaseProgress, QueueState, QueueStatus
-from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, refusals, runtimes
+from controller.api.status import PhaseProgress
+from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, queues, refusals, runtimes
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
 from controller.backends.cluster.scrape import Scraper, Target
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 WAIT_FOR_EVENTS = timedelta(seconds=10)
 SHOWN_PODS = 2
-
-WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 class UntilTheNextLook:
@@ -83,11 +81,11 @@ class ClusterBackend:
         found = await belongings.gather(source, self.memory, kind, run, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
-        queues = await self._queues(namespace, jobs, {} if anew else _said(run, words), now)
+        said = await queues.words(self.api, run, jobs, anew, words, now)
         seen = [
             await self._explained(
                 replace(
-                    observe.observed_job(job, pods.get(_name(job), ()), queues.get(_name(job)), now),
+                    observe.observed_job(job, pods.get(_name(job), ()), said.get(_name(job)), now),
                     unlabelled=found.unlabelled.get(_name(job), ()),
                     disowned=ownership.is_disowned(job, run),
                 ),
@@ -229,23 +227,6 @@ class ClusterBackend:
             found += map(str, size_problems(run, most))
         return found
 
-    async def _queues(
-        self, namespace: str, jobs: Sequence[Object], known: Mapping[str, QueueStatus], now: datetime
-    ) -> dict[str, QueueStatus]:
-        """``known``: what has been said. Their queue suspends jobs that it had let go before it says anything else."""
-        statuses: dict[str, QueueStatus] = {}
-        for job in jobs:
-            said = known.get(_name(job))
-            if said is not None and (said.state == QueueState.ADMITTED) != observe.is_suspended(job):
-                statuses[_name(job)] = said
-            elif (observe.is_queued(job) or observe.is_suspended(job)) and not observe.ended(job):
-                found = await self.api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
-                workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
-                status = observe.queue_status(job, workload, found is not None, now)
-                if status is not None:
-                    statuses[_name(job)] = status
-        return statuses
-
     def _progress(
         self, run: AlignmentRun, jobs: Sequence[ObservedJob], pods: Mapping[str, Sequence[Object]]
     ) -> dict[str, PhaseProgress]:
@@ -269,13 +250,6 @@ def begun_with(run: AlignmentRun, job: PhaseJob) -> str:
     """The image that attempts at the same phase had before: it goes on from their work."""
     known = run.status.phase_status(job.phase) if run.status else None
     return known.image if known is not None and known.digest == job.digest else ""
-
-
-def _said(run: AlignmentRun, words: bool) -> dict[str, QueueStatus]:
-    """By the names of their jobs: of those that were let go, and without ``words`` of those that wait."""
-    phases = [phase for phase in (run.status.phases if run.status else ()) if phase.attempts]
-    queues = {phase.attempts[-1].job: phase.queue for phase in phases if phase.queue is not None}
-    return {name: queue for name, queue in queues.items() if name and (not words or queue.state == QueueState.ADMITTED)}
 
 
 def _failed(job: PhaseJob, failure: FailureClass, why: str) -> ObservedJob:

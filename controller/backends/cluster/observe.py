@@ -288,7 +288,7 @@ def is_queued(job: Object) -> bool:
 def queue_status(job: Object, workload: Object | None, installed: bool, now: datetime) -> QueueStatus | None:
     """What Kueue says about a job; None in the first seconds, and of one that it has nothing to do with."""
     if workload is not None:
-        found = _workload_status(workload)
+        found = _workload_status(workload).model_copy(update={"workload": workload["metadata"]["name"]})
         if found.state == QueueState.MISSING and not is_queued(job):
             return found.model_copy(update={"message": NO_QUEUE})
         alone = found.state == QueueState.QUOTA_RESERVED and is_elsewhere(job) and kinds.of_job(job).REFERS
