@@ -47,9 +47,18 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def parse_yaml(text: str) -> list[Any]:
-    """The documents in a text. Raises YAMLError, with a mark for the place."""
+    """The documents in a text. Raises YAMLError, with a mark for the place.
+
+    What an alias stands for is there as often as it is named: a setting of one phase had been set in all that shared its anchor.
+    """
     _check(text)
-    return list(yaml.load_all(text, Loader=_Loader))
+    return [_tree(document) for document in yaml.load_all(text, Loader=_Loader)]
+
+
+def _tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tree(inner) for key, inner in value.items()}
+    return [_tree(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check(text: str) -> None:

@@ -219,6 +219,14 @@ def test_hostile_yaml_is_one_line(tmp_path, text):
     assert len(str(problem).splitlines()) == 1
 
 
+def test_what_an_alias_stands_for_is_set_where_it_was_asked_for_alone():
+    text = "a: &o {lr: 1, deep: {x: 1}}\nb: *o\nc: {<<: *o}\nd: [*o, *o]"
+    (document,) = parse_yaml(text)
+    changed = apply_setting(apply_setting(document, "a.deep.x=9"), "d.0.lr=7")
+    same = {"lr": 1, "deep": {"x": 1}}
+    assert changed == {"a": {"lr": 1, "deep": {"x": 9}}, "b": same, "c": same, "d": [{**same, "lr": 7}, same]}
+
+
 def test_aliases_that_are_used_as_meant_are_fine():
     text = "base: &base {a: [1, 2]}\nuses:\n- {<<: *base, b: 1}\n- *base\nscalar: &s 3\nagain: *s\n"
     (found,) = parse_yaml(text)
