@@ -15,6 +15,7 @@ from controller.commands.cluster.status import existing
 from controller.commands.say import say
 from controller.commands.where import Place
 from controller.plan import again
+from controller.plan.refusal import is_refused
 from trainers.contract import FailureClass
 
 TRIES = 10
@@ -26,6 +27,8 @@ def cluster_retry(place: Place, name: str, phases: Sequence[str]) -> int:
     cluster = Cluster(place)
     run = newest(patiently(cluster, cluster.runs, known=False), name, cluster.namespace)
     _check(run, phases)
+    if run.leaving:
+        raise InvalidRun([Problem(f"run {name}", "is being deleted: apply it once more when it is gone")])
     tried = [phase.name for phase in run.status.phases if again.can_try_again(phase)]
     if not phases and not tried:
         return _say_nothing_failed(run, place)
@@ -33,9 +36,20 @@ def cluster_retry(place: Place, name: str, phases: Sequence[str]) -> int:
     whole = again.ALL in phases
     what = "all phases run anew" if whole else f"{', '.join(phases)} and what builds on it: run anew" if phases else ""
     say(f"run {name}: {what or ', '.join(tried) + ' tries again'}")
-    follow = f"watch it with: {place.command('status --watch', name)}"
-    say(f"it is stopped, and begins with: {place.command('resume', name)}" if run.asked_to_stop else follow)
+    say(_when(run, place))
+    for phase in run.suspended_phases:
+        say(f"phase {phase} stays suspended: its own `suspend` is true")
     return 0
+
+
+def _when(run: ClusterRun, place: Place) -> str:
+    """What is asked for waits until the run makes sense, and until it may go on."""
+    accepted = run.status.condition(meta.ACCEPTED)
+    if accepted is not None and is_refused(run.status):
+        return f"it begins when the run is valid: {accepted.message}"
+    if run.asked_to_stop:
+        return f"it is stopped, and begins with: {place.command('resume', run.name)}"
+    return f"watch it with: {place.command('status --watch', run.name)}"
 
 
 def _check(run: ClusterRun, phases: Sequence[str]) -> None:

@@ -28,6 +28,11 @@ class ClusterRun:
         return datetime.fromisoformat(self.document["metadata"]["creationTimestamp"])
 
     @property
+    def leaving(self) -> bool:
+        """Somebody has deleted it, and something of it is still there."""
+        return self.document["metadata"].get("deletionTimestamp") is not None
+
+    @property
     def asked_to_stop(self) -> bool:
         return bool(self.document["spec"].get("suspend"))
 
@@ -78,6 +83,8 @@ class ClusterRun:
     @property
     def state(self) -> str:
         """In a word."""
+        if self.leaving:
+            return "being deleted"
         if not self.status.conditions:
             return "not seen by the operator yet"
         if is_terminal(self.status) and not self.settled:
