@@ -98,6 +98,7 @@ class VllmLike:
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt, stops = body["prompt"], body.get("stop_token_ids", [])
+        assert len(body.get("logit_bias", {})) <= 1024, "vLLM's newer model runner ends where there are more"
         ids, logs = list(prompt), []
         random = np.random.default_rng(body.get("seed"))
         while len(logs) < body["max_tokens"] and len(ids) < self.max_model_len:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainers.contract import BadInput, Infrastructure
 from trainers.core.served import server as calls
 from trainers.core.served.answers import Part, scored
+from trainers.core.served.model import MOST_BARRED, ServedModel
 from trainers.core.served.server import Server, side_by_side
-from trainers.core.served.wire import LEAST_REST, _likeliest
+from trainers.core.served.wire import LEAST_REST, _likeliest, connected
 from trainers.core.top_k import Shards
-from trainers.spec import Served
+from trainers.spec import Sampling, Served
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 12}}], "maxPromptLength": 32}
 
@@ -62,6 +64,56 @@ def test_greedy_responses_are_those_of_the_own_engine(run_phase, vllm, tmp_path)
         code, _ = run_phase("rollout", spec_for(vllm, served, temperature=0), None, tmp_path / name / "rollout")
         assert code == 0
     assert traces(tmp_path / "ours" / "rollout") == traces(tmp_path / "theirs" / "rollout")
+
+
+@pytest.fixture(scope="module")
+def many_spare_rows(louder, tmp_path_factory):
+    """A model with more rows that are no tokens than a request can bar, and as likely as tokens are."""
+    folder, source = tmp_path_factory.mktemp("spare"), louder(4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    model.resize_token_embeddings(len(tokenizer) + MOST_BARRED + 10)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with serving(folder, max_logprobs=4) as found:
+        yield found
+
+
+def test_greedy_responses_have_no_spare_ids_however_many_there_are(run_phase, many_spare_rows, tmp_path):
+    for name, served in (("ours", False), ("theirs", True)):
+        spec = spec_for(many_spare_rows, served, temperature=0)
+        assert run_phase("rollout", spec, None, tmp_path / name / "rollout")[0] == 0
+    assert traces(tmp_path / "ours" / "rollout") == traces(tmp_path / "theirs" / "rollout")
+    barred = [list(map(int, body["logit_bias"])) for body in many_spare_rows.asked if "seed" in body]
+    assert max(map(len, barred)) == MOST_BARRED, "what vLLM takes"
+
+
+def test_draws_have_the_probabilities_of_a_model_whose_spare_ids_are_all_barred(many_spare_rows):
+    """Tokens of 200 draws, against the softmax over tokens that there are: chi-square."""
+    vllm = many_spare_rows
+    known = len(vllm.tokenizer)
+    vllm.asked.clear()
+    wire = connected(Server("policy", Served(url=vllm.url)), None)
+    served = ServedModel(wire, vllm.tokenizer, SimpleNamespace(stop_ids={1}), known, 512, vllm.rows)
+    asked = Sampling(engine="vllm", max_new_tokens=1, batch_size=1)
+    found = served.responses([[5, 6, 7]] * 200, asked, [(3, i) for i in range(200)])
+    assert len(vllm.asked) > 210, "some were asked for again"
+    assert found[:20] == served.responses([[5, 6, 7]] * 20, asked, [(3, i) for i in range(20)])
+    log_probs = vllm.log_probs([5, 6, 7])[-1]
+    drawn = torch.bincount(torch.tensor([response.ids[0] for response in found]), minlength=len(log_probs))
+    wanted = 200 * log_probs[:known].softmax(-1)
+    assert drawn[known:].sum() == 0
+    often = wanted > 5
+    assert ((drawn[:known][often] - wanted[often]) ** 2 / wanted[often]).sum() < 3 * often.sum()
+    for response in found[:20]:
+        assert response.logprobs[0] == pytest.approx(float(log_probs[response.ids[0]]), abs=1e-4)
+
+
+def test_a_model_that_says_nothing_but_spare_ids_is_bad_input(many_spare_rows, monkeypatch):
+    monkeypatch.setattr("trainers.core.served.model.MOST_BARRED", 2)
+    wire = connected(Server("policy", Served(url=many_spare_rows.url)), None)
+    served = ServedModel(wire, many_spare_rows.tokenizer, SimpleNamespace(stop_ids={1}), 3, 512, many_spare_rows.rows)
+    with pytest.raises(BadInput, match=r"policy: .* draws ids from 3 on again and again, which are no tokens"):
+        served.responses([[5, 6, 7]], Sampling(engine="vllm", max_new_tokens=8), [(0,)])
 
 
 def test_responses_end_where_the_model_ends_them(sampled):

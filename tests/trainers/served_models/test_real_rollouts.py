@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_environment import vllm_python
 
+from trainers.core.served.model import MOST_BARRED
 from trainers.core.served.server import Server, side_by_side
 from trainers.core.served.wire import connected
 from trainers.spec import Sampling, Served
@@ -25,6 +27,11 @@ def spec_for(folder: Path, url: str | None, **changes):
 
 def traces(output: Path):
     return [json.loads(line) for line in (output / "traces.jsonl").read_text().splitlines()]
+
+
+def test_no_request_bars_more_than_vllms_newer_runner_takes():
+    [runner] = vllm_python().parent.parent.glob("lib/python*/site-packages/vllm/v1/worker/gpu/sample/logit_bias.py")
+    assert f"MAX_NUM_LOGIT_BIAS_TOKENS = {MOST_BARRED}\n" in runner.read_text()
 
 
 def test_greedy_responses_are_those_of_the_own_engine(run_phase, vllm, policy_dir, tmp_path):

@@ -34,8 +34,7 @@ class Follower:
         known = rows if loaded.num_known is None else loaded.num_known
         wire = connected(server, None)
         check_vocabulary(wire, max(rows, max(loaded.tokenizer.get_vocab().values()) + 1))
-        bias = {str(token): -100.0 for token in range(known, rows)}
-        self.served = ServedModel(wire, loaded.tokenizer, loaded.chat, known, loaded.positions, bias)
+        self.served = ServedModel(wire, loaded.tokenizer, loaded.chat, known, loaded.positions, rows)
         self._is_current = True
         self._numbers = count()
 

@@ -1,7 +1,7 @@
 """A model that only a server holds: its tokenizer, template and end tokens are read here, its weights are not."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
+from trainers.contract import BadInput
 from trainers.core.chat import ChatFormat, format_of
 from trainers.core.chat_settings import apply_chat_settings
 from trainers.core.context import PhaseContext
@@ -25,6 +26,9 @@ from trainers.spec import OwnServer, RespondingModel, Sampling
 
 LARGEST_SEED = 2**53
 """Whole numbers below this survive a proxy that reads them as doubles."""
+MOST_BARRED = 1024
+"""Tokens that a request may have a `logit_bias` for: with more, vLLM's newer model runner (v1/worker/gpu/sample/logit_bias.py,
+0.32) raises where nothing is caught, and the server ends. No message says so before."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,45 @@ class ServedModel:
     """Responses hold ids below this alone."""
     positions: int
     """Tokens that the model was made for; the server may be set up for fewer."""
-    bias: Mapping[str, float]
-    """What keeps the server from ids that its matrices have rows for and the tokenizer no token."""
+    rows: int
+    """Of its matrices. Ids from ``num_known`` on are no token of the tokenizer's."""
 
     def responses(self, prompts: List[list[int]], sampling: Sampling, keys: List[tuple[int, ...]]) -> list[Response]:
         """One to each prompt, of which ``keys`` are all the randomness."""
-        stops = sorted(self.chat.stop_ids)
         self.wire.check_length(max(map(len, prompts), default=0) + sampling.max_new_tokens)
 
         def ask(i: int) -> Answer:
-            return self.wire.respond(prompts[i], sampling, seed_of(keys[i]), stops, self.bias, self.num_known)
+            return self._respond(prompts[i], sampling, keys[i])
 
         found = side_by_side(ask, range(len(prompts)), sampling.batch_size, self.wire.server.look)
         return [Response(a.ids, a.ids[-1] in self.chat.stop_ids, a.logprobs) for a in found]
+
+    def _respond(self, prompt: list[int], sampling: Sampling, key: tuple[int, ...]) -> Answer:
+        """A response to one prompt, of ids below ``num_known``.
+
+        The server is kept from other ids as far as it can be. Where it draws one that it was not kept from, what stands before
+        stays, and the rest is drawn anew without that id: tokens have the same probabilities as if all had been barred, but for
+        what topP and topK leave others where such an id is among the likeliest.
+        """
+        barred, said = list(range(self.num_known, self.rows))[:MOST_BARRED], Answer([], [])
+        for again in range(MOST_BARRED):
+            left = sampling.model_copy(update={"max_new_tokens": sampling.max_new_tokens - len(said.ids)})
+            seed = seed_of((*key, again) if again else key)
+            more = self._drawn([*prompt, *said.ids], left, seed, barred)
+            kept = next((i for i, token in enumerate(more.ids) if token >= self.num_known), None)
+            said = Answer(said.ids + more.ids[:kept], said.logprobs + more.logprobs[:kept])
+            if kept is None:
+                return said
+            barred = [*barred[1:], more.ids[kept]]
+        raise BadInput(
+            f"{self.wire.server.field}: {self.wire.server.url} draws ids from {self.num_known} on again and again, which are "
+            "no tokens of the tokenizer: its model has not learned to leave them"
+        )
+
+    def _drawn(self, prompt: list[int], sampling: Sampling, seed: int, barred: list[int]) -> Answer:
+        bias = {str(token): -100.0 for token in barred}
+        below = self.num_known if self.rows - self.num_known <= MOST_BARRED else self.rows
+        return self.wire.respond(prompt, sampling, seed, sorted(self.chat.stop_ids), bias, below)
 
 
 def seed_of(key: tuple[int, ...]) -> int:
@@ -108,7 +138,7 @@ def _model(ctx: PhaseContext, ref: RespondingModel, server: Server) -> ServedMod
         format_of(tokenizer, _generation(folder, config), rows),
         known,
         positions(config),
-        {str(token): -100 for token in range(known, rows)},
+        rows,
     )
 
 
