@@ -78,13 +78,13 @@ test-distributed: $(VENV)/.dev ## The whole matrix: every phase under every stra
 bench-sampling: $(VENV)/.dev ## Responses per second beside transformers' generate, and what of the processor's roof; THREADS=1
 	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python benchmarks/sampling.py --threads $(or $(THREADS),1)
 
-bench: $(VENV)/.dev ## Ours beside TRL on this machine, into docs/benchmarks.md: half an hour on two idle cores; ONLY=sft,sampling BATCHES=8 ROUNDS=1 RESUME=1
+bench: $(VENV)/.dev ## Ours beside TRL on this machine, into docs/benchmarks.md: half an hour on two idle cores; ONLY=sft,sampling BATCHES=8 ROWS=16 ROUNDS=1 RESUME=1
 	$(BIN)/python benchmarks/peers --write bench $(PEERS)
 
 bench-gpu: $(VENV)/.dev ## The same on a GPU, with models of 0.5B and 1.5B of real shape: ten minutes; SIZE=tiny DEVICE=cpu tries it
 	failed=0; for size in $(or $(SIZE),0.5B 1.5B); do $(BIN)/python benchmarks/peers --size $$size --device $(or $(DEVICE),cuda) \
 	  --steps $(or $(STEPS),6) --batches 8 --rows 1,64 --rounds $(or $(ROUNDS),2) $(PEERS) || failed=1; done; exit $$failed
-PEERS = $(ONLY:%=--only %) $(BATCHES:%=--batches %) $(RESUME:%=--resume) $(THREADS:%=--threads %)
+PEERS = $(ONLY:%=--only %) $(BATCHES:%=--batches %) $(ROWS:%=--rows %) $(RESUME:%=--resume) $(THREADS:%=--threads %)
 bench: PEERS += $(ROUNDS:%=--rounds %) $(STEPS:%=--steps %)
 
 bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES phases at once, ENDED that have ended, TRAINING that train and of which RATES a second end a phase beside QUEUED that wait, on fake nodes

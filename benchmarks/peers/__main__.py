@@ -5,4 +5,7 @@ import sys
 from compared import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped; RESUME=1 takes the rows that are there")
