@@ -146,6 +146,14 @@ def test_a_run_that_takes_too_much_at_once_goes_on_when_it_is_edited_or_the_limi
     driver.until_condition("edited", "Accepted")
     driver.until_job("edited-other-1")
     assert driver.job_names() == ["edited-other-1", "edited-sft-1", "fits-sft-1"]
+    keep = ("patch", driver.kind.plural, "fits-sft-1", "-n", driver.namespace, "--type=merge", "-p")
+    driver.cluster.kubectl(*keep, json.dumps({"metadata": {"finalizers": ["example.com/slow"]}}))
+    driver.patch("fits", {"phases": [sft("renamed") | two]})
+    driver.until_phase("fits", "renamed", "Ready")
+    said = driver.phase("fits", "renamed")["message"]
+    assert said.startswith("waits: 1 nodes are still taken by attempts that have not ended"), said
+    driver.cluster.kubectl(*keep, json.dumps({"metadata": {"finalizers": None}}))
+    driver.until_job("fits-renamed-1")
     assert limited.stop() == 0
     operator.start()
     driver.until_condition("waits", "Accepted", timeout=60)
