@@ -79,6 +79,8 @@ def test_one_that_breaks_is_told_of_at_once(run_phase, louder, tmp_path, capsys)
         ("import sys; print('error: no flag --x', file=sys.stderr); sys.exit(2)", 2, "status 2: error: no flag --x"),
         ("print('RuntimeError: a GPU is lost'); print('bye'); exit(1)", 75, "status 1: RuntimeError: a GPU is lost"),
         (f"print(open({str(MEMORY_LOG)!r}).read()); exit(1)", 2, "memory utilization (0.92, 21.66 GiB)"),
+        ("pass", 2, "status 0: it has said nothing; set server.command to what starts a vLLM"),
+        ("import no_vllm", 2, "status 1: ModuleNotFoundError: No module named 'no_vllm'; set server.command to"),
         ("import os; os.kill(os.getpid(), 9)", 75, "it was killed by signal 9: it has said nothing"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.core.served.log import is_of_memory, last_words
+from trainers.core.served.log import SILENCE, is_of_command, is_of_memory, last_words
 
 REAL = Path(__file__).with_name("vllm_memory.log")
 ENGINE = "(EngineCore_DP0 pid=71) ERROR 11-30 04:32:49 [core.py:1510]"
@@ -55,6 +55,28 @@ def test_other_forms(tmp_path, lines, told, of_memory):
     log.write_text("".join(f"{line}\n" for line in lines))
     assert last_words(log) == told
     assert is_of_memory(told) is of_memory
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "of_command"),
+    [
+        (SILENCE, 0, True),
+        (SILENCE, 1, True),
+        (SILENCE, -9, False),
+        (SILENCE, 137, False),  # of a shell, whose server was killed
+        ("Hello", 0, True),
+        ("Hello", 1, False),
+        (LOST, 0, False),  # a shell that hands its log on has ended well
+        (LOST, 1, False),
+        ("OSError: [Errno 98] Address already in use", 1, False),
+        ("/usr/bin/python3: No module named vllm", 1, True),
+        ("ModuleNotFoundError: No module named 'vllm'", 1, True),
+        ("ImportError: cannot import name 'x' from 'vllm' (/opt/vllm/__init__.py)", 1, True),
+        ("ImportError: libcuda.so.1: cannot open shared object file: No such file or directory", 1, False),
+    ],
+)
+def test_what_was_no_vllm(words, status, of_command):
+    assert is_of_command(words, status) is of_command
 
 
 def test_no_log(tmp_path):

@@ -27,9 +27,8 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK"
 END_SECONDS = 60.0
 """How long a server's end is waited for, so that what comes after it finds its memory free."""
 
-
-USAGE = 2
-"""Status of a program that does not understand its arguments."""
+ORDER_STATUSES = (2, 126, 127)
+"""Of a program that does not understand its arguments, and of a shell that cannot start one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Ended:
     how: str
     of_order: bool = False
     """Whether what it was told is at fault: it would end so again."""
+    status: int | None = None
+    """None unless it is known to have ended: below 0 by a signal."""
 
 
 class Line:
@@ -99,8 +100,8 @@ def _ended(said: dict[str, Any]) -> Ended:
         return Ended(f"it could not be started ({said['error']})", of_order=True)
     status = int(said["status"])
     if status < 0:
-        return Ended(f"it was killed by signal {-status}")
-    return Ended(f"it ended with status {status}", of_order=status == USAGE)
+        return Ended(f"it was killed by signal {-status}", status=status)
+    return Ended(f"it ended with status {status}", status in ORDER_STATUSES, status)
 
 
 def _own_keeper(line: socket.socket) -> "subprocess.Popen[bytes]":

@@ -27,6 +27,13 @@ OF_MEMORY = re.compile(
     r"less than desired .*memory utilization|No available memory for the cache|larger than the available KV cache memory"
     r"|out of memory|OutOfMemoryError"
 )
+OF_IMPORT = re.compile(r"ModuleNotFoundError|No module named|cannot import name")
+
+SILENCE = "it has said nothing"
+
+SIGNALS = 128
+"""A shell whose program a signal has killed ends with this and the signal's number."""
+
 MOST = 500
 
 
@@ -42,14 +49,21 @@ def last_words(log: Path) -> str:
     try:
         text = log.read_text(errors="replace")
     except OSError:
-        return "it has said nothing"
+        return SILENCE
     lines = [_said(line) for line in text.splitlines() if line.strip()]
-    return (_cause(lines) or " / ".join(line.words.strip() for line in lines[-3:]) or "it has said nothing")[:MOST]
+    return (_cause(lines) or " / ".join(line.words.strip() for line in lines[-3:]) or SILENCE)[:MOST]
 
 
 def is_of_memory(words: str) -> bool:
     """Whether what is said is that it may take too much memory, or too little."""
     return OF_MEMORY.search(words) is not None
+
+
+def is_of_command(words: str, status: int) -> bool:
+    """Whether what ended so before any answer was no vLLM, or one without what it imports."""
+    if words == SILENCE:
+        return 0 <= status <= SIGNALS
+    return OF_IMPORT.search(words) is not None or (status == 0 and not EXCEPTION.match(words))
 
 
 def _said(line: str) -> Said:

@@ -16,13 +16,17 @@ from trainers.contract import BadInput, Infrastructure, Interrupted
 from trainers.core.context import PhaseContext
 from trainers.core.served.connections import Connections
 from trainers.core.served.line import Ended, Line
-from trainers.core.served.log import is_of_memory, last_words
+from trainers.core.served.log import is_of_command, is_of_memory, last_words
 from trainers.core.served.server import Server, Unanswered
 from trainers.spec import OwnServer, Served
 
 MEMORY_HINT = (
     "set --gpu-memory-utilization in server.args (of all memory there, a processor's too), "
     "or VLLM_CPU_KVCACHE_SPACE (GiB) in the environment of one on a processor"
+)
+
+COMMAND_HINT = (
+    "set server.command to what starts a vLLM with all that it imports, for example [/opt/vllm/bin/vllm, serve]"
 )
 
 
@@ -54,6 +58,8 @@ class StartedServer(Server):
             raise
 
     def _end(self, line: Line, ended: Ended) -> Exception:
+        if self._stopping():  # what stops all processes of a machine stops this one too
+            return self._interrupted()
         said = last_words(line.log)
         when = "" if self.answered else " before it answered"
         text = f"{self.field}: {self.url} is gone{when}, {ended.how}: {said}"
@@ -61,6 +67,8 @@ class StartedServer(Server):
             return BadInput(f"{text}; server says how it is started")
         if not self.answered and is_of_memory(said):  # what it may take is a setting, which the next attempt has too
             return BadInput(f"{text}; {MEMORY_HINT}")
+        if not self.answered and ended.status is not None and is_of_command(said, ended.status):
+            return BadInput(f"{text}; {COMMAND_HINT}")
         return Infrastructure(text)
 
 
