@@ -93,6 +93,7 @@ bench-operator: $(VENV)/.dev ## What the operator spends on RUNS runs of PHASES 
 
 soak: $(VENV)/.dev ## Every fault at every call of a run, the operator killed and frozen at every call, whole clusters that break, upgrades: two hours
 	bash tests/system-packages.sh
+	SOAK=1 $(BIN)/pytest -q tests/controller/test_decide_machine.py tests/controller/test_decide_cluster_machine.py
 	SOAK=1 $(BIN)/pytest -q -s tests/operator/test_sweep.py tests/operator/test_disasters.py tests/operator/test_replicas.py \
 	  tests/operator/test_strangers.py tests/operator/test_lifecycle.py tests/operator/test_edits.py tests/operator/test_two_clusters.py tests/operator/test_generated_runs.py tests/chart/test_upgrade.py
 	$(BIN)/pytest -q -s -m "vllm and soak" tests/trainers/served_models

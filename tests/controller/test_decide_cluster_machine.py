@@ -3,6 +3,7 @@
 Beside ``test_decide_machine``, whose world is one machine. What must hold is checked against the world, not the status.
 """
 
+import os
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -268,6 +269,7 @@ class World(RuleBasedStateMachine):
 
 
 TestClusterWorld = World.TestCase
+EXAMPLES = 300 if os.environ.get("SOAK") else 30
 TestClusterWorld.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -6,6 +6,7 @@ and against what each status says after the one before.
 """
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -458,7 +459,7 @@ def assert_may_follow(old: Attempt | None, new: Attempt) -> None:
 
 TestWorld = World.TestCase
 TestWorld.settings = settings(
-    max_examples=60,
+    max_examples=300 if os.environ.get("SOAK") else 30,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
