@@ -16,12 +16,13 @@ from trainers.core.flops import model_flops
 from trainers.core.generate import generate
 from trainers.core.head_losses import Beside, head_loss
 from trainers.core.memory import kept_bytes, memory_needed
+from trainers.core.sampling import sample
 from trainers.core.scoring import Scorer, hidden_states, target_logprobs
 from trainers.core.trainee import Trainee
 from trainers.phases.distill.loss import PIECE_ELEMENTS, PIECES, top_k_divergence
 from trainers.phases.distill.train import divergence
 from trainers.sizing.families import STATE_SPACE
-from trainers.sizing.memory import Place, Trained, activations, forward_alone, held_trained
+from trainers.sizing.memory import LOGITS, NUCLEUS, Place, Trained, activations, forward_alone, held_trained
 from trainers.sizing.phases import DIVERGENCE, SCORES, STORED
 from trainers.sizing.shapes import shape_of
 from trainers.spec import Optim, Parallel, Sampling
@@ -100,6 +101,17 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(held):
     place = Place(Parallel(gradient_checkpointing=True), bf16=held == 2)
     kept = [activations(place, Trained(each, held=held), TOKENS, TOKENS, False) for each in (deep, shape)]
     assert kept[0] - kept[1] == held * 128 * TOKENS * 18
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"), [({}, LOGITS), ({"top_p": 0.9}, NUCLEUS - 6)], ids=["all", "a nucleus in a graph"]
+)
+def test_what_drawing_a_token_takes(settings, numbers):
+    """But for what a sort takes beside its result, as nobody has measured it on a GPU."""
+    logits, uniforms = torch.randn(8, 4096), torch.rand(8, dtype=torch.float64)
+    with torch.no_grad(), Live() as live:
+        sample(logits.clone(), Sampling(temperature=0.7, **settings), uniforms, fixed=True)
+    assert live.most / (4 * logits.numel()) == pytest.approx(numbers, rel=0.1)
 
 
 def test_models_whose_prompts_are_read_in_parts_are_those_that_slots_know():

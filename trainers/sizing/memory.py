@@ -25,6 +25,11 @@ AT_ONCE = 2 / 3
 """Share of what a layer would keep for its backward pass that is there at once where there is none."""
 PREFETCHED = 2
 """Layers whose weights FSDP holds whole at a time: the one that computes, and the next."""
+LOGITS = 4
+"""Numbers for each logit of a step, in fp32: the model's own, divided by a temperature, weights, padded blocks."""
+NUCLEUS = 17
+"""Where steps are graphs and a nucleus is drawn from, which puts whole vocabularies in order: eleven are counted by a test; a
+sort on a GPU has keys and places twice while it moves them, which nobody has measured."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +362,7 @@ def forward_alone(place: Place, shape: ModelShape, tokens: int, row: int) -> int
 
 
 def generation(
-    place: Place, shape: ModelShape, held: int, responses: int, prompt: int, length: int, split: bool
+    place: Place, shape: ModelShape, held: int, responses: int, prompt: int, length: int, split: bool, nucleus: bool
 ) -> int:
     """The cache of keys and values of ``responses`` side by side, whole weights if they are split, and what is computed:
     some prompts at once; then one token of each.
@@ -369,7 +374,7 @@ def generation(
     number = min(place.number, held) if place.bf16 else held
     length += max(NARROWEST, length // 8) if place.gpu else 0
     cache = number * shape.cache * responses * length * (len(shape.layers) + 1) // max(1, len(shape.layers))
-    logits = responses * shape.vocabulary * 4 * FP32
+    logits = responses * shape.vocabulary * (NUCLEUS if nucleus and place.gpu else LOGITS) * FP32
     prompts = forward_alone(place, shape, _read_at_once(shape, responses, prompt), prompt)
     found = cache + (prompts + logits if place.gpu else max(prompts, logits))
     found += _casts(place, shape, held) + _casts_of(place, held, shape.embedding)

@@ -159,7 +159,8 @@ class _Tally:
             return 0  # a server's cache is its own
         side_by_side = min(sampling.batch_size, -(-responses // self.place.world))
         length = min(prompt + sampling.max_new_tokens, shape.positions)
-        return generation(self.place, shape, held, side_by_side, min(prompt, length), length, split)
+        nucleus = sampling.top_p < 1 and sampling.temperature > 0
+        return generation(self.place, shape, held, side_by_side, min(prompt, length), length, split, nucleus)
 
 
 def _sft(spec: SftSpec, tally: _Tally) -> None:

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import vllm_python
 
-from trainers.core.served.model import MOST_BARRED
-from trainers.core.served.server import Server, side_by_side
+from trainers.core.served import model as served
+from trainers.core.served.server import Server
 from trainers.core.served.wire import connected
 from trainers.spec import Sampling, Served
 
@@ -29,12 +30,18 @@ def traces(output: Path):
     return [json.loads(line) for line in (output / "traces.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def few_barred(monkeypatch):
+    """Fewer than the head's ten rows that are no tokens, as where there are more than vLLM takes."""
+    monkeypatch.setattr(served, "MOST_BARRED", 4)
+
+
 def test_no_request_bars_more_than_vllms_newer_runner_takes():
     [runner] = vllm_python().parent.parent.glob("lib/python*/site-packages/vllm/v1/worker/gpu/sample/logit_bias.py")
-    assert f"MAX_NUM_LOGIT_BIAS_TOKENS = {MOST_BARRED}\n" in runner.read_text()
+    assert f"MAX_NUM_LOGIT_BIAS_TOKENS = {served.MOST_BARRED}\n" in runner.read_text()
 
 
-def test_greedy_responses_are_those_of_the_own_engine(run_phase, vllm, policy_dir, tmp_path):
+def test_greedy_responses_are_those_of_the_own_engine(run_phase, vllm, policy_dir, few_barred, tmp_path):
     """Although the model's own files ask for penalties, and its head has rows that are no tokens."""
     for name, url in (("ours", None), ("theirs", vllm.url)):
         spec = spec_for(policy_dir, url, sampling={"temperature": 0})
@@ -75,13 +82,15 @@ def _check_scores(output: Path, folder: Path) -> None:
         torch.testing.assert_close(whole, torch.ones_like(whole), atol=1e-2, rtol=0)
 
 
-def test_draws_have_the_models_probabilities(vllm, policy_dir):
+def test_draws_have_the_models_probabilities(vllm, policy_dir, few_barred):
     """First tokens of 600 draws against the softmax of transformers' logits over the tokens that there are."""
     wire = connected(Server("policy", Served(url=vllm.url, key_variable="VLLM_KEY")), None)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy_dir), AutoTokenizer.from_pretrained(policy_dir)
-    sampling = Sampling(engine="vllm", max_new_tokens=1)
-    bias = {str(i): -100.0 for i in range(len(tokenizer), model.config.vocab_size)}
-    answers = side_by_side(lambda seed: wire.respond([5, 6, 7], sampling, seed, [1], bias, 10**6), list(range(600)), 16)
+    sampling = Sampling(engine="vllm", max_new_tokens=1, batch_size=16)
+    speaker = served.ServedModel(
+        wire, tokenizer, SimpleNamespace(stop_ids={1}), len(tokenizer), 128, model.config.vocab_size
+    )
+    answers = speaker.responses([[5, 6, 7]] * 600, sampling, [(seed,) for seed in range(600)])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     drawn = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=len(logits))
