@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from controller.plan.resolve import ResolvedPhase
 from trainers.phases.evaluate.spec import EvaluateSpec
 from trainers.sizing.memory import Memory
-from trainers.sizing.servers import LENGTH_FLAG, SHARE_FLAG
 from trainers.spec import OwnServer, Parallel, PhaseSpec, Sampling
+from trainers.spec.server_flags import LENGTH_FLAG, SHARE_FLAG
 
 SMALLEST_PASS = 512
 """Tokens of a forward pass below which a step becomes slow."""

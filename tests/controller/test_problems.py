@@ -32,6 +32,7 @@ def files(name: str) -> dict[str, Any]:
 
 
 OTHER_SCRATCH = edit(SCRATCH, {"scratch": {"tokenizer": {"vocabSize": 99}}})
+SHARE = "--gpu-memory-utilization"
 MEMBERS = "sft, reward, dpo, ppo, rollout, distill, evaluate, package"
 
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
@@ -72,6 +73,16 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of nothing": (
         document(BASE, rollout({"phase": "base"}, sampling={"engine": "vllm"}, server={"command": []})),
         "spec.phases[rollout].rollout.server.command: a list: it has 0 items, and 1 or more belong there",
+    ),
+    "a share of memory above all of it": (
+        document(BASE, rollout({"phase": "base"}, sampling={"engine": "vllm"}, server={"args": [SHARE, "5"]})),
+        f"spec.phases[rollout].rollout.server: args: {SHARE} '5' is no share of a device's memory: set a number above 0 and "
+        "at most 1, such as 0.5",
+    ),
+    "a server's length without room for a prompt": (
+        document(BASE, rollout({"phase": "base"}, sampling={"engine": "vllm"}, server={"args": ["--max-model-len=8"]})),
+        "spec.phases[rollout].rollout: server.args: --max-model-len 8 is of prompt and response together: "
+        "sampling.maxNewTokens 256 leaves no room for a prompt; set 256 and the longest prompt's tokens",
     ),
     "no phases": (document(), "spec.phases: a list: it has 0 items, and 1 or more belong there"),
     "two members": (

@@ -105,6 +105,18 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
         (lambda: own("--tokenizer", "x"), "--tokenizer makes it another model"),
         (lambda: own("--load-format", "dummy"), "--load-format dummy has random weights"),
         (lambda: own("--load_format=dummy"), "--load-format dummy has random weights"),
+        (lambda: own("--max-model-len", "banana"), "args: --max-model-len 'banana' is no number of tokens above 0: set one"),
+        (lambda: own("--max-model-len", "1.5K"), "--max-model-len '1.5K' is no number of tokens"),
+        (lambda: own("--max-model-len", 400 * "9" + "k"), "is no number of tokens above 0"),
+        (lambda: own("--max_model_len=-5"), "--max-model-len '-5' is no number of tokens"),
+        (lambda: own("--max-model-len", "--enforce-eager"), "--max-model-len '' is no number of tokens"),
+        (lambda: own("--max-num-seqs", "0"), "args: --max-num-seqs '0' is no number of sequences above 0: set one"),
+        (lambda: own("--gpu-memory-utilization", "5"), "--gpu-memory-utilization '5' is no share of a device's memory"),
+        (lambda: own("--gpu_memory_utilization=0"), "set a number above 0 and at most 1"),
+        (lambda: own("--gpu-memory-utilization", "nan"), "set a number above 0 and at most 1"),
+        (lambda: own("--max-model-len", "256"), "sampling.maxNewTokens 256 leaves no room for a prompt; set 256 and"),
+        (lambda: ppo({"server": {"args": ["--max-model-len=8"]}}), "server.args: --max-model-len 8 is of prompt and"),
+        (lambda: evaluation([{"phase": "a"}], VLLM, server={"args": ["--max-model-len=8"]}), "leaves no room for a prompt"),
         (lambda: rollout({"phase": "dpo"}, server={"command": []}), "at least 1 item"),
         (lambda: evaluation([{"phase": "a"}], server={}), "server is of no use to sampling.engine own"),
         (lambda: evaluation([{"phase": "a", "url": URL}], VLLM, server={}), "models[0].url names one"),
@@ -146,7 +158,7 @@ def test_what_rounds_otherwise_or_is_faster_is_the_users_choice():
         "safetensors",
         "-q=fp8",
         "--max-model-len",
-        "9",
+        "4k",
     )
     flags = (
         "--gpu-memory-utilization=0.5",
@@ -158,6 +170,22 @@ def test_what_rounds_otherwise_or_is_faster_is_the_users_choice():
         "2",
     )
     assert own(*words, *flags).server.args == (*words, *flags)
+
+
+@pytest.mark.parametrize(
+    ("word", "longest"),
+    [("257", 257), ("4k", 4000), ("4K", 4096), ("25.6k", 25600), ("auto", None), ("AUTO", None), ("-1", None)],
+)
+def test_lengths_that_vllm_reads(word, longest):
+    for args in (("--max-model-len", word), (f"--max_model_len={word}", "--enforce-eager")):
+        assert own(*args).server.longest == longest
+        assert own(*args).server.with_flags({"--max-model-len": "9"})[-1] == "--max-model-len=9"
+
+
+def test_a_negative_number_goes_with_its_flag():
+    assert own("--max-model-len", "-1", "--seed", "3").server.with_flags({"--max-model-len": "512"}) == [
+        "--seed", "3", "--max-model-len=512",
+    ]  # fmt: skip
 
 
 def test_a_benchmark_may_have_an_engine_of_its_own():

@@ -3,13 +3,12 @@
 Sources: `vllm/config/cache.py`, `vllm/platforms/cpu.py`, `vllm/v1/worker/cpu_worker.py`.
 """
 
-import re
 from dataclasses import dataclass
 
 from trainers.sizing.shapes import UNSTATED, ModelShape
 from trainers.spec import OwnServer
+from trainers.spec.server_flags import LENGTH_FLAG, SHARE_FLAG, read_count
 
-SHARE_FLAG, LENGTH_FLAG = "--gpu-memory-utilization", "--max-model-len"
 SHARE = 0.92
 """Of a device's memory that vLLM takes for all that it holds, unless told; on a processor of the container's limit too."""
 
@@ -17,9 +16,6 @@ PROCESSES = 2 * 2**30
 """Of a server on a processor, beside weights, keys and values: its three processes, each with torch; 1.9 GiB were measured."""
 
 NUMBERS = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-UNITS = (
-    {"": 1} | {unit: 1000**n for n, unit in enumerate("kmgt", 1)} | {unit: 1024**n for n, unit in enumerate("KMGT", 1)}
-)
 
 
 @dataclass(frozen=True)
@@ -66,29 +62,16 @@ def server_size(place: ServerPlace, shape: ModelShape, number: int, own: OwnServ
     of_a_token = shape.cache * (1 if flags.get("--kv-cache-dtype", "").startswith("fp8") else number)
     processes = 0 if place.gpu else PROCESSES
     least = weights + of_a_token * length // split + processes
-    given = _bytes(flags.get("--kv-cache-memory-bytes", "")) or (None if place.gpu else place.cache)
+    given = read_count(flags.get("--kv-cache-memory-bytes", "")) or (None if place.gpu else place.cache)
     if given is not None:
         return ServerSize(weights + given + processes, least, length, None, True, place.apart)
-    share = _share(flags)
+    share = float(flags.get(SHARE_FLAG, SHARE))
     if place.memory is None:
         return ServerSize(weights + processes, least, length, share, False, place.apart)
     return ServerSize(int(share * place.memory), least, length, share, True, place.apart)
 
 
-def _share(flags: dict[str, str]) -> float:
-    try:
-        found = float(flags.get(SHARE_FLAG, SHARE))
-    except ValueError:
-        return SHARE  # vLLM refuses it in its own words
-    return found if 0 < found <= 1 else SHARE
-
-
 def _count(flags: dict[str, str], *names: str, default: int = 1) -> int:
     """As the first of these flags has it, `4096` or `4k`; vLLM refuses what is no number."""
-    found = next((_bytes(flags[name]) for name in names if name in flags), None)
+    found = next((read_count(flags[name]) for name in names if name in flags), None)
     return default if found is None else found
-
-
-def _bytes(text: str) -> int | None:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", text)
-    return int(float(found[1]) * UNITS[found[2]]) if found else None

@@ -11,6 +11,7 @@ from trainers.spec.data import DataSource
 from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RespondingModel, RewardModelRef
 from trainers.spec.parallel import Parallel
 from trainers.spec.served import OwnServer
+from trainers.spec.server_flags import LENGTH_FLAG
 from trainers.spec.training import Duration, Optim
 
 
@@ -88,7 +89,8 @@ def check_engine(
     samplings: Iterable[Sampling], models: Iterable[tuple[str, RespondingModel]], server: OwnServer | None
 ) -> None:
     """Raise ValueError unless models have servers, the users' or the phase's own, where responses are to come from one, and only there."""
-    served, found = any(sampling.engine == "vllm" for sampling in samplings), list(models)
+    lengths = [sampling.max_new_tokens for sampling in samplings if sampling.engine == "vllm"]
+    served, found = bool(lengths), list(models)
     for path, model in found:
         if served and model.scratch is not None:
             raise ValueError(
@@ -100,6 +102,11 @@ def check_engine(
         raise ValueError("server is of no use to sampling.engine own: set engine: vllm, or leave server out")
     if server is not None and found and all(model.url is not None for _, model in found):
         raise ValueError(f"server: {found[0][0]}.url names one that is there already: leave server or url out")
+    if server is not None and server.longest is not None and server.longest <= max(lengths):
+        raise ValueError(
+            f"server.args: {LENGTH_FLAG} {server.longest} is of prompt and response together: sampling.maxNewTokens "
+            f"{max(lengths)} leaves no room for a prompt; set {max(lengths)} and the longest prompt's tokens"
+        )
 
 
 class Gate(SpecModel):

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, StringConstraints, model_validator
 
 from trainers.spec.base import SpecModel
+from trainers.spec.server_flags import LENGTH_FLAG, NEGATIVE, flag_problem, read_count
 
 HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
 
@@ -93,9 +94,9 @@ class OwnServer(SpecModel):
         """`args` by their names, of which vLLM takes `--max_model_len` for `--max-model-len`; empty for those without a value."""
         found: dict[str, str] = {}
         for word, after in zip(self.args, [*self.args[1:], "-"], strict=False):
-            if word.startswith("-"):
+            if _is_flag(word):
                 name, sign, value = word.partition("=")
-                beside = "" if after.startswith("-") else after
+                beside = "" if _is_flag(after) else after
                 found[name.replace("_", "-")] = value if sign else beside
         return found
 
@@ -104,10 +105,21 @@ class OwnServer(SpecModel):
         kept: list[str] = []
         goes = False
         for word in self.args:
-            named = word.startswith("-")
+            named = _is_flag(word)
             goes = word.partition("=")[0].replace("_", "-") in changed if named else goes
             kept += [] if goes else [word]
         return [*kept, *(f"{name}={value}" for name, value in changed.items())]
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that prompt and response may have together, where `args` say."""
+        return read_count(self.flags.get(LENGTH_FLAG, ""))
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        if problem := flag_problem(self.flags):
+            raise ValueError(f"args: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _ours(self) -> Self:
@@ -119,6 +131,10 @@ class OwnServer(SpecModel):
         if any(value == "dummy" for name, value in self.flags.items() if _means(name, {"--load-format"})):
             raise ValueError("args: --load-format dummy has random weights: leave it out")
         return self
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not NEGATIVE.fullmatch(word)
 
 
 def _means(word: str, flags: Set[str]) -> bool:
