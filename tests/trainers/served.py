@@ -10,7 +10,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -193,6 +193,29 @@ def _handler(vllm: VllmLike) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+def swapped(words: dict[str, int]) -> dict[str, int]:
+    a, b = (next(word for word, i in words.items() if i == wanted) for wanted in (6, 7))
+    return words | {a: words[b], b: words[a]}
+
+
+def moved(words: dict[str, int]) -> dict[str, int]:
+    """By words that are in front of the student's, behind the marks."""
+    marks = 6
+    return {word: i if i < marks else i + 10 for word, i in words.items()} | {f"new{i}": marks + i for i in range(10)}
+
+
+def with_words(folder: Path, change: Callable[[dict[str, int]], dict[str, int]], path: Path) -> Path:
+    """The folder's model with its words at other ids, as a folder of its own."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    words = document["model"]["vocab"] = change(document["model"]["vocab"])
+    tokenizer.save_pretrained(path)
+    (path / "tokenizer.json").write_text(json.dumps(document))
+    model.resize_token_embeddings(len(words))
+    model.save_pretrained(path)
+    return path
 
 
 class _SocketServer(ThreadingHTTPServer):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from served import VllmLike, serving, started
+from served import VllmLike, serving, started, swapped, with_words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.contract import BadInput, Infrastructure
@@ -184,6 +184,15 @@ class TestWhoseFault:
         code, _ = run_phase("rollout", spec, None, tmp_path / "run" / "rollout")
         assert code == 2
         assert "serves another model as 'tiny': it lacks a token" in capsys.readouterr().err
+
+    def test_another_tokenizer(self, run_phase, vllm, tmp_path, capsys):
+        """Of weights that are not compared."""
+        with serving(with_words(vllm.folder, swapped, tmp_path / "other")) as other:
+            spec = spec_for(vllm)
+            spec["policy"] |= {"url": other.url, "checkWeights": False}
+            code, _ = run_phase("rollout", spec, None, tmp_path / "run" / "rollout")
+        assert code == 2
+        assert "serves another model as 'tiny': from token" in capsys.readouterr().err
 
     def test_a_name_that_it_does_not_have(self, run_phase, vllm, tmp_path, capsys):
         spec = spec_for(vllm)

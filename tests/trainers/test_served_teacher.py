@@ -11,19 +11,20 @@ import pytest
 import torch
 import yaml
 from finished import assert_same, lines, weights
-from served import VllmLike, serving, started
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from served import VllmLike, moved, serving, started, swapped, with_words
 
 from trainers.core.batch import Sequence
+from trainers.core.scratch import scratch_model
 from trainers.core.served import server as calls
 from trainers.core.served.server import Server
 from trainers.core.served.teacher import ServedTeacher, known_to
+from trainers.core.served.tokens import other_tokens, vocabulary_texts
 from trainers.core.served.wire import connected
 from trainers.core.top_k import bucket_logits
 from trainers.phases.distill.ahead import Ahead
 from trainers.phases.distill.loss import generalized_jsd, top_k_divergence
 from trainers.phases.distill.streams import Streams
-from trainers.spec import Served
+from trainers.spec import ScratchModel, Served
 
 PROMPTS = {"prompts": [{"synthetic": {"task": "letters", "split": "prompts", "count": 20}}], "maxPromptLength": 32}
 
@@ -239,23 +240,44 @@ def test_a_teacher_that_goes_away_is_infrastructure_and_the_phase_goes_on(run_ph
     assert_same(weights(whole), weights(cut))
 
 
-def test_another_tokenizer(run_phase, spec_for, vllm, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(vllm.folder)
-    vocabulary = json.loads((vllm.folder / "tokenizer.json").read_text())
-    words = vocabulary["model"]["vocab"]
-    a, b = (next(word for word, i in words.items() if i == wanted) for wanted in (6, 7))
-    words[a], words[b] = words[b], words[a]
-    tokenizer.save_pretrained(tmp_path / "swapped")
-    (tmp_path / "swapped" / "tokenizer.json").write_text(json.dumps(vocabulary))
-    AutoModelForCausalLM.from_pretrained(vllm.folder).save_pretrained(tmp_path / "swapped")
-    with serving(tmp_path / "swapped") as other:
-        text = tokenizer.convert_ids_to_tokens([6, 7])
-        probes = [[{"role": "user", "content": " ".join(text)}]]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("trainers.core.served.teacher.PROBES", probes)
-            code, _ = run_phase("distill", spec_for(served(other)), None, tmp_path / "run" / "distill")
+@pytest.mark.parametrize("change", [swapped, moved])
+def test_another_tokenizer(run_phase, spec_for, vllm, tmp_path, capsys, change):
+    """To words that neither has, as a fixed text may be, both say the same."""
+    with serving(with_words(vllm.folder, change, tmp_path / "other")) as other:
+        code, _ = run_phase("distill", spec_for(served(other)), None, tmp_path / "run" / "distill")
     assert code == 2
-    assert "has another tokenizer than the student" in capsys.readouterr().err
+    assert "has another tokenizer than the student: from token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_another_tokenizer_by_the_runs_own_rows(run_phase, spec_for, vllm, tmp_path, capsys, monkeypatch, fraction):
+    """Of a vocabulary some words are asked about, here none."""
+    monkeypatch.setattr("trainers.core.served.teacher.vocabulary_texts", lambda tokenizer: [])
+    with serving(with_words(vllm.folder, moved, tmp_path / "other")) as other:
+        spec = spec_for(served(other), onPolicyFraction=fraction)
+        code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert code == 2
+    assert "has another tokenizer than the student: from token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["word", "bytes"])
+def test_words_from_all_over_a_vocabulary_are_the_same_to_the_same_tokenizer(kind, tmp_path):
+    """Also where pieces are bytes, which are no text by themselves, and are other tokens once they are joined."""
+    of = {"synthetic": {"task": "letters", "split": "demonstrations", "count": 64}}
+    spec = {
+        "hiddenSize": 32,
+        "numLayers": 1,
+        "numHeads": 4,
+        "tokenizer": {"kind": kind, "trainOn": [of], "vocabSize": 320},
+    }
+    model, tokenizer = scratch_model(ScratchModel.model_validate(spec), 0, Path("."))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = vocabulary_texts(tokenizer)
+    assert 0 < len(texts) <= 8 and "\ufffd" not in "".join(texts)
+    assert len({i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]}) > 20
+    with serving(tmp_path) as same:
+        assert other_tokens(connected(Server("teacher", Served(url=same.url)), None), tokenizer, texts) is None
 
 
 def test_more_tokens_than_the_server_tells(run_phase, spec_for, vllm, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence as List
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from trainers.core.chat import ChatFormat
 from trainers.core.models import LoadedModel
 from trainers.core.parallel import Workers
 from trainers.core.scoring import Scorer, target_logprobs
+from trainers.core.served.tokens import other_tokens, vocabulary_texts
 from trainers.core.served.wire import Wire
 from trainers.core.sharding import whole_shape
 from trainers.core.step import Layout, scored
@@ -32,6 +34,13 @@ def check_vocabulary(wire: Wire, ids: int) -> None:
                 f"{wire.server.field}: {wire.server.url} serves another model as {wire.name!r}: it "
                 f"{'lacks' if wanted else 'has'} a token of the number {token}, and the phase's own has {ids} tokens"
             )
+
+
+def check_texts(wire: Wire, tokenizer: Any) -> None:
+    """Raise BadInput if the server reads words of the vocabulary as other tokens; for weights that are not compared."""
+    difference = other_tokens(wire, tokenizer, vocabulary_texts(tokenizer))
+    if difference is not None:
+        raise BadInput(f"{wire.server.field}: {wire.server.url} serves another model as {wire.name!r}: {difference}")
 
 
 def check_weights(wire: Wire, loaded: LoadedModel, workers: Workers) -> None:

@@ -17,7 +17,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.generate import Response
 from trainers.core.models import LoadedModel, positions
 from trainers.core.parallel import Workers
-from trainers.core.served.check import check_vocabulary, check_weights
+from trainers.core.served.check import check_texts, check_vocabulary, check_weights
 from trainers.core.served.server import Server, side_by_side
 from trainers.core.served.started import started
 from trainers.core.served.wire import Answer, Wire, connected
@@ -90,7 +90,9 @@ def served_model(ctx: PhaseContext, field: str, ref: RespondingModel, weights: L
     """The model of the user's server. Raises BadInput if it is another one than ``weights``, or has another vocabulary."""
     ctx.meter.stage(f"asking {ref.url}")
     model = _model(ctx, ref, Server(field, ref, lambda: ctx.stop_signal is not None))
-    if weights is not None:
+    if weights is None:
+        check_texts(model.wire, model.tokenizer)
+    else:
         check_weights(model.wire, weights, ctx.workers)
     ctx.meter.stage("")
     return model

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from trainers.core.batch import Sequence
 from trainers.core.chat import ChatFormat
 from trainers.core.context import PhaseContext
 from trainers.core.served.server import TRAINING_SECONDS, Server, address, awaited
+from trainers.core.served.tokens import other_tokens, row_texts, vocabulary_texts
 from trainers.core.served.wire import Wire, connected
+from trainers.core.templates import Messages
 from trainers.core.top_k import Stored
 from trainers.core.vocabulary import PROBES
 from trainers.meter import TeacherMeter
@@ -86,6 +89,12 @@ class Teachers:
         self.known = min(teacher.known for teacher in by_name.values())
         for teacher in by_name.values():
             teacher.known = self.known  # what only some can say is among the rest
+
+    def check_rows(self, tokenizer: Any, rows: List[List[int]]) -> None:
+        """Raise BadInput if the text of the student's rows is other tokens to a teacher."""
+        texts = row_texts(tokenizer, rows)
+        for teacher in self.by_name.values():
+            _check_texts(teacher.wire, tokenizer, texts)
 
     def ask(self, taught: Iterable[tuple[str, Sequence]]) -> None:
         """Have sequences scored, each by its teacher and for one later :meth:`scores`."""
@@ -184,26 +193,30 @@ def known_to(wire: Wire, rows: int) -> int:
 
 def check_tokens(wire: Wire, chat: ChatFormat) -> None:
     """Raise BadInput if text is other tokens to the server's model than to the student. Templates that differ are told."""
-    for messages in PROBES:
-        try:
-            text, ours = chat.prompt_text(messages), chat.prompt(messages)
-        except BadInput:  # a template without a system's turn, say
-            continue
-        theirs = wire.tokens(text)
-        if theirs is None:
-            print(
-                f"{wire.server.field}: {wire.server.url} makes no tokens of text, so whether they are the student's is not known"
-            )
-            return
-        plain = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if theirs != plain:
-            at = next((i for i, (a, b) in enumerate(zip(theirs, plain, strict=False)) if a != b), 0)
-            raise BadInput(
-                f"{wire.server.field}: {wire.server.url} has another tokenizer than the student: from token {at} on "
-                f"{text[:40]!r} is {theirs[at : at + 4]} and not {plain[at : at + 4]}; use models of one family"
-            )
-        if wire.conversation_tokens(messages) not in (None, ours):
-            print(
-                f"{wire.server.field}: its server's chat template is another than the student's, by which it is asked"
-            )
-            return
+    taken = [messages for messages in PROBES if _takes(chat, messages)]
+    texts = [*map(chat.prompt_text, taken), *vocabulary_texts(chat.tokenizer)]
+    if texts and wire.tokens(texts[0]) is None:
+        print(
+            f"{wire.server.field}: {wire.server.url} makes no tokens of text, so whether they are the student's is not known"
+        )
+        return
+    _check_texts(wire, chat.tokenizer, texts)
+    if any(wire.conversation_tokens(messages) not in (None, chat.prompt(messages)) for messages in taken):
+        print(f"{wire.server.field}: its server's chat template is another than the student's, by which it is asked")
+
+
+def _takes(chat: ChatFormat, messages: Messages) -> bool:
+    try:
+        chat.prompt(messages)
+    except BadInput:  # a template without a system's turn, say
+        return False
+    return True
+
+
+def _check_texts(wire: Wire, tokenizer: Any, texts: Iterable[str]) -> None:
+    difference = other_tokens(wire, tokenizer, texts)
+    if difference is not None:
+        raise BadInput(
+            f"{wire.server.field}: {wire.server.url} has another tokenizer than the student: {difference}; "
+            "use models of one family"
+        )

@@ -80,6 +80,10 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
 
     ahead = Ahead(streams, traces, total_steps, None if served is None else ask)
     first = checkpoints.restore()
+    if served is not None and first < total_steps:
+        of_prompts = [prompt.ids for prompt in asked(first)]
+        rows = of_prompts or [e.sequence.ids.tolist() for e in traces.batch(streams.index(first))]
+        served.check_rows(student.tokenizer, rows[:CHECKED_ROWS])
     ctx.meter.begin(first, total_steps, spec.document())
 
     # ---- loop
@@ -133,6 +137,9 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         sizes["teacherParameters"] = teacher.num_parameters
     return Outcome(checkpoints.state | sizes, traces.records() + prompts.records(), total_steps)
 
+
+CHECKED_ROWS = 4
+"""Of the first step's, whose text a served teacher is asked to make tokens of."""
 
 PART = "loss_of_"
 """Begin of the measures that are a teacher's part of the loss."""
