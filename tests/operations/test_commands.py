@@ -28,6 +28,7 @@ NOT_RUN = {
     "make images": "words of an explanation; tests/images builds one so, `make test-images` the other",
     "make images REGISTRY=ADDRESS": "the same",
     'make bench-operator RUNS=200 ENDED=10000 TRAINING=1000 RATES="2 5"': "tests/operator/test_scale.py, with fewer runs",
+    "make bench-operator QUEUED=3000 TRAINING=1000 RATES=2": "tests/operator/test_scale.py, with fewer runs",
     "make bench-operator ENDED=9000 RUNS=1000 PHASES=8": "tests/operator/test_scale.py, with fewer runs",
     "kubectl delete pod": "part of a sentence",
     "kubectl describe": "part of a sentence",
