@@ -19,6 +19,7 @@ from controller.api.status import PhaseState, PhaseStatus, RunStatus
 from controller.backends.local import process
 from controller.backends.local.backend import Command, LocalBackend, phase_command
 from controller.backends.local.machine import Machine, this_machine
+from controller.commands.at_hand import missing
 from controller.commands.display import LiveTable, PlainLines
 from controller.commands.say import say
 from controller.commands.table import comparison_table, plain_table, read_comparison
@@ -101,12 +102,22 @@ def _check_gpus(machine: Machine, procs: int) -> None:
         )
 
 
+def _check_at_hand(workspace: Path, run: AlignmentRun, only: Collection[str] | None) -> None:
+    """Of phases that have finished nothing is asked: their results are there."""
+    known = runs_folder.read_status(workspace, run.name) or RunStatus()
+    done = {phase.name for phase in known.phases if phase.state == PhaseState.SUCCEEDED}
+    left = [phase.name for phase in run.phases if phase.name not in done and (only is None or phase.name in only)]
+    if problems := missing(run, left, os.environ):
+        raise InvalidRun(problems)
+
+
 def run_command(request: Request, command: Command = phase_command) -> int:
     """Run to the end; tests put another program in the phases' place."""
     run = request.load()
     only = request.selection(run)
     backend = local_backend(request, run, command)
     _check_gpus(backend.machine, _procs(run))
+    _check_at_hand(request.workspace, run, only)
     with runs_folder.locked(request.workspace):
         _settle(request.workspace, run.name, backend.grace)
         asyncio.run(_check_inputs(run, backend, only))
@@ -126,8 +137,8 @@ async def _check_inputs(run: AlignmentRun, backend: LocalBackend, only: Collecti
     if only is None:
         return
     plans = explain(run, await backend.survey(run), only)
-    if missing := unmet_inputs(run, plans, only):
-        raise InvalidRun([Problem("", text) for text in missing])
+    if unmet := unmet_inputs(run, plans, only):
+        raise InvalidRun([Problem("", text) for text in unmet])
 
 
 def _drive(run: AlignmentRun, backend: LocalBackend, request: Request, only: Collection[str] | None) -> int:
