@@ -235,12 +235,21 @@ def main() -> None:
     parser.add_argument("--served-model-name", default="tiny")
     parser.add_argument("--logprobs-mode", choices=["raw_logprobs", "processed_logprobs"], default="raw_logprobs")
     parser.add_argument("--break-after", type=int, default=10**9, help="completions, after which it ends as by a fault")
+    parser.add_argument(
+        "--hang", nargs=2, default=["", ""], help="a path without an answer, and a file to make once it is asked"
+    )
     args = parser.parse_args()
     vllm = VllmLike(args.folder, name=args.served_model_name, max_logprobs=args.max_logprobs)
     vllm.processed = args.logprobs_mode == "processed_logprobs"
 
     class Handler(_handler(vllm)):  # type: ignore[misc]
         disable_nagle_algorithm = False  # there is none on such a socket
+
+        def answer(self, body: dict[str, Any] | None) -> tuple[int, Any]:
+            if self.path == args.hang[0]:
+                Path(args.hang[1]).touch()
+                time.sleep(3600)
+            return super().answer(body)
 
         def do_POST(self) -> None:
             if len(vllm.asked) >= args.break_after:

@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from distributed.acting import after_steps
 from finished import assert_same, weights
 from test_own_server import nothing_is_left
+
+from trainers.contract import BadInput
 
 PROGRAM = Path(__file__).with_name("served.py")
 SERVER = {"command": [sys.executable, str(PROGRAM)]}
@@ -146,6 +151,41 @@ def test_a_server_that_breaks_beside_a_step_is_infrastructure(run_phase, louder,
     assert "the phase's own vLLM is gone, it ended with status 3: ValueError: no memory for this" in said
     assert nothing_is_left(PROGRAM)
     assert not [*tmp_path.glob("weights-*"), *tmp_path.glob("vllm-*")]
+
+
+@pytest.fixture
+def hanging(louder, tmp_path, monkeypatch):
+    """(a server that takes no weights, the file that says when it hangs). A stop leaves it a second."""
+    monkeypatch.setattr("trainers.core.served.following.TRAINING_SECONDS", 1.0)
+    file = tmp_path / "hangs"
+    return student_spec(louder, staleness=1, server=SERVER | {"args": ["--hang", "/collective_rpc", str(file)]}), file
+
+
+def test_a_stop_is_heard_while_a_server_takes_weights(run_phase, hanging, tmp_path):
+    """Beside a step as in one: a call of its own ends after ten minutes, when a pod is long gone."""
+    spec, file = hanging
+    stopper = threading.Thread(target=lambda: (until(file.exists), os.kill(os.getpid(), signal.SIGTERM)))
+    stopper.start()
+    begun = time.monotonic()
+    code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert code == 143 and time.monotonic() - begun < 300
+    stopper.join()
+    assert nothing_is_left(PROGRAM)
+
+
+def test_a_phase_that_ends_does_not_wait_for_what_it_has_asked_ahead(run_phase, hanging, tmp_path, capsys):
+    spec, file = hanging
+
+    def fail(*_) -> None:
+        until(file.exists)
+        raise BadInput("no such thing")
+
+    begun = time.monotonic()
+    with after_steps(fail):
+        code, _ = run_phase("distill", spec, None, tmp_path / "run" / "distill")
+    assert code == 2 and time.monotonic() - begun < 300
+    assert "no such thing" in capsys.readouterr().err
+    assert nothing_is_left(PROGRAM)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,15 @@ def test_one_that_takes_too_long(run_phase, louder, tmp_path, capsys):
     slow = spec_for(louder(4), ["-c", "import time; time.sleep(600)", "slow"], startTimeoutSeconds=1)
     assert run_phase("rollout", slow, None, tmp_path / "run" / "rollout")[0] == 75
     assert "has not answered within 1 s (server.startTimeoutSeconds)" in capsys.readouterr().err
+
+
+def test_one_that_takes_connections_and_says_nothing(run_phase, louder, tmp_path, capsys):
+    args = ["--hang", "/v1/models", str(tmp_path / "hangs")]
+    silent = spec_for(louder(4), [str(PROGRAM)], args, startTimeoutSeconds=30)
+    begun = time.monotonic()
+    assert run_phase("rollout", silent, None, tmp_path / "run" / "rollout")[0] == 75
+    assert "has not answered within 30 s (server.startTimeoutSeconds)" in capsys.readouterr().err
+    assert time.monotonic() - begun < 300, "and not for as long as any answer may take"
 
 
 def test_a_program_that_is_not_there(run_phase, louder, tmp_path, capsys):

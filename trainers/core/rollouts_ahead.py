@@ -25,6 +25,7 @@ from trainers.core.parallel import Workers
 from trainers.core.rollouts import Prompt, Sample, own_responses, respond, rewarded, said
 from trainers.core.served.following import Follower, following
 from trainers.core.served.model import ServedModel
+from trainers.core.served.server import awaited
 from trainers.core.sharding import is_split
 from trainers.core.shares import in_order
 from trainers.spec import OnPolicySpec, Sampling
@@ -119,7 +120,14 @@ class RolloutsAhead:
                 fill(wanted)
                 self._whole[step + ahead] = _unpacked(*wanted.values())
 
+    def _look(self) -> None:
+        """Raises Interrupted where this rank waits for a server that does not answer in the time that a stop leaves."""
+        if self._follower is not None:
+            self._follower.server.look()
+
     def close(self) -> None:
+        if self._follower is not None:
+            self._follower.server.let_go()  # what it was asked ahead nobody needs now, and it may hang
         self._thread.shutdown(cancel_futures=True)
         torch.set_num_threads(self._all_threads)
 
@@ -155,7 +163,7 @@ class RolloutsAhead:
             return self._whole.pop(step)
         if step not in self._begun:
             return []
-        own = self._begun.pop(step).result()
+        own = awaited([self._begun.pop(step)], self._look)[0]
         return in_order(self.ctx.workers, self._mine(len(self.prompts_of(step))), own)
 
     def _keys(self, step: int, count: int) -> list[tuple[int, ...]]:

@@ -112,9 +112,13 @@ class Server:
         if self._finished_at is None:
             self._finished_at = time.monotonic() + self.finishing
         if time.monotonic() >= self._finished_at:
-            self._gone.set()
-            self._connections.abandon()
+            self.let_go()
             raise self._interrupted()
+
+    def let_go(self) -> None:
+        """Nothing is asked or waited for from then on, in whatever thread."""
+        self._gone.set()
+        self._connections.abandon()
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped while {self.url} did not answer; the phase can go on")

@@ -4,7 +4,7 @@ import http.client
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from trainers.core.context import PhaseContext
 from trainers.core.served.connections import Connections
 from trainers.core.served.line import Ended, Line
 from trainers.core.served.log import is_of_command, is_of_memory, last_words
-from trainers.core.served.server import Server, Unanswered
+from trainers.core.served.server import Server, Unanswered, side_by_side
 from trainers.spec import OwnServer, Served
 
 MEMORY_HINT = (
@@ -40,10 +40,10 @@ class StartedServer(Server):
         self._base, self._headers = "", {}
         self._connections = Connections(partial(_SocketConnection, place, "localhost", timeout=self.timeout))
 
-    def answers(self) -> bool:
-        """Whether it has come to answer. Raises if it has ended instead."""
+    def answers(self, look: Callable[[], None]) -> bool:
+        """Whether it has come to answer; ``look`` is called while it is waited for. Raises if it has ended instead."""
         try:
-            self._once("/v1/models", None)
+            side_by_side(lambda _: self._once("/v1/models", None), [None], 1, look)
         except Unanswered:
             return False
         self.answered = True
@@ -107,7 +107,8 @@ def _log(ctx: PhaseContext) -> Path:
 
 def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnServer) -> None:
     until = time.monotonic() + settings.start_timeout_seconds
-    while not server.answers():
+
+    def look() -> None:
         if ctx.stop_signal is not None:
             raise Interrupted("stopped while a server started; the phase can go on")
         if time.monotonic() > until:
@@ -116,6 +117,9 @@ def _wait(ctx: PhaseContext, server: StartedServer, line: Line, settings: OwnSer
                 f"{server.field}: {server.url} has not answered within {settings.start_timeout_seconds} s "
                 f"(server.startTimeoutSeconds): {said}"
             )
+
+    while not server.answers(look):
+        look()
         time.sleep(0.2)
 
 
