@@ -93,6 +93,16 @@ def test_one_that_does_not_come_to_answer(run_phase, louder, tmp_path, capsys, p
     assert (str(MEMORY_LOG) in program) is ("set --gpu-memory-utilization in server.args" in said)
 
 
+def test_a_folder_whose_sockets_would_have_too_long_a_name(run_phase, louder, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / ("x" * 80)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert run_phase("rollout", spec_for(louder(4), [str(PROGRAM)]), None, tmp_path / "run" / "rollout")[0] == 2
+    assert (
+        f"{folder}, whose name has" in (said := capsys.readouterr().err) and "set TMPDIR to one of 70 at most" in said
+    )
+
+
 def test_one_that_takes_too_long(run_phase, louder, tmp_path, capsys):
     slow = spec_for(louder(4), ["-c", "import time; time.sleep(600)", "slow"], startTimeoutSeconds=1)
     assert run_phase("rollout", slow, None, tmp_path / "run" / "rollout")[0] == 75

@@ -1,6 +1,7 @@
 """A vLLM server that the phase starts from a model's own folder: it answers to the phase's processes and nobody else."""
 
 import http.client
+import os
 import socket
 import tempfile
 import time
@@ -28,6 +29,12 @@ MEMORY_HINT = (
 COMMAND_HINT = (
     "set server.command to what starts a vLLM with all that it imports, for example [/opt/vllm/bin/vllm, serve]"
 )
+
+MOST_OF_AN_ADDRESS = 107
+"""Bytes that Linux has for the path of a Unix socket, beside its end."""
+
+SOCKET_OF_ITS_OWN = len("/00000000-0000-0000-0000-000000000000")
+"""What the paths of its processes' sockets have behind the folder for temporary files (`vllm/utils/network_utils.py`)."""
 
 
 class StartedServer(Server):
@@ -89,6 +96,7 @@ def started(
     with ExitStack() as until:
         line, place = None, None
         if ctx.workers.local_rank == 0:
+            _check_temporary(field)
             place = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-"))) / "s"
             words = [*settings.command, folder, "--uds", str(place), *flags, *settings.args]
             line = Line(words, environment, _log(ctx), settings.start_timeout_seconds, [place.parent, *scratch])
@@ -99,6 +107,16 @@ def started(
         server = StartedServer(ctx, field, found, line)
         server.answered = True
         yield server
+
+
+def _check_temporary(field: str) -> None:
+    """Raise BadInput if sockets in the folder for temporary files would have too long a name."""
+    folder, most = tempfile.gettempdir(), MOST_OF_AN_ADDRESS - SOCKET_OF_ITS_OWN
+    if (length := len(os.fsencode(folder))) > most:
+        raise BadInput(
+            f"{field}: a vLLM's sockets are in the folder for temporary files, {folder}, whose name has {length} bytes: "
+            f"set TMPDIR to one of {most} at most"
+        )
 
 
 def _log(ctx: PhaseContext) -> Path:
