@@ -14,6 +14,8 @@ from controller.api.status import AttemptState, QueueState, QueueStatus
 from controller.backends.cluster import observe, ownership
 from controller.backends.cluster.backend import ClusterBackend
 from controller.backends.cluster.kind import Owner
+from controller.backends.cluster.observe import PATIENCE_SECONDS
+from controller.backends.cluster.orphans import COLLECTED_SECONDS
 from controller.backends.cluster.pod import job_metadata
 from controller.backends.cluster.settings import Settings
 from controller.kube.resources import PYTORCHJOBS
@@ -217,6 +219,40 @@ class TestEarlierRuns:
         saving = labels_on(pod(running={"startedAt": "2026-01-01T00:00:00Z"}), deletionTimestamp=later)
         assert look(Shelf(pods=(saving,))).held == {"sft": "Pod job-worker-0 of PyTorchJob test-sft-1 (uid job-1)"}
         assert look(Shelf(pods=(labels_on(pod(phase="Succeeded")),))).held == {}
+
+    @pytest.mark.parametrize("deleted", [False, True])
+    @pytest.mark.parametrize("stopping", [False, True])
+    def test_pods_that_say_they_are_of_a_job_that_is_gone_hold_it_no_longer_than_a_phases_would(
+        self, deleted: bool, stopping: bool
+    ):
+        """Whoever may create pods gives them an owner that nobody collects, or a grace of ten days, one after the other."""
+        run = a_run()
+        assert run.status is not None
+        if stopping:
+            [phase] = run.status.phases
+            [attempt] = phase.attempts
+            asked = attempt.model_copy(update={"state": AttemptState.STOPPING, "job": "test-sft-1"})
+            changed = run.status.model_copy(update={"phases": (phase.model_copy(update={"attempts": (asked,)}),)})
+            run = run.model_copy(update={"status": changed})
+        clock = [datetime.now(UTC).replace(microsecond=0)]
+        begun = clock[0]
+
+        def waits(seconds: float, *uids: str) -> bool:
+            clock[0] = begun + timedelta(seconds=seconds)
+            far = {"deletionTimestamp": (begun + timedelta(days=10)).isoformat()} if deleted else {}
+            pods = [labels_on(pod(running={"startedAt": "2026-01-01T00:00:00Z"}), uid=uid, **far) for uid in uids]
+            shelf.pods = [*map(stored, pods)]
+            found = asyncio.run(asked_of.observe(run))
+            return bool([job for job in found.jobs if job.leaving] if stopping else found.held)
+
+        shelf = Shelf()
+        asked_of = backend(shelf)
+        asked_of.now = lambda: clock[0]
+        last = COLLECTED_SECONDS + (120 + PATIENCE_SECONDS if deleted else 0)
+        assert waits(0, "a") and waits(last / 2, "a", "b") and waits(last - 1, "b", "c")
+        assert not waits(last + 1, "b", "c") and not waits(last + 2, "d")
+        assert not waits(last + 3)
+        assert waits(last + 4, "e"), "after a time without any they are waited for again"
 
     def test_pods_of_a_strangers_job_that_has_none_of_our_labels_hold_nothing(self):
         theirs = a_job(WEB, labels={}, name="test-sft-1")

@@ -12,6 +12,7 @@ from controller.api.status import PhaseProgress
 from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, queues, refusals, runtimes
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
+from controller.backends.cluster.orphans import Orphans
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
@@ -61,6 +62,7 @@ class ClusterBackend:
         self.settings = settings
         self.absent: frozenset[Resource] = frozenset()
         """Kinds of objects that the cluster has not got."""
+        self._orphans = Orphans()
         self.walls = Walls(api, settings.metrics_readers)
         self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
         """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
@@ -78,7 +80,7 @@ class ClusterBackend:
         """
         now, kind = self.now(), kinds.of_run(run)
         source = Anew(self.api, self.memory) if anew and not self._absent(kind) else self.memory
-        found = await belongings.gather(source, self.memory, kind, run, now)
+        found = await belongings.gather(source, self.memory, kind, run, self._orphans, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
         said = await queues.words(self.api, run, jobs, anew, words, now)

@@ -8,6 +8,7 @@ from controller.api import meta
 from controller.api.run import AlignmentRun
 from controller.backends.cluster import evidence, kinds, observe, ownership
 from controller.backends.cluster.kind import JobKind
+from controller.backends.cluster.orphans import Orphans
 from controller.backends.cluster.ownership import Attempted, Object
 from controller.backends.cluster.references import controller_of, group_of
 from controller.memory import Memory, Reads
@@ -31,7 +32,9 @@ class Belongings:
     """By phase, what an earlier run has left that may still write to its folder."""
 
 
-async def gather(source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun, now: datetime) -> Belongings:
+async def gather(
+    source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun, orphans: Orphans, now: datetime
+) -> Belongings:
     """``memory``: what there is of other kinds than the run's, which an earlier one of its name may have left."""
     namespace = run.metadata.namespace or "default"
     labels = {meta.LABEL_MANAGED_BY: meta.PRODUCT, meta.LABEL_RUN: run.name}
@@ -49,7 +52,8 @@ async def gather(source: Reads, memory: Memory, kind: JobKind, run: AlignmentRun
     pods, left = ownership.by_job(ordered, [*jobs, *others], between)
     strays = {name: found async for name, found in _strays(source, kind, run, jobs, pods, now)}
     pods |= {name: sorted([*pods.get(name, ()), *found], key=evidence.index) for name, found in strays.items()}
-    leaving, held = _writers(run, await _without_job(source, namespace, left), now)
+    without_job = await _without_job(source, namespace, left)
+    leaving, held = _writers(run, orphans.that_may_write(run, without_job, now))
     held |= _held(run, others, pods, now)
     made = ownership.made_by(jobs, between)
     return Belongings(jobs, pods, made, _told(unlabelled, strays), leaving, taken, held)
@@ -62,11 +66,10 @@ def _told(jobs: Sequence[Object], strays: Mapping[str, Sequence[Object]]) -> dic
     return {name: tuple(things) for name, things in found.items()}
 
 
-def _writers(run: AlignmentRun, pods: Sequence[Object], now: datetime) -> tuple[frozenset[Attempted], dict[str, str]]:
+def _writers(run: AlignmentRun, pods: Sequence[Object]) -> tuple[frozenset[Attempted], dict[str, str]]:
     """Of pods without a job that go on: the attempts that we ended which they are of, and those of none, by phase."""
     stopping = ownership.stopping(run)
-    going = [pod for pod in pods if not evidence.has_ended(pod, now, observe.PATIENCE_SECONDS)]
-    whose = [(pod, ownership.attempt_of(pod, stopping)) for pod in going]
+    whose = [(pod, ownership.attempt_of(pod, stopping)) for pod in pods]
     leaving = frozenset(which for _, which in whose if which is not None)
     return leaving, {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod, which in whose if which is None}
 
