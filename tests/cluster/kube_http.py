@@ -14,8 +14,8 @@ from cluster.client import Cluster, KubectlError
 Object = dict[str, Any]
 
 
-_configs: dict[str, Object] = {}
-"""By the path of a kubeconfig."""
+_configs: dict[tuple[str, int], Object] = {}
+"""By the path of a kubeconfig and when it was written: a cluster that is started anew has another authority at the same place."""
 
 _KINDS = {
     "alignmentruns": "/apis/alignment.dev/v1alpha1", "configmaps": "/api/v1", "crds": "/apis/apiextensions.k8s.io/v1",
@@ -111,7 +111,8 @@ class NotThere(KubectlError):
 
 def connect(cluster: Cluster) -> http.client.HTTPSConnection:
     """As the administrator, whose kubeconfig has a certificate."""
-    if (known := str(cluster.kubeconfig)) not in _configs:
+    known = str(cluster.kubeconfig), cluster.kubeconfig.stat().st_mtime_ns
+    if known not in _configs:
         text = cluster.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json")
         _configs[known] = json.loads(text)
     config = _configs[known]

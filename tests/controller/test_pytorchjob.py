@@ -261,7 +261,7 @@ class TestObserve:
 
 class TestQueue:
     def workload(self, **conditions):
-        return {"status": {"conditions": [
+        return {"metadata": {"name": "w"}, "status": {"conditions": [
             {"type": kind, "status": status, "message": message} for kind, (status, message) in conditions.items()
         ]}}  # fmt: skip
 
@@ -288,7 +288,7 @@ class TestQueue:
     def test_state(self, name):
         conditions, state, message = self.CASES[name]
         got = observe.queue_status(job(queue="gpus"), self.workload(**conditions), True, NOW)
-        assert (got.state, got.message) == (state, message)
+        assert (got.state, got.message, got.workload) == (state, message, "w")
 
     def test_a_kueue_that_holds_every_job_is_told_of_one_that_names_no_queue(self):
         """Its own word is that LocalQueue "" does not exist."""
