@@ -82,12 +82,17 @@ class TestRights:
         answer = driver.cluster.kubectl("auth", "can-i", "get", "secrets", "-A", f"--as={USER}", check=False)
         assert answer.strip().startswith("no")
 
-    def test_jobs_are_made_and_deleted_and_never_changed(self, driver: Driver):
-        """Else the operator would fight Kueue over `suspend`."""
-        writes = {
-            e["verb"] for e in by_operator(driver.cluster) if e.get("objectRef", {}).get("resource") == "pytorchjobs"
-        }
-        assert writes <= {"create", "delete", "get", "list", "watch"}
+    def test_jobs_are_made_and_deleted_and_changed_only_after_somebody_else_has(self, driver: Driver):
+        """To get their owner back; else the operator would fight Kueue over `suspend`."""
+
+        def of_jobs(events):
+            found = [e for e in events if e.get("objectRef", {}).get("resource") in ("pytorchjobs", "trainjobs")]
+            return [(e["verb"], e["objectRef"].get("namespace"), e["objectRef"].get("name")) for e in found]
+
+        ours, all_of_them = of_jobs(by_operator(driver.cluster)), of_jobs(driver.cluster.audited(verbs=["patch"]))
+        assert {verb for verb, *_ in ours} <= {"create", "update", "delete", "get", "list", "watch"}
+        changed = {(namespace, name) for verb, namespace, name in ours if verb == "update"}
+        assert changed <= {(namespace, name) for _, namespace, name in all_of_them}
 
 
 class TestTells:
