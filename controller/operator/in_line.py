@@ -1,8 +1,8 @@
 """Runs that do nothing but wait for their queue, and when each asks what the queue says.
 
-That a job is let go, or taken back, its watch tells at once: what is asked for are words (no quota, no such queue). Each
-time is a list by label, through all Workloads of the namespace. Nine thousand that wait were nine thousand lists in each of
-their turns, and with them stood the thousand that train, whose progress was looked at every eight minutes.
+That a job is let go, or taken back, its watch tells at once: what is asked for are words (no quota, no such queue). Looked at
+as those that train, nine thousand that wait took nine of ten looks, and the progress of a thousand that train was looked at
+every eight minutes.
 """
 
 import math
