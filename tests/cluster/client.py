@@ -21,6 +21,10 @@ class KubectlError(Exception):
     """The message is what kubectl wrote to stderr."""
 
 
+class NotThere(KubectlError):
+    """Of what was asked for there is none."""
+
+
 @dataclass
 class Cluster:
     """One running cluster. ``state`` has ``logs/``; all of it goes away with the cluster."""
@@ -48,7 +52,7 @@ class Cluster:
         return done.stdout if check else done.stdout + done.stderr
 
     def get(self, *arguments: str) -> dict[str, Any]:
-        """``get("pod", "x", "-n", "y")`` as `kubectl get -o json` has it; KubectlError when there is none.
+        """``get("pod", "x", "-n", "y")`` as `kubectl get -o json` has it; NotThere when there is none.
 
         Tests ask again and again until something is so: a kubectl each time would take a core while they wait.
         """
@@ -59,7 +63,7 @@ class Cluster:
             return json.loads(self.kubectl("get", *arguments, "-o", "json"))
         found = kube_http.Server(self).get(path)
         if found is None:
-            raise KubectlError(f"kubectl get {' '.join(arguments)}: NotFound")
+            raise NotThere(f"kubectl get {' '.join(arguments)}: NotFound")
         for item in found.get("items", [found]):
             item |= {"apiVersion": found["apiVersion"], "kind": found["kind"].removesuffix("List")}
             item["metadata"].pop("managedFields", None)
@@ -112,8 +116,15 @@ class Cluster:
         )
 
     def wait(self, predicate: Callable[[], T], timeout: float = 60, what: str = "it holds", every: float = 0.2) -> T:
-        """The first true value of ``predicate``. Raises TimeoutError."""
-        return wait_for(predicate, timeout, what, every)
+        """The first true value of ``predicate``; what it looks at need not be there yet. Raises TimeoutError."""
+
+        def once_there() -> T | None:
+            try:
+                return predicate()
+            except NotThere:
+                return None
+
+        return wait_for(once_there, timeout, what, every)
 
     def condition(self, kind: str, name: str, namespace: str, type_: str) -> bool:
         return _holds(self.get(kind, name, "-n", namespace), type_)

@@ -5,11 +5,12 @@ import http.client
 import json
 import ssl
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from cluster.client import Cluster, KubectlError
+from cluster.client import Cluster, KubectlError, NotThere
 
 Object = dict[str, Any]
 
@@ -94,19 +95,24 @@ class Server:
             return self._answer(method, path, body, kind)
 
     def _answer(self, method: str, path: str, body: Object | None, kind: str) -> Object:
+        """A server that has just begun says when to ask again, and kubectl does, ten times."""
+        for _ in range(10):
+            status, again, found = self._answered(method, path, body, kind)
+            if again is None:
+                break
+            time.sleep(float(again))
+        if status >= 400:
+            error = NotThere if status == 404 else KubectlError
+            raise error(f"{method} {path}: {status} {found.get('message')}")
+        return found
+
+    def _answered(self, method: str, path: str, body: Object | None, kind: str) -> tuple[int, str | None, Object]:
+        """The status, the seconds until one should ask again, and the object."""
         self._connection = self._connection or connect(self.cluster)
         text = None if body is None else json.dumps(body)
         self._connection.request(method, path, text, {"Content-Type": f"application/{kind}"})
         answer = self._connection.getresponse()
-        found: Object = json.loads(answer.read())
-        if answer.status >= 400:
-            error = NotThere if answer.status == 404 else KubectlError
-            raise error(f"{method} {path}: {answer.status} {found.get('message')}")
-        return found
-
-
-class NotThere(KubectlError):
-    """Of what was asked for there is none."""
+        return answer.status, answer.headers["Retry-After"], json.loads(answer.read())
 
 
 def connect(cluster: Cluster) -> http.client.HTTPSConnection:

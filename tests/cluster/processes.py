@@ -82,7 +82,7 @@ class Children:
         return "\n".join(text.splitlines()[-lines:])
 
 
-def wait_for(predicate: Callable[[], T], timeout: float, what: str, every: float = 0.1) -> T:
+def wait_for(predicate: Callable[[], T | None], timeout: float, what: str, every: float = 0.1) -> T:
     """The first true value of ``predicate``; TimeoutError names ``what`` and the last value."""
     deadline = time.monotonic() + timeout
     while not (value := predicate()):
