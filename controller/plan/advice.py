@@ -68,7 +68,7 @@ def advise(phase: ResolvedPhase, gpu: bool, fit_of: FitOf) -> Fit | None:
 
 def changed(phase: ResolvedPhase, settings: Settings) -> ResolvedPhase | None:
     """The phase as it would be with them; None if it would be refused."""
-    document = phase.spec.document()
+    document = phase.spec.document(exclude_unset=True)  # what is not said is not checked against what is
     for path, value in settings.items():
         if path != NODES:
             _put(document, path.split("."), value)

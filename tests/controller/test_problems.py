@@ -84,6 +84,19 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "spec.phases[rollout].rollout: server.args: --max-model-len 8 is of prompt and response together: "
         "sampling.maxNewTokens 256 leaves no room for a prompt; set 256 and the longest prompt's tokens",
     ),
+    "a server's length that its prompts go beyond": (
+        document(
+            BASE,
+            rollout(
+                {"phase": "base"},
+                sampling={"engine": "vllm", "maxNewTokens": 100},
+                server={"args": ["--max-model-len=300"]},
+                data={"prompts": [{"files": "p.jsonl"}], "maxPromptLength": 201},
+            ),
+        ),
+        "spec.phases[rollout].rollout: server.args: --max-model-len 300 is of prompt and response together: "
+        "data.maxPromptLength 201 and sampling.maxNewTokens 100 are 301; set 301, or lower them",
+    ),
     "no phases": (document(), "spec.phases: a list: it has 0 items, and 1 or more belong there"),
     "two members": (
         document({**BASE, "reward": REWARD["reward"]}),

@@ -7,6 +7,8 @@ from builders import PROMPTS, make_run
 from sized import BIG, CONFIGS, SMALL, one
 
 from controller.commands.sizes import remarks, row, sizes_here
+from controller.plan.advice import changed
+from controller.plan.resolve import resolve
 from controller.plan.sizes import PhaseSize, sentence
 from trainers.sizing.devices import GIB
 from trainers.sizing.servers import PROCESSES
@@ -149,6 +151,14 @@ def test_other_flags_keep_their_words():
         "b",
         "--max-model-len=4",
     ]
+
+
+def test_what_a_run_does_not_say_keeps_no_advice_from_it():
+    """Lengths that may go beyond the server's by what is there unless said."""
+    spec = {"policy": {"source": "org/big"}, "data": PROMPTS, "sampling": {"engine": "vllm"}}
+    spec["server"] = {"args": ["--max-model-len=300"]}
+    phase = next(iter(resolve(make_run({"name": "traces", "rollout": spec}, template=GPU))))
+    assert changed(phase, {"sampling.batchSize": 1}) is not None
 
 
 def test_on_this_machine(tmp_path, monkeypatch):

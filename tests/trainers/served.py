@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--uds", required=True)
     parser.add_argument("--dtype", choices=["float32"])
     parser.add_argument("--max-logprobs", type=int, default=20)
+    parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--served-model-name", default="tiny")
     parser.add_argument("--logprobs-mode", choices=["raw_logprobs", "processed_logprobs"], default="raw_logprobs")
     parser.add_argument("--break-after", type=int, default=10**9, help="completions, after which it ends as by a fault")
@@ -240,6 +241,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     vllm = VllmLike(args.folder, name=args.served_model_name, max_logprobs=args.max_logprobs)
+    vllm.max_model_len = args.max_model_len
     vllm.processed = args.logprobs_mode == "processed_logprobs"
 
     class Handler(_handler(vllm)):  # type: ignore[misc]

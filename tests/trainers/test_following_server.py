@@ -92,6 +92,16 @@ def own_engine(spec):
     }
 
 
+def test_a_server_that_will_take_less_is_not_started(run_phase, louder, tmp_path, capsys):
+    """What the spec cannot tell, because it does not say how long prompts are."""
+    prompts = {"prompts": PROMPTS["prompts"]}
+    server = {"command": ["/opt/no-vllm"], "args": ["--max-model-len", "16"]}
+    spec = student_spec(louder, prompts=prompts, server=server)
+    assert run_phase("distill", spec, None, tmp_path / "run" / "distill")[0] == 2
+    said = capsys.readouterr().err
+    assert "and sampling.maxNewTokens 8 are more than --max-model-len 16 of server.args: set " in said
+
+
 @pytest.fixture
 def half(tmp_path):
     """Every second step learns from traces, and samples nothing."""

@@ -93,6 +93,14 @@ def test_one_that_does_not_come_to_answer(run_phase, louder, tmp_path, capsys, p
     assert (str(MEMORY_LOG) in program) is ("set --gpu-memory-utilization in server.args" in said)
 
 
+def test_one_that_takes_less(run_phase, louder, tmp_path, capsys):
+    """Where the spec does not say how long prompts are."""
+    spec = {**spec_for(louder(4), [str(PROGRAM)], ["--max-model-len", "16"]), "data": {"prompts": PROMPTS["prompts"]}}
+    assert run_phase("rollout", spec, None, tmp_path / "run" / "rollout")[0] == 2
+    said = capsys.readouterr().err
+    assert "the phase's own vLLM takes 16 tokens" in said and "in server.args, or lower maxNewTokens" in said
+
+
 def test_a_folder_whose_sockets_would_have_too_long_a_name(run_phase, louder, tmp_path, capsys, monkeypatch):
     folder = tmp_path / ("x" * 80)
     folder.mkdir()

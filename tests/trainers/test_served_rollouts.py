@@ -209,6 +209,15 @@ class TestWhoseFault:
         assert code == 2
         assert "start it with --max-model-len" in capsys.readouterr().err
 
+    def test_scores_are_of_whole_responses_and_a_token_more(self, run_phase, vllm, sampled, tmp_path, capsys):
+        longest = max(len(body["prompt"]) for body in vllm.asked if body.get("seed") and body["max_tokens"] == 8)
+        for extra, status in ((0, 2), (1, 0)):
+            with serving(vllm.folder, max_model_len=longest + 8 + extra) as small:
+                spec = spec_for(small, teacherTopK=8)
+                spec["policy"]["checkWeights"] = False
+                assert run_phase("rollout", spec, None, tmp_path / str(extra) / "rollout")[0] == status
+        assert f"start it with --max-model-len {longest + 9}, or lower" in capsys.readouterr().err
+
     def test_a_key_is_asked_for_and_never_said(self, run_phase, vllm, tmp_path, capsys, monkeypatch):
         with serving(vllm.folder, key="sesame-of-the-team") as locked:
             assert run_phase("rollout", spec_for(locked), None, tmp_path / "a" / "rollout")[0] == 2

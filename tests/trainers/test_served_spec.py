@@ -20,9 +20,9 @@ def spec_of(kind, **spec):
 SCRATCH = {"hiddenSize": 32, "numLayers": 1, "tokenizer": {"trainOn": [{"files": "p.jsonl"}]}}
 
 
-def rollout(policy=None, sampling=None, **changes):
+def rollout(policy=None, sampling=None, data=PROMPTS, **changes):
     policy = {"phase": "dpo", "url": URL} if policy is None else policy
-    return spec_of("rollout", policy=policy, data=PROMPTS, sampling=VLLM if sampling is None else sampling, **changes)
+    return spec_of("rollout", policy=policy, data=data, sampling=VLLM if sampling is None else sampling, **changes)
 
 
 def own(*args):
@@ -40,7 +40,7 @@ def distill(teacher, **changes):
 
 def ppo(changes=None, sampling=None):
     base = {"policy": {"phase": "a"}, "rewardModel": {"phase": "r"}, "data": PROMPTS}
-    return spec_of("ppo", **base, sampling=VLLM if sampling is None else sampling, **(changes or {}))
+    return spec_of("ppo", **{**base, **(changes or {})}, sampling=VLLM if sampling is None else sampling)
 
 
 def several(*changes, **of_spec):
@@ -170,6 +170,40 @@ def test_what_rounds_otherwise_or_is_faster_is_the_users_choice():
         "2",
     )
     assert own(*words, *flags).server.args == (*words, *flags)
+
+
+LONG = {**PROMPTS, "maxPromptLength": 400}
+ROWS = {**EVALUATION["data"], "maxPromptLength": 400}
+LENGTH = {"name": "length", "length": {}}
+OF_OWN_ROWS = {"name": "length", "length": {"data": ROWS}}
+STUDENT = {"prompts": LONG, "sampling": VLLM}
+
+SPEAKING = {
+    "rollout": (lambda server: rollout({"phase": "a"}, data=LONG, server=server), 656),
+    "rollout with scores": (lambda server: rollout({"phase": "a"}, data=LONG, teacherTopK=8, server=server), 657),
+    "ppo": (lambda server: ppo({"data": LONG, "server": server}), 656),
+    "distill": (lambda server: distill({"source": "x"}, server=server, **STUDENT), 656),
+    "distill, held": (lambda server: distill({"source": "x"}, server=server, **STUDENT, maxLength=650), 650),
+    "evaluate": (lambda server: evaluation([{"phase": "a"}], VLLM, data=ROWS, benchmarks=[LENGTH], server=server), 656),
+    "of own rows": (lambda server: evaluation([{"phase": "a"}], VLLM, benchmarks=[OF_OWN_ROWS], server=server), 656),
+}
+"""Phases with prompts of 400 tokens, responses of 256, and the tokens that a server is asked for."""
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_prompts_and_responses_that_are_longer_than_a_server_takes(name):
+    make, asked = SPEAKING[name]
+    for words in (["--max-model-len", f"{asked - 1}"], [f"--max_model_len={asked - 1}"], ["--max-model-len", "0.6k"]):
+        found = said(lambda words=words: make({"args": words}))
+        assert "maxPromptLength 400 and sampling.maxNewTokens 256" in found and "\n" not in found
+        assert f"are {asked}; set {asked}, or lower them" in found
+    for words in ([f"--max-model-len={asked}"], ["--max-model-len", "1k"], ["--max-model-len", "auto"]):
+        assert make({"args": words}).server.args == tuple(words)
+
+
+def test_prompts_whose_length_is_not_said_may_be_short():
+    assert own("--max-model-len", "300").data.longest_prompt is None
+    assert ppo({"server": {"args": ["--max-model-len=300"]}}).data.max_prompt_length > 300
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from trainers.core.served.model import ServedModel
 from trainers.core.shares import in_order
 from trainers.core.slots import fits_slots
 from trainers.core.templates import Messages
-from trainers.spec import PromptData, Sampling
+from trainers.spec import OwnServer, PromptData, Sampling
+from trainers.spec.server_flags import LENGTH_FLAG
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,17 @@ def short_prompts(chat: ChatFormat, longest: int, row: Row) -> list[Prompt]:
     return [Prompt(asked, ids)] if len(ids) <= longest else []
 
 
-def check_room(speaker: LoadedModel | ServedModel, prompts: List[Prompt], sampling: Sampling) -> None:
-    """Raise BadInput if the longest prompt and response do not fit the model's positions."""
+def check_room(
+    speaker: LoadedModel | ServedModel,
+    prompts: List[Prompt],
+    sampling: Sampling,
+    server: OwnServer | None = None,
+    scored: bool = False,
+) -> None:
+    """Raise BadInput if the longest prompt and response do not fit the model's positions, or those of its server.
+
+    ``server``: one that is started later; ``scored``: whether one is asked about whole responses, and says a token more.
+    """
     longest = max((len(p.ids) for p in prompts), default=0)
     limit = speaker.positions
     if longest + sampling.max_new_tokens > limit:
@@ -86,7 +96,12 @@ def check_room(speaker: LoadedModel | ServedModel, prompts: List[Prompt], sampli
             f"{limit} positions: lower maxNewTokens or maxPromptLength"
         )
     if isinstance(speaker, ServedModel):
-        speaker.wire.check_length(longest + sampling.max_new_tokens)
+        speaker.wire.check_length(longest + sampling.max_new_tokens + scored)
+    if server is not None and server.longest is not None and longest + sampling.max_new_tokens > server.longest:
+        raise BadInput(
+            f"a prompt of {longest} tokens and sampling.maxNewTokens {sampling.max_new_tokens} are more than {LENGTH_FLAG} "
+            f"{server.longest} of server.args: set {longest + sampling.max_new_tokens}, or lower maxNewTokens or maxPromptLength"
+        )
 
 
 def respond(

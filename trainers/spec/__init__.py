@@ -47,6 +47,7 @@ from trainers.spec.phase import (
     TrainingSpec,
     addresses,
     check_engine,
+    check_prompts,
     model_sources,
 )
 from trainers.spec.served import OwnServer, Served
@@ -97,6 +98,7 @@ __all__ = [
     "addresses",
     "check_engine",
     "check_mixture",
+    "check_prompts",
     "find_models",
     "grown",
     "identifying",

@@ -106,6 +106,11 @@ class RowPolicy(SpecModel):
     min_rows: float = Field(default=0.5, ge=0, le=1)
     """Share of the rows that must be usable; with fewer the phase fails."""
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens of the longest prompt that is taken, where it is said; prompts are rarely as long as what is there unless said."""
+        return getattr(self, "max_prompt_length", None) if "max_prompt_length" in self.model_fields_set else None
+
 
 class PromptData(RowPolicy):
     prompts: tuple[MixedSource, ...] = Field(min_length=1, max_length=MAX_SOURCES)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from trainers.spec.base import SpecModel, find_models, is_address
-from trainers.spec.data import DataSource
+from trainers.spec.data import DataSource, RowPolicy
 from trainers.spec.models import ArtifactRef, Dtype, ModelRef, RespondingModel, RewardModelRef
 from trainers.spec.parallel import Parallel
 from trainers.spec.served import OwnServer
@@ -106,6 +106,32 @@ def check_engine(
         raise ValueError(
             f"server.args: {LENGTH_FLAG} {server.longest} is of prompt and response together: sampling.maxNewTokens "
             f"{max(lengths)} leaves no room for a prompt; set {max(lengths)} and the longest prompt's tokens"
+        )
+
+
+def check_prompts(
+    server: OwnServer | None,
+    place: str,
+    data: RowPolicy,
+    sampling: Sampling,
+    most: int | None = None,
+    scored: bool = False,
+) -> None:
+    """Raise ValueError if the phase's own server takes no prompts as long as ``data`` says, with their responses.
+
+    ``most``: `maxLength`, which both are held to; ``scored``: whether the server is asked about whole responses as well, and says
+    a token more.
+    """
+    if server is None or server.longest is None or data.longest_prompt is None or sampling.engine != "vllm":
+        return
+    prompt, new = data.longest_prompt, sampling.max_new_tokens
+    asked = min(prompt + new, most or prompt + new) + scored
+    if asked > server.longest:
+        held = f" within maxLength {most}" if most is not None and most < prompt + new else ""
+        more = ", and one more for teacherTopK," if scored else ""
+        raise ValueError(
+            f"server.args: {LENGTH_FLAG} {server.longest} is of prompt and response together: {place}.maxPromptLength "
+            f"{prompt} and sampling.maxNewTokens {new}{held}{more} are {asked}; set {asked}, or lower them"
         )
 
 

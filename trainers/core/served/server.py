@@ -120,6 +120,10 @@ class Server:
         self._gone.set()
         self._connections.abandon()
 
+    def started_with(self, flag: str) -> str:
+        """How a user has it started so."""
+        return f"start it with {flag}"
+
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped while {self.url} did not answer; the phase can go on")
 

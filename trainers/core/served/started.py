@@ -56,6 +56,9 @@ class StartedServer(Server):
         self.answered = True
         return True
 
+    def started_with(self, flag: str) -> str:
+        return f"set {flag} in server.args"
+
     def _once(self, path: str, body: bytes | None) -> Any:
         try:
             return super()._once(path, body)

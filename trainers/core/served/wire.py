@@ -41,12 +41,12 @@ class Wire:
     positions: int
     """Tokens that prompt and response may have together."""
 
-    def check_length(self, tokens: int) -> None:
-        """Raise BadInput if the server does not take so many of prompt and response."""
+    def check_length(self, tokens: int, fields: str = "maxNewTokens or maxPromptLength") -> None:
+        """Raise BadInput if the server does not take so many of prompt and response, which ``fields`` would lower."""
         if tokens > self.positions:
             raise BadInput(
                 f"{self.server.field}: {self.server.url} takes {self.positions} tokens of prompt and response, and {tokens} "
-                f"are asked for: start it with --max-model-len {tokens}, or lower maxNewTokens or maxPromptLength"
+                f"are asked for: {self.server.started_with(f'--max-model-len {tokens}')}, or lower {fields}"
             )
 
     def respond(
@@ -147,7 +147,7 @@ class Wire:
             said = self._said(ids, max_tokens=1, temperature=0, prompt_logprobs=k)
         except BadInput as refusal:
             if "logprobs" in str(refusal):
-                raise BadInput(f"{refusal}; start the server with --max-logprobs {k}") from refusal
+                raise BadInput(f"{refusal}; {self.server.started_with(f'--max-logprobs {k}')}") from refusal
             raise
         return scored(self._choice(said).member("prompt_logprobs"), len(ids), first, k, least)
 

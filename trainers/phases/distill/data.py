@@ -155,7 +155,7 @@ def _prompts(spec: DistillSpec, ctx: PhaseContext, student: LoadedModel, known: 
     teachers = tuple(teacher.name for teacher in spec.teachers)
 
     def check(prompts: list[Prompt]) -> None:
-        check_room(student, prompts, spec.sampling)
+        check_room(student, prompts, spec.sampling, spec.server)
         check_known((p.ids for p in prompts), known, student.tokenizer, "prompts", "teacher")
 
     encoding = Encoding("prompt", partial(_taught_prompts, teachers, student.chat, longest), Prompt, check)

@@ -19,6 +19,7 @@ from trainers.spec import (
     TeacherRef,
     TracesRef,
     TrainingSpec,
+    check_prompts,
 )
 
 
@@ -134,6 +135,12 @@ class DistillSpec(OnPolicySpec, TrainingSpec):
             raise ValueError(
                 f"sampling.maxNewTokens {self.sampling.max_new_tokens} leaves no room for a prompt in maxLength {self.max_length}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_prompts(self) -> Self:
+        if self.prompts is not None and self.on_policy_fraction > 0:
+            check_prompts(self.server, "prompts", self.prompts, self.sampling, most=self.max_length)
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from trainers.spec import (
     Sampling,
     SpecModel,
     check_engine,
+    check_prompts,
     require_one,
     shown_labels,
 )
@@ -130,6 +131,11 @@ class EvaluateSpec(PhaseSpec):
     @model_validator(mode="after")
     def _engines(self) -> Self:
         check_engine(self._samplings(), ((f"models[{i}]", m) for i, m in enumerate(self.models)), self.server)
+        for entry in self.benchmarks:
+            settings = entry.settings
+            if isinstance(settings, SampledSpec) and (data := settings.data or self.data) is not None:
+                place = "data" if settings.data is None else f"benchmarks[{entry.name}].{entry.benchmark.name}.data"
+                check_prompts(self.server, place, data, settings.sampling or self.sampling)
         return self
 
     def _samplings(self) -> list[Sampling]:

@@ -15,6 +15,7 @@ from trainers.spec import (
     RewardModelRef,
     Sampling,
     SpecModel,
+    check_prompts,
 )
 
 
@@ -106,6 +107,11 @@ class PpoSpec(OnPolicySpec):
             raise ValueError(
                 f"lora.dropout {self.lora.dropout} makes the ratio of new to old probability noise: PPO needs 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_prompts(self) -> Self:
+        check_prompts(self.server, "data", self.data, self.sampling)
         return self
 
     def row_schemas(self) -> Mapping[str, str]:

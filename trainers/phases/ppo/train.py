@@ -217,7 +217,7 @@ def _only_known_tokens(
     policy.num_known = lowest(policy.num_known, *(reader.num_known for reader in readers.values()))
 
     def check(prompts: list[Prompt]) -> None:
-        check_room(policy, prompts, spec.sampling)
+        check_room(policy, prompts, spec.sampling, spec.server)
         for name, reader in readers.items():
             check_known((p.ids for p in prompts), reader.num_known, policy.tokenizer, "data.prompts", name)
 

@@ -43,7 +43,7 @@ def main(spec: RolloutSpec, ctx: PhaseContext) -> Outcome:
     # ---- set up
     policy = _policy(spec, ctx)
     reward_model = load_reward_model(ctx, spec.reward_model) if spec.reward_model else None
-    room = partial(check_room, policy, sampling=spec.sampling)
+    room = partial(check_room, policy, sampling=spec.sampling, scored=spec.teacher_top_k is not None)
     data = open_prompts(ctx, spec.data, policy.chat, "data", room)
     _check_top_k(spec, ctx, policy)
     checked = _token_check(policy, reward_model, data) if spec.sampling.max_new_tokens == 1 else {}

@@ -5,7 +5,16 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainers.spec import OwnServer, PhaseSpec, PromptData, RespondingModel, RewardModelRef, Sampling, check_engine
+from trainers.spec import (
+    OwnServer,
+    PhaseSpec,
+    PromptData,
+    RespondingModel,
+    RewardModelRef,
+    Sampling,
+    check_engine,
+    check_prompts,
+)
 
 
 class RolloutSpec(PhaseSpec):
@@ -37,6 +46,7 @@ class RolloutSpec(PhaseSpec):
                     f"data.prompts[{i}]: every prompt is answered samplesPerPrompt times: no weight, no epochs"
                 )
         check_engine([self.sampling], [("policy", self.policy)], self.server)
+        check_prompts(self.server, "data", self.data, self.sampling, scored=self.teacher_top_k is not None)
         return self
 
     @property
