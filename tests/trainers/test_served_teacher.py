@@ -284,11 +284,12 @@ def test_more_tokens_than_the_server_tells(run_phase, spec_for, vllm, tmp_path, 
     with serving(vllm.folder, max_logprobs=8) as few:
         code, _ = run_phase("distill", spec_for(served(few)), None, tmp_path / "run" / "distill")
     assert code == 2
-    assert "start the server with --max-logprobs 16" in capsys.readouterr().err
+    assert "start it with --max-logprobs 16" in capsys.readouterr().err
 
 
 def test_sequences_that_are_longer_than_the_server_takes(run_phase, spec_for, vllm, tmp_path, capsys):
     with serving(vllm.folder, max_model_len=32) as short:
         code, _ = run_phase("distill", spec_for(served(short)), None, tmp_path / "run" / "distill")
     assert code == 2
-    assert "takes 32 tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "takes 32 tokens" in said and "start it with --max-model-len 49, or lower maxLength to 31" in said

@@ -168,7 +168,7 @@ def _teacher(
         field, at, lambda: ctx.stop_signal is not None, timeout=SCORE_SECONDS, watcher=meter, finishing=TRAINING_SECONDS
     )
     wire = connected(server, at.served_as)
-    wire.check_length(longest + 1)  # a server adds a token to whatever it scores
+    wire.check_length(longest + 1, f"maxLength to {wire.positions - 1}")  # it adds a token to whatever it scores
     check_tokens(wire, chat)
     known = known_to(wire, rows)
     if at.top_k > known:
