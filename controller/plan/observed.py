@@ -55,6 +55,8 @@ class ObservedJob:
     """Another backend carries it out for this one: of how it does nothing is seen but that it has begun and ended."""
     leaving: bool = False
     """It has been deleted, and is on its way out."""
+    left: str = ""
+    """What of a live one has not ended and how long that may go on, in words; empty where nobody can tell."""
     kept_by: tuple[str, ...] = ()
     """What keeps it although it has been deleted, and is not the backend's to take away."""
     unlabelled: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from controller.plan import strangers
 from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
-from controller.plan.said import said_of, with_meddling
+from controller.plan.said import said_of, with_meddling, with_rest
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
 from trainers.contract import FailureClass
@@ -164,7 +164,7 @@ def _unfinished(
         name=phase.name,
         type=phase.type.name,
         state=state,
-        message=strangers.waits_for(held_by) if held_by else with_meddling(said, jobs),
+        message=strangers.waits_for(held_by) if held_by else with_meddling(with_rest(said, going, jobs), jobs),
         held_by=held_by,
         digest=digest,
         failure=failures[-1].failure if failures and state == PhaseState.FAILED and not late else None,

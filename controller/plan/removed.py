@@ -12,7 +12,7 @@ from controller.api.status import PhaseState, PhaseStatus, RunStatus
 from controller.plan import attempts as history
 from controller.plan.observed import JobState, Observed
 from controller.plan.phase import Step, finite, stopping
-from controller.plan.said import with_meddling
+from controller.plan.said import with_meddling, with_rest
 
 SAID = "is not in the spec any more: its attempt is being stopped"
 NOT_KNOWN = "unknown"
@@ -38,7 +38,7 @@ def _step(name: str, before: PhaseStatus | None, observed: Observed, now: dateti
     live = any(not a.state.ended for a in records) or any(job.state == JobState.LIVE for job in jobs)
     changes = {
         "state": PhaseState.RUNNING,
-        "message": with_meddling(SAID, jobs),
+        "message": with_meddling(with_rest(SAID, (), jobs), jobs),
         "attempts": history.prune(records, before.digest),
         "progress": finite(observed.progress.get(name)),
     }

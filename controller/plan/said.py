@@ -30,6 +30,13 @@ def with_meddling(said: str, jobs: Iterable[ObservedJob]) -> str:
     return "; ".join(filter(None, (said, *kept, *lost, *disowned)))
 
 
+def with_rest(said: str, going: Iterable[Attempt], jobs: Iterable[ObservedJob]) -> str:
+    """With what goes on of attempts that are to end: before it has ended nothing follows."""
+    at_work = {a.number for a in going if a.state != AttemptState.STOPPING and not a.failure}
+    left = [job.left for job in jobs if job.state == JobState.LIVE and job.attempt not in at_work]
+    return "; ".join(filter(None, (said, *left)))
+
+
 def said_of(
     going: Sequence[Attempt], job: ObservedJob | None, phase: ResolvedPhase, digest: str | None, policy: FailurePolicy
 ) -> str:

@@ -1,7 +1,8 @@
 """What the phases' states mean for the run: its conditions and the words for the printer columns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from controller.api import meta
@@ -58,10 +59,11 @@ def _told(phase: PhaseStatus) -> str:
 
 def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | None:
     names = [p.name for p in phases if p.state == PhaseState.SUSPENDED]
+    ending = _messages(p for p in phases if _is_stopping(p))
     if run.spec.suspend:
-        return Claim(True, meta.RUN_SUSPENDED, "spec.suspend is true")
+        return Claim(True, meta.RUN_SUSPENDED, "; ".join(filter(None, ("spec.suspend is true", ending))))
     if names and not any(p.state in MOVING for p in phases):
-        return Claim(True, meta.PHASES_SUSPENDED, f"suspended: {', '.join(names)}")
+        return Claim(True, meta.PHASES_SUSPENDED, "; ".join(filter(None, (f"suspended: {', '.join(names)}", ending))))
     return None
 
 
@@ -86,27 +88,52 @@ def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | 
 
 
 def _at_work(phases: Sequence[PhaseStatus]) -> Claim | None:
+    """All that is under way. What comes first gives the reason."""
     running = [p for p in phases if p.state == PhaseState.RUNNING]
-    seen = [p.name for p in running if any(a.state != AttemptState.ASKED and not a.state.ended for a in p.attempts)]
-    if seen:
-        return Claim(True, meta.PHASES_RUNNING, f"running: {', '.join(seen)}")
-    held = [f"{p.name}: {p.message}" for p in phases if p.held_by]
-    if held:
-        return Claim(True, meta.WAITING_FOR_EARLIER_RUN, "; ".join(held))
-    barred = [f"{p.name} {a.message}" for p in running for a in p.attempts[-1:] if a.barred]
-    if barred:
-        return Claim(True, meta.JOB_FORBIDDEN, "; ".join(barred))
-    if running:
-        return Claim(True, meta.STARTING, f"starting: {', '.join(p.name for p in running)}")
-    return None
+    asked = [p for p in running if not _is_seen(p) and not p.held_by]
+    said = [
+        Claim(
+            True, meta.PHASES_RUNNING, _names("running", [p for p in running if _is_seen(p) and not _is_stopping(p)])
+        ),
+        Claim(True, meta.STOPPING, _messages(p for p in running if _is_stopping(p))),
+        Claim(True, meta.WAITING_FOR_EARLIER_RUN, _messages(p for p in phases if p.held_by)),
+        Claim(
+            True, meta.JOB_FORBIDDEN, "; ".join(f"{p.name} {p.attempts[-1].message}" for p in asked if _is_barred(p))
+        ),
+        Claim(True, meta.STARTING, _names("starting", [p for p in asked if not _is_barred(p)])),
+    ]
+    found = [claim for claim in said if claim.message]
+    return replace(found[0], message="; ".join(claim.message for claim in found)) if found else None
+
+
+def _names(what: str, phases: Sequence[PhaseStatus]) -> str:
+    return f"{what}: {', '.join(p.name for p in phases)}" if phases else ""
+
+
+def _messages(phases: Iterable[PhaseStatus]) -> str:
+    return "; ".join(f"{p.name}: {p.message}" for p in phases)
+
+
+def _is_seen(phase: PhaseStatus) -> bool:
+    return any(a.state != AttemptState.ASKED and not a.state.ended for a in phase.attempts)
+
+
+def _is_stopping(phase: PhaseStatus) -> bool:
+    """Whether nothing of it goes on but what is to end."""
+    going = [a.state for a in phase.attempts if not a.state.ended]
+    return AttemptState.STOPPING in going and AttemptState.RUNNING not in going
+
+
+def _is_barred(phase: PhaseStatus) -> bool:
+    return any(a.barred for a in phase.attempts[-1:])
 
 
 def _waiting(phases: Sequence[PhaseStatus]) -> Claim:
     waiting = [p.name for p in phases if p.state == PhaseState.BACKING_OFF]
     if waiting:
         return Claim(True, meta.BACKING_OFF, f"will try again: {', '.join(waiting)}")
-    held = [f"{p.name}: {p.message}" for p in phases if p.state == PhaseState.READY and p.message]
-    return Claim(True, meta.WAITING_FOR_CAPACITY, "; ".join(held))
+    held = _messages(p for p in phases if p.state == PhaseState.READY and p.message)
+    return Claim(True, meta.WAITING_FOR_CAPACITY, held)
 
 
 def _stalled(run: AlignmentRun, phases: Sequence[PhaseStatus], now: datetime) -> Claim:

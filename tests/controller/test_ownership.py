@@ -212,12 +212,18 @@ class TestEarlierRuns:
 
     def test_a_job_that_has_ended_holds_it_while_a_pod_of_it_saves(self):
         saving = pod(running={"startedAt": "2026-01-01T00:00:00Z"})
-        assert "sft" in look(Shelf(a_job(EARLIER, ended="Failed"), pods=(labels_on(saving),))).held
+        job, told = a_job(EARLIER, ended="Failed"), "PyTorchJob test-sft-1 of AlignmentRun test (uid run-0)"
+        assert look(Shelf(job, pods=(labels_on(saving),))).held == {"sft": told}
+        later = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+        held = look(Shelf(job, pods=(labels_on(saving, deletionTimestamp=later),))).held
+        assert held == {"sft": f"{told}, whose pod job-worker-0 has until {later} to save its work,"}
 
     def test_pods_whose_job_is_gone_hold_it(self):
         later = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
         saving = labels_on(pod(running={"startedAt": "2026-01-01T00:00:00Z"}), deletionTimestamp=later)
-        assert look(Shelf(pods=(saving,))).held == {"sft": "Pod job-worker-0 of PyTorchJob test-sft-1 (uid job-1)"}
+        assert look(Shelf(pods=(saving,))).held == {
+            "sft": f"Pod job-worker-0 of PyTorchJob test-sft-1 (uid job-1), which has until {later} to save its work,"
+        }
         assert look(Shelf(pods=(labels_on(pod(phase="Succeeded")),))).held == {}
 
     @pytest.mark.parametrize("deleted", [False, True])

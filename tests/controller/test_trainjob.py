@@ -314,6 +314,6 @@ class TestRuntimes:
 
 def test_an_attempt_whose_job_is_gone_is_on_its_way_out():
     run = with_status(make_run(sft("base")), begun())
-    assert observe.leaving(run, ()) == []
-    [found] = observe.leaving(run, {("base", 1)})
+    assert observe.leaving(run, {}, START) == []
+    [found] = observe.leaving(run, {("base", 1): []}, START)
     assert (found.state, found.leaving, found.uid) == (JobState.LIVE, True, "")

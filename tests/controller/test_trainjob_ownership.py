@@ -190,7 +190,10 @@ class TestLeaving:
     def test_what_somebody_else_ended_is_told_at_once_and_waited_for(self):
         found = look(Shelf(pods=[a_pod(deletionTimestamp=LEAVING)]), a_run())
         assert found.jobs == ()
-        assert found.held == {"sft": f"Pod {NAME}-node-0-0-abcde of Job {NAME}-node-0 (uid batch-1)"}
+        said = (
+            f"Pod {NAME}-node-0-0-abcde of Job {NAME}-node-0 (uid batch-1), which has until {LEAVING} to save its work,"
+        )
+        assert found.held == {"sft": said}
 
     @pytest.mark.parametrize(
         "left", [{}, {"jobs": BETWEEN["jobs"]}, BETWEEN], ids=["nothing", "the job", "the set too"]

@@ -98,7 +98,7 @@ class ClusterBackend:
             for job in sorted(jobs, key=_attempt)
             if not observe.is_leaving(job, pods.get(_name(job), ()), now)
         ]
-        seen += observe.leaving(run, found.leaving)
+        seen += observe.leaving(run, found.leaving, now)
         seen += self._missing(run, seen)
         outlived = {_name(job) for job in jobs if observe.outlived(job, pods.get(_name(job), ()), now)}
         results = {

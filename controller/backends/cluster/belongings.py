@@ -24,8 +24,8 @@ class Belongings:
     """By the name of the job, what it has made beside its pods."""
     unlabelled: dict[str, tuple[str, ...]]
     """By the name of the job, what of it has lost our labels, by which watches tell of it."""
-    leaving: frozenset[Attempted]
-    """Attempts that were asked to end, of which the job is gone and pods go on."""
+    leaving: dict[Attempted, list[Object]]
+    """Of attempts that were asked to end and whose job is gone, the pods that go on."""
     taken: dict[Attempted, str]
     """Whose the objects are that have the names of the run's jobs."""
     held: dict[str, str]
@@ -66,12 +66,17 @@ def _told(jobs: Sequence[Object], strays: Mapping[str, Sequence[Object]]) -> dic
     return {name: tuple(things) for name, things in found.items()}
 
 
-def _writers(run: AlignmentRun, pods: Sequence[Object]) -> tuple[frozenset[Attempted], dict[str, str]]:
-    """Of pods without a job that go on: the attempts that we ended which they are of, and those of none, by phase."""
+def _writers(run: AlignmentRun, pods: Sequence[Object]) -> tuple[dict[Attempted, list[Object]], dict[str, str]]:
+    """Pods without a job that go on: by the attempt that we ended which they are of, and those of none, by phase."""
     stopping = ownership.stopping(run)
-    whose = [(pod, ownership.attempt_of(pod, stopping)) for pod in pods]
-    leaving = frozenset(which for _, which in whose if which is not None)
-    return leaving, {ownership.phase_of(pod): ownership.told(pod, "Pod") for pod, which in whose if which is None}
+    leaving: dict[Attempted, list[Object]] = {}
+    others: list[Object] = []
+    for pod in pods:
+        which = ownership.attempt_of(pod, stopping)
+        (others if which is None else leaving.setdefault(which, [])).append(pod)
+    return leaving, {
+        ownership.phase_of(pod): _with(ownership.told(pod, "Pod"), "which", evidence.until(pod)) for pod in others
+    }
 
 
 async def _listed(
@@ -150,4 +155,14 @@ def _held(
     """Jobs of an earlier run that may still write."""
     jobs = [job for job in others if ownership.is_of_earlier_run(job, run)]
     alive = [job for job in jobs if observe.is_alive(job, pods.get(job["metadata"]["name"], ()), now)]
-    return {ownership.phase_of(job): ownership.told(job) for job in alive}
+    leaving = {name: [pod for pod in found if evidence.until(pod)] for name, found in pods.items()}
+    left = {name: evidence.left(found, now, observe.PATIENCE_SECONDS) for name, found in leaving.items()}
+    return {
+        ownership.phase_of(job): _with(ownership.told(job), "whose", left.get(job["metadata"]["name"], ""))
+        for job in alive
+    }
+
+
+def _with(owner: str, joint: str, left: str) -> str:
+    """Whoever is waited for, with what is known of how long it may take."""
+    return f"{owner}, {joint} {left}," if left else owner

@@ -4,7 +4,7 @@ A job's own word is "1 Worker replica(s) failed", which helps nobody.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum, auto
@@ -240,6 +240,21 @@ def has_ended(pod: Object, now: datetime, patience: float) -> bool:
     if condition(pod, "DisruptionTarget").get("reason") == "DeletionByTaintManager":
         return True
     return (now - timestamp(deleted)).total_seconds() > patience
+
+
+def left(pods: Sequence[Object], now: datetime, patience: float) -> str:
+    """The first that has not ended, and for how long it may go on. The others are not counted: each end would be news."""
+    going = [pod for pod in pods if not has_ended(pod, now, patience)]
+    if not going:
+        return ""
+    others = ", one of several," if len(going) > 1 else ""
+    return f"pod {going[0]['metadata']['name']}{others} {until(going[0]) or 'has not ended'}"
+
+
+def until(pod: Object) -> str:
+    """How long a pod that was deleted may go on; empty of one that was not."""
+    deleted = pod["metadata"].get("deletionTimestamp")
+    return f"has until {deleted} to save its work" if deleted else ""
 
 
 def timestamp(text: str) -> datetime:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
@@ -60,6 +60,7 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
         queue_name=meta_["labels"].get(meta.LABEL_QUEUE, ""),
         queue=queue,
         leaving=meta_.get("deletionTimestamp") is not None,
+        left="" if ended(job) == "Succeeded" else evidence.left(pods, now, PATIENCE_SECONDS),
         kept_by=kept_by(job),
         elsewhere=is_elsewhere(job),
     )
@@ -70,15 +71,17 @@ def observed_job(job: Object, pods: Sequence[Object], queue: QueueStatus | None,
     return _with_end(base, job, pods, now) if ended(job) else _live(base, job, pods, now)
 
 
-def leaving(run: AlignmentRun, attempts: Collection[tuple[str, int]]) -> list[ObservedJob]:
-    """Attempts whose job is gone and whose pods go on: as one whose job is on its way out."""
-    phases = run.status.phases if run.status else ()
+def leaving(run: AlignmentRun, pods: Mapping[tuple[str, int], Sequence[Object]], now: datetime) -> list[ObservedJob]:
+    """Attempts whose job is gone and whose ``pods`` go on: as one whose job is on its way out."""
+    attempts = [(phase.name, a) for phase in (run.status.phases if run.status else ()) for a in phase.attempts]
     return [
-        ObservedJob(phase.name, a.number, a.digest, JobState.LIVE, name=a.job, leaving=True)
-        for phase in phases
-        for a in phase.attempts
-        if (phase.name, a.number) in attempts
-    ]
+        ObservedJob(
+            phase, a.number, a.digest, JobState.LIVE, name=a.job, leaving=True,
+            left=evidence.left(pods[phase, a.number], now, PATIENCE_SECONDS),
+        )
+        for phase, a in attempts
+        if (phase, a.number) in pods
+    ]  # fmt: skip
 
 
 def _with_end(base: ObservedJob, job: Object, pods: Sequence[Object], now: datetime) -> ObservedJob:
