@@ -129,13 +129,13 @@ class Attempt(StatusModel):
     takes: dict[str, int] = {}
     """What all its pods take beside their number, by the name of the resource, until it has ended: whatever the spec says by then."""
     times: int = 1
-    """How many failed attempts this one stands for: itself, and older ones with the same failure."""
+    """How many attempts this one stands for: itself, and older ones that ended alike."""
     checkpoint_step: int = 0
     """Step of the newest checkpoint that it was seen to have; 0 is none."""
     made_good: bool = False
     """Failed, and work that was saved since has given its retry back (`failurePolicy.refillOnProgress`)."""
     forgiven: bool = False
-    """Failed, and somebody has asked for another try since: it uses up no budget."""
+    """Failed, and somebody has asked for another try since, or for other settings: it uses up no budget."""
     placed: int = 0
     """Of one that did not begin to run in time: how many of them found a place, if the next one is to have as many."""
     state: AttemptState
@@ -143,7 +143,7 @@ class Attempt(StatusModel):
     failure: FailureClass | None = None
     """Class of its failure; of a live attempt, why it is about to end."""
     message: str = Field(default="", max_length=1024)
-    """What it said at its end; of a live attempt, what keeps it from running."""
+    """What it said at its end, or why it was stopped; of a live attempt, what keeps it from running."""
     job: str = ""
     """Name of its job."""
     job_uid: str = ""
@@ -205,7 +205,7 @@ class PhaseStatus(StatusModel):
     failure: FailureClass | None = None
     """Class of the failure that ended it."""
     attempts: tuple[Attempt, ...] = ()
-    """Attempts that still matter."""
+    """All that have begun: the last few as they were, older ones that ended alike as one, and one that is yet to begin."""
     started_at: AwareDatetime | None = None
     """First seen running with this digest."""
     finished_at: AwareDatetime | None = None

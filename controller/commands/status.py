@@ -123,6 +123,8 @@ def _conditions(status: RunStatus) -> Iterator[str]:
 def _is_news(phase: PhaseStatus, attempt: Attempt, told: Iterable[str]) -> bool:
     if phase.state == PhaseState.SUCCEEDED or not attempt.message or attempt.state == AttemptState.STOPPED:
         return False
+    if attempt.state.ended and phase.digest not in (attempt.digest, None):
+        return False
     return bool(attempt.node) or not any(attempt.message in line for line in told)
 
 

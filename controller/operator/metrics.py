@@ -22,7 +22,7 @@ RUN_METRICS: tuple[MetricDef, ...] = (
     MetricDef(PREFIX + "phase_state", "gauge", "1 for the state that the phase is in; other states have no series.", (*PHASE, "state")),
     MetricDef(PREFIX + "phase_start_timestamp_seconds", "gauge", "Unix time at which the phase first ran.", PHASE),
     MetricDef(PREFIX + "phase_end_timestamp_seconds", "gauge", "Unix time at which it ended.", PHASE),
-    MetricDef(PREFIX + "phase_attempts", "gauge", "Attempts that still matter.", PHASE),
+    MetricDef(PREFIX + "phase_attempts", "gauge", "Attempts that have begun, and one that is yet to.", PHASE),
     MetricDef(PREFIX + "phase_gpus", "gauge", "GPUs of the attempt that runs; 0 when none runs.", PHASE),
     MetricDef(PREFIX + "phase_retries_used", "gauge", "Failed attempts of a class; only of classes that the phase has met.", (*PHASE, "class")),
     MetricDef(PREFIX + "phase_retries_allowed", "gauge", "Retries that the run allows for that class.", (*PHASE, "class")),

@@ -14,10 +14,13 @@ from controller.plan.observed import JobState, ObservedJob
 from trainers.contract import FAILURES, FailureClass
 
 KEPT = 3
-"""Failures that are kept as they were."""
+"""Attempts that are kept as they were: failures that count, and others that have ended."""
 
 KINDS = 12
-"""Records of older failures: settings × classes."""
+"""Records of older ones: settings × ends."""
+
+STOPPED = "stopped: {}"
+OTHER_SETTINGS = "its settings or inputs have changed"
 
 OLD_MESSAGE_LIMIT = 120
 
@@ -160,6 +163,13 @@ def _goes_on(job: ObservedJob) -> bool:
     return job.running_since is not None or held
 
 
+def stopping(record: Attempt, why: str) -> Attempt:
+    """It is to end. Why that was asked first stays, as does a failure."""
+    if record.failure is not None or record.state == AttemptState.STOPPING:
+        return record.model_copy(update={"state": AttemptState.STOPPING})
+    return record.model_copy(update={"state": AttemptState.STOPPING, "message": short(STOPPED.format(why))})
+
+
 def _after_stopping(record: Attempt) -> AttemptState:
     """We ended it: because it was not wanted any more, or because it had failed to start or to go on."""
     return AttemptState.STOPPED if record.failure is None else AttemptState.FAILED
@@ -255,16 +265,18 @@ def without_result(
 ) -> tuple[Attempt, ...]:
     """A job that succeeded and left no result for what was asked has failed: its word was lost, or its work.
 
-    One that was started for other settings has done what it was asked for, and one that we had asked to stop has stopped.
+    One that was started for other settings has done what it was asked for, also when these are asked for once more, and one
+    that we had asked to stop has stopped.
     """
-    asked_to_stop = {a.number: a for a in before if a.state == AttemptState.STOPPING}
-    wanted = {a.number for a in of_settings(attempts, digest, settings) if a.state == AttemptState.SUCCEEDED}
-    return tuple(_lost(a, asked_to_stop.get(a.number)) if a.number in wanted else a for a in attempts)
+    known = {a.number: a for a in before}
+    done = {a.number for a in before if a.state == AttemptState.SUCCEEDED}
+    wanted = {a.number for a in of_settings(attempts, digest, settings) if a.state == AttemptState.SUCCEEDED} - done
+    return tuple(_lost(a, known.get(a.number)) if a.number in wanted else a for a in attempts)
 
 
-def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:
-    if stopping is not None:
-        return stopping.model_copy(update={"state": _after_stopping(stopping), "finished_at": record.finished_at})
+def _lost(record: Attempt, before: Attempt | None) -> Attempt:
+    if before is not None and before.state == AttemptState.STOPPING:
+        return before.model_copy(update={"state": _after_stopping(before), "finished_at": record.finished_at})
     lost = {
         "state": AttemptState.FAILED,
         "failure": FailureClass.INFRASTRUCTURE,
@@ -274,41 +286,54 @@ def _lost(record: Attempt, stopping: Attempt | None) -> Attempt:
 
 
 def prune(attempts: Sequence[Attempt], digest: str | None) -> tuple[Attempt, ...]:
-    """Only what still matters: what has not ended, failures that count, the last one for its number, and who took a name.
+    """What has not ended, failures that count, all else that has begun, the last one for its number, and who took a name.
 
-    Of the failures the last few are kept. Older ones are counted: a run that fails for weeks, on a page of etcd's, would
-    otherwise be one that nobody can write any more.
+    Of those that have ended the last few are kept. Older ones are counted: a run that fails for weeks, on a page of etcd's,
+    would otherwise be one that nobody can write any more.
     """
     last = attempts[-1:]
-    failures = [a for a in attempts[:-1] if a.state == AttemptState.FAILED and digest in (a.digest, None)]
+    over = [a for a in attempts[:-1] if a.state.ended]
+    failures = [a for a in over if a.state == AttemptState.FAILED and digest in (a.digest, None)]
+    past = [_past(a) for a in over if a.started_at is not None and a not in failures]
     going = [a for a in attempts[:-1] if not a.state.ended]
     taken = [a for a in attempts if a.taken_by and digest in (a.digest, None)][-1:]
-    kept = {a.number: a for a in (*_counted(failures), *going, *taken, *last)}
+    kept = {a.number: a for a in (*_counted(failures), *_counted(past), *going, *taken, *last)}
     return tuple(_without_takes(kept[number]) for number in sorted(kept))
+
+
+def _past(record: Attempt) -> Attempt:
+    """Of one that was stopped, or had other settings. Who comes back to these asks for another try, on all nodes."""
+    failed = record.state == AttemptState.FAILED
+    return record.model_copy(update={"forgiven": True, "placed": 0}) if failed else record
 
 
 def _without_takes(record: Attempt) -> Attempt:
     return record.model_copy(update={"takes": {}}) if record.takes and record.state.ended else record
 
 
-def _counted(failures: Sequence[Attempt]) -> list[Attempt]:
-    old, kept = failures[:-KEPT], failures[-KEPT:]
+def _counted(ended: Sequence[Attempt]) -> list[Attempt]:
+    old, kept = ended[:-KEPT], ended[-KEPT:]
     alike: dict[tuple[object, ...], Attempt] = {}
-    for failure in old:
-        # Not all of them use up a budget.
-        counts = (bool(failure.placed), failure.made_good, failure.forgiven)
-        key = (failure.digest, failure.settings, failure.failure, counts)
-        alike[key] = _both(alike.pop(key, None), failure)
+    for record in old:
+        key = _kind(record)
+        alike[key] = _both(alike.pop(key, None), record)
     return [*list(alike.values())[-KINDS:], *kept]
 
 
+def _kind(record: Attempt) -> tuple[object, ...]:
+    """Of others nothing counts but that they were. Not all failures use up a budget."""
+    if record.state != AttemptState.FAILED:
+        return (record.state,)
+    return record.digest, record.settings, record.failure, bool(record.placed), record.made_good, record.forgiven
+
+
 def _both(older: Attempt | None, newer: Attempt) -> Attempt:
-    """One record for two failures of one class. The fewest nodes that had a place are what a further attempt has."""
+    """One record for two that ended alike. The fewest nodes that had a place are what a further attempt has."""
     changes: dict[str, object] = {"message": newer.message[:OLD_MESSAGE_LIMIT]}
     if older is not None:
         changes |= {
             "times": older.times + newer.times,
-            "checkpoint_step": max(older.checkpoint_step, newer.checkpoint_step),
+            "checkpoint_step": max(older.checkpoint_step if older.digest == newer.digest else 0, newer.checkpoint_step),
             "placed": min(filter(None, (older.placed, newer.placed)), default=0),
         }
     return newer.model_copy(update=changes)

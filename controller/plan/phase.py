@@ -119,7 +119,7 @@ def _finished(
     missed = gates.missed(phase.spec.gates, result.metrics)
     state = PhaseState.FAILED if missed else PhaseState.SUCCEEDED
     again = before.state == state and before.digest == digest
-    records, stop = stopping(records, jobs, keep=None)
+    records, stop = stopping(records, jobs, keep=None, why="the phase has finished")
     last = records[-1] if records else None
     # One that ended between two looks was never seen at work.
     started = (before.started_at if before.digest == digest else None) or (last.started_at if last else None)
@@ -151,7 +151,7 @@ def _unfinished(
     late = _late(started, at) and not _rests(phase, before)
     state, said = _state(phase, digest, failures, verdict, late, at)
     records = _end_outgrown(records, jobs, history.nodes(failures, phase.nodes), at.queue)
-    records, stop = stopping(records, jobs, keep=digest if state == PhaseState.READY else None)
+    records, stop = stopping(records, jobs, digest if state == PhaseState.READY else None, said)
     going = [a for a in records if not a.state.ended]
     live = bool(going) or any(job.state == JobState.LIVE for job in jobs)
     if live and state in (PhaseState.READY, PhaseState.BACKING_OFF):
@@ -218,11 +218,12 @@ def _end_outgrown(
     live = [job for job in jobs if job.state == JobState.LIVE and job.running_since is None and not job.failure]
     idle = {job.attempt for job in live}
     elsewhere = {job.attempt for job in live if queue and job.queue_name not in (None, queue)}
-    change: dict[str, Any] = {"state": AttemptState.STOPPING}
+    why = dict.fromkeys(elsewhere, f"queue {queue} is asked for")
+    why |= {
+        a.number: f"{nodes} nodes are wanted now" for a in records if a.number in idle and a.nodes not in (0, nodes)
+    }
     return tuple(
-        a.model_copy(update=change)
-        if a.state == AttemptState.RUNNING and a.number in idle and (a.nodes not in (0, nodes) or a.number in elsewhere)
-        else a
+        history.stopping(a, why[a.number]) if a.state == AttemptState.RUNNING and a.number in why else a
         for a in records
     )
 
@@ -275,16 +276,19 @@ def _waiting(phase: ResolvedPhase, inputs: Mapping[str, PhaseStatus]) -> tuple[P
 
 
 def stopping(
-    records: tuple[Attempt, ...], jobs: list[ObservedJob], keep: str | None
+    records: tuple[Attempt, ...], jobs: list[ObservedJob], keep: str | None, why: str
 ) -> tuple[tuple[Attempt, ...], tuple[int, ...]]:
-    """Attempts for anything but ``keep`` are to end. One that is over and shows up again was started late: end it again."""
+    """Attempts for anything but ``keep`` are to end. One that is over and shows up again was started late: end it again.
+
+    ``why``: nothing is kept.
+    """
     unwanted = {
         a.number for a in records if not a.state.ended and (a.digest != keep or a.state == AttemptState.STOPPING)
     }
     over = {a.number for a in records if a.state in (AttemptState.STOPPED, AttemptState.FAILED)}
     unwanted |= {job.attempt for job in jobs if job.state == JobState.LIVE and job.attempt in over}
-    change: dict[str, Any] = {"state": AttemptState.STOPPING}
-    marked = tuple(a.model_copy(update=change) if a.number in unwanted and not a.state.ended else a for a in records)
+    said = why if keep is None else history.OTHER_SETTINGS
+    marked = tuple(history.stopping(a, said) if a.number in unwanted and not a.state.ended else a for a in records)
     return marked, tuple(sorted(unwanted))
 
 

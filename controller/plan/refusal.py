@@ -70,7 +70,7 @@ def _watched(
     jobs = [job for job in observed.jobs if job.phase == phase.name]
     progress = observed.progress.get(phase.name)
     records = history.with_work(history.join(phase.attempts, jobs, now), jobs, progress, phase.digest)
-    records, stop = stopping(records, jobs, keep=None if suspend else phase.digest)
+    records, stop = stopping(records, jobs, None if suspend else phase.digest, "suspended")
     changes: dict[str, Any] = {"attempts": history.prune(records, phase.digest), **_result(phase, observed)}
     if _is_seen(records, jobs):
         return phase.model_copy(update=changes | _running(records, progress)), stop

@@ -15,6 +15,7 @@ from controller.plan.phase import Step, finite, stopping
 from controller.plan.said import with_meddling, with_rest
 
 SAID = "is not in the spec any more: its attempt is being stopped"
+GONE = "its phase is not in the spec any more"
 NOT_KNOWN = "unknown"
 """Type of a phase of which there is a job alone."""
 AT_REST: dict[str, Any] = {
@@ -34,7 +35,7 @@ def removed_steps(run: AlignmentRun, before: RunStatus, observed: Observed, now:
 def _step(name: str, before: PhaseStatus | None, observed: Observed, now: datetime) -> Step:
     before = before or PhaseStatus(name=name, type=NOT_KNOWN)
     jobs = [job for job in observed.jobs if job.phase == name]
-    records, stop = stopping(history.join(before.attempts, jobs, now), jobs, keep=None)
+    records, stop = stopping(history.join(before.attempts, jobs, now), jobs, None, GONE)
     live = any(not a.state.ended for a in records) or any(job.state == JobState.LIVE for job in jobs)
     changes = {
         "state": PhaseState.RUNNING,

@@ -49,7 +49,7 @@ def test_a_status_from_a_backup_loses_no_job_and_counts_nothing() -> None:
     now = seen(runs(run, 3000, attempt=3))
     *_, decision = story((run, NOTHING, 0), (run, seen(runs(run)), 10), (run, now, 3600))
     assert (started(decision), stopped(decision), phase(decision).state) == ([], [], PhaseState.RUNNING)
-    assert [(a.number, a.state) for a in phase(decision).attempts] == [(3, "Running")]
+    assert [(a.number, a.state) for a in phase(decision).attempts] == [(1, "Stopped"), (3, "Running")]
     assert attempt(old).state == "Running"
 
 

@@ -63,7 +63,7 @@ def read(cluster: Cluster, wanted: Wanted) -> Reading:
 def reading_of(run: ClusterRun, pods: Sequence[Pod], wanted: Wanted) -> Reading:
     phase = find_phase(run, wanted.phase)
     pods = [pod for pod in pods if _is_of(run, phase, pod)]
-    # The status keeps only the attempts that still matter; of the newest one it may not know yet.
+    # The status keeps only the last few as they were; of the newest one it may not know yet.
     numbers = [attempt.number for attempt in phase.attempts] + [pod.attempt for pod in pods]
     attempt = wanted.attempt or max(numbers, default=None)
     return Reading(run, phase, attempt, of_attempt(pods, attempt or 0), wanted.index, tuple(pods))
