@@ -69,14 +69,22 @@ def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | Non
 
 def _admission(phases: Sequence[PhaseStatus]) -> dict[str, Claim]:
     """What the queue says; only while something waits in it or has been let in. A run need not name one to be held by one."""
-    queued = [(p.name, p.queue) for p in phases if p.queue is not None]
+    queued = [p for p in phases if p.queue is not None]
     if not queued:
         return {}
-    waiting = [(name, queue) for name, queue in queued if queue.state != QueueState.ADMITTED]
-    if not waiting:
-        return {meta.ADMITTED: Claim(True, QueueState.ADMITTED, f"admitted: {', '.join(name for name, _ in queued)}")}
-    said = "; ".join(f"{name}: {queue.message}" for name, queue in waiting)
-    return {meta.ADMITTED: Claim(False, waiting[0][1].state, said)}
+    waiting = [p for p in queued if p.queue and p.queue.state != QueueState.ADMITTED]
+    first = waiting[0].queue if waiting else None
+    if first is None:
+        return {meta.ADMITTED: Claim(True, QueueState.ADMITTED, _names("admitted", queued))}
+    return {meta.ADMITTED: Claim(False, first.state, _queues_words(waiting))}
+
+
+def _queues_words(phases: Iterable[PhaseStatus]) -> str:
+    """What is said of several stands once."""
+    names: dict[str, list[str]] = {}
+    for phase in phases:
+        names.setdefault(phase.queue.message if phase.queue else "", []).append(phase.name)
+    return "; ".join(f"{', '.join(of_these)}: {words}" for words, of_these in names.items())
 
 
 def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | None) -> Claim:
@@ -90,17 +98,17 @@ def _progressing(phases: Sequence[PhaseStatus], ended: bool, suspended: Claim | 
 def _at_work(phases: Sequence[PhaseStatus]) -> Claim | None:
     """All that is under way. What comes first gives the reason."""
     running = [p for p in phases if p.state == PhaseState.RUNNING]
-    asked = [p for p in running if not _is_seen(p) and not p.held_by]
+    seen, asked = [p for p in running if _is_seen(p)], [p for p in running if not _is_seen(p) and not p.held_by]
+    queued = [p for p in seen if p.waits_in_queue and not _is_stopping(p)]
+    at_work = [p for p in seen if not p.waits_in_queue and not _is_stopping(p)]
+    barred = [p for p in asked if _is_barred(p)]
     said = [
-        Claim(
-            True, meta.PHASES_RUNNING, _names("running", [p for p in running if _is_seen(p) and not _is_stopping(p)])
-        ),
+        Claim(True, meta.PHASES_RUNNING, _names("running", at_work)),
         Claim(True, meta.STOPPING, _messages(p for p in running if _is_stopping(p))),
         Claim(True, meta.WAITING_FOR_EARLIER_RUN, _messages(p for p in phases if p.held_by)),
-        Claim(
-            True, meta.JOB_FORBIDDEN, "; ".join(f"{p.name} {p.attempts[-1].message}" for p in asked if _is_barred(p))
-        ),
-        Claim(True, meta.STARTING, _names("starting", [p for p in asked if not _is_barred(p)])),
+        Claim(True, meta.JOB_FORBIDDEN, "; ".join(f"{p.name} {p.attempts[-1].message}" for p in barred)),
+        Claim(True, meta.STARTING, _names("starting", [p for p in asked if p not in barred])),
+        Claim(True, meta.QUEUED, f"waiting for a queue: {_queues_words(queued)}" if queued else ""),
     ]
     found = [claim for claim in said if claim.message]
     return replace(found[0], message="; ".join(claim.message for claim in found)) if found else None

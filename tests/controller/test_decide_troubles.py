@@ -1,7 +1,9 @@
 """The planner by tables: what only happens on a cluster. Queues, pods that never run or hang, strangers, failures to come."""
 
+from dataclasses import replace
+
 import pytest
-from builders import START, after, job, results, seen, started, stopped, with_status
+from builders import START, after, digests, job, make_run, results, seen, sft, started, stopped, with_status
 from stories import (
     BAD,
     FAILED,
@@ -23,8 +25,10 @@ from stories import (
 )
 
 from controller.api import meta
-from controller.api.status import AttemptState, PhaseState, QueueState
+from controller.api.run import AlignmentRun
+from controller.api.status import AttemptState, PhaseState, QueueState, QueueStatus
 from controller.plan.decide import decide
+from controller.plan.observed import ObservedJob
 from controller.plan.timeouts import ENDING_SECONDS
 from trainers.contract import FailureClass
 
@@ -46,6 +50,32 @@ def test_what_the_queue_says(sentence: str) -> None:
     decision = decide(RUN, seen(observed), START)
     assert (condition(decision, meta.ADMITTED), decision.status.phase) == (admission, column)
     assert phase(decision).state == PhaseState.RUNNING
+
+
+def progressing(*jobs: ObservedJob, run: AlignmentRun = RUN) -> tuple[str, str]:
+    told = decide(run, seen(*jobs), START).status.condition(meta.PROGRESSING)
+    assert told is not None
+    return told.reason, told.message
+
+
+def test_a_run_that_only_waits_for_its_queue_says_that_and_not_that_it_runs() -> None:
+    """It said "running: base"."""
+    assert progressing(waits()) == ("Queued", "waiting for a queue: base: pending!")
+    assert progressing(admitted()) == ("PhasesRunning", "running: base")
+    two = make_run(sft("base"), sft("other", seed=1))
+    both = [replace(waits(two), phase=name, digest=digests(two)[name]) for name in ("base", "other")]
+    assert progressing(*both, run=two) == ("Queued", "waiting for a queue: base, other: pending!")
+    told = decide(two, seen(*both), START).status.condition(meta.ADMITTED)
+    assert told is not None
+    assert told.message == "base, other: pending!", "once, though two wait for it"
+    trains = replace(runs(two), phase="other", digest=digests(two)["other"])
+    said = "running: other; waiting for a queue: base: pending!"
+    assert progressing(both[0], trains, run=two) == ("PhasesRunning", said)
+
+
+def test_what_nothing_queues_runs() -> None:
+    off = QueueStatus(state=QueueState.MISSING, message="its integration is switched off")
+    assert progressing(replace(runs(), queue=off))[0] == "PhasesRunning"
 
 
 def test_a_job_that_is_preempted_and_admitted_again_is_the_same_attempt() -> None:
