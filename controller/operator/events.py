@@ -1,7 +1,7 @@
 """What is worth an Event: the transitions between two statuses, and nothing that only repeats. Pure."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -19,11 +19,48 @@ MEDDLING = {LABELS_LOST: "LabelsLost", OWNER_LOST: "OwnerLost"}
 """What a phase says of it, and the event's reason."""
 
 
+TYPES: Mapping[str, Literal["Normal", "Warning"]] = {
+    "RetryAsked": "Normal",
+    "RetryRefused": "Warning",
+    "PhaseChanged": "Normal",
+    "PhaseSucceeded": "Normal",
+    "PhaseFailed": "Warning",
+    "PhaseSuspended": "Normal",
+    "PhaseBlocked": "Warning",
+    "AttemptStarted": "Normal",
+    "AttemptFailed": "Warning",
+    "JobNameTaken": "Warning",
+    "JobForbidden": "Warning",
+    "LabelsLost": "Warning",
+    "OwnerLost": "Warning",
+    "WillNotFit": "Warning",
+    meta.WAITING_FOR_EARLIER_RUN: "Warning",
+    "RunRejected": "Warning",
+    "RunAccepted": "Normal",
+    "RunSuspended": "Normal",
+    "RunResumed": "Normal",
+    "RunStalled": "Warning",
+    "RunSucceeded": "Normal",
+    "RunFailed": "Warning",
+    "QueuePending": "Normal",
+    "QueueQuotaReserved": "Normal",
+    "QueueAdmitted": "Normal",
+    "QueuePreempted": "Normal",
+    "QueueEvicted": "Normal",
+    "QueueMissing": "Warning",
+}
+"""By reason. A warning is what somebody may have to do something about; that a queue takes its quota back is its work, as Kueue's
+own events of it say."""
+
+
 @dataclass(frozen=True)
 class Event:
-    type: Literal["Normal", "Warning"]
     reason: str
     note: str
+
+    @property
+    def type(self) -> Literal["Normal", "Warning"]:
+        return TYPES[self.reason]
 
 
 def transitions(before: RunStatus, after: RunStatus) -> Iterator[Event]:
@@ -37,9 +74,9 @@ def transitions(before: RunStatus, after: RunStatus) -> Iterator[Event]:
 
 def _retry(before: RetryStatus, after: RetryStatus) -> Iterator[Event]:
     if after.refused and after.refused != before.refused:
-        yield Event("Warning", "RetryRefused", after.refused)
+        yield Event("RetryRefused", after.refused)
     elif after.number > before.number and not after.refused:
-        yield Event("Normal", "RetryAsked", f"somebody has asked to try again (request {after.number})")
+        yield Event("RetryAsked", f"somebody has asked to try again (request {after.number})")
 
 
 def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
@@ -47,29 +84,29 @@ def _phase(before: PhaseStatus | None, after: PhaseStatus) -> Iterator[Event]:
     before = before or PhaseStatus(name=after.name, type=after.type)
     if before.digest and after.digest != before.digest and before.state in (PhaseState.SUCCEEDED, PhaseState.RUNNING):
         why = "it was asked to" if after.again != before.again else "its settings or inputs have changed"
-        yield Event("Normal", "PhaseChanged", f"{name}: {why}, so it runs again")
+        yield Event("PhaseChanged", f"{name}: {why}, so it runs again")
     yield from _attempts(before, after)
     if after.fits is False and before.needs != after.needs:
-        yield Event("Warning", "WillNotFit", f"{name} {after.needs}")
+        yield Event("WillNotFit", f"{name} {after.needs}")
     if after.held_by and not before.held_by:
-        yield Event("Warning", meta.WAITING_FOR_EARLIER_RUN, f"{name} {after.message}")
+        yield Event(meta.WAITING_FOR_EARLIER_RUN, f"{name} {after.message}")
     yield from _meddling(before, after)
     if after.state == before.state:
         return
     if after.state == PhaseState.SUCCEEDED:
-        yield Event("Normal", "PhaseSucceeded", f"{name} succeeded{_metrics(after)}")
+        yield Event("PhaseSucceeded", f"{name} succeeded{_metrics(after)}")
     elif after.state == PhaseState.FAILED:
-        yield Event("Warning", "PhaseFailed", f"{name} failed: {_reason(after)}")
+        yield Event("PhaseFailed", f"{name} failed: {_reason(after)}")
     elif after.state == PhaseState.SUSPENDED:
-        yield Event("Normal", "PhaseSuspended", f"{name} is suspended")
+        yield Event("PhaseSuspended", f"{name} is suspended")
     elif after.state == PhaseState.BLOCKED:
-        yield Event("Warning", "PhaseBlocked", f"{name} cannot run: it {after.message}")
+        yield Event("PhaseBlocked", f"{name} cannot run: it {after.message}")
 
 
 def _meddling(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
     for said, reason in MEDDLING.items():
         if said in after.message and said not in before.message:
-            yield Event("Warning", reason, f"phase {after.name}: {after.message}")
+            yield Event(reason, f"phase {after.name}: {after.message}")
 
 
 def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
@@ -78,16 +115,16 @@ def _attempts(before: PhaseStatus, after: PhaseStatus) -> Iterator[Event]:
         old = known.get(attempt.number)
         label = f"phase {after.name}, attempt {attempt.number}"
         if old is None and not attempt.state.ended:
-            yield Event("Normal", "AttemptStarted", f"{label} {_started(after.message)}")
+            yield Event("AttemptStarted", f"{label} {_started(after.message)}")
         if attempt.taken_by and (old is None or not old.taken_by):
-            yield Event("Warning", "JobNameTaken", f"{label}: {attempt.message}")
+            yield Event("JobNameTaken", f"{label}: {attempt.message}")
         if attempt.barred and (old is None or not old.barred):
-            yield Event("Warning", "JobForbidden", f"{label} {attempt.message}")
+            yield Event("JobForbidden", f"{label} {attempt.message}")
         failed_now = attempt.state == AttemptState.FAILED and (old is None or old.state != AttemptState.FAILED)
         told_by_phase = after.state == PhaseState.FAILED and before.state != PhaseState.FAILED
         if failed_now and not told_by_phase:
             on = f" on node {attempt.node}" if attempt.node else ""
-            yield Event("Warning", "AttemptFailed", f"{label} failed{on}: {attempt.failure}: {attempt.message}")
+            yield Event("AttemptFailed", f"{label} failed{on}: {attempt.failure}: {attempt.message}")
 
 
 def _started(message: str) -> str:
@@ -120,16 +157,16 @@ def _condition(kind: str, before: RunStatus, after: RunStatus) -> Iterator[Event
         status, reason = BAD_NEWS[kind]
         # A rejected run has failed too; that is one piece of news.
         if new.status == status and not (kind == meta.FAILED and new.reason == meta.INVALID_SPEC):
-            yield Event("Warning", reason, new.message)
+            yield Event(reason, new.message)
         elif kind == meta.ACCEPTED and old is not None and old.status == status:
-            yield Event("Normal", "RunAccepted", "the run makes sense again, and goes on")
+            yield Event("RunAccepted", "the run makes sense again, and goes on")
     elif kind == meta.ADMITTED:
-        yield Event("Normal", f"Queue{new.reason}", new.message)
+        yield Event(f"Queue{new.reason}", new.message)
     elif kind == meta.SUCCEEDED and new.status == "True":
-        yield Event("Normal", "RunSucceeded", "all phases succeeded")
+        yield Event("RunSucceeded", "all phases succeeded")
     elif kind == meta.SUSPENDED and (new.status == "True" or (old is not None and old.status == "True")):
         reason = "RunSuspended" if new.status == "True" else "RunResumed"
-        yield Event("Normal", reason, new.message or "nothing of the run is suspended any more")
+        yield Event(reason, new.message or "nothing of the run is suspended any more")
 
 
 def render(event: Event, run: AlignmentRun, instance: str, now: datetime) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from controller.plan import strangers
 from controller.plan.moments import later
 from controller.plan.observed import JobState, Observed, ObservedJob, ObservedResult
 from controller.plan.resolve import ResolvedPhase
-from controller.plan.said import said_of, with_meddling, with_rest
+from controller.plan.said import SUSPENDED, said_of, with_meddling, with_rest
 from controller.plan.timeouts import ending_due, overdue, stall_due, startup_due
 from trainers import gates
 from trainers.contract import FailureClass
@@ -259,7 +259,7 @@ def _state(  # noqa: PLR0911 -- a ladder of reasons, the first that holds counts
     if verdict.final:
         return PhaseState.FAILED, failures[-1].message
     if phase.suspend:
-        return PhaseState.SUSPENDED, "suspended"
+        return PhaseState.SUSPENDED, SUSPENDED
     if at.halted:
         return PhaseState.WAITING, "the run's deadline has passed"
     if verdict.retry_at is not None and at.now < verdict.retry_at:

@@ -16,6 +16,7 @@ from controller.plan import attempts as history
 from controller.plan.conditions import Claim, update
 from controller.plan.observed import JobState, Observed, ObservedJob
 from controller.plan.phase import finite, finite_metrics, stopping
+from controller.plan.said import SUSPENDED
 from controller.plan.verdict import MOVING, summary
 
 
@@ -70,7 +71,7 @@ def _watched(
     jobs = [job for job in observed.jobs if job.phase == phase.name]
     progress = observed.progress.get(phase.name)
     records = history.with_work(history.join(phase.attempts, jobs, now), jobs, progress, phase.digest)
-    records, stop = stopping(records, jobs, None if suspend else phase.digest, "suspended")
+    records, stop = stopping(records, jobs, None if suspend else phase.digest, SUSPENDED)
     changes: dict[str, Any] = {"attempts": history.prune(records, phase.digest), **_result(phase, observed)}
     if _is_seen(records, jobs):
         return phase.model_copy(update=changes | _running(records, progress)), stop

@@ -9,6 +9,7 @@ from controller.plan.resolve import ResolvedPhase
 
 OTHER = "stopping an attempt for other settings"
 STOPPED = "waits for the end of an attempt that was stopped"
+SUSPENDED = "suspended"
 MOST_NAMES = 3
 LABELS_LOST = "somebody took labels away from"
 OWNER_LOST = "somebody took the owner reference away from"

@@ -10,6 +10,7 @@ from controller.api.run import AlignmentRun
 from controller.api.status import AttemptState, PhaseState, PhaseStatus, QueueState, RunStatus
 from controller.plan.conditions import Claim
 from controller.plan.moments import later
+from controller.plan.said import SUSPENDED
 
 LONGEST = 1e12
 """Seconds that are told; what says more is not a time."""
@@ -59,7 +60,7 @@ def _told(phase: PhaseStatus) -> str:
 
 def _suspension(run: AlignmentRun, phases: Sequence[PhaseStatus]) -> Claim | None:
     names = [p.name for p in phases if p.state == PhaseState.SUSPENDED]
-    ending = _messages(p for p in phases if _is_stopping(p))
+    ending = "; ".join(f"{p.name}: {p.message.removeprefix(f'{SUSPENDED}; ')}" for p in phases if _is_stopping(p))
     if run.spec.suspend:
         return Claim(True, meta.RUN_SUSPENDED, "; ".join(filter(None, ("spec.suspend is true", ending))))
     if names and not any(p.state in MOVING for p in phases):

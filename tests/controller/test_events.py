@@ -1,6 +1,8 @@
 """Events: one for each thing that happens, none for what only repeats."""
 
+import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +147,33 @@ def test_it_is_told_when_an_attempt_has_less_than_was_asked_for() -> None:
         assert [e.note for e in transitions(RunStatus(), now)] == [f"phase base, attempt 1 started{told_}"]
 
 
+# ---------------------------------------------------------------- types
+
+
+def reasons_in_the_source() -> set[str]:
+    """What is given to an Event, and the names of states that are part of one."""
+    source = Path(events.__file__).read_text().split("class Event")[1]
+    literal = set(re.findall(r'"((?:Retry|Phase|Attempt|Job|Run|Labels|Owner|WillNot)[A-Z]?[A-Za-z]+)"', source))
+    return (
+        literal
+        | set(events.MEDDLING.values())
+        | {f"Queue{state}" for state in QueueState}
+        | {meta.WAITING_FOR_EARLIER_RUN}
+    )
+
+
+def test_each_reason_has_its_type_in_the_table_and_no_other_has() -> None:
+    assert set(events.TYPES) == reasons_in_the_source()
+
+
+@pytest.mark.parametrize("state", QueueState)
+def test_a_queue_that_is_not_there_is_a_warning_and_what_queues_do_is_none(state: QueueState) -> None:
+    waits = job(RUN, "base", queue=QueueStatus(state=state, message="why"))
+    before = decide(RUN, seen(job(RUN, "base")), START).status
+    [event] = transitions(before, decide(RUN.model_copy(update={"status": before}), seen(waits), after(1)).status)
+    assert (event.reason, event.type) == (f"Queue{state}", "Warning" if state == QueueState.MISSING else "Normal")
+
+
 # ---------------------------------------------------------------- the object
 
 
@@ -156,15 +185,15 @@ def rendered(event: Event, version: str = "7") -> dict[str, Any]:
 
 
 def test_the_same_event_of_the_same_version_is_one() -> None:
-    event = Event("Normal", "PhaseSucceeded", "phase base succeeded")
+    event = Event("PhaseSucceeded", "phase base succeeded")
     assert rendered(event)["metadata"]["name"] == rendered(event)["metadata"]["name"]
     assert rendered(event)["metadata"]["name"] != rendered(event, "8")["metadata"]["name"]
-    other = Event("Normal", "PhaseSucceeded", "phase dpo succeeded")
+    other = Event("PhaseSucceeded", "phase dpo succeeded")
     assert rendered(event)["metadata"]["name"] != rendered(other)["metadata"]["name"]
 
 
 def test_it_stays_within_what_kubernetes_takes() -> None:
-    found = rendered(Event("Warning", "RunFailed", "Ä" * 5000))
+    found = rendered(Event("RunFailed", "Ä" * 5000))
     assert len(found["note"].encode()) <= events.NOTE_LIMIT
     assert len(found["reportingInstance"]) <= 128
     assert found["eventTime"] == "2026-01-01T00:00:00.000005Z"

@@ -274,6 +274,14 @@ class TestQueue:
             QueueState.PREEMPTED, "for high; no room",
         ),
         "evicted": ({"Evicted": ("True", "not ready in time")}, QueueState.EVICTED, "not ready in time"),
+        "evicted, in the same words": (
+            {"QuotaReserved": ("False", "The ClusterQueue is stopped"), "Evicted": ("True", "The ClusterQueue is stopped")},
+            QueueState.EVICTED, "The ClusterQueue is stopped",
+        ),
+        "evicted, in more words": (
+            {"QuotaReserved": ("False", "LocalQueue a is stopped"), "Evicted": ("True", "The LocalQueue is stopped")},
+            QueueState.EVICTED, "LocalQueue a is stopped",
+        ),
         "readmitted": (
             {"QuotaReserved": ("True", ""), "Admitted": ("True", "in"), "Evicted": ("False", ""), "Preempted": ("False", "")},
             QueueState.ADMITTED, "in",

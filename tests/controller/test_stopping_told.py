@@ -85,7 +85,7 @@ def test_of_a_pause_and_of_going_on_meanwhile():
     *_, pauses, saves, awake = after_looks((RUN, None), (RUN, TRAINS), (asleep, TRAINS), (asleep, ENDS), (RUN, ENDS))
     assert phase(saves).message == f"suspended; {SAVES}"
     for kind in (meta.SUSPENDED, meta.PROGRESSING):
-        assert condition(saves, kind).message == f"spec.suspend is true; base: suspended; {SAVES}"
+        assert condition(saves, kind).message == f"spec.suspend is true; base: {SAVES}"
     assert [event.reason for event in transitions(pauses.status, saves.status)] == []
     assert phase(awake).message == f"waits for the end of an attempt that was stopped; {SAVES}"
     assert condition(awake, meta.PROGRESSING).reason == "Stopping"
@@ -94,7 +94,7 @@ def test_of_a_pause_and_of_going_on_meanwhile():
 def test_of_a_phase_that_is_paused_alone():
     asleep = make_run({**sft("base"), "suspend": True})
     *_, saves = after_looks((RUN, None), (RUN, TRAINS), (asleep, TRAINS), (asleep, ENDS))
-    assert condition(saves, meta.SUSPENDED).message == f"suspended: base; base: suspended; {SAVES}"
+    assert condition(saves, meta.SUSPENDED).message == f"suspended: base; base: {SAVES}"
 
 
 def test_of_a_phase_that_was_taken_out():

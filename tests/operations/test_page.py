@@ -10,6 +10,7 @@ from chart import helm
 
 from controller.api import meta
 from controller.api.status import QueueState
+from controller.operator.events import TYPES
 from generate.alerts import ALERTS
 from generate.rbac import granted
 from operations.page import PAGE, ROOT, files, rows
@@ -51,6 +52,10 @@ def test_every_reason_of_a_condition_is_in_the_table_and_no_other():
     told = [row[1].strip("`") for row in rows("Conditions")]
     assert len(told) == len(set(told))
     assert set(told) == said_reasons() == declared_reasons() | {state.value for state in QueueState}
+
+
+def test_every_event_is_in_the_table_with_its_type():
+    assert {row[0].strip("`"): row[1] for row in rows("Events")} == TYPES
 
 
 def test_every_row_has_a_command():

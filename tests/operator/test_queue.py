@@ -88,7 +88,9 @@ class TestQuota:
         driver.until_condition("first", "Admitted")
         driver.apply(queued("second"))
         driver.until_condition("second", "Admitted", "False")
-        driver.until_condition("second", "Progressing", reason="Queued", message="waiting for a queue: sft: ", timeout=60)
+        driver.until_condition(
+            "second", "Progressing", reason="Queued", message="waiting for a queue: sft: ", timeout=60
+        )
         driver.patch("first", {"suspend": True})
         driver.until_condition("second", "Admitted", timeout=40)
         driver.until_condition("first", "Suspended")

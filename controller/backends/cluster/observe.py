@@ -317,6 +317,14 @@ def _without_workload(job: Object, installed: bool) -> str:
     return f"{asked} nothing queues the job: {missing}; it runs unqueued"
 
 
+def _once(first: str, second: str) -> str:
+    """Both, unless one has all words of the other, as "The LocalQueue is stopped" and "LocalQueue a is stopped"."""
+    of_first, of_second = (set(words.lower().split()) - {"the"} for words in (first, second))
+    if of_second <= of_first:
+        return first
+    return second if of_first <= of_second else f"{first}; {second}"
+
+
 def _workload_status(workload: Object) -> QueueStatus:
     def holds(kind: str) -> Object | None:
         found = condition(workload, kind)
@@ -331,6 +339,5 @@ def _workload_status(workload: Object) -> QueueStatus:
         return QueueStatus(state=QueueState.MISSING, message=waiting)
     for kind, state in (("Preempted", QueueState.PREEMPTED), ("Evicted", QueueState.EVICTED)):
         if (found := holds(kind)) is not None:
-            said = "; ".join(filter(None, (found.get("message", ""), waiting)))
-            return QueueStatus(state=state, message=said)
+            return QueueStatus(state=state, message=_once(found.get("message", ""), waiting))
     return QueueStatus(state=QueueState.PENDING, message=waiting or "waits for quota")
