@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from finished import assert_same, weights
 from test_own_server import nothing_is_left
 
 from trainers.contract import BadInput
+from trainers.core.served.line import Line
+from trainers.meter import Meter
 
 PROGRAM = Path(__file__).with_name("served.py")
 SERVER = {"command": [sys.executable, str(PROGRAM)]}
@@ -124,6 +127,69 @@ def test_samples_ahead_are_of_the_weights_that_copies_would_have(run_phase, loud
     assert nothing_is_left(PROGRAM)
 
 
+def test_one_that_was_started_before_steps_that_sample_nothing_gets_the_weights_of_now(
+    run_phase, louder, half, tmp_path
+):
+    """The first step learns from traces, and its update is large."""
+    spec = student_spec(louder, **half)
+    for name, asked in (("own", own_engine(spec)), ("vllm", spec)):
+        assert run_phase("distill", asked, None, tmp_path / name / "distill")[0] == 0
+    own, theirs = (lines(tmp_path / name / "distill") for name in ("own", "vllm"))
+    assert not own[0]["on_policy"] and own[1]["on_policy"]
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in own], rel=1e-4)
+    assert max(line["mismatch"] for line in theirs if line["on_policy"]) < 1e-5
+
+
+@pytest.fixture
+def beginnings(monkeypatch):
+    """Of servers: whether the steps had begun then, and the parts of a step that were being measured."""
+    begun, measured, found = [], [], []
+
+    @contextmanager
+    def part(meter, name):
+        measured.append(name)
+        with real_part(meter, name):
+            yield
+        measured.remove(name)
+
+    def begin(meter, *args):
+        begun.append(args)
+        real_begin(meter, *args)
+
+    def close(meter):
+        begun.clear()
+        real_close(meter)
+
+    class Noted(Line):
+        def __init__(self, *args) -> None:
+            found.append((bool(begun), [*measured]))
+            super().__init__(*args)
+
+    real_part, real_begin, real_close = Meter.part, Meter.begin, Meter.close
+    monkeypatch.setattr(Meter, "part", part)
+    monkeypatch.setattr(Meter, "begin", begin)
+    monkeypatch.setattr(Meter, "close", close)
+    monkeypatch.setattr("trainers.core.served.started.Line", Noted)
+    return found
+
+
+def test_a_servers_start_is_no_steps_time(run_phase, louder, half, tiny_reward_dir, beginnings, tmp_path):
+    """Of which `seconds_rollout` would be minutes, and the time that is left as many times that as there are steps."""
+    ppo = {"policy": {"source": str(louder(4))}, "rewardModel": {"source": str(tiny_reward_dir)}, "data": PROMPTS}
+    ppo |= {"iterations": 1, "batchSize": 4, "sampling": {"maxNewTokens": 4, "engine": "vllm"}, "server": SERVER}
+    evaluation = {"models": [{"name": "a", "source": str(louder(4))}], "latency": {"enabled": False}}
+    evaluation |= {"data": {"rows": PROMPTS["prompts"]}, "benchmarks": [{"name": "length", "length": {}}]}
+    evaluation |= {"sampling": ppo["sampling"], "server": SERVER}
+    distill = student_spec(louder, **half, duration={"maxSteps": 2})
+    for kind, spec in (("ppo", ppo), ("distill", distill), ("evaluate", evaluation)):
+        assert run_phase(kind, spec, None, tmp_path / kind / kind)[0] == 0
+    assert beginnings[:2] == [(False, []), (False, [])]
+    assert [measured for _, measured in beginnings] == [[], [], []]
+    no_samples = distill | {"onPolicyFraction": 0.2, "duration": {"maxSteps": 2}}
+    assert run_phase("distill", no_samples, None, tmp_path / "none" / "distill")[0] == 0
+    assert len(beginnings) == 3, "nobody is started for steps that sample nothing"
+
+
 def until(happened) -> None:
     last = time.monotonic() + 900
     while not happened():
@@ -186,9 +252,10 @@ def test_a_stop_is_heard_while_a_server_takes_weights(run_phase, hanging, tmp_pa
 def test_a_phase_that_ends_does_not_wait_for_what_it_has_asked_ahead(run_phase, hanging, tmp_path, capsys):
     spec, file = hanging
 
-    def fail(*_) -> None:
-        until(file.exists)
-        raise BadInput("no such thing")
+    def fail(step: int, *_) -> None:
+        if step == 2:  # before which weights have changed
+            until(file.exists)
+            raise BadInput("no such thing")
 
     begun = time.monotonic()
     with after_steps(fail):

@@ -71,6 +71,15 @@ class RolloutsAhead:
         """What is held beside the policy."""
         return [copied.loaded.model for copied in self._copies]
 
+    def start(self, first: int) -> None:
+        """Have the server up before the first of the steps that are left, if one of them samples: it takes minutes, which
+        are no step's.
+        """
+        steps = (step for step in range(first, self.total_steps) if step not in self._whole)
+        if self.spec.sampling.engine == "vllm" and any(map(self.prompts_of, steps)):
+            server = following(self.ctx, self.policy, self.spec.sampling, self.spec.server, first)
+            self._follower = self.ctx.closing.enter_context(server)
+
     def samples(self, step: int) -> list[Sample]:
         """A step's, the same on all ranks; those of the step ``staleness`` later are begun with the weights as they are now."""
         prompts, tokens = self.prompts_of(step), self.spec.parallel.micro_batch_tokens
@@ -79,27 +88,20 @@ class RolloutsAhead:
                 return []
             keys = self._keys(step, len(prompts))
             return respond(
-                self.ctx.workers, self._speaker(), prompts, self.spec.sampling, keys, self.reward_model, tokens
+                self.ctx.workers, self._speaker(step), prompts, self.spec.sampling, keys, self.reward_model, tokens
             )
         if step == 0:
             for early in range(self.spec.staleness):
-                self._begin(early)
+                self._begin(early, step)
         samples = said(self.policy.chat, prompts, self._finished(step))
-        self._begin(step + self.spec.staleness)
+        self._begin(step + self.spec.staleness, step)
         if self.reward_model is None or not samples:
             return samples
         return rewarded(self.ctx.workers, self.reward_model, samples, tokens)
 
-    def _speaker(self) -> LoadedModel | ServedModel:
-        """Who responds: the policy, or a server that is given its weights as they are now."""
-        return self.policy if self.spec.sampling.engine == "own" else self._server().current()
-
-    def _server(self) -> Follower:
-        """Started with the weights as they are when it is first asked for."""
-        if self._follower is None:
-            server = following(self.ctx, self.policy, self.spec.sampling, self.spec.server)
-            self._follower = self.ctx.closing.enter_context(server)
-        return self._follower
+    def _speaker(self, step: int) -> LoadedModel | ServedModel:
+        """Who responds: the policy, or a server that is given its weights as they are now, before this step."""
+        return self.policy if self._follower is None else self._follower.current(step)
 
     def saved(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
         """After so many finished steps, what the next ones will ask for: tensors, whole, the same on all ranks."""
@@ -131,14 +133,15 @@ class RolloutsAhead:
         self._thread.shutdown(cancel_futures=True)
         torch.set_num_threads(self._all_threads)
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, now: int) -> None:
+        """With the weights as they are now, before step ``now``."""
         prompts = self.prompts_of(step) if step < self.total_steps else []
         if not prompts:
             return
         mine, keys = self._mine(len(prompts)), self._keys(step, len(prompts))
         asked, of_mine = [prompts[i].ids for i in mine], [keys[i] for i in mine]
-        if self.spec.sampling.engine == "vllm":
-            sample = self._server().sampling(asked, self._wider(), of_mine)
+        if self._follower is not None:
+            sample = self._follower.sampling(now, asked, self._wider(), of_mine)
             self._begun[step] = self._thread.submit(sample if self._asks else _nothing)
             return
         sampler = self._copies[step % len(self._copies)]  # that of the step which has just been taken

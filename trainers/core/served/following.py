@@ -28,31 +28,32 @@ DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 class Follower:
     """Weights go to it as files, and from there into the places of the old ones, which every build of vLLM can do."""
 
-    def __init__(self, ctx: PhaseContext, loaded: LoadedModel, server: StartedServer, folder: Path) -> None:
+    def __init__(self, ctx: PhaseContext, loaded: LoadedModel, server: StartedServer, folder: Path, step: int) -> None:
+        """``step``: the server has been started with the weights as they were before it."""
         self.ctx, self.loaded, self.server, self.folder = ctx, loaded, server, folder
         rows = int(whole_shape(loaded.model.get_output_embeddings().weight)[0])
         known = rows if loaded.num_known is None else loaded.num_known
         wire = connected(server, None)
         check_vocabulary(wire, max(rows, max(loaded.tokenizer.get_vocab().values()) + 1))
         self.served = ServedModel(wire, loaded.tokenizer, loaded.chat, known, loaded.positions, rows)
-        self._is_current = True
+        self._step = step
         self._numbers = count()
 
-    def current(self) -> ServedModel:
-        """The server's model with the weights as they are now; all processes call it together."""
-        folder = self._taken()
+    def current(self, step: int) -> ServedModel:
+        """The server's model with the weights as they are now, before this step; all processes call it together."""
+        folder = self._taken(step)
         if folder is not None and self.ctx.workers.local_rank == 0:
             self._read(folder)
         self.ctx.workers.barrier()
         return self.served
 
     def sampling(
-        self, prompts: list[list[int]], sampling: Sampling, keys: List[tuple[int, ...]]
+        self, step: int, prompts: list[list[int]], sampling: Sampling, keys: List[tuple[int, ...]]
     ) -> Callable[[], list[Response]]:
-        """Take the weights over as they are now, all processes together. Returns what samples by them, in whatever thread of
-        a machine's first process, once what was taken over before has sampled.
+        """Take the weights over as they are now, before this step, all processes together. Returns what samples by them, in
+        whatever thread of a machine's first process, once what was taken over before has sampled.
         """
-        folder = self._taken()
+        folder = self._taken(step)
 
         def responses() -> list[Response]:
             if folder is not None:
@@ -61,11 +62,11 @@ class Follower:
 
         return responses
 
-    def _taken(self) -> Path | None:
-        """Files of the weights as they are now; None if the server has just been started with them."""
-        if self._is_current:
-            self._is_current = False
+    def _taken(self, step: int) -> Path | None:
+        """Files of the weights as they are now; None if the server has them, or will have once it has read all files so far."""
+        if step == self._step:
             return None
+        self._step = step
         folder = self.folder / str(next(self._numbers))
         write(self.ctx, self.loaded, folder)
         return folder
@@ -83,9 +84,12 @@ class Follower:
 
 @contextmanager
 def following(
-    ctx: PhaseContext, loaded: LoadedModel, sampling: Sampling, settings: OwnServer | None
+    ctx: PhaseContext, loaded: LoadedModel, sampling: Sampling, settings: OwnServer | None, step: int
 ) -> Iterator[Follower]:
-    """A server of a model in training, which ends with the block. It tells log-probabilities at the sampling's temperature."""
+    """A server of a model as it is before a step of its training, which ends with the block.
+
+    It tells log-probabilities at the sampling's temperature.
+    """
     ctx.meter.stage("starting vLLM")
     flags = ["--dtype", precision(ctx.workers), "--served-model-name", "policy"]
     flags += ["--logprobs-mode", "processed_logprobs"] if sampling.temperature not in (0, 1) else []
@@ -98,7 +102,7 @@ def following(
             server.finishing = TRAINING_SECONDS
             for file in folder.glob("*.safetensors"):  # it has them now, and memory may be what the files are in
                 file.unlink()
-            yield Follower(ctx, loaded, server, Path(name))
+            yield Follower(ctx, loaded, server, Path(name), step)
 
 
 def write(ctx: PhaseContext, loaded: LoadedModel, folder: Path) -> None:

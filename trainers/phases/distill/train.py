@@ -84,6 +84,7 @@ def _distill(spec: DistillSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
         of_prompts = [prompt.ids for prompt in asked(first)]
         rows = of_prompts or [e.sequence.ids.tolist() for e in traces.batch(streams.index(first))]
         served.check_rows(student.tokenizer, rows[:CHECKED_ROWS])
+    rollouts.start(first)
     ctx.meter.begin(first, total_steps, spec.document())
 
     # ---- loop

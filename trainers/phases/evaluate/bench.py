@@ -180,8 +180,8 @@ class Bench:
 
     def _respond(self, rows: CheckedRows, first: int, sampling: Sampling, limit: int) -> list[dict[str, Any]]:
         ctx, block = self.laboratory.ctx, rows[first : first + BLOCK]
+        speaker = self.speaker(sampling)  # which may have to be started or loaded first
         with ctx.meter.part("rollout"):
-            speaker = self.speaker(sampling)
             room = check_room(self.label, speaker.positions, sampling.max_new_tokens)
             whole = [self._prompt(speaker.chat, row, partial(rows.place, first + i)) for i, row in enumerate(block)]
             prompts = [Prompt(row, ids[-min(limit, room) :]) for row, ids in zip(block, whole, strict=True)]

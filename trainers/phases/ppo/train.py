@@ -75,6 +75,7 @@ def _train(spec: PpoSpec, ctx: PhaseContext, held: ExitStack) -> Outcome:
     )
     first = checkpoints.restore()
     state = checkpoints.state
+    rollouts.start(first)
     ctx.meter.begin(first, spec.iterations, spec.document())
 
     # ---- loop
