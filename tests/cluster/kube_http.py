@@ -21,8 +21,9 @@ _configs: dict[tuple[str, int], Object] = {}
 _KINDS = {
     "alignmentruns": "/apis/alignment.dev/v1alpha1", "configmaps": "/api/v1", "crds": "/apis/apiextensions.k8s.io/v1",
     "deployments": "/apis/apps/v1", "jobs": "/apis/batch/v1", "leases": "/apis/coordination.k8s.io/v1", "namespaces": "/api/v1",
-    "nodes": "/api/v1", "pods": "/api/v1", "pytorchjobs": "/apis/kubeflow.org/v1", "resourcequotas": "/api/v1",
-    "secrets": "/api/v1", "serviceaccounts": "/api/v1", "trainingruntimes": "/apis/trainer.kubeflow.org/v1alpha1",
+    "nodes": "/api/v1", "persistentvolumeclaims": "/api/v1", "pods": "/api/v1",
+    "pytorchjobs": "/apis/kubeflow.org/v1", "resourcequotas": "/api/v1", "secrets": "/api/v1", "serviceaccounts": "/api/v1",
+    "trainingruntimes": "/apis/trainer.kubeflow.org/v1alpha1",
     "trainjobs": "/apis/trainer.kubeflow.org/v1alpha1",
 }  # fmt: skip
 _OTHERWISE = {"arun": "alignmentruns"}

@@ -63,7 +63,7 @@ class Scene:
         spaces = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in names]
         apply(self.cluster, spaces, "")
         self.cluster.created.extend(names)
-        apply(self.cluster, [part for name in names for part in claim(name)], "")
+        give_claims(self.cluster, names)
         apply(self.cluster, [run_of(name, self.backend) for name in names], "")
 
     def statuses(self) -> dict[str, Object]:
@@ -106,6 +106,21 @@ class Scene:
 def calls_of(namespace: str) -> str:
     """Calls about what is in a namespace, watches left out: kopf's are of all namespaces."""
     return rf"/namespaces/{namespace}/(?!.*[?&]watch=)"
+
+
+def give_claims(cluster: Cluster, namespaces: list[str]) -> None:
+    """As provisioned storage would be, each is bound before a pod comes that wants it.
+
+    A pod that comes between is set aside by the scheduler for five minutes if it has not heard of the volume by then.
+    """
+    apply(cluster, [part for name in namespaces for part in claim(name)], "")
+
+    def bound() -> bool:
+        claims = cluster.items("persistentvolumeclaims", "-A")
+        mine = [one["status"].get("phase") for one in claims if one["metadata"]["namespace"] in namespaces]
+        return mine == ["Bound"] * len(namespaces)
+
+    cluster.wait(bound, 300, "the claims are bound", every=1 if len(namespaces) > 1 else 0.2)
 
 
 def claim(namespace: str) -> list[Object]:

@@ -8,7 +8,7 @@ from cluster.client import Cluster
 from crowds import add_ended, kopf_started, spent, started, successions, train, trainers, wait_in_a_queue
 from driver import ROOT, Driver, OperatorProcess, free_port
 from scale import run_many, scripted
-from sweep import claim
+from sweep import give_claims
 
 from controller.operator.in_line import WORDS_PER_SECOND
 
@@ -37,7 +37,7 @@ def fake(kwok_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def namespace(kwok_cluster: Cluster, fake: OperatorProcess) -> str:
     name = kwok_cluster.namespace("many")
-    kwok_cluster.apply(claim(name))
+    give_claims(kwok_cluster, [name])
     return name
 
 

@@ -73,7 +73,6 @@ def test_each_fault_at_each_call(scene: Scene):
     cells = {f"{scene.backend.lower()}-{i}": cell for i, cell in enumerate(chosen(scene.calls))}
     rules = [FAULTS[fault](scene.proxy, calls_of(name), k) for name, (fault, k) in cells.items()]
     scene.begin(list(cells))
-    # A pod that the scheduler has found no place for, because it had not heard of the claim's volume, may wait five minutes.
     scene.finish(list(cells), 420 + len(cells))
     wrong = scene.wrong({name: f"{fault} at call {k} of {name}" for name, (fault, k) in cells.items()})
     met = sum(rule.hits for rule in rules)
