@@ -1,10 +1,10 @@
-"""What is told of a vLLM that has ended: the error that the others come from. `vllm_memory.log` is of vLLM 0.32, shortened."""
+"""What is told of a vLLM that has ended: the error that the others come from. The logs are of vLLM 0.32, shortened."""
 
 from pathlib import Path
 
 import pytest
 
-from trainers.core.served.log import SILENCE, is_of_command, is_of_memory, last_words
+from trainers.core.served.log import NO_REASON, SILENCE, is_of_command, is_of_memory, last_words
 
 REAL = Path(__file__).with_name("vllm_memory.log")
 ENGINE = "(EngineCore_DP0 pid=71) ERROR 11-30 04:32:49 [core.py:1510]"
@@ -18,6 +18,23 @@ def test_a_real_one_that_asked_for_more_memory_than_was_free():
     said = last_words(REAL)
     assert said.startswith("ValueError: Available memory on node 0 (21.15/23.54 GiB) on startup is less than desired")
     assert "decrease `--gpu-memory-utilization`" in said and is_of_memory(said)
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        # by SIGKILL, in the middle of its answers
+        ("killed", NO_REASON),
+        # of its worker, by SIGKILL; the engine then says "cancelled", and the server that the engine is dead
+        ("lost_worker", "Worker proc VllmWorker-0 died unexpectedly (exit code: None), shutting down executor."),
+        # by SIGTERM, with requests that were open
+        ("stopped", "[shutdown] API server: shutting down FastAPI HTTP server / INFO:     Shutting down"),
+    ],
+)
+def test_real_ones_that_somebody_has_ended(log, told):
+    """Of whose answers the last lines are, which explain nothing."""
+    said = last_words(REAL.with_name(f"vllm_{log}.log"))
+    assert said.endswith(told) and "HTTP/" not in said
 
 
 @pytest.mark.parametrize(

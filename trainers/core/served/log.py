@@ -15,8 +15,17 @@ LINE = re.compile(
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
     r"(?P<words>.*)"
 )
-EXCEPTION = re.compile(r"(?:[\w-]+\.)*\w*(?:Error|Exception)(?:: .*)?$|[\w./-]+: error: .*")
-"""The last line of a traceback, and what a program says of its arguments."""
+EXCEPTION = re.compile(
+    r"(?:[\w-]+\.)*\w*(?:Error|Exception)(?:: .*)?$|[\w./-]+: error: .*|\w+ proc \S+ died unexpectedly.*"
+)
+"""The last line of a traceback, what a program says of its arguments, and of a process that has said nothing itself."""
+
+AT_WORK = re.compile(
+    r"INFO: .* - \"[A-Z]+ \S+ HTTP/|Engine \d+: Avg |Route: /|INFO: +(?:Started server|Waiting for|Application |Finished server)"
+)
+"""What a server says while it does its work, and of an end that somebody else has brought about."""
+
+ANSWERING = "Application startup complete"
 
 SOMEBODY_ELSE = re.compile(r"root cause|initialization failed|EngineDeadError|stack trace", re.IGNORECASE)
 ANOTHER = "During handling of the above exception, another exception occurred"
@@ -30,6 +39,7 @@ OF_MEMORY = re.compile(
 OF_IMPORT = re.compile(r"ModuleNotFoundError|No module named|cannot import name")
 
 SILENCE = "it has said nothing"
+NO_REASON = "its log has no error"
 
 SIGNALS = 128
 """A shell whose program a signal has killed ends with this and the signal's number."""
@@ -51,7 +61,9 @@ def last_words(log: Path) -> str:
     except OSError:
         return SILENCE
     lines = [_said(line) for line in text.splitlines() if line.strip()]
-    return (_cause(lines) or " / ".join(line.words.strip() for line in lines[-3:]) or SILENCE)[:MOST]
+    if not lines:
+        return SILENCE
+    return (_cause(lines) or " / ".join(_last(lines)) or NO_REASON)[:MOST]
 
 
 def is_of_memory(words: str) -> bool:
@@ -70,6 +82,12 @@ def _said(line: str) -> Said:
     found = LINE.match(line)
     assert found is not None
     return Said(found["level"] or "", found["words"].rstrip())
+
+
+def _last(lines: List[Said]) -> list[str]:
+    """The last lines, of those since it has answered if it has, without its daily work."""
+    answering = max((i for i, line in enumerate(lines) if ANSWERING in line.words), default=-1)
+    return [line.words.strip() for line in lines[answering + 1 :] if not AT_WORK.match(line.words)][-3:]
 
 
 def _cause(lines: List[Said]) -> str:
