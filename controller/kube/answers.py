@@ -25,6 +25,7 @@ class ApiError(Exception):
         # A webhook may have said it, or quoted what a user wrote.
         self.message = plain(message)
         super().__init__(f"{call.verb} {call.resource.plural} {name}: {status} {self.message}")
+        self.call = call
         self.status = status
         self.retry_after = retry_after
         """Seconds that the server asked us to wait."""

@@ -13,7 +13,7 @@ SUSPENDED = "suspended"
 MOST_NAMES = 3
 LABELS_LOST = "somebody took labels away from"
 OWNER_LOST = "somebody took the owner reference away from"
-PUT_BACK = "it stays the run's, which puts it back"
+PUT_BACK = "it stays the run's, which puts it back where it may"
 SEEN_LATE = "it goes on, and what becomes of it is noticed later"
 """No watch tells of what does not have them."""
 

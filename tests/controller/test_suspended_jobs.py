@@ -146,7 +146,7 @@ def test_one_without_its_owner_reference_goes_on_gets_it_back_and_is_told_once()
     assert [d.actions for d in (before, alone, again, whole)] == [(), (Reclaim("base", 1),), (Reclaim("base", 1),), ()]
     [attempt] = alone.status.phases[0].attempts
     assert (attempt.state, attempt.job_uid) == ("Running", "job-1")
-    said = "somebody took the owner reference away from job test-base-1: it stays the run's, which puts it back"
+    said = "somebody took the owner reference away from job test-base-1: it stays the run's, which puts it back where it may"
     assert [(e.type, e.reason, e.note) for e in transitions(before.status, alone.status)] == [
         ("Warning", "OwnerLost", f"phase base: {said}")
     ]

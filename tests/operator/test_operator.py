@@ -3,13 +3,16 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cluster.proxy import FaultProxy
-from driver import FAST, Driver, dpo, manifest, sft
+from driver import FAST, Driver, OperatorProcess, dpo, manifest, sft
+from kueue import quota
 
 from controller.kube.calls import CALLS, LEASE_CALLS, WALL_CALLS
+from controller.kube.resources import JOBS, WORKLOADS
 from generate.rbac import rules
 
 USER = "system:serviceaccount:alignment-system:alignment-operator"
@@ -278,22 +281,61 @@ class TestWithoutTheOperator:
         operator.start()
 
 
-def tenant(driver: Driver, *others: str) -> Path:
-    """Credentials of an operator with rights in the driver's namespace and in these."""
+def tenant(driver: Driver, *others: str, role: str = "alignment-operator") -> Path:
+    """Credentials of an operator with the rights of a ClusterRole in the driver's namespace and in these."""
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tenant"}}
     driver.cluster.apply(account, driver.namespace)
-    for namespace, role, kind in (
-        *((namespace, "alignment-operator", "ClusterRole") for namespace in (driver.namespace, *others)),
+    for namespace, granted, kind in (
+        *((namespace, role, "ClusterRole") for namespace in (driver.namespace, *others)),
         ("alignment-system", "alignment-operator-leader", "Role"),
     ):
         binding = {
             "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
             "metadata": {"name": f"tenant-{driver.namespace}"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": granted},
             "subjects": [{"kind": "ServiceAccount", "name": "tenant", "namespace": driver.namespace}],
         }  # fmt: skip
         driver.cluster.apply(binding, namespace)
     return driver.cluster.service_account_kubeconfig(driver.namespace, "tenant")
+
+
+def test_one_that_is_newer_than_its_chart_goes_on_without_the_rights_that_came_since(
+    driver: Driver, operator: OperatorProcess, operator_factory: Callable[..., OperatorProcess], request
+):
+    """To get a Workload by its name, and to update jobs: each look at a run that needed one had ended with the refusal."""
+    lacks = {("get", resource) for resource in WORKLOADS} | {("update", resource) for resource in JOBS}
+    older = f"older-{driver.namespace}"
+    granted = rules(call for call in (*CALLS, *WALL_CALLS) if (call.verb, call.resource) not in lacks)
+    kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole"}
+    driver.cluster.apply({**kind, "metadata": {"name": older}, "rules": granted})
+    request.addfinalizer(lambda: driver.cluster.kubectl("delete", "clusterrole", older))
+    operator.stop()
+    request.addfinalizer(operator.start)
+    mine = tenant(driver, role=older)
+    running = operator_factory("--namespace", driver.namespace, "--metrics-readers", "[]", kubeconfig=mine).start()
+    driver.cluster.apply(quota(driver.namespace, "1"))
+    one_cpu = {"image": "nothing:1", "resources": {"requests": {"cpu": 1}}}
+    for name in ("first", "second"):
+        driver.apply(manifest(name, sft(), queueName="alignment", template=one_cpu))
+        driver.until_job(f"{name}-sft-1")
+    for name in ("second", "first"):
+        driver.cluster.wait(
+            lambda run=name: driver.phase(run, "sft").get("queue", {}).get("workload"), 60, "it is known"
+        )
+    driver.succeed("first-sft-1")
+    driver.until_condition("first", "Succeeded")
+    driver.until_condition("second", "Admitted", timeout=60)
+    patch = json.dumps([{"op": "remove", "path": "/metadata/ownerReferences"}])
+    driver.cluster.kubectl("patch", "pytorchjob", "second-sft-1", "-n", driver.namespace, "--type=json", "-p", patch)
+    lost = "somebody took the owner reference away from job second-sft-1"
+    driver.cluster.wait(lambda: lost in driver.phase("second", "sft").get("message", ""), 60, lost)
+    driver.succeed("second-sft-1")
+    driver.until_condition("second", "Succeeded", timeout=60)
+    assert running.stop() == 0
+    told = [line for line in running.log.read_text().splitlines() if "the operator lacks a right" in line]
+    assert len(told) == 2, told
+    assert 'cannot get resource \\"workloads\\"' in told[0] and 'cannot update resource \\"pytorchjobs\\"' in told[1]
+    assert "; again in" not in running.log.read_text()
 
 
 class TestNamespaces:

@@ -13,6 +13,7 @@ from controller.backends.cluster import belongings, evidence, kinds, observe, ow
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
 from controller.backends.cluster.orphans import Orphans
+from controller.backends.cluster.rights import Rights
 from controller.backends.cluster.scrape import Scraper, Target
 from controller.backends.cluster.settings import Settings
 from controller.clock import seconds_now
@@ -62,7 +63,7 @@ class ClusterBackend:
         self.settings = settings
         self.absent: frozenset[Resource] = frozenset()
         """Kinds of objects that the cluster has not got."""
-        self._orphans = Orphans()
+        self._orphans, self._rights = Orphans(), Rights()
         self.walls = Walls(api, settings.metrics_readers)
         self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
         """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
@@ -83,7 +84,7 @@ class ClusterBackend:
         found = await belongings.gather(source, self.memory, kind, run, self._orphans, now)
         jobs, pods = found.jobs, found.pods
         namespace = run.metadata.namespace or "default"
-        said = await queues.words(self.api, run, jobs, anew, words, now)
+        said = await queues.words(self.api, self._rights, run, jobs, anew, words, now)
         seen = [
             await self._explained(
                 replace(
@@ -146,6 +147,10 @@ class ClusterBackend:
         try:
             written = await self.api.update_job(kind.RESOURCE, ownership.reclaimed(job, run))
         except ApiError as error:
+            if self._rights.lacks(
+                error, "a job that somebody takes the owner reference from stays without, and its run's"
+            ):
+                return
             if not (isinstance(error, Conflict) or refusals.waits(error) or refusals.refused(error, "the job")):
                 raise
             logger.warning("%s has no owner reference and gets none: %s", seen.name, error)
@@ -203,10 +208,18 @@ class ClusterBackend:
             return seen
         idle = [pod for pod in pods.get(seen.name, ()) if not evidence.container_state(pod, "running")]
         for thing in [*made, *idle[:SHOWN_PODS]]:
-            warnings = await self.api.list_warnings(job["metadata"]["namespace"], thing["metadata"]["uid"])
+            warnings = await self._warnings(job["metadata"]["namespace"], thing["metadata"]["uid"])
             if warnings:
                 return replace(seen, message=observe.warning(warnings, now))
         return seen
+
+    async def _warnings(self, namespace: str, uid: str) -> list[Object]:
+        try:
+            return await self.api.list_warnings(namespace, uid)
+        except ApiError as error:
+            if not self._rights.lacks(error, "runs do not say why pods are not made or mounted"):
+                raise
+            return []
 
     def _problems(self, run: AlignmentRun) -> list[str]:
         found = []

@@ -11,6 +11,8 @@ from typing import Any
 from controller.api.run import AlignmentRun
 from controller.api.status import QueueState, QueueStatus
 from controller.backends.cluster import observe, ownership
+from controller.backends.cluster.rights import Rights
+from controller.kube.answers import ApiError
 from controller.kube.api import Api
 
 Object = dict[str, Any]
@@ -19,7 +21,7 @@ WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 async def words(
-    api: Api, run: AlignmentRun, jobs: Sequence[Object], anew: bool, asks: bool, now: datetime
+    api: Api, rights: Rights, run: AlignmentRun, jobs: Sequence[Object], anew: bool, asks: bool, now: datetime
 ) -> dict[str, QueueStatus]:
     """By name. Believed is what was said unless ``anew``: of those that were let go, of those that wait unless it ``asks``."""
     told, namespace = _told(run), run.metadata.namespace or "default"
@@ -30,7 +32,7 @@ async def words(
         if said is not None and not anew and _still_holds(said, job, asks):
             found[name] = said
         elif (observe.is_queued(job) or observe.is_suspended(job)) and not observe.ended(job):
-            status = await _asked(api, namespace, job, said.workload if said is not None else "", now)
+            status = await _asked(api, rights, namespace, job, said, now)
             if status is not None:
                 found[name] = status
     return found
@@ -49,10 +51,26 @@ def _still_holds(said: QueueStatus, job: Object, asks: bool) -> bool:
     return admitted != observe.is_suspended(job) and (admitted or not asks)
 
 
-async def _asked(api: Api, namespace: str, job: Object, name: str, now: datetime) -> QueueStatus | None:
-    workload = await api.get_workload(namespace, name) if name else None
+async def _asked(
+    api: Api, rights: Rights, namespace: str, job: Object, said: QueueStatus | None, now: datetime
+) -> QueueStatus | None:
+    workload = await _named(api, rights, namespace, said.workload) if said is not None and said.workload else None
     if workload is not None and ownership.is_of_job(workload, job):
         return observe.queue_status(job, workload, True, now)
-    found = await api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
+    try:
+        found = await api.list_workloads(namespace, {WORKLOAD_JOB_LABEL: job["metadata"]["uid"]})
+    except ApiError as error:
+        if not rights.lacks(error, "runs do not say what they wait for in a queue"):
+            raise
+        return said
     workload = next((w for w in found or () if ownership.is_of_job(w, job)), None)
     return observe.queue_status(job, workload, found is not None, now)
+
+
+async def _named(api: Api, rights: Rights, namespace: str, name: str) -> Object | None:
+    try:
+        return await api.get_workload(namespace, name)
+    except ApiError as error:
+        if not rights.lacks(error, "Workloads are listed for each job that waits, which costs the API server more"):
+            raise
+        return None
