@@ -12,6 +12,7 @@ from controller.api.status import PhaseProgress
 from controller.backends.cluster import belongings, evidence, kinds, observe, ownership, queues, refusals, runtimes
 from controller.backends.cluster.kind import JobKind, Owner
 from controller.backends.cluster.network import Walls
+from controller.backends.cluster.of_runs import OfRuns
 from controller.backends.cluster.orphans import Orphans
 from controller.backends.cluster.rights import Rights
 from controller.backends.cluster.scrape import Scraper, Target
@@ -41,15 +42,15 @@ class UntilTheNextLook:
     """What was met while asking for jobs. Asking again is decided anew: until then it is remembered."""
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[ownership.Attempted, str]] = {}
-        """By the run's uid."""
+        self._found: OfRuns[dict[ownership.Attempted, str]] = OfRuns()
 
-    def add(self, run: AlignmentRun, job: PhaseJob, what: str) -> None:
-        self._found.setdefault(run.metadata.uid or "", {})[job.phase, job.attempt] = what
-
-    def told(self, run: AlignmentRun, anew: bool) -> dict[ownership.Attempted, str]:
+    def add(self, run: AlignmentRun, job: PhaseJob, what: str, now: datetime) -> None:
         uid = run.metadata.uid or ""
-        return self._found.pop(uid, {}) if anew else self._found.get(uid, {})
+        self._found.put(uid, {**(self._found.take(uid) or {}), (job.phase, job.attempt): what}, now)
+
+    def told(self, run: AlignmentRun, anew: bool, now: datetime) -> dict[ownership.Attempted, str]:
+        uid = run.metadata.uid or ""
+        return (self._found.take(uid) if anew else self._found.get(uid, now)) or {}
 
 
 class ClusterBackend:
@@ -65,9 +66,9 @@ class ClusterBackend:
         """Kinds of objects that the cluster has not got."""
         self._orphans, self._rights = Orphans(), Rights()
         self.walls = Walls(api, settings.metrics_readers)
-        self._unless_seen: dict[tuple[str, str], ObservedJob] = {}
-        """What became of jobs that are not there when they should be, by the run's uid and their name: the API server did not
-        take them, or has since deleted them. Until one is seen, or the run's status has it."""
+        self._unless_seen: OfRuns[dict[str, ObservedJob]] = OfRuns()
+        """What became of jobs that are not there when they should be, by their name: the API server did not take them, or has
+        since deleted them. Until one is seen, or the run's status has it."""
         self._barred, self._taken = UntilTheNextLook(), UntilTheNextLook()
         """Attempts whose jobs might not be made when they were asked for last, and those that met another's object."""
 
@@ -111,9 +112,9 @@ class ClusterBackend:
             jobs=tuple(seen),
             results=results,
             progress=self._progress(run, seen, pods),
-            taken=found.taken | self._taken.told(run, anew),
+            taken=found.taken | self._taken.told(run, anew, now),
             held=found.held,
-            barred=self._barred.told(run, anew),
+            barred=self._barred.told(run, anew, now),
             most=self.settings.largest_runs.get(namespace, {}),
             problems=tuple(self._problems(run)),
         )
@@ -122,14 +123,14 @@ class ClusterBackend:
         """Of a job of this name that is someone else's the next look tells."""
         try:
             if why := await self.walls.raise_for(run):
-                self._barred.add(run, job, why)
+                self._barred.add(run, job, why, self.now())
             else:
                 await self._create(run, job)
         except runtimes.Taken as owner:
-            self._taken.add(run, job, str(owner))
+            self._taken.add(run, job, str(owner), self.now())
         except ApiError as error:
             if refusals.is_unanswered(error):
-                self._barred.add(run, job, error.message)
+                self._barred.add(run, job, error.message, self.now())
             raise
 
     async def delete(self, run: AlignmentRun, phase: str, attempt: int, seen: ObservedJob | None) -> None:
@@ -161,18 +162,17 @@ class ClusterBackend:
 
     async def _create(self, run: AlignmentRun, job: PhaseJob) -> None:
         """Raises what is to be asked again at once."""
-        uid = run.metadata.uid or ""
         try:
             await self._ask_for(run, job)
         except ApiError as error:
             if refusals.waits(error):
-                self._barred.add(run, job, error.message)
+                self._barred.add(run, job, error.message, self.now())
             elif why := refusals.refused(error, "the job"):
-                self._unless_seen[uid, job.name] = _failed(job, FailureClass.BAD_INPUT, why)
+                self._expect(run, _failed(job, FailureClass.BAD_INPUT, why))
             elif error.reason != EXISTS:
                 raise
         else:
-            self._unless_seen[uid, job.name] = _failed(job, FailureClass.INTERRUPTED, history.DELETED)
+            self._expect(run, _failed(job, FailureClass.INTERRUPTED, history.DELETED))
 
     async def _ask_for(self, run: AlignmentRun, job: PhaseJob) -> None:
         kind, owner = kinds.of_run(run), _owner(run)
@@ -187,16 +187,21 @@ class ClusterBackend:
     def _absent(self, kind: JobKind) -> list[Resource]:
         return [resource for resource in kind.MAKERS.values() if resource in self.absent]
 
+    def _expect(self, run: AlignmentRun, job: ObservedJob) -> None:
+        uid = run.metadata.uid or ""
+        self._unless_seen.put(uid, {**(self._unless_seen.take(uid) or {}), job.name: job}, self.now())
+
     def _missing(self, run: AlignmentRun, seen: Sequence[ObservedJob]) -> list[ObservedJob]:
         """Jobs of this run that should be there, and of whose end its status does not know yet."""
-        mine = {key: job for key, job in self._unless_seen.items() if key[0] == run.metadata.uid}
-        phases = {phase.name: phase for phase in (run.status.phases if run.status else ())}
-        for key, job in mine.items():
-            known = phases[job.phase].attempts if job.phase in phases else ()
-            told = any(a.number == job.attempt and a.state.ended for a in known)
-            if told or any(other.name == job.name for other in seen):
-                del self._unless_seen[key]
-        return [job for key, job in mine.items() if key in self._unless_seen]
+        uid, there = run.metadata.uid or "", {job.name for job in seen}
+        ended = {
+            (p.name, a.number) for p in (run.status.phases if run.status else ()) for a in p.attempts if a.state.ended
+        }
+        mine = self._unless_seen.take(uid) or {}
+        left = {n: job for n, job in mine.items() if n not in there and (job.phase, job.attempt) not in ended}
+        if left:
+            self._unless_seen.put(uid, left, self.now())
+        return [*left.values()]
 
     async def _explained(
         self, seen: ObservedJob, made: Sequence[Object], pods: Mapping[str, Sequence[Object]], now: datetime

@@ -14,6 +14,7 @@ from controller.api.run import AlignmentRun
 from controller.api.template import Template
 from controller.backends.cluster import evidence, ownership
 from controller.backends.cluster.observe import PATIENCE_SECONDS
+from controller.backends.cluster.of_runs import OfRuns
 from controller.plan.resolve import merge_templates
 
 Object = dict[str, Any]
@@ -24,16 +25,16 @@ COLLECTED_SECONDS = 120.0
 
 class Orphans:
     def __init__(self) -> None:
-        self._since: dict[str, dict[str, datetime]] = {}
-        """By the run's uid and the phase: since when there has always been one."""
+        self._since: OfRuns[dict[str, datetime]] = OfRuns()
+        """By phase: since when there has always been one."""
 
     def that_may_write(self, run: AlignmentRun, pods: Sequence[Object], now: datetime) -> list[Object]:
         """``pods``: all of the run's name whose job is gone."""
         key, going = run.metadata.uid or "", [pod for pod in pods if not evidence.has_ended(pod, now, PATIENCE_SECONDS)]
-        before = self._since.pop(key, {})
+        before = self._since.take(key) or {}
         since = {phase: before.get(phase, now) for phase in map(ownership.phase_of, going)}
         if since:
-            self._since[key] = since
+            self._since.put(key, since, now)
         late = {phase: (now - begun).total_seconds() for phase, begun in since.items()}
         return [pod for pod in going if late[ownership.phase_of(pod)] < _patience(run, pod)]
 
