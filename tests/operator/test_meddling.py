@@ -33,7 +33,11 @@ def test_a_status_that_somebody_edits_is_put_right(driver: Driver, edit: str):
 
 @both
 def test_a_pod_that_somebody_deletes_is_made_up_for(driver: Driver):
-    """The Training Operator fails the job, or makes the pod anew: the next attempt follows, or this one goes on."""
+    """The next attempt follows, or this one goes on.
+
+    The API server deletes in two writes. If the Training Operator looks between them, it counts the pod as failed, and with it
+    the job; if it looks behind them, a pod is missing, and is made anew.
+    """
     driver.apply(manifest("run", sft()))
     driver.start("run-sft-1")
     driver.until_phase("run", "sft", "Running")

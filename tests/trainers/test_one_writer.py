@@ -318,3 +318,24 @@ def test_a_run_made_again_waits_for_the_pod_that_still_saves(tiny_model_dir, tmp
     assert PhaseDir(output).read_result().seed == 2
     (kept,) = (output.parent / ".history").iterdir()
     assert PhaseDir(kept).read_result().seed == 1
+
+
+@pytest.mark.distributed
+def test_a_pod_made_anew_as_the_same_attempt_waits_for_the_process_of_the_one_before(tiny_model_dir, tmp_path):
+    """A pod that is deleted by force is made anew by the Training Operator while its process may still save on its node."""
+    output = tmp_path / "ws/run/sft"
+    document = {"output": str(output), "spec": sft(tiny_model_dir, duration={"maxSteps": 200})}
+    (tmp_path / "phase.yaml").write_text(json.dumps(document))
+    old = started(tmp_path, tmp_path / "phase.yaml", 1, prelude=SLOW)
+    wait_for((output / "checkpoints/step-2").exists, old, 600)
+    new = started(tmp_path, tmp_path / "phase.yaml", 1)
+    said = next(line for line in map(bytes.decode, new.stdout) if "waiting for" in line)
+    assert "waiting for run local attempt 1 (uid u)" in said
+    old.terminate()
+    assert old.wait(600) == 143, old.stdout.read().decode()
+    stopped = json.loads((tmp_path / "u1").read_text())
+    assert "superseded" not in stopped["message"], "it has saved as if nobody waited"
+    rest = new.stdout.read().decode()
+    assert new.wait(600) == 0, rest
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[0] < 10, "of both, each step once"
