@@ -285,6 +285,9 @@ def test_stop_of_what_has_ended_or_ends_meanwhile(bench: Bench) -> None:
     assert not bench.get()["spec"].get("suspend")
 
 
+REFUSED = {**condition("Accepted", "spec.x: is wrong"), "status": "False", "reason": "InvalidSpec"}
+
+
 def retry_of(bench: Bench) -> str:
     return str(bench.get()["metadata"].get("annotations", {}).get("alignment.dev/retry", ""))
 
@@ -327,6 +330,34 @@ def test_retry_of_what_cannot_be(bench: Bench) -> None:
     bench.write(BASE, missed, held={"Failed": "gate"}, phase="Failed", retry={"number": 1, "refused": "no such phase"})
     assert "Not tried again: no such phase\n" in bench.call("status")[1]
     assert retry_of(bench) == ""
+
+
+def test_retry_says_what_it_waits_for(bench: Bench) -> None:
+    """It said that phases try again, which a run that is invalid, or a phase that is suspended, does not."""
+    bench.run()
+    failed = phase("dpo", "Failed", attempt(1, "Failed", failure="BadInput"), failure="BadInput")
+    bench.write(BASE, failed, held={"Failed": "no"}, phase="Failed")
+    suspended = [{"op": "add", "path": "/spec/phases/1/suspend", "value": True}]
+    edit = ("patch", "alignmentrun", "helpful", "-n", bench.namespace)
+    bench.cluster.kubectl(*edit, "--type=json", "-p", json.dumps(suspended))
+    assert "phase dpo stays suspended: its own `suspend` is true\n" in bench.call("retry", "helpful")[1]
+    bench.write(BASE, failed, held={"Failed": "no"}, phase="Invalid")
+    refused = [{"op": "replace", "path": "/status/conditions/0", "value": REFUSED}]
+    bench.cluster.kubectl(*edit, "--subresource=status", "--type=json", "-p", json.dumps(refused))
+    assert "it begins when the run is valid: spec.x: is wrong\n" in bench.call("rerun", "helpful")[1]
+
+
+def test_a_run_that_is_being_deleted_is_not_tried_again(bench: Bench) -> None:
+    bench.run()
+    edit = ("patch", "alignmentrun", "helpful", "-n", bench.namespace, "--type=merge", "-p")
+    bench.cluster.kubectl(*edit, json.dumps({"metadata": {"finalizers": ["example.com/slow"]}}))
+    bench.cluster.kubectl("delete", "alignmentrun", "helpful", "-n", bench.namespace, "--wait=false")
+    for command in (("retry", "helpful"), ("retry", "helpful", "--from", "dpo"), ("rerun", "helpful")):
+        assert bench.call(*command) == (
+            2, "error: run helpful: is being deleted: apply it once more when it is gone\n",
+        )  # fmt: skip
+    assert retry_of(bench) == ""
+    bench.cluster.kubectl(*edit, json.dumps({"metadata": {"finalizers": None}}))
 
 
 def test_stop_without_an_operator_says_so(bench: Bench) -> None:
