@@ -143,7 +143,8 @@ def test_one_node_has_room_at_first_and_later_both(runs: Runs, strategy: str, un
         runs.cluster.kubectl("uncordon", "node-2")
     runs.kubectl("patch", "arun", "size", "--type=merge", "-p", '{"spec":{"suspend":false}}')
     runs.until_succeeded("size", 900)
-    assert [a["nodes"] for a in runs.phase("size", "sft")["attempts"]] == [2]
+    ends = [(a["nodes"], a["state"]) for a in runs.phase("size", "sft")["attempts"]]
+    assert ends == [(2, "Stopped"), (1, "Stopped"), (2, "Succeeded")]
     assert {runs.pod("size-sft-3", index)["spec"]["nodeName"] for index in (0, 1)} == {"node-1", "node-2"}
     check(runs.folder("size") / "sft", undisturbed, saved)
 
