@@ -44,7 +44,7 @@ def operator_factory(
 def operator(operator_factory: Callable[..., OperatorProcess], prepared: Cluster) -> OperatorProcess:
     """The one that most tests share: a user of them cannot tell it from one in a pod."""
     running = operator_factory("--metrics-readers", "[]").start()
-    prepared.wait(lambda: running.get("readyz")[0] == 200, 30, "the operator is ready")
+    prepared.wait(lambda: running.get("readyz")[0] == 200, 120, "the operator is ready")
     return running
 
 
