@@ -33,7 +33,7 @@ def test_watch_ends_with_the_run(bench: Bench) -> None:
     assert bench.run()[0] == 0
     code, output = bench.run("status", "--watch")
     assert code == 0
-    assert re.search(r"^run test: succeeded \(3/3 phases, (100%, )?\d+s\)$", output, re.M)
+    assert re.search(r"^run test: succeeded \(3/3 phases, (100%, )?[\dhm]+s\)$", output, re.M)
 
 
 def test_logs_of_an_earlier_attempt(bench: Bench) -> None:

@@ -140,8 +140,11 @@ def test_a_thousand_stops_are_a_few_lines():
     kept: tuple[Attempt, ...] = ()
     for number in range(1, 1001):
         said = "stopped: " + "x" * 1000
-        kept = prune((*kept, record(number, AttemptState.STOPPED, f"{number}", message=said, checkpoint_step=5)), "a")
+        kept = prune(
+            (*kept, record(number, AttemptState.STOPPED, f"{number}", message=said, checkpoint_step=2000 - number)), "a"
+        )
     assert [(a.number, a.times) for a in kept] == [(996, 996), (997, 1), (998, 1), (999, 1), (1000, 1)]
+    assert kept[0].checkpoint_step == 1004, "steps of other settings are none of these"
 
 
 def test_sixty_four_phases_that_were_stopped_again_and_again_fit_into_a_status():
