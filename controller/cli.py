@@ -166,7 +166,7 @@ def validate(
     setting: Settings,
 ) -> None:
     """Check a run without starting anything: fields, references, data files; and whether it fits the memory it states."""
-    from controller.commands.sizes import fewer_rows, memory_for_servers, misfits, sizes_here
+    from controller.commands.sizes import fewer_rows, machine_of_servers, misfits, sizes_here
     from controller.compose import compose, read_document
     from controller.plan.sizes import states_memory
     from controller.preflight import load_run
@@ -175,7 +175,7 @@ def validate(
     loaded = load_run(document, file.resolve().parent)
     say(f"{file}: run {loaded.name} is valid, {len(loaded.phases)} phases")
     # Sizes are an estimate: a warning, and no error.
-    known = states_memory(loaded) or memory_for_servers(loaded) is not None
+    known = states_memory(loaded) or machine_of_servers(loaded) is not None
     sizes = sizes_here(loaded, file.resolve().parent) if known else {}
     for remark in (*misfits(sizes.values()), *fewer_rows(sizes.values())):
         say(f"warning: {remark}", color="yellow", err=True)

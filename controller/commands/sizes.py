@@ -7,7 +7,7 @@ from pathlib import Path
 from controller.api.run import AlignmentRun
 from controller.backends.local.machine import this_machine
 from controller.plan.shapes import sources
-from controller.plan.sizes import PARTS, PhaseSize, ZeroFiles, parts, run_sizes, sentence, shown
+from controller.plan.sizes import PARTS, Here, PhaseSize, ZeroFiles, cpu_cache, parts, run_sizes, sentence, shown
 from trainers.sizing.configs import read_configs
 from trainers.sizing.machine import machine_memory
 from trainers.zero_config import ZERO, zero_config
@@ -19,13 +19,15 @@ COLUMNS = ("phase", "models", "devices", *PARTS, "in all", "of")
 def sizes_here(run: AlignmentRun, base_dir: Path) -> dict[str, PhaseSize]:
     """Of a run that has been checked, with the files and configs that can be had from this machine."""
     configs = read_configs(sources(run), base_dir)
-    return run_sizes(run, configs, _zero_files(run, base_dir), here=memory_for_servers(run))
+    return run_sizes(run, configs, _zero_files(run, base_dir), here=machine_of_servers(run))
 
 
-def memory_for_servers(run: AlignmentRun) -> int | None:
-    """Bytes of this machine, which a vLLM takes its share of that a phase starts here; None if none does, or there are GPUs."""
+def machine_of_servers(run: AlignmentRun) -> Here | None:
+    """This machine, which a vLLM takes its share of that a phase starts here; None if none does, or there are GPUs."""
     started = any(getattr(entry.spec, "starts_server", False) for entry in run.phases)
-    return machine_memory() if started and not this_machine(os.environ).gpus else None
+    if not started or this_machine(os.environ).gpus:
+        return None
+    return Here(machine_memory(), cpu_cache(os.environ))
 
 
 def _zero_files(run: AlignmentRun, base_dir: Path) -> ZeroFiles:
@@ -37,7 +39,7 @@ def _zero_files(run: AlignmentRun, base_dir: Path) -> ZeroFiles:
 def row(size: PhaseSize) -> tuple[str, ...]:
     """Of a phase whose needs are known."""
     assert size.needs is not None
-    of = "?" if size.device.memory is None else shown(size.device.memory)
+    of = "–" if size.of is None else shown(size.of)
     memory = size.needs.memory
     least = "" if size.needs.known else "> "
     total = least + shown(memory.total)

@@ -30,6 +30,16 @@ ZeroFiles = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Here:
+    """A machine without GPUs that phases would run on."""
+
+    memory: int
+    """Bytes, of which nothing says how many they may have."""
+    cache: int | None = None
+    """Bytes of keys and values of a vLLM, where the environment that phases get says."""
+
+
+@dataclass(frozen=True)
 class Device:
     """Where one process computes."""
 
@@ -40,8 +50,8 @@ class Device:
     """Bytes for one process; None if it is not said."""
     beside: int | None = None
     """Bytes of the machine's memory for one process of a GPU; None if it is not said."""
-    here: int | None = None
-    """Bytes of this machine's memory, where phases would run on it and nothing says how much they may have."""
+    here: Here | None = None
+    """This machine, where phases would run on it and nothing says how much they may have."""
 
     @property
     def usable(self) -> int | None:
@@ -90,6 +100,14 @@ class PhaseSize:
         return True if self.needs.known else None
 
     @property
+    def of(self) -> int | None:
+        """Bytes of the device, or of this machine, of which a vLLM alone is told how much it may take; None if it is not said."""
+        if self.device.memory is not None or self.device.here is None:
+            return self.device.memory
+        server = self.needs.server if self.needs is not None else None
+        return None if server is None or server.apart else self.device.here.memory
+
+    @property
     def server_unknown(self) -> bool:
         """Whether it is not known what the vLLM takes that it starts."""
         return self.needs is not None and self.needs.server is not None and not self.needs.server.known
@@ -100,12 +118,12 @@ def run_sizes(
     configs: Configs,
     zero_files: ZeroFiles | None = None,
     extents: Mapping[str, Extent] | None = None,
-    here: int | None = None,
+    here: Here | None = None,
 ) -> dict[str, PhaseSize]:
     """By phase, in the order in which they can run; phases that hold no model are left out.
 
-    ``extents``: of the phases whose attempts have less than was asked for. ``here``: bytes of a machine without GPUs, if the
-    run would be one of it.
+    ``extents``: of the phases whose attempts have less than was asked for. ``here``: a machine without GPUs, if the run would be
+    one of it.
     """
     shape_of, found = Shapes(run, configs).of, {}
     for phase in resolve(run):
@@ -119,7 +137,7 @@ def _on(phase: ResolvedPhase, nodes: int) -> ResolvedPhase:
 
 
 def phase_size(
-    phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles, here: int | None = None, halved: int = 0
+    phase: ResolvedPhase, shape_of: ShapeOf, zero_files: ZeroFiles, here: Here | None = None, halved: int = 0
 ) -> PhaseSize | None:
     """``halved``: for an attempt after so many that ran out of memory."""
     device = device_of(phase.template, here)
@@ -162,7 +180,7 @@ def states_memory(run: AlignmentRun) -> bool:
     return any(device_of(phase.template).memory is not None for phase in resolve(run))
 
 
-def device_of(template: Template, here: int | None = None) -> Device:
+def device_of(template: Template, here: Here | None = None) -> Device:
     """A GPU if the pods ask for one or their nodes have one; else the pod's memory. Its processes share that."""
     product = template.node_selector.get(PRODUCT_LABEL, "")
     resources = {**template.resources.requests, **template.resources.limits} if template.resources else {}
@@ -202,15 +220,22 @@ def place_of(phase: ResolvedPhase, device: Device, zero_files: ZeroFiles) -> Pla
 
 def server_place(template: Template, device: Device) -> ServerPlace:
     """With a container of its own it has that one's devices, whose GPUs are the node's, else the phase's."""
-    cache = next((int(item.value) for item in template.env if item.name == CPU_CACHE and item.value.isdecimal()), None)
-    cache = None if cache is None else cache * GIB
+    stated = {item.name: item.value for item in template.env}
+    here = device.here or Here(0)
+    cache = cpu_cache(stated) if CPU_CACHE in stated else here.cache
     if template.server is None:
-        memory = device.memory if device.gpu else _limit(template.resources) or device.here
+        memory = device.memory if device.gpu else _limit(template.resources) or here.memory or None
         return ServerPlace(device.gpu, memory, cache)
     resources = template.server.resources
     if resources is None or GPU not in {**resources.requests, **resources.limits}:
         return ServerPlace(False, _limit(resources), cache, apart=True)
     return ServerPlace(True, _gpu_memory(template), cache, apart=True)
+
+
+def cpu_cache(environment: Mapping[str, str]) -> int | None:
+    """Bytes of keys and values that a vLLM on a processor is told to take; None if it is not, or by what is no number."""
+    told = environment.get(CPU_CACHE, "")
+    return int(told) * GIB if told.isdecimal() else None
 
 
 # ---------------------------------------------------------------- what would fit
@@ -276,11 +301,9 @@ def sentence(size: PhaseSize) -> str:
 
 
 def _of(size: PhaseSize) -> str:
-    """Of this machine's memory a vLLM alone is told how much it may take."""
-    device, server = size.device, size.needs.server if size.needs is not None else None
-    if device.memory is not None:
-        return f" of {shown(device.memory)}"
-    return "" if device.here is None or server is None or server.apart else f" of this machine's {shown(device.here)}"
+    if size.of is None:
+        return ""
+    return f" of {shown(size.of)}" if size.device.memory is not None else f" of this machine's {shown(size.of)}"
 
 
 def server_words(needs: Needs) -> str:

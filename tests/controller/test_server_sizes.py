@@ -120,7 +120,10 @@ def test_on_a_processor():
     shared = rollout(cpu("64Gi", procsPerNode=2, **env), source="org/small")
     assert shared.needs.memory.vllm == size.needs.memory.vllm // 2, "of each process's half of the machine"
     assert rollout({"nodes": 1, **env}, source="org/small").needs.known, "what is said is known on any machine"
-    assert not rollout({"nodes": 1}, source="org/small").needs.known
+    unknown = rollout({"nodes": 1}, source="org/small")
+    assert not unknown.needs.known and row(unknown)[-1] == "–"
+    both = rollout({"nodes": 1, **env}, "--kv-cache-memory-bytes", "10G", source="org/small")
+    assert both.needs.memory.vllm == size.needs.memory.vllm, "vLLM takes what the environment says"
 
 
 def test_an_evaluation_has_one_server_at_a_time_beside_its_weights():
@@ -175,6 +178,14 @@ def test_on_this_machine(tmp_path, monkeypatch):
     size = here({"nodes": 1})
     assert size.needs.memory.vllm == int(0.92 * 40 * GIB)
     assert sentence(size) == "needs 37 GiB of this machine's 40 GiB on one device, of which 37 GiB for vLLM"
+    assert row(size)[-2:] == ("37 GiB", "40 GiB")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    size = here({"nodes": 1})
+    assert size.needs.memory.vllm == 4 * BIG + 4 * GIB + PROCESSES, "in fp32, and as the phase's environment says"
+    assert here({"nodes": 1, "env": [{"name": "VLLM_CPU_KVCACHE_SPACE", "value": "6"}]}).needs.memory.vllm == (
+        size.needs.memory.vllm + 2 * GIB
+    ), "what the run says comes first"
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     monkeypatch.setattr("controller.commands.sizes.machine_memory", lambda: 20 * GIB)
     assert here({"nodes": 1}).fits is False, "its weights alone are 30 GiB"
     assert here(cpu("64Gi")).needs.memory.vllm == int(0.92 * 64 * GIB), "a limit is what counts"

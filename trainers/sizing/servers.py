@@ -62,7 +62,8 @@ def server_size(place: ServerPlace, shape: ModelShape, number: int, own: OwnServ
     of_a_token = shape.cache * (1 if flags.get("--kv-cache-dtype", "").startswith("fp8") else number)
     processes = 0 if place.gpu else PROCESSES
     least = weights + of_a_token * length // split + processes
-    given = read_count(flags.get("--kv-cache-memory-bytes", "")) or (None if place.gpu else place.cache)
+    told = None if place.gpu else place.cache  # which vLLM takes instead of the flag
+    given = read_count(flags.get("--kv-cache-memory-bytes", "")) if told is None else told
     if given is not None:
         return ServerSize(weights + given + processes, least, length, None, True, place.apart)
     share = float(flags.get(SHARE_FLAG, SHARE))
