@@ -101,13 +101,21 @@ def test_one_that_takes_less(run_phase, louder, tmp_path, capsys):
     assert "the phase's own vLLM takes 16 tokens" in said and "in server.args, or lower maxNewTokens" in said
 
 
+def test_its_temporary_files_go_with_it(run_phase, louder, tmp_path, capsys):
+    leaves = "import os, sys, tempfile; open(os.path.join(tempfile.gettempdir(), 'vllm_dist_1'), 'w').close(); "
+    leaves += "exit(f'error: {tempfile.gettempdir()} {os.path.dirname(sys.argv[3])}')"
+    assert run_phase("rollout", spec_for(louder(4), ["-c", leaves]), None, tmp_path / "run" / "rollout")[0] == 75
+    used, of_the_phase = capsys.readouterr().err.splitlines()[-1].split("error: ")[1].split()
+    assert used == of_the_phase and not Path(used).exists()
+
+
 def test_a_folder_whose_sockets_would_have_too_long_a_name(run_phase, louder, tmp_path, capsys, monkeypatch):
     folder = tmp_path / ("x" * 80)
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     assert run_phase("rollout", spec_for(louder(4), [str(PROGRAM)]), None, tmp_path / "run" / "rollout")[0] == 2
     assert (
-        f"{folder}, whose name has" in (said := capsys.readouterr().err) and "set TMPDIR to one of 70 at most" in said
+        f"{folder}, whose name has" in (said := capsys.readouterr().err) and "set TMPDIR to one of 56 at most" in said
     )
 
 

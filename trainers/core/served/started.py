@@ -33,7 +33,7 @@ COMMAND_HINT = (
 MOST_OF_AN_ADDRESS = 107
 """Bytes that Linux has for the path of a Unix socket, beside its end."""
 
-SOCKET_OF_ITS_OWN = len("/00000000-0000-0000-0000-000000000000")
+SOCKET_OF_ITS_OWN = len("/vllm-12345678/00000000-0000-0000-0000-000000000000")
 """What the paths of its processes' sockets have behind the folder for temporary files (`vllm/utils/network_utils.py`)."""
 
 
@@ -100,9 +100,11 @@ def started(
         line, place = None, None
         if ctx.workers.local_rank == 0:
             _check_temporary(field)
-            place = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-"))) / "s"
+            own = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="vllm-")))
+            place = own / "s"
             words = [*settings.command, folder, "--uds", str(place), *flags, *settings.args]
-            line = Line(words, environment, _log(ctx), settings.start_timeout_seconds, [place.parent, *scratch])
+            around = {**environment, "TMPDIR": str(own)}  # what it leaves behind goes with the folder
+            line = Line(words, around, _log(ctx), settings.start_timeout_seconds, [own, *scratch])
             until.callback(line.close)
             _wait(ctx, StartedServer(ctx, field, place, line), line, settings)
         places = ctx.workers.gather_objects([place])
