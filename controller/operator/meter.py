@@ -30,9 +30,8 @@ class OperatorMetrics:
         self._namespaces: set[str] = set()
         self._leads = False
         self._series = RunSeries()
-        self._asked: dict[tuple[Key, str, int], float] = {}
-        """Attempts that wait for their queue, with the time at which they were asked for."""
-        self.registry.register(self._series)
+        self._asked: dict[Key, dict[tuple[str, int], float]] = {}
+        """Of runs, the attempts that wait for their queue, with the time at which they were asked for."""
         self._of("info", version=__version__).set(1)
         self._begin_at_zero()
 
@@ -51,7 +50,7 @@ class OperatorMetrics:
                 self._of("phase_duration_seconds", type=entry.name, outcome=outcome)
 
     def page(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + self._series.page().encode()
 
     # -- runs
 
@@ -66,7 +65,7 @@ class OperatorMetrics:
 
     def run_gone(self, key: Key) -> None:
         self._series.gone(key)
-        self._asked = {which: at for which, at in self._asked.items() if which[0] != key}
+        self._asked.pop(key, None)
         if (before := self._states.pop(key, None)) is not None:
             self._count(key.namespace, before, None)
 
@@ -106,7 +105,7 @@ class OperatorMetrics:
         """One that an edit took out is forgotten when its attempt has ended, so nothing else tells of that end."""
         end = {"state": AttemptState.STOPPED, "finished_at": seconds_now()}
         for attempt in phase.attempts:
-            self._asked.pop((key, phase.name, attempt.number), None)
+            self._asked_at(key, phase, attempt)
             if not attempt.state.ended:
                 self._used(key, run, phase, attempt.model_copy(update=end))
 
@@ -133,12 +132,19 @@ class OperatorMetrics:
             last = attempt
 
     def _waited(self, key: Key, phase: PhaseStatus, attempt: Attempt) -> None:
-        which = (key, phase.name, attempt.number)
         if attempt.started_at is None and not attempt.state.ended:
-            self._asked.setdefault(which, time.time())
-        elif (asked := self._asked.pop(which, None)) is not None and attempt.started_at is not None:
+            self._asked.setdefault(key, {}).setdefault((phase.name, attempt.number), time.time())
+        elif (asked := self._asked_at(key, phase, attempt)) is not None and attempt.started_at is not None:
             # The server's times have whole seconds.
             self._of("attempt_wait_seconds", type=phase.type).observe(max(attempt.started_at.timestamp() - asked, 0.0))
+
+    def _asked_at(self, key: Key, phase: PhaseStatus, attempt: Attempt) -> float | None:
+        """And forgotten."""
+        mine = self._asked.get(key, {})
+        asked = mine.pop((phase.name, attempt.number), None)
+        if not mine:
+            self._asked.pop(key, None)
+        return asked
 
     def _used(self, key: Key, run: AlignmentRun, phase: PhaseStatus, attempt: Attempt) -> None:
         if attempt.started_at is not None and attempt.finished_at is not None:

@@ -325,6 +325,18 @@ def test_the_wait_for_the_queue_is_measured_once():
     assert found["attempt_wait_seconds_sum", "sft"] == pytest.approx(40, abs=1)
 
 
+def test_what_a_figure_is_called_comes_through_quotes_and_all():
+    name = 'as "said"\\nhere'
+    phase = PhaseStatus(name="p", type="sft", state=PhaseState.SUCCEEDED, metrics={name: 1e-7})
+    measured = OperatorMetrics()
+    measured.run_seen(Key("ns", "run"), RUN, RunStatus(started_at=after(0), phases=(phase,)))
+    families = {f.name: f for f in text_string_to_metric_families(measured.page().decode())}
+    [sample] = families["alignment_operator_phase_result"].samples
+    assert (sample.labels, sample.value) == (
+        {"namespace": "ns", "run": "run", "phase": "p", "type": "sft", "metric": name}, 1e-7,
+    )  # fmt: skip
+
+
 def test_a_thousand_runs_make_a_page_in_moderate_time_and_size():
     """Eight phases each; what Prometheus takes in every half minute."""
     phases = tuple(

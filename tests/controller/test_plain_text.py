@@ -88,8 +88,8 @@ def test_a_pods_last_word_comes_plain_into_status_and_events(decision):
 
 def test_an_event_is_plain_and_short():
     run = make_run(sft("base"))
-    assert render(Event("Normal", "R", NASTY), run, "me", START)["note"] == TAME
-    assert len(render(Event("Normal", "R", "я" * 5000), run, "me", START)["note"].encode()) <= NOTE_LIMIT
+    assert render(Event("RunAccepted", NASTY), run, "me", START)["note"] == TAME
+    assert len(render(Event("RunAccepted", "я" * 5000), run, "me", START)["note"].encode()) <= NOTE_LIMIT
 
 
 def test_a_status_that_somebody_else_wrote_is_read_plain():
