@@ -30,7 +30,7 @@ RUN = {
 }
 JOB = {
     **IDENTITY,
-    "annotations": dict.fromkeys((meta.ANNOTATION_DIGEST, meta.ANNOTATION_RUN_UID), True),
+    "annotations": dict.fromkeys((meta.ANNOTATION_DIGEST, meta.ANNOTATION_RUN_UID, meta.ANNOTATION_QUEUE), True),
     "finalizers": True,
 }
 PYTORCHJOB = {

@@ -20,6 +20,7 @@ from controller.api.problems import from_validation
 from controller.api.run import AlignmentRun, ObjectMeta, RunSpec
 from controller.api.status import RunStatus
 from controller.backends.base import Backend, act
+from controller.backends.cluster.rights import Rights
 from controller.clock import seconds_now
 from controller.kube.answers import ApiError, Conflict
 from controller.kube.api import Api
@@ -69,6 +70,7 @@ class Reconciler:
         self.api = api
         self.memory = memory
         self.backend = backend
+        self._rights = Rights()
         self.metrics = metrics
         self.instance = instance
         self.poll = poll
@@ -225,8 +227,13 @@ class Reconciler:
     async def _delete(self, key: Key, document: Object) -> None:
         """Unless somebody has edited it, or asked to try again, since it was read."""
         found = document["metadata"]
-        logger.info("the run has had its time, and is deleted", extra={"namespace": key.namespace, "run": key.name})
-        await self.api.delete_run(key.namespace, key.name, found["uid"], found["resourceVersion"])
+        try:
+            await self.api.delete_run(key.namespace, key.name, found["uid"], found["resourceVersion"])
+        except ApiError as error:
+            if not self._rights.lacks(error, "runs that have had their time stay"):
+                raise
+        else:
+            logger.info("the run has had its time, and is deleted", extra={"namespace": key.namespace, "run": key.name})
 
     async def _tell(self, event: dict[str, Any]) -> None:
         try:

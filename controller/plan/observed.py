@@ -49,6 +49,8 @@ class ObservedJob:
     """How many of its parts have a machine."""
     queue_name: str | None = None
     """Of the queue that it is to wait in; empty if in none. None: there are no queues."""
+    queue_asked: str = ""
+    """Of the queue that its run had asked for: without, the platform may have put it into one."""
     queue: QueueStatus | None = None
     """What its queue says."""
     elsewhere: bool = False

@@ -217,8 +217,8 @@ def _end_outgrown(
     """
     live = [job for job in jobs if job.state == JobState.LIVE and job.running_since is None and not job.failure]
     idle = {job.attempt for job in live}
-    elsewhere = {job.attempt for job in live if queue and job.queue_name not in (None, queue)}
-    why = dict.fromkeys(elsewhere, f"queue {queue} is asked for")
+    elsewhere = {job.attempt for job in live if _waits_elsewhere(job, queue)}
+    why = dict.fromkeys(elsewhere, f"queue {queue} is asked for" if queue else "no queue is asked for any more")
     why |= {
         a.number: f"{nodes} nodes are wanted now" for a in records if a.number in idle and a.nodes not in (0, nodes)
     }
@@ -226,6 +226,12 @@ def _end_outgrown(
         history.stopping(a, why[a.number]) if a.state == AttemptState.RUNNING and a.number in why else a
         for a in records
     )
+
+
+def _waits_elsewhere(job: ObservedJob, queue: str | None) -> bool:
+    if not queue:
+        return bool(job.queue_asked) and job.queue_name == job.queue_asked
+    return job.queue_name not in (None, queue)
 
 
 def _current(going: list[Attempt], jobs: list[ObservedJob]) -> ObservedJob | None:

@@ -31,6 +31,7 @@ class Server:
     stored: dict[str, Any] | None
     said: list[str] = field(default_factory=list)
     refusal: ApiError | None = None
+    undeletable: ApiError | None = None
     events: list[str] = field(default_factory=list)
 
     async def get_run(self, namespace: str, name: str) -> dict[str, Any] | None:
@@ -56,6 +57,8 @@ class Server:
 
     async def delete_run(self, namespace: str, name: str, uid: str, version: str) -> None:
         self.said.append(f"delete {name} {uid} {version}")
+        if self.undeletable is not None:
+            raise self.undeletable
 
     async def create_event(self, event: dict[str, Any]) -> None:
         self.events.append(event["reason"])

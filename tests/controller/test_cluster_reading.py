@@ -275,6 +275,9 @@ SILENCE: dict[str, tuple[dict[str, Any], list[Pod], Wanted, str]] = {
         "a, attempt 1: its pods are gone and their logs with them. It ended with Infrastructure: its node is lost",
     ),
     "forgotten": (phase("a", "Running", attempt(4)), [pod(4)], Wanted("r", "a", 2), "a, attempt 2: nothing is left of it"),
+    "never made": (
+        phase("a", "Running", attempt(2)), [pod(2)], Wanted("r", "a", 9), "a, attempt 9: there was none; the last is attempt 2",
+    ),
 }  # fmt: skip
 
 

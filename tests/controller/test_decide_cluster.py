@@ -1,5 +1,6 @@
 """Rules of decide() that clusters brought: queues, slow starts, stalls, reasons seen early, lost nodes, edits after the end."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -187,6 +188,16 @@ class TestQueue:
         assert started(again) == ["base-2"]
         settled = decide(with_status(run, again), seen(job(run, "base", 2, queue_name="gpus")), after(4))
         assert (started(settled), stopped(settled)) == ([], [])
+
+    def test_a_queue_that_is_not_asked_for_any_more_is_left(self):
+        """It would have waited in it for ever."""
+        run = first()
+        waits = job(run, "base", queue_name="typo", queue_asked="typo")
+        moved = decide(run, seen(waits), after(2))
+        assert stopped(moved) == ["base-1"]
+        assert "no queue is asked for any more" in moved.status.phases[0].attempts[0].message
+        assert started(decide(with_status(run, moved), seen(), after(3))) == ["base-2"]
+        assert stopped(decide(run, seen(replace(waits, running_since=START)), after(2))) == []
 
     def test_a_queue_that_the_cluster_gives_stays(self):
         """Kueue has a queue for jobs that name none, and other backends have no queues."""

@@ -10,7 +10,7 @@ from desk import RUN, Desk
 from controller.api.run import JOB_SECONDS
 from controller.api.status import PhaseProgress, RunStatus
 from controller.api.workspace import Workspace
-from controller.kube.answers import Conflict
+from controller.kube.answers import ApiError, Conflict
 from controller.kube.calls import Call
 from controller.kube.resources import RUNS
 from controller.memory import Key
@@ -78,6 +78,22 @@ def test_a_run_that_has_had_its_time_is_deleted_as_it_was_read():
     assert desk.look(at=59) == timedelta(seconds=1)
     desk.look(at=60)
     assert desk.server.said == ["status", "delete test u 2"]
+
+
+def test_a_run_that_may_not_be_deleted_stays_and_that_is_said_once(caplog: pytest.LogCaptureFixture):
+    """By an operator that is newer than its chart: each try logged that it was deleted, and failed."""
+    desk = Desk(runTtlSecondsAfterFinished=60)
+    words = 'alignmentruns.alignment.dev "test" is forbidden: User "u" cannot delete resource "alignmentruns"'
+    desk.server.undeletable = ApiError(Call("delete", RUNS), "test", 403, words)
+    desk.look(seen(results=results(RUN, "base")))
+    with caplog.at_level("INFO"):
+        desk.look(at=60)
+        desk.look(at=61)
+    told = [record.levelname for record in caplog.records if "deleted" in record.message or "right" in record.message]
+    assert told == ["WARNING"]
+    desk.server.undeletable = ApiError(Call("delete", RUNS), "test", 500, "no")
+    with pytest.raises(ApiError):
+        desk.look(at=62)
 
 
 def test_what_runs_of_a_refused_run_is_looked_at_again():

@@ -251,7 +251,7 @@ class ClusterBackend:
         self, run: AlignmentRun, jobs: Sequence[ObservedJob], pods: Mapping[str, Sequence[Object]]
     ) -> dict[str, PhaseProgress]:
         """What is known by now: nobody waits for a pod."""
-        live = [job for job in jobs if job.state == JobState.LIVE]
+        live = [job for job in jobs if job.state == JobState.LIVE and not job.leaving]  # the next attempt has its own
         firsts = [(job.phase, pod) for job in live for pod in pods.get(job.name, ()) if evidence.index(pod) == 0]
         targets = [(phase, target) for phase, pod in firsts if (target := _target(run, pod)) is not None]
         return self.scraper.progress(run.metadata.namespace or "default", run.name, dict(targets))

@@ -46,11 +46,12 @@ GRACE_MARGIN = 5
 
 
 def job_metadata(job: PhaseJob, owner: Owner) -> Object:
+    queue = {meta.ANNOTATION_QUEUE: job.queue_name} if job.queue_name else {}
     return {
         "name": job.name,
         "namespace": owner.namespace,
         "labels": {**job.labels, **_queue_labels(job)},
-        "annotations": {meta.ANNOTATION_DIGEST: job.digest, meta.ANNOTATION_RUN_UID: owner.uid},
+        "annotations": {meta.ANNOTATION_DIGEST: job.digest, meta.ANNOTATION_RUN_UID: owner.uid, **queue},
         "ownerReferences": [reference(owner.name, owner.uid)],
     }
 
