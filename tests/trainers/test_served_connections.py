@@ -65,6 +65,24 @@ def half_a_head(connection: socket.socket, question: bytes) -> bool:
     return False
 
 
+def given_up(connection: socket.socket, question: bytes) -> bool:
+    """As a vLLM that is told to end answers what it has begun."""
+    return reply(connection, b'{"choices": [{"finish_reason": "abort", "token_ids": [5]}]}')
+
+
+def failed_as_if_well(connection: socket.socket, question: bytes) -> bool:
+    return reply(connection, b'{"error": {"message": "overloaded", "code": 503}}')
+
+
+def a_byte_now_and_then(connection: socket.socket, question: bytes) -> bool:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    with suppress(OSError):
+        for _ in range(1000):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+    return False
+
+
 def late(connection: socket.socket, question: bytes) -> bool:
     time.sleep(1.5)
     with suppress(OSError):
@@ -201,6 +219,45 @@ def test_half_an_answer_is_none_and_is_asked_for_again_behind_a_wait(turn):
         ask(server, 1)
         ask(server, 2)
         assert (len(listener.questions), len(listener.connections), heard.again) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("turn", [given_up, failed_as_if_well])
+def test_an_answer_that_says_it_is_none_is_asked_for_again(turn):
+    """A server that was shut down politely ended the phase for good: BadInput, with advice about stop tokens."""
+    with listening(reply, turn) as listener:
+        heard = Heard()
+        server = server_of(listener, heard)
+        ask(server, 1)
+        ask(server, 2)
+        assert (len(listener.questions), heard.again) == (3, 1)
+
+
+def test_an_error_that_comes_as_an_answer_is_told_in_its_words():
+    words = b'{"error": {"message": "no such adapter", "type": "NotFoundError", "code": 404}}'
+    with (
+        listening(lambda connection, _: reply(connection, words)) as listener,
+        pytest.raises(BadInput, match=f"{listener.url}/v1/completions says 404: no such adapter$"),
+    ):
+        ask(server_of(listener), 1)
+
+
+def test_an_answer_that_comes_byte_by_byte_is_given_up():
+    """Each byte came in time, so a rollout hung on it for as long as it came."""
+    with listening(a_byte_now_and_then) as listener:
+        heard, began = Heard(), time.monotonic()
+        ask(server_of(listener, heard, timeout=2), 1)
+        assert heard.again == 1
+        assert time.monotonic() - began < 60
+
+
+def test_what_is_no_http_is_told_in_one_line():
+    def greet(connection: socket.socket, question: bytes) -> bool:
+        connection.sendall(b"SSH-2.0-OpenSSH_9\r\n")
+        return False
+
+    with listening(*[greet] * 50) as listener, pytest.raises(Infrastructure) as caught:
+        Server("policy", Served(url=listener.url), patience=0.5).get("/v1/models")
+    assert str(caught.value) == f"policy: {listener.url} does not answer (SSH-2.0-OpenSSH_9)"
 
 
 def test_half_an_answer_forever_is_infrastructure():

@@ -2,9 +2,11 @@
 
 import base64
 import http.client
+import math
 import select
 import socket
 import ssl
+import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -83,7 +85,7 @@ class Connections:
                 raise ConnectionAbortedError("nothing more is asked")
             answer = _begun(connection, method, path, body, headers)
             measured = answer.length is not None or bool(answer.chunked)
-            found = Reply(answer.status, answer.reason, answer.read(), measured)
+            found = Reply(answer.status, answer.reason, _whole(answer, connection.timeout), measured)
         except BaseException:
             connection.close()  # whatever else comes on it would be of this question
             raise
@@ -104,6 +106,20 @@ def _begun(
         return connection.getresponse()
     except (BrokenPipeError, ConnectionResetError) as error:  # http.client.RemoteDisconnected is one
         raise Unheard(str(error) or type(error).__name__) from error
+
+
+def _whole(answer: http.client.HTTPResponse, seconds: float | None) -> bytes:
+    """What is left of an answer. A timeout is of each read: who sends a byte now and then would never come to it."""
+    until = time.monotonic() + seconds if seconds is not None else math.inf
+    parts = []
+    while part := answer.read1(1 << 20):
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError(f"its answer has not come to an end in {seconds:g} s")
+    if answer.length:
+        raise http.client.IncompleteRead(b"".join(parts), answer.length)
+    answer.read()  # nothing; but only then may the connection be asked again
+    return b"".join(parts)
 
 
 def _has_ended(connection: http.client.HTTPConnection) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from trainers.contract import BadInput, Infrastructure, Interrupted
@@ -168,11 +169,16 @@ class Server:
         if not 200 <= reply.status < 300:
             raise self._refusal(path, reply)
         try:
-            return json.loads(reply.body)
+            found = json.loads(reply.body)
         except (ValueError, RecursionError) as error:
             if not reply.measured:
                 raise Unanswered("its answer breaks off") from error
             raise BadInput(f"{self.field}: {self.url}{path} answers with no JSON: is it a vLLM server?") from error
+        if isinstance(found, dict) and isinstance(failed := found.get("error"), dict):
+            raise self._refusal(path, replace(reply, status=_code(failed)))
+        if _is_given_up(found):
+            raise Unanswered("it has given the request up, as one that is shut down does")
+        return found
 
     def _refusal(self, path: str, reply: Reply) -> Exception:
         said = _said(reply)
@@ -192,7 +198,7 @@ class Server:
             return BadInput(f"{self.field}: {self.url} speaks no TLS ({error.reason}): write http:// if it has none")
         if isinstance(error, WORDLESS) and self._is_asked_plainly and speaks_tls(self.url):
             return BadInput(f"{self.field}: {self.url} speaks TLS and no plain HTTP: write https://")
-        return Unanswered(str(error) or type(error).__name__)
+        return Unanswered(plain(" ".join(str(error).split())) or type(error).__name__)
 
     @property
     def _is_asked_plainly(self) -> bool:
@@ -244,6 +250,18 @@ def _key(field: str, variable: str | None) -> str | None:
     if not key.isascii() or not key.isprintable():
         raise BadInput(f"{field}.keyVariable: what {variable} holds cannot be sent as a key")
     return key
+
+
+def _code(failed: dict[str, Any]) -> int:
+    """Of an error that comes as if all were well, as some proxies pass it on."""
+    code = failed.get("code")
+    return code if type(code) is int and 400 <= code < 600 else 400
+
+
+def _is_given_up(found: Any) -> bool:
+    """vLLM that is told to end answers what it has begun so, with the tokens that there are, or with none."""
+    choices = found.get("choices") if isinstance(found, dict) else None
+    return isinstance(choices, list) and any(isinstance(c, dict) and c.get("finish_reason") == "abort" for c in choices)
 
 
 def _said(reply: Reply) -> str:
