@@ -102,3 +102,6 @@ class TestMissing:
         told = driver.until_condition("run", "Admitted", "False", reason="Missing", timeout=40)
         assert "nowhere" in told["message"]
         assert suspended(driver, "run-sft-1")
+        driver.patch("run", {"queueName": None})
+        assert not suspended(driver, "run-sft-2"), "it waits in no queue any more"
+        assert "kueue.x-k8s.io/queue-name" not in driver.until_job("run-sft-2")["metadata"]["labels"]
