@@ -174,7 +174,7 @@ class TestSuspension:
         # A new attempt, which goes on from what the stopped one has saved; it is no failure.
         driver.succeed("run-sft-2")
         driver.until_job("run-dpo-1")
-        assert [a["state"] for a in driver.phase("run", "sft")["attempts"]] == ["Succeeded"]
+        assert [a["state"] for a in driver.phase("run", "sft")["attempts"]] == ["Stopped", "Succeeded"]
 
     def test_of_one_phase(self, driver: Driver):
         driver.apply(manifest("run", sft(), {**dpo("a"), "suspend": True}, dpo("b", beta=0.2)))

@@ -53,6 +53,9 @@ class TestRights:
     def test_every_right_is_used(self, driver: Driver):
         """Least privilege: a right that is never needed is taken away. Lists and watches are kopf's."""
         driver.apply(manifest("queued", sft(), queueName="nobody"))
+        driver.apply(
+            manifest("in-line", sft(), queueName="nobody")
+        )  # its Workload is listed once, and then asked for by its name
         driver.apply(manifest("waiting", sft()))  # after ten seconds without a reason, events are asked for one
         driver.until_job("queued-sft-1")
         driver.patch("queued", {"suspend": True})
@@ -77,7 +80,7 @@ class TestRights:
             return granted - {asked(e) for e in by_operator(driver.cluster)}
 
         try:
-            driver.cluster.wait(lambda: not unused(), 60, "all rights are used")
+            driver.cluster.wait(lambda: not unused(), 90, "all rights are used")
         except TimeoutError:
             raise AssertionError(f"never used: {unused()}") from None
 
