@@ -197,13 +197,19 @@ def until(happened) -> None:
         time.sleep(0.02)
 
 
-def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_phase, louder, tmp_path):
+@pytest.fixture
+def scratch():
+    """For temporary files. Pytest's folders have names that are too long for a server's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_phase, louder, tmp_path, scratch):
     """With responses of two steps on their way, and a server that is started anew with other weights than the first one."""
     spec = student_spec(louder, staleness=2, checkpoint={"everySteps": 1}, duration={"maxSteps": 8})
     whole, output = tmp_path / "whole" / "run" / "distill", tmp_path / "killed" / "run" / "distill"
     assert run_phase("distill", own_engine(spec), None, whole)[0] == 0
-    scratch, file = tmp_path / "scratch", tmp_path / "phase.yaml"
-    scratch.mkdir()
+    file = tmp_path / "phase.yaml"
     file.write_text(yaml.safe_dump({"output": str(output), "spec": spec}))
     phase = subprocess.Popen(
         [sys.executable, "-m", "trainers", "distill", "--spec", str(file)],
@@ -219,14 +225,16 @@ def test_one_that_is_killed_leaves_nothing_and_goes_on_to_the_same_weights(run_p
     assert_same(weights(output), weights(whole), tolerance=1e-6)
 
 
-def test_a_server_that_breaks_beside_a_step_is_infrastructure(run_phase, louder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_server_that_breaks_beside_a_step_is_infrastructure(
+    run_phase, louder, tmp_path, scratch, capsys, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     spec = student_spec(louder, staleness=1, server=SERVER | {"args": ["--break-after", "14"]})
     assert run_phase("distill", spec, None, tmp_path / "broken" / "run" / "distill")[0] == 75
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the phase's own vLLM is gone, it ended with status 3: ValueError: no memory for this" in said
     assert nothing_is_left(PROGRAM)
-    assert not [*tmp_path.glob("weights-*"), *tmp_path.glob("vllm-*")]
+    assert not [*scratch.glob("weights-*"), *scratch.glob("vllm-*")]
 
 
 @pytest.fixture

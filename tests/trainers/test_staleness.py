@@ -64,6 +64,9 @@ class KeptWeights:
         )
         self.history = []
 
+    def start(self, first):
+        """There is no server."""
+
     def samples(self, step):
         from trainers.core.rollouts import respond
 
