@@ -150,7 +150,7 @@ def test_why_there_is_no_log(bench: Bench) -> None:
     bench.cluster.patch_status("pod", name, bench.namespace, {"conditions": [unscheduled]})
     assert bench.call("logs") == (1, f"pod {name} does not run yet: Unschedulable: 0/2 nodes have a GPU\n")
     assert bench.call("logs", "--pod", "3") == (2, "error: no pod 3 of dpo, attempt 1; its pods are: 0\n")
-    assert bench.call("logs", "--attempt", "2")[1] == "dpo, attempt 2: nothing is left of it\n"
+    assert bench.call("logs", "--attempt", "2")[1] == "dpo, attempt 2: there was none; the last is attempt 1\n"
 
 
 def test_a_pod_that_waits_for_a_mount_says_which(bench: Bench) -> None:
