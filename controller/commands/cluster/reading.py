@@ -127,7 +127,7 @@ def _without_pods(reading: Reading) -> str:
             return f"waits in its queue ({queue.state}): {queue.message}"
         return (record.message if record else "") or "its pods have not been made yet"
     if record is None:
-        numbers = [a.number for a in reading.phase.attempts]
+        numbers = [a.number for a in reading.phase.attempts] + [pod.attempt for pod in reading.all_pods]
         last = max(numbers, default=0)
         if (reading.attempt or 0) > last:
             return f"there was none; the last is attempt {last}" if last else "there was none yet"
