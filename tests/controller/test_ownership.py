@@ -448,3 +448,15 @@ def test_the_queue_of_a_job_that_it_let_go_is_not_asked_again():
         [found] = asyncio.run(asked.observe(run, anew=False)).jobs
         assert shelf.times == times
         assert (found.queue == queue) is not suspended
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_progress_is_asked_of_attempts_that_are_to_go_on(leaving: bool):
+    """Right after `retry` the status had the step of the attempt that was ending, under the next one's settings."""
+    targets: list[Any] = []
+    asked = backend(Shelf())
+    asked.scraper.progress = lambda namespace, run, pods: targets.extend(pods) or {}  # type: ignore[method-assign]
+    seen_job = ObservedJob("sft", 1, "d", JobState.LIVE, name="test-sft-1", leaving=leaving)
+    runs = pod(running={"startedAt": "2026-01-01T00:00:00Z"}, podIP="10.0.0.1")
+    asked._progress(a_run(), [seen_job], {"test-sft-1": [runs]})
+    assert targets == ([] if leaving else ["sft"])
